@@ -1,0 +1,139 @@
+"""The answers: critical times and curves on the sigma axis, each with its interval and source.
+
+A search that finds nothing is an answer too: a `CriticalTime` whose level is ``None`` and whose
+``reason`` says why. Intervals are 95 % unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from symbreak.noise import NoiseLevel
+
+__all__ = [
+    "CriticalTime",
+    "Curve",
+    "bootstrap",
+    "crossing",
+    "jackknife",
+    "mean_interval",
+]
+
+
+@dataclass(frozen=True)
+class CriticalTime:
+    """A noise level at which something happens.
+
+    Attributes:
+        level: the level, ``None`` where nothing was found (then ``reason`` says why).
+        low, high: ends of the interval on the sigma axis, ``None`` where there is no estimate.
+        criterion: what was looked for, e.g. ``"spectral"``.
+        flow, frame: ``"sde"`` or ``"ode"``, ``"vp"`` or ``"ve"``, where the criterion depends on them.
+        source: paper or derivation.
+        reason: why there is no level, or what limits it.
+        confidence: nominal coverage of the interval.
+    """
+
+    level: NoiseLevel | None
+    low: NoiseLevel | None = None
+    high: NoiseLevel | None = None
+    criterion: str = ""
+    flow: str | None = None
+    frame: str | None = None
+    source: str = ""
+    reason: str | None = None
+    confidence: float = 0.95
+
+    @property
+    def sigma(self) -> float | None:
+        """sigma of the level, or ``None``."""
+        return None if self.level is None else self.level.sigma
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records."""
+        return {
+            "criterion": self.criterion,
+            "level": self.level and self.level.to_dict(),
+            "low": self.low and self.low.to_dict(),
+            "high": self.high and self.high.to_dict(),
+            "flow": self.flow,
+            "frame": self.frame,
+            "source": self.source,
+            "reason": self.reason,
+            "confidence": self.confidence,
+        }
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity against sigma: float64 arrays of one length, ``low``/``high`` its interval."""
+
+    sigma: np.ndarray
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        for key in ("sigma", "value", "low", "high"):
+            object.__setattr__(self, key, np.asarray(getattr(self, key), dtype=np.float64))
+        if not (self.sigma.shape == self.value.shape == self.low.shape == self.high.shape):
+            raise ValueError("a Curve needs sigma, value, low and high of one length.")
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records."""
+        return {
+            "name": self.name,
+            "sigma": self.sigma.tolist(),
+            "value": self.value.tolist(),
+            "low": self.low.tolist(),
+            "high": self.high.tolist(),
+        }
+
+
+def crossing(sigma: np.ndarray, value: np.ndarray, threshold: float) -> float | None:
+    """Largest sigma at which a curve passes through a threshold, linear in log sigma; else ``None``."""
+    order = np.argsort(sigma)
+    s, v = np.log(np.asarray(sigma, float)[order]), np.asarray(value, float)[order] - threshold
+    for i in range(len(s) - 1, 0, -1):
+        if v[i] == 0:
+            return float(math.exp(s[i]))
+        if v[i] * v[i - 1] < 0:
+            return float(math.exp(s[i] + (s[i - 1] - s[i]) * v[i] / (v[i] - v[i - 1])))
+    return float(math.exp(s[0])) if len(s) and v[0] == 0 else None
+
+
+def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean and Student-t interval of independent repeats; the interval is NaN for a single one."""
+    x = np.asarray(values, dtype=np.float64)
+    mean = float(x.mean())
+    if len(x) < 2:
+        return mean, math.nan, math.nan
+    half = float(stats.t.ppf(0.5 + confidence / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
+    return mean, mean - half, mean + half
+
+
+def jackknife(estimate: float, leave_one_out: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Interval of an estimate from G leave-one-group-out values (Student t with G - 1 degrees)."""
+    x = np.asarray(leave_one_out, dtype=np.float64)
+    groups = len(x)
+    if groups < 2:
+        return math.nan, math.nan
+    error = math.sqrt((groups - 1) / groups * float(((x - x.mean()) ** 2).sum()))
+    half = float(stats.t.ppf(0.5 + confidence / 2, groups - 1)) * error
+    return estimate - half, estimate + half
+
+
+def bootstrap(
+    values: np.ndarray, seed: int = 0, resamples: int = 1000, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a mean over the first axis of ``values`` [N]."""
+    x = np.asarray(values, dtype=np.float64)
+    rng = np.random.default_rng(seed)
+    means = np.array([x[rng.integers(0, len(x), len(x))].mean() for _ in range(resamples)])
+    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
