@@ -1,0 +1,281 @@
+"""Borders: diffusers networks and schedulers on one side, denoisers and laws on the other.
+
+A network sees a state and its own time t and predicts epsilon, v or the sample; a denoiser sees the
+VE state x = x_0 + sigma eps and gives E[x_0 | x]. With state = alpha x:
+
+    epsilon: D = x - sigma eps        v: D = alpha state - std v        sample: D = output
+    EDM: D = c_skip x + c_out F(c_in x, log(sigma) / 4)        flow matching: D = state - s v, s = std
+
+(Salimans & Ho, arXiv:2202.00512; Karras et al., arXiv:2206.00364; Lipman et al., arXiv:2210.02747).
+Between a network's discrete steps t is interpolated in log sigma and the network asked at fractional t.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
+
+from symbreak.denoise import Denoiser, as_denoiser
+from symbreak.files import InputError
+from symbreak.noise import NoiseLevel, schedule
+
+__all__ = ["SAMPLERS", "NetworkDenoiser", "as_unet", "denoiser", "load_pipeline", "scheduler"]
+
+# Our sampler names -> diffusers class and the settings that make it that sampler.
+SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddpm": ("DDPMScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpm++2m-karras": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
+    ),
+    "sde-dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "dpm++2s": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "unipc-karras": ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
+    "deis": ("DEISMultistepScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "kdpm2": ("KDPM2DiscreteScheduler", {}),
+    "kdpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "edm-euler": ("EDMEulerScheduler", {}),
+    "edm-dpm++2m": ("EDMDPMSolverMultistepScheduler", {}),
+    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
+    "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
+}
+# Settings that belong to one sampler and must not leak into another through `like`.
+_OWN = ("algorithm_type", "solver_order", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+
+
+def _kind(scheduler: Any) -> str:
+    """Which parametrization a scheduler's network has: "vp", "edm" or "flow"."""
+    name = type(scheduler).__name__
+    return "edm" if name.startswith("EDM") else "flow" if name.startswith("FlowMatch") else "vp"
+
+
+def scheduler(name: str, like: Any = None, **settings: Any) -> Any:
+    """A diffusers scheduler by our sampler name.
+
+    Args:
+        name: one of `SAMPLERS`.
+        like: scheduler whose betas, prediction type and clipping are taken over; by default
+            DDPM's linear betas (for EDM and flow samplers: the class's own defaults).
+        **settings: further settings of the diffusers class, e.g. ``timestep_spacing="trailing"``.
+
+    Raises:
+        InputError: for an unknown name or a scheduler of another kind in ``like``.
+
+    >>> type(scheduler("dpm++2m")).__name__
+    'DPMSolverMultistepScheduler'
+    """
+    if name not in SAMPLERS:
+        raise InputError(f"unknown sampler {name!r}. Known: {', '.join(SAMPLERS)}.")
+    class_name, own = SAMPLERS[name]
+    cls = getattr(diffusers, class_name)
+    if like is None:
+        if name.startswith(("edm", "flow")):
+            return cls(**own, **settings)
+        like = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    kinds = _kind(like), "edm" if name.startswith("edm") else "flow" if name.startswith("flow") else "vp"
+    if kinds[0] != kinds[1]:
+        raise InputError(
+            f"the sampler {name} is of the kind {kinds[1]}, the network's scheduler {type(like).__name__} of the kind "
+            f"{kinds[0]}. Choose a sampler of the same kind."
+        )
+    config = {k: v for k, v in dict(like.config).items() if k not in _OWN}
+    return cls.from_config(config, **own, **settings)
+
+
+def load_pipeline(source: str | Path) -> Any:
+    """A diffusers pipeline with ``.unet`` and ``.scheduler``.
+
+    Args:
+        source: ``"digits"`` (the bundled network), a diffusers folder or a hub id. Only
+            safetensors weights are read; nothing is unpickled and no remote code runs.
+
+    Raises:
+        InputError: where there is no such pipeline.
+    """
+    if str(source) == "digits":
+        source = str(resources.files("symbreak") / "weights" / "digits")
+    path = Path(source).expanduser()
+    if path.exists():
+        index = path / "model_index.json"
+        if not index.is_file():
+            raise InputError(f"{source} is no diffusers pipeline: it has no model_index.json. Save one with save_pretrained.")
+        try:
+            parts = json.loads(index.read_text(encoding="utf-8"))
+        except ValueError:
+            raise InputError(f"{index} is not JSON. Save the pipeline again with save_pretrained.") from None
+        if not isinstance(parts, dict) or not {"unet", "scheduler"} <= set(parts):
+            raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
+    elif str(source).count("/") != 1 or path.parent.exists():
+        raise InputError(f"{source} does not exist. Pass digits, a diffusers folder or a hub id owner/name.")
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), use_safetensors=True)
+    except Exception as error:
+        what = " ".join(str(error).split())[:160]
+        raise InputError(f"{source} cannot be loaded as a diffusers pipeline ({type(error).__name__}: {what}).") from None
+    if not hasattr(pipe, "unet") or not hasattr(pipe, "scheduler"):
+        raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
+    pipe.unet.eval()
+    return pipe
+
+
+class NetworkDenoiser:
+    """A diffusers network as a `Denoiser`; see `denoiser`."""
+
+    def __init__(self, unet: Any, scheduler: Any, **condition: Any) -> None:
+        self.unet, self.scheduler, self.condition = unet, scheduler, condition
+        self.schedule = schedule(scheduler)
+        self.kind = _kind(scheduler)
+        config = unet.config
+        size = config.sample_size
+        h, w = (size, size) if isinstance(size, int) else tuple(size)
+        self.shape: tuple[int, ...] = (int(config.in_channels), int(h), int(w))
+        self.prediction = "flow" if self.kind == "flow" else str(scheduler.config.prediction_type)
+        known = ("epsilon", "v_prediction", "sample", "flow")
+        if self.prediction not in known:
+            raise InputError(f"prediction type {self.prediction!r}; expected one of {', '.join(known)}.")
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Levels the network was trained on."""
+        return self.schedule.sigma_range
+
+    def bind(self, **condition: Any) -> NetworkDenoiser:
+        """The same denoiser with a condition fixed, e.g. ``bind(class_labels=y)``."""
+        return NetworkDenoiser(self.unet, self.scheduler, **{**self.condition, **condition})
+
+    def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        if tuple(x.shape[1:]) != self.shape:
+            raise InputError(f"states of shape {tuple(x.shape)} for a network of {self.shape}. Resize the data.")
+        sigmas = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1)
+        times = torch.tensor([self.schedule.time(float(s)) for s in sigmas], dtype=torch.float64)
+        levels = [self.schedule.level(float(t)) for t in times]
+        column = [-1] + [1] * (x.ndim - 1)
+        like = {"dtype": x.dtype, "device": x.device}
+        s = sigmas.to(**like).reshape(column)
+        alpha = torch.tensor([v.alpha for v in levels], **like).reshape(column)
+        state = self._inputs(alpha * x, s)
+        t = times.to(**like).expand(len(x)) if len(times) == 1 else times.to(**like)
+        if self.kind == "vp":
+            # Where a step is meant exactly, the network is asked exactly there.
+            t = torch.where((t - t.round()).abs() < 1e-6, t.round(), t)
+        weight = next(iter(self.unet.parameters()), x)
+        out = self.unet(state.to(weight.dtype), t.to(weight.dtype), **self.condition, return_dict=False)[0].to(x.dtype)
+        out = out[:, : self.shape[0]]  # learned-variance networks append variance channels
+        return self._denoised(out, x, alpha * x, alpha, s)
+
+    def _inputs(self, state: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        if self.kind == "edm":
+            return state / (sigma**2 + float(self.scheduler.config.sigma_data) ** 2).sqrt()
+        return state
+
+    def _denoised(
+        self, out: torch.Tensor, x: torch.Tensor, state: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
+    ) -> torch.Tensor:
+        if self.kind == "edm":
+            skip, scale = _edm_coefficients(self.scheduler, sigma)
+            return skip * x + scale * out
+        if self.prediction == "flow":
+            return state - alpha * sigma * out
+        if self.prediction == "epsilon":
+            return x - sigma * out
+        if self.prediction == "v_prediction":
+            return alpha * state - alpha * sigma * out
+        return out
+
+
+def _edm_coefficients(scheduler: Any, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """c_skip and c_out as diffusers' EDM schedulers use them."""
+    data = float(scheduler.config.sigma_data)
+    skip = data**2 / (sigma**2 + data**2)
+    scale = sigma * data / (sigma**2 + data**2).sqrt()
+    return skip, -scale if scheduler.config.prediction_type == "v_prediction" else scale
+
+
+def denoiser(unet: Any, scheduler: Any, **condition: Any) -> NetworkDenoiser:
+    """A diffusers network and its scheduler as d(x, sigma) -> E[x_0 | x].
+
+    Args:
+        unet: the network, ``unet(state, t, return_dict=False)[0]`` -> epsilon, v, sample, EDM's F or a
+            velocity, as the scheduler's config says; learned variance channels are dropped.
+        scheduler: diffusers scheduler it was trained with.
+        **condition: passed on to every call, e.g. ``class_labels``.
+
+    Returns:
+        A `Denoiser`; outside its ``sigma_range`` it raises ValueError.
+    """
+    return NetworkDenoiser(unet, scheduler, **condition)
+
+
+class _Posing(torch.nn.Module):
+    """A law or denoiser with the face of a diffusers UNet."""
+
+    def __init__(self, source: Denoiser, scheduler: Any) -> None:
+        super().__init__()
+        self.source, self.scheduler = source, scheduler
+        self.kind = _kind(scheduler)
+        self.schedule = schedule(scheduler)
+        shape = source.shape
+        if len(shape) != 3:
+            raise InputError(f"a law of shape {shape} cannot pose as a network; expected [C, H, W].")
+        from diffusers.configuration_utils import FrozenDict
+
+        self.config = FrozenDict(
+            in_channels=shape[0], out_channels=shape[0], sample_size=tuple(shape[1:]), num_class_embeds=None
+        )
+        self.dtype = torch.float32
+
+    def _level(self, t: float) -> NoiseLevel:
+        # Samplers may ask a hair beyond the last step.
+        return self.schedule.level(min(max(t, self.schedule.t_min), self.schedule.t_max))
+
+    def forward(
+        self, sample: torch.Tensor, timestep: Any, class_labels: Any = None, return_dict: bool = True, **_: Any
+    ) -> Any:
+        times = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1).tolist()
+        levels = [self._level(t) for t in times]
+        column = [-1] + [1] * (sample.ndim - 1)
+        sigma = torch.tensor([v.sigma for v in levels], dtype=torch.float64, device=sample.device).reshape(column)
+        alpha = torch.tensor([v.alpha for v in levels], dtype=torch.float64, device=sample.device).reshape(column)
+        state = sample.double()
+        if self.kind == "edm":
+            state = state * (sigma**2 + float(self.scheduler.config.sigma_data) ** 2).sqrt()
+        x = state / alpha
+        d = self.source(x, sigma.reshape(-1).expand(len(x)) if len(levels) == 1 else sigma.reshape(-1))
+        prediction = "flow" if self.kind == "flow" else str(self.scheduler.config.prediction_type)
+        if self.kind == "edm":
+            skip, scale = _edm_coefficients(self.scheduler, sigma)
+            out = (d - skip * x) / scale
+        elif prediction == "flow":
+            out = (state - d) / (alpha * sigma)
+        elif prediction == "epsilon":
+            out = (x - d) / sigma
+        elif prediction == "v_prediction":
+            out = (alpha * state - d) / (alpha * sigma)
+        else:
+            out = d
+        out = out.to(sample.dtype)
+        return UNet2DOutput(sample=out) if return_dict else (out,)
+
+
+def as_unet(law_or_denoiser: Any, scheduler: Any) -> torch.nn.Module:
+    """A law (or denoiser) of shape [C, H, W] posing as the diffusers network that a scheduler expects.
+
+    For tests and demonstrations: every sampler can be run with an exact denoiser in place of a network.
+    It predicts what ``scheduler.config.prediction_type`` asks for; computed in float64.
+    """
+    return _Posing(as_denoiser(law_or_denoiser), scheduler)

@@ -1,0 +1,383 @@
+"""Mean and covariance of anything: one pass, float64, mergeable.
+
+    mean = 1/n sum x        cov = 1/(n - 1) sum (x - mean)(x - mean)^T
+
+Rows are summed around a pilot mean (the first block's), so a mean far larger than the spread
+costs no digits. 8-bit data take an exact way in float32: pixels minus 128 are integers, and products
+of blocks of up to 1,024 rows stay below 2^24, where float32 is exact.
+
+The rows are dealt at random, but by a fixed rule, into a few disjoint parts. Their sum is the answer
+and leaving one out at a time gives its interval (jackknife). The same type serves the spectrum, the
+Gaussian start and the Fréchet distance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import torch
+from scipy.linalg import blas
+from scipy.sparse.linalg import eigsh
+
+from symbreak.critical import jackknife
+from symbreak.files import InputError, read_tensors, write_tensors
+
+__all__ = ["Moments", "Spectrum", "frechet_distance"]
+
+EXACT_ROWS = 1024  # 1,024 products of two numbers up to 128 stay below 2^24
+BLOCK_ROWS = 4096
+PARTS_BYTES = 2**30  # the jackknife parts together stay below this
+SAVED_PARTS_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Leading eigenvalues of a covariance, falling, with jackknife intervals (NaN where unknown)."""
+
+    values: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Count, mean [d] and scatter sum (x - mean)(x - mean)^T [d, d] of some rows."""
+
+    count: int
+    mean: np.ndarray
+    scatter: np.ndarray
+
+    def merge(self, other: _Part) -> _Part:
+        """Chan, Golub & LeVeque 1983: exact whatever the order, up to rounding."""
+        if self.count == 0 or other.count == 0:
+            return other if self.count == 0 else self
+        n = self.count + other.count
+        gap = other.mean - self.mean
+        mean = self.mean + gap * (other.count / n)
+        scatter = self.scatter + other.scatter
+        scatter += np.outer(gap, gap * (self.count * other.count / n))
+        return _Part(n, mean, scatter)
+
+
+class Moments:
+    """Mean and covariance of a data set or a sample.
+
+    Args:
+        count: number of rows n.
+        mean: array or tensor of the data's shape [*S].
+        cov: covariance [d, d], d the number of elements of S, divided by n - 1.
+
+    Raises:
+        InputError: for wrong shapes, NaN, or a covariance that is not symmetric.
+
+    >>> m = Moments.fit([torch.tensor([[0.0, 1.0], [2.0, 1.0]])])
+    >>> m.count, m.mean.tolist(), m.cov.tolist()
+    (2, [1.0, 1.0], [[2.0, 0.0], [0.0, 0.0]])
+    """
+
+    def __init__(self, count: int, mean: Any, cov: Any) -> None:
+        mu = np.asarray(torch.as_tensor(mean).detach().cpu(), dtype=np.float64)
+        c = np.asarray(torch.as_tensor(cov).detach().cpu(), dtype=np.float64)
+        if c.shape != (mu.size, mu.size):
+            raise InputError(f"a covariance of shape {c.shape} for a mean of {mu.shape}; expected ({mu.size}, {mu.size}).")
+        if count < 2:
+            raise InputError(f"moments of {count} sample{'s' * (count != 1)}; at least 2 are needed.")
+        if not (np.isfinite(mu).all() and np.isfinite(c).all()):
+            raise InputError("mean or covariance holds NaN or infinity; expected finite numbers.")
+        if not np.allclose(c, c.T, rtol=1e-8, atol=1e-10 * max(1e-300, float(np.abs(c).max()))):
+            raise InputError("the covariance is not symmetric. Pass (cov + cov.T) / 2 if the difference is rounding.")
+        self.shape: tuple[int, ...] = mu.shape
+        self._parts = [_Part(int(count), mu.reshape(-1), 0.5 * (c + c.T) * (count - 1))]
+
+    @classmethod
+    def _from_parts(cls, shape: tuple[int, ...], parts: list[_Part]) -> Moments:
+        self = cls.__new__(cls)
+        self.shape = tuple(shape)
+        self._parts = parts
+        return self
+
+    @classmethod
+    def fit(cls, batches: Iterable[torch.Tensor], parts: int | None = None) -> Moments:
+        """Moments of a stream of batches in one pass; memory does not grow with n.
+
+        Args:
+            batches: tensors or arrays [B, *S], or `Images` (8-bit ones take the exact way).
+            parts: disjoint sub-accumulators for the jackknife; by default 8, fewer for very large d.
+
+        Raises:
+            InputError: for fewer than 2 rows, changing shapes, NaN or infinity, or all rows equal.
+        """
+        sums: _Sums | None = None
+        blocks = getattr(batches, "blocks", None)
+        exact = bool(blocks is not None and getattr(batches, "integer", False))
+        for batch in blocks() if exact and blocks is not None else batches:
+            rows = batch.detach().cpu().numpy() if isinstance(batch, torch.Tensor) else np.asarray(batch)
+            if rows.ndim < 2:
+                raise InputError(f"a batch of shape {rows.shape}; expected [B, *S] with at least one dimension in S.")
+            if sums is None:
+                sums = _Sums(rows.shape[1:], parts, exact)
+            sums.add(rows)
+        if sums is None:
+            raise InputError("no batches came; expected at least 2 samples.")
+        scale, offset = (batches.scale, batches.offset) if exact else (1.0, 0.0)  # type: ignore[attr-defined]
+        return sums.finish(cls, scale, offset)
+
+    @cached_property
+    def _total(self) -> _Part:
+        total = self._parts[0]
+        for part in self._parts[1:]:
+            total = total.merge(part)
+        return total
+
+    @property
+    def count(self) -> int:
+        """Number of samples n."""
+        return self._total.count
+
+    @property
+    def dim(self) -> int:
+        """Number of elements d of one sample."""
+        return math.prod(self.shape)
+
+    @cached_property
+    def mean(self) -> torch.Tensor:
+        """Mean [*S], float64."""
+        return torch.from_numpy(self._total.mean.reshape(self.shape).copy())
+
+    @cached_property
+    def cov(self) -> torch.Tensor:
+        """Covariance [d, d], float64, divided by n - 1."""
+        return torch.from_numpy(self._total.scatter / (self.count - 1))
+
+    @cached_property
+    def eigh(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Eigenvalues [d], falling and cut at 0, and eigenvectors [d, d] in columns.
+
+        Raises:
+            InputError: where the covariance has an eigenvalue below zero by more than rounding.
+        """
+        values, vectors = scipy.linalg.eigh(self.cov.numpy(), driver="evd")
+        if values[0] < -1e-9 * max(abs(values[-1]), 1e-300) * math.sqrt(self.dim):
+            raise InputError(
+                f"the covariance has the eigenvalue {values[0]:.3g}; expected a positive semidefinite matrix."
+            )
+        return (
+            torch.from_numpy(np.maximum(values[::-1], 0.0).copy()),
+            torch.from_numpy(np.ascontiguousarray(vectors[:, ::-1])),
+        )
+
+    def spectrum(self, k: int | None = None) -> Spectrum:
+        """The k largest eigenvalues with jackknife intervals on the log scale.
+
+        Source: the leave-one-part-out jackknife; parts are random disjoint subsets of the rows.
+        """
+        k = self.dim if k is None else min(int(k), self.dim)
+        if k < 1:
+            raise InputError(f"{k} eigenvalues asked for; expected at least 1.")
+        values = self._top(self._total, k) if "eigh" not in self.__dict__ else self.eigh[0].numpy()[:k]
+        low, high = np.full(k, math.nan), np.full(k, math.nan)
+        left_out = self._left_out(k)
+        for i in range(0 if left_out is None else min(k, left_out.shape[1])):
+            column = left_out[:, i]  # type: ignore[index]
+            if values[i] > 0 and (column > 0).all():
+                a, b = jackknife(math.log(values[i]), np.log(column))
+                low[i], high[i] = math.exp(a), math.exp(b)
+        return Spectrum(values, low, high)
+
+    def _left_out(self, k: int) -> np.ndarray | None:
+        """Top k eigenvalues with each part left out, [parts, k]."""
+        if len(self._parts) < 2:
+            saved: np.ndarray | None = self.__dict__.get("_saved_left_out")
+            return saved
+        cache: dict[int, np.ndarray] = self.__dict__.setdefault("_left_out_cache", {})
+        if k not in cache:
+            rows = []
+            for leave in range(len(self._parts)):
+                rest = _Part(0, self._parts[0].mean, self._parts[0].scatter)
+                for i, part in enumerate(self._parts):
+                    rest = rest if i == leave else rest.merge(part)
+                rows.append(self._top(rest, k))
+            cache[k] = np.stack(rows)
+        return cache[k]
+
+    @staticmethod
+    def _top(part: _Part, k: int) -> np.ndarray:
+        c = part.scatter / (part.count - 1)
+        d = len(c)
+        if d > 256 and k < d // 8:
+            # Lanczos with a fixed start: the same bits every time.
+            start = np.random.default_rng(0).standard_normal(d)
+            found = eigsh(c, k=k, which="LA", v0=start, return_eigenvectors=False, tol=1e-12)
+        else:
+            found = scipy.linalg.eigvalsh(c)[-k:]
+        return np.maximum(np.sort(found)[::-1], 0.0)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both samples together; associative and commutative up to rounding.
+
+        Raises:
+            InputError: where the shapes differ.
+        """
+        if self.shape != other.shape:
+            raise InputError(f"moments of shape {self.shape} and {other.shape} cannot be merged.")
+        if len(self._parts) == len(other._parts):
+            return self._from_parts(self.shape, [a.merge(b) for a, b in zip(self._parts, other._parts)])
+        return self._from_parts(self.shape, [self._total.merge(other._total)])
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file: count, mean, covariance, and what the intervals need."""
+        tensors: dict[str, torch.Tensor] = {
+            "count": torch.tensor(self.count),
+            "mean": self.mean,
+            "cov": self.cov,
+        }
+        if len(self._parts) > 1 and len(self._parts) * 8 * self.dim**2 <= SAVED_PARTS_BYTES:
+            tensors["parts.count"] = torch.tensor([p.count for p in self._parts])
+            tensors["parts.mean"] = torch.from_numpy(np.stack([p.mean for p in self._parts]))
+            tensors["parts.scatter"] = torch.from_numpy(np.stack([p.scatter for p in self._parts]))
+        else:
+            left_out = self._left_out(min(32, self.dim))
+            if left_out is not None:
+                tensors["left_out"] = torch.from_numpy(left_out)
+        return write_tensors(path, tensors, {"format": "symbreak.moments", "version": "1"})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Moments:
+        """Read what `save` wrote."""
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != "symbreak.moments" or not {"count", "mean", "cov"} <= set(tensors):
+            raise InputError(f"{path} holds no moments. Expected a file that `symbreak fit` wrote.")
+        if metadata.get("version") != "1":
+            raise InputError(f"{path} was written by a newer symbreak (format {metadata.get('version')}). Update it.")
+        self = cls(int(tensors["count"]), tensors["mean"], tensors["cov"])
+        if "parts.count" in tensors:
+            counts, means, scatters = (tensors[f"parts.{k}"].numpy() for k in ("count", "mean", "scatter"))
+            if means.shape != (len(counts), self.dim) or scatters.shape != (len(counts), self.dim, self.dim):
+                raise InputError(f"{path} holds moments whose parts do not fit together. Fit it again.")
+            self._parts = [_Part(int(n), m, s) for n, m, s in zip(counts, means, scatters)]
+        elif "left_out" in tensors:
+            self.__dict__["_saved_left_out"] = tensors["left_out"].numpy()
+        return self
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count}, shape={self.shape})"
+
+
+class _Sums:
+    """Running sums of disjoint parts of a stream of rows."""
+
+    def __init__(self, shape: tuple[int, ...], parts: int | None, exact: bool) -> None:
+        self.shape, self.exact = shape, exact
+        self.d = math.prod(shape)
+        if self.d == 0:
+            raise InputError(f"samples of shape {shape} are empty.")
+        self.groups = parts or max(1, min(8, PARTS_BYTES // (8 * self.d**2)))
+        self.rows = 0
+        self.counts = [0] * self.groups
+        self.sums = [np.zeros(self.d) for _ in range(self.groups)]
+        # Fortran order: BLAS syrk adds into one triangle of these in place, at half the work of a product.
+        self.products = [np.zeros((self.d, self.d), order="F") for _ in range(self.groups)]
+        self.waiting: list[list[np.ndarray]] = [[] for _ in range(self.groups)]
+        self.waiting_rows = [0] * self.groups
+        self.shift: np.ndarray | None = None
+        self.capacity = EXACT_ROWS if exact else max(64, min(BLOCK_ROWS // self.groups, 2**27 // (8 * self.d)))
+
+    def add(self, rows: np.ndarray) -> None:
+        if rows.shape[1:] != self.shape:
+            raise InputError(f"a batch of shape {rows.shape}; the first batches had samples of shape {self.shape}.")
+        flat = rows.reshape(len(rows), self.d)
+        if not self.exact and not np.isfinite(flat).all():
+            bad = self.rows + int(np.flatnonzero(~np.isfinite(flat).all(axis=1))[0])
+            raise InputError(f"sample {bad} holds NaN or infinity; expected finite numbers.")
+        if self.shift is None:
+            self.shift = np.full(self.d, 128.0) if self.exact else flat.mean(axis=0, dtype=np.float64)
+        part = self._deal(self.rows, len(flat))
+        self.rows += len(flat)
+        for g in range(self.groups):
+            chosen = flat[part == g] if self.groups > 1 else flat
+            while len(chosen):
+                room = self.capacity - self.waiting_rows[g]
+                self.waiting[g].append(chosen[:room].copy())
+                self.waiting_rows[g] += len(chosen[:room])
+                chosen = chosen[room:]
+                if self.waiting_rows[g] == self.capacity:
+                    self._flush(g)
+
+    def _deal(self, start: int, n: int) -> np.ndarray:
+        """The part of each row, by a hash of its index: independent of batches and of the data's order."""
+        z = np.arange(start, start + n, dtype=np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return ((z ^ (z >> np.uint64(31))) % np.uint64(self.groups)).astype(np.int64)
+
+    def _flush(self, g: int) -> None:
+        if not self.waiting[g]:
+            return
+        rows = np.concatenate(self.waiting[g])
+        self.waiting[g], self.waiting_rows[g] = [], 0
+        self.counts[g] += len(rows)
+        if self.exact:
+            small = rows.astype(np.float32)
+            small -= np.float32(128.0)
+            self.sums[g] += small.sum(axis=0, dtype=np.float64)
+            self.products[g] += blas.ssyrk(1.0, small.T)
+        else:
+            wide = rows.astype(np.float64)
+            wide -= self.shift
+            self.sums[g] += wide.sum(axis=0)
+            self.products[g] = blas.dsyrk(1.0, wide.T, beta=1.0, c=self.products[g], overwrite_c=1)
+
+    def finish(self, cls: type[Moments], scale: float, offset: float) -> Moments:
+        if self.rows < 2:
+            raise InputError(f"{self.rows} sample{'s' * (self.rows != 1)} came; at least 2 are needed.")
+        parts = []
+        for g in range(self.groups):
+            self._flush(g)
+            n = self.counts[g]
+            if n == 0:
+                continue
+            upper = np.triu(self.products[g])
+            scatter = upper + np.triu(upper, 1).T
+            self.products[g] = np.empty((0, 0))
+            mean = self.sums[g] / n
+            scatter -= np.outer(self.sums[g], mean)
+            # raw -> x = (raw + offset) / scale
+            parts.append(_Part(n, (mean + self.shift + offset) / scale, scatter / scale**2))
+        result = cls._from_parts(self.shape, parts)
+        if not np.diag(result._total.scatter).any():
+            raise InputError(f"all {self.rows:,} samples are equal; their law has no spread to learn from.")
+        return result
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Fréchet (2-Wasserstein, squared) distance of the Gaussians with two given moments.
+
+        |mu_a - mu_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2
+
+    The last trace is the sum of singular values of A^1/2 B^1/2 with symmetric roots, which holds
+    for rank-deficient covariances too.
+
+    Source: Dowson & Landau 1982; Heusel et al. 2017, arXiv:1706.08500.
+    """
+    if a.shape != b.shape:
+        raise InputError(f"moments of shape {a.shape} and {b.shape} cannot be compared.")
+    gap = (a.mean - b.mean).reshape(-1)
+    roots = []
+    for m in (a, b):
+        values, vectors = m.eigh
+        keep = values > 0
+        roots.append(vectors[:, keep] * values[keep].sqrt())
+    # A^1/2 = Q_a L_a^1/2 Q_a^T: the outer orthogonal factors do not change singular values.
+    cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum() if min(r.shape[1] for r in roots) else 0.0
+    value = gap @ gap + torch.trace(a.cov) + torch.trace(b.cov) - 2 * cross
+    return max(0.0, float(value))
