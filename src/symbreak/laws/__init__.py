@@ -1,5 +1,8 @@
 """Laws: tractable distributions whose noised version x = x_0 + sigma eps is known."""
 
+from symbreak.laws.empirical import Empirical
 from symbreak.laws.gaussian import Gaussian
+from symbreak.laws.mixture import Mixture
+from symbreak.laws.sphere import Sphere
 
-__all__ = ["Gaussian"]
+__all__ = ["Empirical", "Gaussian", "Mixture", "Sphere"]

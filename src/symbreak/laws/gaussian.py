@@ -16,6 +16,7 @@ from collections.abc import Iterable
 import torch
 
 from symbreak.files import InputError
+from symbreak.laws.flow import Parameters, column, flatten, fresh, level
 from symbreak.moments import Moments
 
 __all__ = ["Gaussian"]
@@ -36,25 +37,24 @@ class Gaussian:
         self.moments = moments
         self.shape: tuple[int, ...] = moments.shape
         self.eigenvalues, self.eigenvectors = moments.eigh
-        self._cache: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, ...]] = {}
+        self._whole = Parameters(moments.mean.reshape(-1), self.eigenvalues, self.eigenvectors)
 
     @classmethod
     def fit(cls, batches: Iterable[torch.Tensor]) -> Gaussian:
         """The Gaussian with the moments of a stream of batches [B, *S]."""
         return cls(Moments.fit(batches))
 
+    @property
+    def dim(self) -> int:
+        """Number of elements d of one sample."""
+        return self.moments.dim
+
     def _parameters(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """mean [d], eigenvalues [d], eigenvectors [d, d] in the dtype and on the device of x."""
-        key = (x.dtype, x.device)
-        if key not in self._cache:
-            whole = (self.moments.mean.reshape(-1), self.eigenvalues, self.eigenvectors)
-            self._cache[key] = tuple(p.to(x.device, x.dtype) for p in whole)
-        return self._cache[key]
+        return self._whole.like(x)
 
     def _flat(self, x: torch.Tensor) -> torch.Tensor:
-        if tuple(x.shape[1:]) != self.shape or x.ndim != len(self.shape) + 1:
-            raise InputError(f"a batch of shape {tuple(x.shape)}; this law needs [B, {', '.join(map(str, self.shape))}].")
-        return x.reshape(len(x), -1)
+        return flatten(x, self.shape)
 
     def _map(self, x: torch.Tensor, factor: torch.Tensor, centred: bool = False) -> torch.Tensor:
         """mu + Q factor Q^T (x - mu); ``centred`` leaves mu out on both sides."""
@@ -66,17 +66,14 @@ class Gaussian:
 
     def _variance(self, x: torch.Tensor, sigma: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Eigenvalues [d] and sigma^2, [] or [B, 1], both float64 on the device of x."""
-        s = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
-        if not bool((s > 0).all()):
-            raise InputError(f"sigma is {float(s.min()):g}; expected a noise level > 0.")
-        if s.ndim == 1:
-            s = s[:, None]
-        return self.eigenvalues.to(x.device), s * s
+        return self._whole.like(x, torch.float64)[1], column(level(sigma, x) ** 2)
 
     def sample(self, n: int, sigma: float = 0.0, generator: torch.Generator | None = None) -> torch.Tensor:
         """n draws of x_0 + sigma eps, [n, *S] float64."""
-        z = torch.randn(n, *self.shape, generator=generator, dtype=torch.float64)
-        return self._map(z, (self.eigenvalues + float(sigma) ** 2).sqrt(), centred=True) + self.moments.mean
+        g = fresh(generator)
+        z = torch.randn(n, *self.shape, generator=g, dtype=torch.float64, device=g.device)
+        mean, values, _ = self._parameters(z)
+        return self._map(z, (values + float(sigma) ** 2).sqrt(), centred=True) + mean.reshape(self.shape)
 
     def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """E[x_0 | x_0 + sigma eps = x], [B, *S]; sigma a float or [B]."""
@@ -95,11 +92,22 @@ class Gaussian:
         mean, _, q = self._parameters(x)
         y = ((self._flat(x) - mean) @ q).double()
         total = values + s2
-        return -0.5 * ((y * y / total).sum(-1) + total.log().sum(-1) + self.moments.dim * math.log(2 * math.pi))
+        return -0.5 * (
+            (y * y / total).sum(-1) + total.log().sum(-1) + self.moments.dim * math.log(2 * math.pi)
+        )
 
-    def transport(
-        self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None
+    def posterior_covariance(
+        self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor
     ) -> torch.Tensor:
+        """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x; the same at every x."""
+        if v.shape != x.shape:
+            raise InputError(
+                f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same."
+            )
+        values, s2 = self._variance(x, sigma)
+        return self._map(v.to(x.dtype), values * s2 / (values + s2), centred=True)
+
+    def transport(self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None) -> torch.Tensor:
         """Carry noise along the law's probability flow to level sigma, deterministically.
 
             mu + Q sqrt(L + sigma^2) Q^T z                                   from pure noise z ~ N(0, I)

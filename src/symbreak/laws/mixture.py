@@ -1,0 +1,573 @@
+"""A mixture of Gaussians under noise: one component a class or a cluster, everything in closed form.
+
+With component k of weight pi_k, mean mu_k and covariance Q_k L_k Q_k^T, the noised mixture is a mixture of
+N(mu_k, Q_k (L_k + sigma^2) Q_k^T), and with w_k(x) its posterior weights and D_k, C_k the posterior mean
+and covariance of each component,
+
+    D(x) = sum_k w_k D_k        Cov(x_0 | x) = sum_k w_k (C_k + (D_k - D)(D_k - D)^T).
+
+Every component is diagonalised once, so any noise level is cheap. A component is stored by its leading
+eigenvectors Q_k [d, r], their eigenvalues and one variance for all other directions (``floor``): r = d is
+a full covariance, r = 0 an isotropic one, and floor 0 with r = 0 a single point. Log weights are float64
+whatever the dtype of x: at small sigma they are small differences of large numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+import torch
+
+from symbreak.files import InputError
+from symbreak.laws.flow import Parameters, column, flatten, fresh, level, probability_flow, top_eigenvalue
+from symbreak.moments import Moments, _Sums
+
+__all__ = ["Mixture"]
+
+CHUNK = 2**25  # numbers [components, B, d] held at a time
+KINDS = ("full", "low-rank", "isotropic")
+
+
+class Mixture:
+    """A mixture of Gaussians.
+
+    Args:
+        moments: `Moments` of each component, all of one sample shape [*S].
+        weights: probabilities [K] of the components; by default in proportion to the moments' counts.
+
+    Raises:
+        InputError: for weights that are negative or do not sum to one, for shapes that differ, and for a
+            covariance that is not positive semidefinite (it names the eigenvalue).
+
+    >>> law = Mixture.from_parameters([[-1.0], [1.0]], [0.0, 0.0])
+    >>> round(law.denoise(torch.tensor([[0.5]]), sigma=1.0).item(), 6)  # tanh(x / sigma^2)
+    0.462117
+    """
+
+    def __init__(self, moments: Sequence[Moments], weights: Any = None) -> None:
+        moments = list(moments)
+        if not moments:
+            raise InputError("a mixture of no components; expected at least one `Moments`.")
+        shapes = {m.shape for m in moments}
+        if len(shapes) > 1:
+            raise InputError(f"components of the shapes {sorted(shapes)}; expected one shape.")
+        if weights is None:
+            counts = torch.tensor([float(m.count) for m in moments], dtype=torch.float64)
+            weights = counts / counts.sum()
+        d = moments[0].dim
+        ranks = []
+        for m in moments:
+            values = m.eigh[0]
+            ranks.append(int((values > 1e-13 * max(float(values[0]), 1e-300)).sum()))
+        # Fewer samples than dimensions leave null directions; storing them pays only where they are few.
+        r = d if 2 * max(ranks) > d else max(ranks)
+        self._set(
+            moments[0].shape,
+            torch.stack([m.mean.reshape(-1) for m in moments]),
+            torch.stack([m.eigh[1][:, :r] for m in moments]),
+            torch.stack([m.eigh[0][:r] for m in moments]),
+            torch.zeros(len(moments), dtype=torch.float64),
+            weights,
+            sum(m.count for m in moments),
+        )
+
+    def _set(
+        self,
+        shape: tuple[int, ...],
+        means: torch.Tensor,
+        vectors: torch.Tensor,
+        values: torch.Tensor,
+        floor: torch.Tensor,
+        weights: Any,
+        count: int,
+    ) -> None:
+        k = len(means)
+        pi = torch.as_tensor(weights, dtype=torch.float64).reshape(-1).cpu()
+        if len(pi) != k:
+            raise InputError(f"{len(pi)} weights for {k} components; expected one each.")
+        if not bool(torch.isfinite(pi).all()) or bool((pi < 0).any()):
+            raise InputError(f"a weight is {float(pi.min()):g}; expected probabilities >= 0.")
+        total = float(pi.sum())
+        if abs(total - 1.0) > 1e-6:
+            raise InputError(f"the weights sum to {total:.8g}; expected 1. Divide them by their sum.")
+        if not bool(torch.isfinite(means).all()):
+            raise InputError("a mean holds NaN or infinity; expected finite numbers.")
+        self.shape = tuple(shape)
+        self.weights = pi / total
+        self.means = means  # [K, d]
+        self.vectors = vectors  # [K, d, r]
+        self.eigenvalues = values  # [K, r]
+        self.floor = floor  # [K]
+        self.count = count
+        self._parameters = Parameters(means, vectors, values, floor, self.weights.log())
+
+    @classmethod
+    def from_parameters(cls, means: Any, covariances: Any, weights: Any = None) -> Mixture:
+        """A mixture given by its parameters.
+
+        Args:
+            means: [K, *S].
+            covariances: full [K, d, d]; or isotropic variances, a number, [K] or [K, 1] (0 makes a
+                component a point); or low rank ``(vectors [K, d, r], eigenvalues [K, r], floor [K])`` with
+                orthonormal columns: variance ``eigenvalues`` along them, ``floor`` in all other directions.
+            weights: probabilities [K]; by default equal.
+
+        Raises:
+            InputError: for shapes that do not fit, weights that are no probabilities, or a covariance that
+                is not positive semidefinite (it names the eigenvalue).
+        """
+        mu = torch.as_tensor(means, dtype=torch.float64).detach().cpu()
+        if mu.ndim < 2 or mu.numel() == 0:
+            raise InputError(
+                f"means of shape {tuple(mu.shape)}; expected [K, *S] with at least one component."
+            )
+        k, shape = len(mu), tuple(mu.shape[1:])
+        flat = mu.reshape(k, -1)
+        d = flat.shape[1]
+        if isinstance(covariances, tuple):
+            if len(covariances) != 3:
+                raise InputError(
+                    f"{len(covariances)} covariance factors; expected (vectors, eigenvalues, floor)."
+                )
+            q, values, floor = (torch.as_tensor(c, dtype=torch.float64).detach().cpu() for c in covariances)
+            floor = floor.expand(k) if floor.ndim == 0 else floor.reshape(-1)
+            if q.ndim != 3 or q.shape[:2] != (k, d) or values.shape != (k, q.shape[2]) or len(floor) != k:
+                raise InputError(
+                    f"low-rank factors of {tuple(q.shape)}, {tuple(values.shape)}, {tuple(floor.shape)} "
+                    f"for {k} means of {d} elements; expected [{k}, {d}, r], [{k}, r], [{k}]."
+                )
+            gap = (q.mT @ q - torch.eye(q.shape[2], dtype=torch.float64)).abs()
+            if gap.numel() and float(gap.max()) > 1e-8:
+                raise InputError(
+                    "the low-rank vectors are not orthonormal. Pass the Q of a QR or eigendecomposition."
+                )
+        else:
+            c = torch.as_tensor(covariances, dtype=torch.float64).detach().cpu()
+            if c.ndim == 3:
+                if c.shape != (k, d, d):
+                    raise InputError(f"covariances of shape {tuple(c.shape)}; expected ({k}, {d}, {d}).")
+                q, values = _diagonalise(c)
+                floor = torch.zeros(k, dtype=torch.float64)
+            else:
+                floor = c.expand(k) if c.ndim == 0 else c.reshape(-1)
+                if c.ndim > 2 or (c.ndim == 2 and c.shape[1] != 1) or len(floor) != k:
+                    raise InputError(
+                        f"covariances of shape {tuple(c.shape)} for {k} means of {d} elements; expected "
+                        f"[{k}, {d}, {d}], [{k}], or (vectors, eigenvalues, floor)."
+                    )
+                q = torch.zeros(k, d, 0, dtype=torch.float64)
+                values = torch.zeros(k, 0, dtype=torch.float64)
+        for name, v in (("eigenvalue", values), ("variance", floor)):
+            if v.numel() and not float(v.min()) >= 0:
+                raise InputError(f"a covariance has the {name} {float(v.min()):.3g}; expected numbers >= 0.")
+        if weights is None:
+            weights = torch.full((k,), 1.0 / k, dtype=torch.float64)
+        self = cls.__new__(cls)
+        self._set(shape, flat, q, values, floor.clone(), weights, max(2, k))
+        return self
+
+    @classmethod
+    def fit(
+        cls,
+        batches: Any,
+        labels: Any = None,
+        components: int | None = None,
+        rank: int | None = None,
+        kind: str = "full",
+        seed: int = 0,
+        method: str = "k-means",
+        leading: int = 32,
+    ) -> Mixture:
+        """One Gaussian a class, or a cluster; weights are the shares of the samples.
+
+        Args:
+            batches: `Images`, a tensor [N, *S], or an iterable of batches [B, *S]. With ``components`` it is
+                walked three times.
+            labels: class of every sample in order, [N] integers; ``True`` takes ``batches.labels``.
+            components: number of clusters, found by scikit-learn on the leading principal components.
+            rank: eigenvectors kept a component, the mean of the other eigenvalues becoming the variance
+                of all other directions; implies ``kind="low-rank"``.
+            kind: ``"full"``, ``"low-rank"`` (needs ``rank``) or ``"isotropic"`` covariances.
+            seed: of the clustering.
+            method: ``"k-means"``, or ``"em"`` for a Gaussian mixture on the principal components, whose most
+                probable component a sample is then counted to.
+            leading: principal components used for clustering.
+
+        Raises:
+            InputError: for labels that do not fit the samples, a class of fewer than two samples, or both or
+                neither of ``labels`` and ``components``.
+        """
+        if kind not in KINDS:
+            raise InputError(f"unknown kind {kind!r}. Known: {', '.join(KINDS)}.")
+        if kind == "low-rank" and rank is None:
+            raise InputError("kind='low-rank' came without a rank. Pass rank=, the eigenvectors to keep.")
+        if rank is not None and rank < 1:
+            raise InputError(f"rank is {rank}; expected at least 1.")
+        has_labels = labels is not None and labels is not False
+        if has_labels == (components is not None):
+            raise InputError("a mixture is fitted by labels= or by components=; pass one of them.")
+        if isinstance(batches, torch.Tensor | np.ndarray):
+            batches = [batches]
+        elif iter(batches) is batches:
+            batches = list(batches)
+        if labels is True:
+            labels = getattr(batches, "labels", None)
+            if labels is None:
+                raise InputError("labels=True, but the data have no labels. Pass labels=[N] or components=.")
+        if components is not None:
+            labels = _clusters(batches, components, seed, method, leading)
+        classes, code = np.unique(np.asarray(torch.as_tensor(labels).cpu()).reshape(-1), return_inverse=True)
+        found = _class_moments(batches, code, classes)
+        law = cls(found)
+        d = math.prod(law.shape)
+        if kind == "isotropic":
+            variance = torch.tensor([float(m.eigh[0].sum()) / d for m in found], dtype=torch.float64)
+            flat = cls.from_parameters(law.means.reshape(-1, *law.shape), variance, law.weights)
+        elif rank is not None and rank < d:
+            whole = torch.stack([m.eigh[0] for m in found])
+            factors = (
+                torch.stack([m.eigh[1][:, :rank] for m in found]),
+                whole[:, :rank],
+                whole[:, rank:].mean(dim=1),
+            )
+            flat = cls.from_parameters(law.means.reshape(-1, *law.shape), factors, law.weights)
+        else:
+            return law
+        flat.count = law.count
+        return flat
+
+    @property
+    def dim(self) -> int:
+        """Number of elements d of one sample."""
+        return self.means.shape[1]
+
+    @property
+    def components(self) -> int:
+        """Number of components K."""
+        return len(self.means)
+
+    @cached_property
+    def _centre(self) -> torch.Tensor:
+        """Mean of the law [d]."""
+        return self.weights @ self.means
+
+    def _covariance(self, v: torch.Tensor) -> torch.Tensor:
+        """Covariance of the law times v [n, d] float64."""
+        gap = self.means - self._centre
+        out = (v @ gap.T * self.weights) @ gap + (self.weights @ self.floor) * v
+        if self.vectors.shape[2]:
+            for pi, q, values, f in zip(self.weights, self.vectors, self.eigenvalues, self.floor):
+                out = out + pi * (((v @ q) * (values - f)) @ q.T)
+        return out
+
+    @cached_property
+    def _scales(self) -> tuple[float, float]:
+        """Mean variance and top standard deviation of the law."""
+        r = self.eigenvalues.shape[1]
+        inside = self.eigenvalues.sum(1) + (self.dim - r) * self.floor
+        between = ((self.means - self._centre) ** 2).sum(1)
+        variance = float(self.weights @ (inside + between)) / self.dim
+        return variance, math.sqrt(top_eigenvalue(self._covariance, self.dim))
+
+    @cached_property
+    def moments(self) -> Moments:
+        """Exact mean and covariance of the mixture (d x d)."""
+        return Moments(
+            max(2, self.count),
+            self._centre.reshape(self.shape),
+            self._covariance(torch.eye(self.dim, dtype=torch.float64)),
+        )
+
+    # Log weights and posterior means of the components
+
+    def _chunks(self, x: torch.Tensor) -> Iterator[slice]:
+        size = max(1, CHUNK // max(1, x.numel()))
+        for start in range(0, self.components, size):
+            yield slice(start, start + size)
+
+    def _isotropic(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        """log p_k(x) [B, K] of isotropic components, float64."""
+        means, _, _, floor, _ = self._parameters.like(flat, torch.float64)
+        # Float64 products around the centre: |x|^2 - 2 x.m + |m|^2 loses 1e-16 of |x - centre|^2.
+        c = self._centre.to(flat.device)
+        y, m = flat.double() - c, means - c
+        squares = (y * y).sum(1, keepdim=True) - 2.0 * (y @ m.T) + (m * m).sum(1)
+        total = floor + s2
+        return -0.5 * (squares / total + self.dim * (total.log() + math.log(2 * math.pi)))
+
+    def _spectral(
+        self, flat: torch.Tensor, s2: torch.Tensor, part: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of some components: log p_k(x) [k, B], y = x - mu_k [k, B, d] and Q^T y [k, B, r], float64."""
+        means, vectors, values, floor, _ = (p[part] for p in self._parameters.like(flat, torch.float64))
+        r = values.shape[1]
+        y = flat.double() - means[:, None]
+        z = y @ vectors
+        total = values[:, None] + s2
+        quadratic = (z * z / total).sum(-1)
+        log_det = total.log().sum(-1)
+        if r < self.dim:
+            rest = y - z @ vectors.mT
+            outside = floor[:, None, None] + s2
+            quadratic = quadratic + ((rest * rest) / outside).sum(-1)
+            log_det = log_det + (self.dim - r) * outside[..., 0].log()
+        return -0.5 * (quadratic + log_det + self.dim * math.log(2 * math.pi)), y, z
+
+    def _component_means(
+        self, x: torch.Tensor, s2: torch.Tensor, part: slice, y: torch.Tensor, z: torch.Tensor
+    ) -> torch.Tensor:
+        """Posterior means minus x, [k, B, d] in the dtype of x: -sigma^2 (C_k + sigma^2)^-1 (x - mu_k)."""
+        _, vectors, *_ = (p[part] for p in self._parameters.like(x))
+        _, _, values, floor, _ = (p[part] for p in self._parameters.like(x, torch.float64))
+        inside = s2 / (values[:, None] + s2)
+        if vectors.shape[2] == self.dim:
+            return -((inside * z).to(x.dtype) @ vectors.mT)
+        outside = s2 / (floor[:, None, None] + s2)
+        return -(outside * y).to(x.dtype) - ((inside - outside) * z).to(x.dtype) @ vectors.mT
+
+    def component_log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """log density of each noised component at x, log p_sigma(x | k), [B, K] float64."""
+        return self._log_components(flatten(x, self.shape), column(level(sigma, x) ** 2))
+
+    def _log_components(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        if self.vectors.shape[2] == 0:
+            return self._isotropic(flat, s2)
+        return torch.cat([self._spectral(flat, s2, part)[0] for part in self._chunks(flat)]).T
+
+    def _log_joint(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        """log (pi_k p_k(x)) [B, K], float64."""
+        return self._log_components(flat, s2) + self._parameters.like(flat, torch.float64)[4]
+
+    def responsibilities(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Posterior probabilities of the components, p(k | x), [B, K] float64."""
+        return torch.softmax(self._log_joint(flatten(x, self.shape), column(level(sigma, x) ** 2)), dim=1)
+
+    def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """log density of x_0 + sigma eps at x, [B], nats, float64."""
+        return torch.logsumexp(self._log_joint(flatten(x, self.shape), column(level(sigma, x) ** 2)), dim=1)
+
+    def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """E[x_0 | x_0 + sigma eps = x], [B, *S]; sigma a float or [B]."""
+        flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
+        return (flat + self._shift(flat, s2)[0]).reshape(x.shape)
+
+    def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Gradient of `log_prob`, [B, *S]."""
+        flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
+        return (self._shift(flat, s2)[0] / s2.to(x.dtype)).reshape(x.shape)
+
+    def _shift(self, flat: torch.Tensor, s2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean minus x [B, d], and log (pi_k p_k(x)) [B, K]."""
+        if self.vectors.shape[2] == 0:
+            means, _, _, floor, _ = self._parameters.like(flat, torch.float64)
+            joint = self._log_joint(flat, s2)
+            w = torch.softmax(joint, dim=1) * (s2 / (floor + s2))
+            return (w @ means - w.sum(1, keepdim=True) * flat.double()).to(flat.dtype), joint
+        # One pass over the components with a running maximum, so that memory does not grow with their number.
+        log_pi = self._parameters.like(flat, torch.float64)[4]
+        joints: list[torch.Tensor] = []
+        top = weight = shift = None
+        for part in self._chunks(flat):
+            joint, y, z = self._spectral(flat, s2, part)
+            joint = joint + log_pi[part, None]
+            own = self._component_means(flat, s2, part, y, z)
+            joints.append(joint)
+            highest = joint.detach().amax(0) if top is None else torch.maximum(top, joint.detach().amax(0))
+            w = (joint - highest).exp()
+            add = torch.einsum("kb,kbd->bd", w.to(flat.dtype), own)
+            if top is None or weight is None or shift is None:
+                weight, shift = w.sum(0), add
+            else:
+                rescale = (top - highest).exp()
+                weight = weight * rescale + w.sum(0)
+                shift = shift * rescale[:, None].to(flat.dtype) + add
+            top = highest
+        if weight is None or shift is None:
+            raise RuntimeError("a mixture without components")
+        return shift / weight[:, None].to(flat.dtype), torch.cat(joints).T
+
+    def posterior_covariance(
+        self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x."""
+        if v.shape != x.shape:
+            raise InputError(
+                f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same."
+            )
+        flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
+        u = v.reshape(flat.shape).to(x.dtype)
+        shift, joint = self._shift(flat, s2)
+        w = torch.softmax(joint, dim=1)
+        if self.vectors.shape[2] == 0:
+            means, _, _, floor, _ = self._parameters.like(x, torch.float64)
+            y, v64 = flat.double(), u.double()
+            inside = (w * (floor * s2 / (floor + s2))).sum(1, keepdim=True) * v64
+            # Posterior means of the components are x + g_k (mu_k - x); around D their weighted sum is 0.
+            g = s2 / (floor + s2)
+            t = g * (v64 @ means.T - (y * v64).sum(1, keepdim=True)) - (shift.double() * v64).sum(
+                1, keepdim=True
+            )
+            wt = w * (t - (w * t).sum(1, keepdim=True))
+            between = (wt * g) @ means - (wt * g).sum(1, keepdim=True) * y
+            return (inside + between).to(x.dtype).reshape(x.shape)
+        out = torch.zeros_like(flat)
+        for part in self._chunks(flat):
+            _, vectors, *_ = (p[part] for p in self._parameters.like(x))
+            _, _, values, floor, _ = (p[part] for p in self._parameters.like(x, torch.float64))
+            _, y, z = self._spectral(flat, s2, part)
+            gap = self._component_means(flat, s2, part, y, z) - shift
+            own = w.T[part].to(x.dtype)
+            inside = (values[:, None] * s2 / (values[:, None] + s2)).to(x.dtype)
+            outside = (floor[:, None, None] * s2 / (floor[:, None, None] + s2)).to(x.dtype)
+            covered = ((u @ vectors) * (inside - outside)) @ vectors.mT + outside * u
+            out = out + torch.einsum("kb,kbd->bd", own, covered)
+            out = out + torch.einsum("kb,kbd->bd", own * (gap * u).sum(-1), gap)
+        return out.reshape(x.shape)
+
+    def sample(
+        self,
+        n: int,
+        sigma: float = 0.0,
+        generator: torch.Generator | None = None,
+        component: int | None = None,
+    ) -> torch.Tensor:
+        """n draws of x_0 + sigma eps, [n, *S] float64; of one component only where it is given."""
+        return self.sample_labelled(n, sigma, generator, component)[0]
+
+    def sample_labelled(
+        self,
+        n: int,
+        sigma: float = 0.0,
+        generator: torch.Generator | None = None,
+        component: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """n draws [n, *S] float64 of x_0 + sigma eps and the component [n] of each."""
+        g = fresh(generator)
+        if component is None:
+            label = torch.multinomial(self.weights.to(g.device), n, replacement=True, generator=g)
+        elif 0 <= component < self.components:
+            label = torch.full((n,), int(component), device=g.device)
+        else:
+            raise InputError(
+                f"component {component} of a mixture of {self.components}; "
+                f"expected 0 .. {self.components - 1}."
+            )
+        z = torch.randn(n, self.dim, generator=g, dtype=torch.float64, device=g.device)
+        means, vectors, values, floor, _ = self._parameters.like(z)
+        s2 = float(sigma) ** 2
+        x = means[label] + (floor[label] + s2).sqrt()[:, None] * z
+        if vectors.shape[2]:
+            for k in range(self.components):
+                chosen = (label == k).nonzero()[:, 0]
+                if len(chosen):
+                    extra = (values[k] + s2).sqrt() - (floor[k] + s2).sqrt()
+                    x[chosen] += ((z[chosen] @ vectors[k]) * extra) @ vectors[k].T
+        return x.reshape(n, *self.shape), label
+
+    def transport(
+        self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None, steps: int = 48
+    ) -> torch.Tensor:
+        """Carry noise along the law's probability flow to level sigma, deterministically.
+
+        Args:
+            noise: [B, *S]; white noise, or VE states at ``sigma_from``.
+            sigma: target level.
+            sigma_from: level of the states given; ``None`` for pure noise (the limit of infinite sigma).
+            steps: Runge-Kutta steps; the error falls with their fourth power.
+
+        Returns:
+            VE states [B, *S] at sigma.
+        """
+        flatten(noise, self.shape)
+        variance, spread = self._scales
+        mean = self._centre.reshape(self.shape)
+        return probability_flow(self.denoise, noise, sigma, sigma_from, mean, variance, spread, steps)
+
+    def __repr__(self) -> str:
+        r = self.vectors.shape[2]
+        kind = "isotropic" if r == 0 else "full" if r == self.dim else f"rank {r}"
+        return f"Mixture({self.components} {kind} components, shape={self.shape})"
+
+
+def _diagonalise(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eigenvectors [K, d, d] and eigenvalues [K, d], falling, of covariances [K, d, d]."""
+    vectors, values = [], []
+    for k, one in enumerate(c.numpy()):
+        if not np.isfinite(one).all():
+            raise InputError(f"covariance {k} holds NaN or infinity; expected finite numbers.")
+        if not np.allclose(one, one.T, rtol=1e-8, atol=1e-10 * max(1e-300, float(np.abs(one).max()))):
+            raise InputError(
+                f"covariance {k} is not symmetric. Pass (cov + cov.T) / 2 if the difference is rounding."
+            )
+        e, q = scipy.linalg.eigh(0.5 * (one + one.T))
+        if e[0] < -1e-9 * max(abs(e[-1]), 1e-300) * math.sqrt(len(e)):
+            raise InputError(
+                f"covariance {k} has the eigenvalue {e[0]:.3g}; expected a positive semidefinite matrix."
+            )
+        values.append(torch.from_numpy(np.maximum(e[::-1], 0.0).copy()))
+        vectors.append(torch.from_numpy(q[:, ::-1].copy()))
+    return torch.stack(vectors), torch.stack(values)
+
+
+def _class_moments(batches: Any, code: np.ndarray, classes: np.ndarray) -> list[Moments]:
+    """Moments of every class in one pass; ``code`` [N] says the class of each sample in order."""
+    blocks = getattr(batches, "blocks", None)
+    exact = bool(blocks is not None and getattr(batches, "integer", False))
+    sums: list[_Sums] | None = None
+    seen = 0
+    for batch in blocks() if exact and blocks is not None else batches:
+        rows = batch.detach().cpu().numpy() if isinstance(batch, torch.Tensor) else np.asarray(batch)
+        if rows.ndim < 2:
+            raise InputError(
+                f"a batch of shape {rows.shape}; expected [B, *S] with at least one dimension in S."
+            )
+        own = code[seen : seen + len(rows)]
+        if len(own) < len(rows):
+            raise InputError(f"{len(code):,} labels, but more samples came; expected one label a sample.")
+        seen += len(rows)
+        if sums is None:
+            sums = [_Sums(rows.shape[1:], 1, exact) for _ in classes]
+        for k in np.unique(own):
+            sums[k].add(rows[own == k])
+    if sums is None or seen != len(code):
+        raise InputError(f"{len(code):,} labels for {seen:,} samples; expected one label a sample.")
+    scale, offset = (batches.scale, batches.offset) if exact else (1.0, 0.0)
+    few = [i for i, s in enumerate(sums) if s.rows < 2]
+    if few:
+        raise InputError(
+            f"class {classes[few[0]]} has {sums[few[0]].rows} sample; at least 2 are needed. Drop it, or "
+            "ask for fewer components."
+        )
+    return [s.finish(Moments, scale, offset) for s in sums]
+
+
+def _clusters(batches: Any, components: int, seed: int, method: str, leading: int) -> np.ndarray:
+    """A cluster for every sample [N], found on the leading principal components."""
+    from sklearn.cluster import KMeans
+    from sklearn.mixture import GaussianMixture
+
+    if components < 1:
+        raise InputError(f"{components} components; expected at least 1.")
+    if method not in ("k-means", "em"):
+        raise InputError(f"unknown method {method!r}. Known: k-means, em.")
+    whole = Moments.fit(batches)
+    if whole.count < 2 * components:
+        raise InputError(f"{whole.count} samples for {components} components; expected at least two each.")
+    p = min(leading, whole.dim)
+    axes = whole.eigh[1][:, :p]
+    mean = whole.mean.reshape(-1)
+    rows: list[torch.Tensor] = []
+    for batch in batches:
+        flat = torch.as_tensor(np.asarray(batch)).reshape(len(batch), -1).double()
+        rows.append((flat - mean) @ axes)
+    points = torch.cat(rows).numpy()
+    if method == "k-means":
+        found = KMeans(components, random_state=seed, n_init=4).fit_predict(points)
+    else:
+        found = GaussianMixture(components, random_state=seed, reg_covar=1e-6).fit_predict(points)
+    return np.asarray(found)
