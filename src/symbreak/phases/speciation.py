@@ -1,23 +1,62 @@
 """Speciation: the noise level at which the classes of a data set become distinguishable.
 
-Spectral criterion (Biroli, Bonnaire, de Bortoli, Mézard 2024, arXiv:2402.18491): with Lambda the top
-eigenvalue of the data covariance, Lambda exp(-2 tau_S) = 1, that is tau_S = 1/2 log Lambda and
-sigma_S^2 = Lambda - 1. It depends on the data's scale: [0, 1] instead of [-1, 1] shifts tau by -ln 2.
+Many criteria, many levels; every result names its own.
+
+    spectral          Lambda exp(-2 tau) = 1: tau = 1/2 log Lambda, sigma^2 = Lambda - 1, Lambda the top
+                      eigenvalue of the data covariance. It depends on the data's scale: [0, 1] instead of
+                      [-1, 1] shifts tau by -ln 2.
+    signal-to-noise   sigma^2 = Lambda, tau = 1/2 log(1 + Lambda)
+    free-entropy      E[L] = Std[L], L = log p(x | c) - log p(x | other classes), x drawn from class c
+    cloning           phi = E sum_c p(c | x)^2: the probability that two reverse trajectories that share
+                      their path down to sigma and then use independent noise end in the same class
+
+Sources: Biroli, Bonnaire, de Bortoli, Mézard 2024, arXiv:2402.18491 (spectral, cloning of two Gaussians);
+Achilli, Benedetti, Biroli, Mézard, arXiv:2602.04404 (free entropy); phi of any mixture is derived.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
-from symbreak.critical import CriticalTime
-from symbreak.files import InputError
-from symbreak.moments import Moments
-from symbreak.noise import NoiseLevel
+import numpy as np
+import torch
+from scipy import stats
+from scipy.optimize import brentq
 
-__all__ = ["ladder", "speciation_time"]
+from symbreak.critical import CriticalTime, Curve, jackknife
+from symbreak.denoise import as_denoiser
+from symbreak.files import InputError
+from symbreak.laws.classes import class_draws, mixture_of, posterior_average
+from symbreak.laws.mixture import Mixture
+from symbreak.moments import Moments
+from symbreak.noise import NoiseLevel, generator
+
+__all__ = ["SpeciationTime", "clone_agreement", "cloning_probability", "ladder", "speciation_time"]
 
 SPECTRAL = "arXiv:2402.18491, Lambda exp(-2 tau) = 1"
+SIGNAL_TO_NOISE = "sigma^2 = Lambda (derived)"
+FREE_ENTROPY = "arXiv:2602.04404, E[L] = Std[L]"
+CRITERIA = ("spectral", "signal-to-noise", "free-entropy")
+
+
+@dataclass(frozen=True)
+class SpeciationTime(CriticalTime):
+    """A free-entropy time: the level at which the first class stands out, and the level of every class.
+
+    Attributes:
+        classes: one `CriticalTime` a class, in the mixture's order: the level seen from states of that
+            class. They differ for classes of different shape.
+    """
+
+    classes: tuple[CriticalTime, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records."""
+        return {**super().to_dict(), "classes": [c.to_dict() for c in self.classes]}
 
 
 def _spectral(value: float, low: float, high: float, scale: float) -> CriticalTime:
@@ -29,41 +68,359 @@ def _spectral(value: float, low: float, high: float, scale: float) -> CriticalTi
 
     if value * scale**2 <= 1.0:
         reason = (
-            f"the top eigenvalue {value * scale**2:.4g} is at most 1: the noise of the VP process hides this mode "
-            "at every level."
+            f"the top eigenvalue {value * scale**2:.4g} is at most 1: the noise of the VP process hides this "
+            "mode at every level."
         )
         return CriticalTime(None, criterion="spectral", source=SPECTRAL, reason=reason)
     return CriticalTime(level(value), level(low), level(high), criterion="spectral", source=SPECTRAL)
 
 
-def speciation_time(law_or_moments: Any, criterion: str = "spectral", scale: float = 1.0) -> CriticalTime:
+def speciation_time(
+    law_or_moments: Any,
+    criterion: str = "spectral",
+    scale: float = 1.0,
+    samples: int = 20000,
+    seed: int = 0,
+) -> CriticalTime:
     """The speciation level of a law or of measured moments.
 
     Args:
-        law_or_moments: `Moments`, or a law with ``.moments``.
-        criterion: ``"spectral"``.
+        law_or_moments: `Moments`, or a law with ``.moments``; for ``"free-entropy"`` a `Mixture`, one
+            component a class.
+        criterion: ``"spectral"``, ``"signal-to-noise"`` or ``"free-entropy"`` (module docstring).
         scale: factor on the data; 0.5 gives the value for images in [0, 1].
+        samples: draws for the free entropy of three and more classes (two are exact).
+        seed: of those draws.
 
     Returns:
-        A `CriticalTime`; its interval comes from the jackknife of the moments. No level, with a
-        reason, where the top eigenvalue is at most 1.
+        A `CriticalTime`. Spectral and signal-to-noise: its interval comes from the jackknife of the
+        moments; no level, with a reason, where the top eigenvalue is at most 1 (spectral). Free entropy:
+        a `SpeciationTime`, whose ``classes`` hold one time for each class that x is drawn from and whose
+        own level is the largest of them, where the first class stands out. With three and more classes
+        each is set against the mixture of the others, by Monte Carlo, with jackknife intervals.
 
     Raises:
-        InputError: for an unknown criterion.
+        InputError: for an unknown criterion, a scale <= 0, or a law without classes.
 
     >>> import torch
     >>> data = torch.tensor([[-2.0], [2.0]]).repeat(500, 1)
     >>> round(speciation_time(Moments.fit([data])).level.ou_time, 3)
     0.694
+    >>> law = Mixture.from_parameters([[-2.0], [2.0]], 1.0)
+    >>> round(speciation_time(law, "free-entropy").sigma ** 2, 9)                # M - s2
+    3.0
     """
-    if criterion != "spectral":
-        raise InputError(f"unknown speciation criterion {criterion!r}. Known: spectral.")
+    if criterion not in CRITERIA:
+        raise InputError(f"unknown speciation criterion {criterion!r}. Known: {', '.join(CRITERIA)}.")
+    if not (scale > 0 and math.isfinite(scale)):
+        raise InputError(f"scale is {scale:g}; expected a factor > 0 on the data.")
+    if criterion == "free-entropy":
+        return _free_entropy(mixture_of(law_or_moments), scale, samples, seed)
     moments = law_or_moments if isinstance(law_or_moments, Moments) else law_or_moments.moments
     top = moments.spectrum(1)
-    return _spectral(float(top.values[0]), float(top.low[0]), float(top.high[0]), scale)
+    value, low, high = float(top.values[0]), float(top.low[0]), float(top.high[0])
+    if criterion == "spectral":
+        return _spectral(value, low, high, scale)
+    level, below, above = (
+        None if math.isnan(v) else NoiseLevel(math.sqrt(v) * scale) for v in (value, low, high)
+    )
+    return CriticalTime(level, below, above, criterion=criterion, source=SIGNAL_TO_NOISE)
 
 
 def ladder(moments: Moments, modes: int = 10, scale: float = 1.0) -> list[CriticalTime]:
     """The spectral time of each of the leading modes: the order in which they are decided."""
     s = moments.spectrum(modes)
     return [_spectral(float(v), float(a), float(b), scale) for v, a, b in zip(s.values, s.low, s.high)]
+
+
+def _free_entropy(law: Mixture, scale: float, samples: int, seed: int) -> SpeciationTime:
+    """Free-entropy times of every class of a mixture."""
+    if law.components < 2:
+        raise InputError("a mixture of one component has no classes to tell apart; expected at least two.")
+    gaps = law.means - law.weights @ law.means
+    variance = float(law.weights @ (gaps * gaps).sum(1)) + float(
+        law.eigenvalues.sum() + law.floor.sum() * law.dim
+    )
+    size = math.sqrt(variance)
+    if not size > 0:
+        raise InputError("all components are one point; expected classes that differ.")
+    found = []
+    ends: tuple[float | None, float | None, float | None]
+    reason: str | None
+    for k in range(law.components):
+        if law.weights[k] == 0:
+            reason = f"class {k} has weight 0"
+            found.append(CriticalTime(None, criterion="free-entropy", source=FREE_ENTROPY, reason=reason))
+            continue
+        if law.components == 2:
+            ends = (_outermost(_pair(law, k), size), None, None)
+        else:
+            ends = _against_rest(law, k, size, samples, seed)
+        reason = None if ends[0] is not None else f"E[L] stays below Std[L] for class {k} at every level"
+        level, low, high = (None if e is None else NoiseLevel(e * scale) for e in ends)
+        found.append(
+            CriticalTime(level, low, high, criterion="free-entropy", source=FREE_ENTROPY, reason=reason)
+        )
+    first = max(found, key=lambda c: -1.0 if c.sigma is None else c.sigma)
+    return SpeciationTime(
+        first.level,
+        first.low,
+        first.high,
+        criterion="free-entropy",
+        source=FREE_ENTROPY,
+        reason=first.reason,
+        classes=tuple(found),
+    )
+
+
+def _outermost(excess: Callable[[float], float], size: float) -> float | None:
+    """The largest sigma at which a function of sigma turns positive, going down from far outside the data."""
+    grid = size * np.geomspace(1e3, 1e-5, 120)
+    before = excess(float(grid[0]))
+    for a, b in pairwise(grid):
+        now = excess(float(b))
+        if before < 0 <= now:
+            return math.exp(
+                brentq(lambda u: excess(math.exp(u)), math.log(b), math.log(a), xtol=1e-13, rtol=1e-14)
+            )
+        before = now
+    return None
+
+
+def _pair(law: Mixture, k: int) -> Callable[[float], float]:
+    """E[L] - Std[L] of two Gaussians, x drawn from component k: both moments are exact.
+
+    With A = C_k + sigma^2, B = C_j + sigma^2, gap g and delta_i the eigenvalues of B^-1/2 (A - B) B^-1/2,
+
+        E = 1/2 sum_i (delta_i - log(1 + delta_i)) + 1/2 g B^-1 g
+        Var = 1/2 sum_i delta_i^2 + g B^-1 A B^-1 g.
+    """
+    j, d = 1 - k, law.dim
+    gap = (law.means[k] - law.means[j])[:, None]
+    frame = torch.cat([law.vectors[k], law.vectors[j], gap], dim=1)
+    # Outside the span of both bases and the gap the two covariances are multiples of the identity.
+    u = torch.linalg.qr(frame)[0] if frame.shape[1] < d else torch.eye(d, dtype=torch.float64)
+
+    def inside(i: int) -> torch.Tensor:
+        t = u.T @ law.vectors[i]
+        return (t * (law.eigenvalues[i] - law.floor[i])) @ t.T + law.floor[i] * torch.eye(u.shape[1]).double()
+
+    own, other = inside(k), inside(j)
+    values, vectors = torch.linalg.eigh(other)
+    values = values.clamp_min(0.0)
+    difference = vectors.T @ (own - other) @ vectors
+    along = (vectors.T @ (u.T @ gap))[:, 0]
+    beyond, floors = d - u.shape[1], (float(law.floor[k]), float(law.floor[j]))
+
+    def excess(sigma: float) -> float:
+        root = (values + sigma * sigma).sqrt()
+        b = difference / root[:, None] / root
+        delta = torch.linalg.eigvalsh(b).clamp_min(-1 + 1e-15)
+        w = along / root
+        out = (floors[0] - floors[1]) / (floors[1] + sigma * sigma)
+        mean = 0.5 * float((delta - torch.log1p(delta)).sum() + w @ w) + 0.5 * beyond * (
+            out - math.log1p(out)
+        )
+        variance = float(0.5 * (delta * delta).sum() + w @ w + w @ b @ w) + 0.5 * beyond * out * out
+        return mean / math.sqrt(variance) - 1.0 if variance > 0 else -1.0
+
+    return excess
+
+
+def _against_rest(
+    law: Mixture, k: int, size: float, samples: int, seed: int, groups: int = 10
+) -> tuple[float | None, float | None, float | None]:
+    """sigma where E[L] = Std[L] for L = log p(x | k) - log p(x | not k), and its jackknife interval."""
+    draws = class_draws(law, k, max(samples // law.components, 10 * groups), seed)
+    log_w = law.weights.log()
+    others = [j for j in range(law.components) if j != k]
+
+    def odds(sigma: float) -> np.ndarray:
+        out = []
+        for clean, noise in draws:
+            log_p = law.component_log_prob(clean + sigma * noise, sigma).double()
+            rest = torch.logsumexp(log_p[:, others] + log_w[others], dim=1) - torch.logsumexp(
+                log_w[others], dim=0
+            )
+            out.append(log_p[:, k] - rest)
+        return torch.cat(out).numpy()
+
+    def excess(values: np.ndarray) -> float:
+        spread = float(values.std(ddof=1))
+        return float(values.mean()) / spread - 1.0 if spread > 0 else -1.0
+
+    root = _outermost(lambda s: excess(odds(s)), size)
+    if root is None:
+        return None, None, None
+    h = 0.02
+    slope = (excess(odds(root * math.exp(h))) - excess(odds(root * math.exp(-h)))) / (2 * h)
+    at, part = odds(root), np.arange(sum(len(c) for c, _ in draws)) % groups
+    moved = np.array([-excess(at[part != g]) / slope for g in range(groups)])
+    low, high = jackknife(0.0, moved)
+    return root, root * math.exp(low), root * math.exp(high)
+
+
+def _levels(sigma: Any) -> tuple[np.ndarray, bool]:
+    """Levels [G] and whether a single one was meant."""
+    s = np.asarray(torch.as_tensor(sigma).detach().cpu(), dtype=np.float64)
+    if s.ndim > 1 or s.size == 0:
+        raise InputError(f"sigma of shape {s.shape}; expected a level or levels [G].")
+    if not (np.isfinite(s).all() and (s > 0).all()):
+        raise InputError(f"sigma is {float(s.min()):g}; expected finite noise levels > 0.")
+    return np.atleast_1d(s), s.ndim == 0
+
+
+def _curve(sigma: np.ndarray, scalar: bool, values: Sequence[np.ndarray], name: str) -> Curve:
+    """A `Curve`; for a single level its arrays have no axis, so that float(curve.value) works."""
+    s, value, low, high = (v.reshape(()) if scalar else v for v in (sigma, *values))
+    return Curve(s, value, low, high, name=name)
+
+
+def cloning_probability(law: Any, sigma: Any, samples: int = 20000, seed: int = 0) -> Curve:
+    """The probability that two clones which part at sigma end in the same class.
+
+        phi(sigma) = E_x sum_c p(c | x)^2        two Gaussians +-m: 1/2 + 1/2 E tanh^2(z (z + Y))
+
+    Args:
+        law: a `Mixture`, one component a class.
+        sigma: a level, or levels [G].
+        samples: draws in all (at least 16 a class), where there is no quadrature.
+        seed: of the draws; every level shares them, so errors of neighbouring levels are correlated.
+
+    Returns:
+        A `Curve` with 95 % intervals (for a single level its arrays have no axis). Two components with a
+        common covariance and any weights are done by quadrature, their interval has no width.
+
+    Raises:
+        InputError: for a law without classes, or sigma <= 0.
+
+    Source: arXiv:2402.18491 (two Gaussians); the general form is derived.
+
+    >>> law = Mixture.from_parameters([[-1.0], [1.0]], 0.0)
+    >>> round(float(cloning_probability(law, 1.0).value), 10)                    # z = 1
+    0.7752002454
+    """
+    mixture = mixture_of(law)
+    s, scalar = _levels(sigma)
+    values = posterior_average(mixture, s, lambda log_p: (2 * log_p).exp().sum(-1), samples, seed)
+    # Quadrature rounds: a certain agreement is 1, not 1 + 2e-16.
+    return _curve(s, scalar, [np.clip(v, 0.0, 1.0) for v in values], "cloning probability")
+
+
+def clone_agreement(
+    law_or_denoiser: Any,
+    sigma: Any,
+    classify: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    pairs: int = 1000,
+    steps: int = 200,
+    seeds: int = 0,
+    sigma_start: float | None = None,
+    sigma_end: float | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Curve:
+    """Measured cloning: the share of pairs of reverse trajectories that part at sigma and end in one class.
+
+    One trajectory a pair, the trunk, runs down all levels; at every branch level a clone leaves it and goes
+    on with noise of its own. Trunk and clones advance together in one growing batch, so each stretch of
+    a trunk is computed once whatever the number of branch levels. Each step is the posterior step
+
+        x' = D + (sigma'/sigma)^2 (x - D) + sigma' sqrt(1 - sigma'^2 / sigma^2) z
+
+    which solves the reverse SDE exactly for a constant D, on levels even in log sigma, with the branch
+    levels among them.
+
+    Args:
+        law_or_denoiser: a law, or a denoiser d(x, sigma).
+        sigma: a branch level, or branch levels [G].
+        classify: final images [B, *S] -> integer classes [B]; by default a `Mixture`'s likeliest.
+        pairs: number of trunks.
+        steps: steps from ``sigma_start`` to ``sigma_end``.
+        seeds: every 250 pairs draw from a generator of their own, keyed by this and their number.
+        sigma_start: where trunks start; by default the largest branch level for a law, which is sampled
+            there exactly, and the top of its range for a denoiser, from pure noise.
+        sigma_end: last level before the final denoising; by default 1 % of a law's standard deviation, or
+            the bottom of the range.
+        dtype: of the states.
+
+    Returns:
+        A `Curve` with 95 % Wilson intervals. Levels share their trunks: their errors are correlated.
+
+    Raises:
+        InputError: for sigma <= 0 or outside the range, fewer than 1 pair or step, or no way to classify.
+
+    Source: arXiv:2402.18491.
+    """
+    s, scalar = _levels(sigma)
+    d = as_denoiser(law_or_denoiser)
+    is_law = hasattr(law_or_denoiser, "denoise")
+    if pairs < 1 or steps < 1:
+        raise InputError(f"{pairs} pairs and {steps} steps; expected at least 1 of each.")
+    if is_law:
+        end = sigma_end or 0.01 * float(
+            law_or_denoiser.sample(256, 0.0, generator(0, 256)).double().std(0).mean()
+        )
+        start = sigma_start or float(s.max())
+    else:
+        end, start = sigma_end or d.sigma_range[0], sigma_start or d.sigma_range[1]
+    if classify is None:
+        mixture = mixture_of(law_or_denoiser)
+
+        def classify(images: torch.Tensor) -> torch.Tensor:
+            return mixture.responsibilities(images, end).argmax(1)
+
+    if not 0 < end < s.min() or s.max() > start:
+        raise InputError(
+            f"branch levels from {s.min():.4g} to {s.max():.4g}; expected them between the last level "
+            f"{end:.4g} and the first, {start:.4g}. Choose others or pass sigma_start and sigma_end."
+        )
+    grid = np.unique(np.concatenate([np.geomspace(end, start, steps + 1)[1:-1], [end, start], s]))[::-1]
+    # Levels that are one up to rounding make no step.
+    grid = grid[np.append(True, grid[1:] < grid[:-1] * (1 - 1e-12))]
+    leaves = [np.flatnonzero(np.abs(np.log(s / g)) < 1e-11) for g in grid]
+    agree = np.zeros(len(s))
+    for block, first in enumerate(range(0, pairs, 250)):
+        n = min(250, pairs - first)
+        agree += _clones(
+            law_or_denoiser, d, is_law, grid, leaves, n, generator(seeds, block), classify, dtype, len(s)
+        )
+    share, z = agree / pairs, float(stats.norm.ppf(0.975))
+    middle = (share + z * z / (2 * pairs)) / (1 + z * z / pairs)
+    half = z * np.sqrt(share * (1 - share) / pairs + z * z / (4 * pairs**2)) / (1 + z * z / pairs)
+    return _curve(s, scalar, (share, middle - half, middle + half), "clone agreement")
+
+
+@torch.no_grad()
+def _clones(
+    source: Any,
+    d: Any,
+    is_law: bool,
+    grid: np.ndarray,
+    leaves: list[np.ndarray],
+    n: int,
+    g: torch.Generator,
+    classify: Callable[[torch.Tensor], torch.Tensor],
+    dtype: torch.dtype,
+    branches: int,
+) -> np.ndarray:
+    """How many of n pairs agree at each branch level."""
+    shape = tuple(d.shape)
+    if is_law:
+        x = source.sample(n, float(grid[0]), g).to(dtype)
+    else:
+        x = float(grid[0]) * torch.randn(n, *shape, generator=g, dtype=dtype)
+    owners: list[int] = []
+    for i, level in enumerate(grid):
+        for branch in leaves[i]:
+            x = torch.cat([x, x[:n]])
+            owners.append(int(branch))
+        mean = d(x, float(level))
+        if i + 1 == len(grid):
+            break
+        ratio = float(grid[i + 1] / level) ** 2
+        noise = torch.randn(x.shape, generator=g, dtype=dtype)
+        x = mean + ratio * (x - mean) + float(grid[i + 1]) * math.sqrt(1 - ratio) * noise
+    label = classify(mean).reshape(-1, n)
+    agree = np.zeros(branches)
+    for row, branch in enumerate(owners, start=1):
+        agree[branch] = float((label[row] == label[0]).sum())
+    return agree

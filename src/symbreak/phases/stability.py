@@ -88,7 +88,7 @@ class Branch:
 
     @property
     def stable(self) -> np.ndarray:
-        """Whether the point at each level exists and is stable [G]; rings of points, neutral along themselves, count."""
+        """Whether the point at each level exists and is stable [G]; neutral ones (on a ring) count."""
         return self.exists & (np.nan_to_num(self.eigenvalue, nan=1.0) <= 1e-9)
 
 
@@ -113,9 +113,7 @@ class FixedPoints:
 
 def _checked(flow: str, frame: str) -> None:
     if flow not in ("sde", "ode"):
-        raise InputError(
-            f"unknown flow {flow!r}. Pass flow='sde' (reverse SDE) or flow='ode' (probability flow)."
-        )
+        raise InputError(f"unknown flow {flow!r}. Pass flow='sde' or flow='ode' (probability flow).")
     if frame not in ("vp", "ve"):
         raise InputError(f"unknown frame {frame!r}. Pass frame='vp' or frame='ve'.")
 
@@ -260,8 +258,8 @@ def potential(
         a, b = torch.cat([a[~fine], middle[~fine]]), torch.cat([middle[~fine], b[~fine]])
         whole, owner = torch.cat([left[~fine], right[~fine]]), torch.cat([owner[~fine], owner[~fine]])
     length = (states[1:] - states[:-1]).reshape(len(value), -1).norm(dim=1)
-    whole_path = [np.concatenate([[0.0], v.cumsum(0).cpu().numpy()]) for v in (length, value, error)]
-    return Potential(states, *whole_path, s, flow, frame)
+    along, u, doubt = (np.concatenate([[0.0], v.cumsum(0).cpu().numpy()]) for v in (length, value, error))
+    return Potential(states, along, u, doubt, s, flow, frame)
 
 
 class _System:
@@ -374,7 +372,7 @@ class _System:
         )
 
     def top(self, x: np.ndarray, lam: float) -> float:
-        """Top eigenvalue (real part) of J / kappa: symmetric for laws (Lanczos), not for networks (Arnoldi)."""
+        """Top eigenvalue (real part) of J / kappa; above `DENSE` by Lanczos (laws) or Arnoldi."""
         if self.dim <= DENSE:
             j = self.jacobian(x, lam)
             if not self.is_law:
@@ -409,7 +407,7 @@ class _System:
         rhs: np.ndarray,
         border: tuple[np.ndarray, np.ndarray, float] | None = None,
     ) -> np.ndarray:
-        """Least-squares solution of (J / kappa - 1) u = rhs, or of the system bordered by a column, a row and a corner.
+        """Least-squares solution of (J / kappa - 1) u = rhs, or of that bordered by (column, row, corner).
 
         Directions along which the matrix vanishes (a ring of fixed points, a pitchfork) are left alone.
         """
@@ -459,7 +457,7 @@ class _System:
         return x if float(np.linalg.norm(self.residual(x, lam))) <= 1e3 * self.tolerance(x) else None
 
     def settle(self, x: np.ndarray, lam: float, iterations: int = 200) -> np.ndarray:
-        """Iterate w <- D(w / kappa) on rows [n, d]: it converges to stable fixed points. Diverging rows are dropped."""
+        """Iterate w <- D(w / kappa) on rows [n, d], towards stable points; diverging rows are dropped."""
         kappa, sigma = self.kappa(lam), math.exp(lam)
         for _ in range(iterations):
             new = self._denoised(x / kappa, sigma)
@@ -519,7 +517,7 @@ def _corrected(system: _System, p: _Point, ds: float) -> tuple[_Point, int] | No
 def _march(
     system: _System, x: np.ndarray, lam: float, sign: int, low: float, high: float, largest: float = 0.25
 ) -> Iterator[_Point]:
-    """Points along a branch from (x, lam), first towards larger (sign 1) or smaller levels, until lam leaves [low, high]."""
+    """Points along a branch from (x, lam) until lam leaves [low, high]; sign 1 sets out upwards in lam."""
     slope = system.solve(x, lam, -system.slope(x, lam) / system.scale)
     norm = math.sqrt(1.0 + float(slope @ slope))
     p = _Point(x, lam, sign * slope / norm, sign / norm)
@@ -586,7 +584,7 @@ def _fold(system: _System, p: _Point, q: _Point) -> _Point:
                     shape = np.polynomial.chebyshev.chebfit(
                         angles, np.stack([r.x for r in points]), len(series) - 1
                     )
-                    x = np.polynomial.chebyshev.chebval(u, shape)
+                    x = np.asarray(np.polynomial.chebyshev.chebval(u, shape))
                     return _Point(x, float(np.polynomial.chebyshev.chebval(u, series)), p.tx, 0.0)
         half *= 0.5
     return best
@@ -602,7 +600,7 @@ def _centre(system: _System, high: float) -> np.ndarray | None:
 
 
 def _crossing(system: _System, p: _Point, q: _Point) -> tuple[float, np.ndarray]:
-    """log sigma between two points of the central branch at which its top eigenvalue crosses, and the point."""
+    """log sigma at which the top eigenvalue crosses between two points of a branch, and the point."""
     held: dict[float, np.ndarray] = {}
 
     def excess(lam: float) -> float:
@@ -621,14 +619,14 @@ def _starts(system: _System, starts: torch.Tensor | None, n: int = 64) -> np.nda
     if starts is None:
         if not system.is_law:
             raise InputError(
-                "a denoiser has no samples of its own to look for wells from. Pass starts=, e.g. 64 clean samples."
+                "a denoiser has no samples to look for wells from. Pass starts=, e.g. 64 clean samples."
             )
         draws = system.source.sample(n, 0.0, generator(0, n))
     else:
         draws = torch.as_tensor(starts)
         if draws.ndim == 0 or len(draws) == 0 or tuple(draws.shape[1:]) != system.shape:
             raise InputError(
-                f"starts of shape {tuple(draws.shape)}; expected clean samples [n, {', '.join(map(str, system.shape))}]."
+                f"starts of shape {tuple(draws.shape)}; expected clean samples [n, *S], S = {system.shape}."
             )
     return draws.detach().double().cpu().numpy().reshape(len(draws), -1)
 
@@ -647,12 +645,17 @@ def _wells_at(
 ) -> list[np.ndarray]:
     """Stable fixed points at a level, reached from the starts and not among those known."""
     found: list[np.ndarray] = []
+    rings = 0
     ends = system.settle(starts, lam)
     for x in _distinct(ends, 1e-2 * system.scale, known)[:most]:
         y = system.newton(x, lam)
         if y is not None and _distinct(y[None], 1e-4 * system.scale, known + found):
-            # A ring of fixed points is neutral along itself: not unstable.
-            if system.excess(y, lam) < max(1e-9, 100 * system.noise):
+            excess = system.excess(y, lam)
+            ring = abs(excess) < max(1e-9, 100 * system.noise)
+            if ring and rings:
+                continue  # a ring of fixed points, neutral along itself: one of its points is enough
+            rings += ring
+            if ring or excess < 0:
                 found.append(y)
     return found
 
@@ -742,7 +745,7 @@ def _centre_crossing(system: _System, first: np.ndarray, about: dict[str, Any]) 
         highest = max(highest, value)
         if before is not None and p.tl >= 0:
             fold = _fold(system, before, p)
-            reason = "the central fixed point ends here in a fold (saddle-node); it does not become unstable before"
+            reason = "the central fixed point ends here in a fold (saddle-node), stable until then"
             return CriticalTime(_level(fold.lam, system.frame), reason=reason, **about)
         if before is not None and last <= threshold < value:
             # Between the ends of the step the branch may touch zero within rounding: take the end then.
@@ -753,9 +756,7 @@ def _centre_crossing(system: _System, first: np.ndarray, about: dict[str, Any]) 
     reached = math.exp(before.lam) if before is not None else system.high
     span = f"from sigma = {system.high:.4g} down to {reached:.4g}"
     if highest <= threshold:
-        reason = (
-            f"the central fixed point stays stable {span}: its top eigenvalue never reaches the threshold"
-        )
+        reason = f"the central fixed point stays stable {span}"
     elif value > threshold:
         reason = f"the central fixed point is unstable at every level {span}: there is no crossing"
     else:
@@ -820,9 +821,7 @@ def _wells(system: _System, first: np.ndarray, starts: np.ndarray, about: dict[s
                     break
                 before = p
             if before is not None and before.tl > 0 and before.lam > high - 1e-6:
-                reason = (
-                    f"there are several stable fixed points at every level up to sigma = {system.high:.4g}"
-                )
+                reason = f"several fixed points are stable at every level up to sigma = {system.high:.4g}"
                 return CriticalTime(None, reason=reason, **about)
         # Wells just below their birth have small basins that the starts can miss: look a few levels further.
         after += best is not None
@@ -830,8 +829,8 @@ def _wells(system: _System, first: np.ndarray, starts: np.ndarray, about: dict[s
             break
     if best is None:
         reason = (
-            f"no stable fixed point apart from the central one was found from sigma = {system.high:.4g} down to "
-            f"{system.low:.4g}, from {len(starts)} starts"
+            f"no stable fixed point apart from the central one was found from sigma = {system.high:.4g} "
+            f"down to {system.low:.4g}, from {len(starts)} starts"
         )
         return CriticalTime(None, reason=reason, **about)
     return CriticalTime(_level(best, system.frame), **about)
