@@ -25,7 +25,7 @@ import torch
 from symbreak.files import InputError
 from symbreak.noise import generator
 
-__all__ = ["Parameters", "column", "flatten", "fresh", "level", "probability_flow", "top_eigenvalue"]
+__all__ = ["Parameters", "column", "flatten", "fresh", "level", "plain", "probability_flow", "top_eigenvalue"]
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -84,12 +84,25 @@ def flatten(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         InputError: where the samples do not have the law's shape, or are no floating numbers.
     """
     if tuple(x.shape[1:]) != tuple(shape) or x.ndim != len(shape) + 1:
-        raise InputError(
-            f"a batch of shape {tuple(x.shape)}; this law needs [B, {', '.join(map(str, shape))}]."
-        )
+        wanted = ", ".join(map(str, shape))
+        raise InputError(f"a batch of shape {tuple(x.shape)}; this law needs [B, {wanted}].")
     if x.dtype not in (torch.float32, torch.float64):
         raise InputError(f"a batch of {x.dtype}; expected float32 or float64. Convert it first.")
     return x.reshape(len(x), -1)
+
+
+def plain(*values: torch.Tensor | float) -> bool:
+    """Whether nothing is being differentiated: no autograd graph, no forward mode, no torch.func transform."""
+    for v in values:
+        if not isinstance(v, torch.Tensor):
+            continue
+        if v.requires_grad and torch.is_grad_enabled():
+            return False
+        if torch._C._functorch.is_functorch_wrapped_tensor(v):
+            return False
+        if torch.autograd.forward_ad.unpack_dual(v).tangent is not None:
+            return False
+    return True
 
 
 def fresh(generator: torch.Generator | None) -> torch.Generator:

@@ -377,7 +377,9 @@ class Mixture:
             joint = joint + log_pi[part, None]
             own = self._component_means(flat, s2, part, y, z)
             joints.append(joint)
-            highest = joint.detach().amax(0) if top is None else torch.maximum(top, joint.detach().amax(0))
+            # A component of weight 0 has log weight -inf; the floor keeps -inf minus -inf away.
+            highest = joint.detach().amax(0).clamp(min=-1e300)
+            highest = highest if top is None else torch.maximum(top, highest)
             w = (joint - highest).exp()
             add = torch.einsum("kb,kbd->bd", w.to(flat.dtype), own)
             if top is None or weight is None or shift is None:
