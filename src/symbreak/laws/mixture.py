@@ -319,16 +319,22 @@ class Mixture:
         return -0.5 * (quadratic + log_det + self.dim * math.log(2 * math.pi)), y, z
 
     def _component_means(
-        self, x: torch.Tensor, s2: torch.Tensor, part: slice, y: torch.Tensor, z: torch.Tensor
+        self, x: torch.Tensor, s2: torch.Tensor, part: slice, y: torch.Tensor, z: torch.Tensor, relative: bool
     ) -> torch.Tensor:
-        """Posterior means minus x, [k, B, d] in the dtype of x: -sigma^2 (C_k + sigma^2)^-1 (x - mu_k)."""
-        _, vectors, *_ = (p[part] for p in self._parameters.like(x))
+        """Posterior means, minus x where ``relative``, [k, B, d] in the dtype of x.
+
+        mu_k + C_k (C_k + sigma^2)^-1 (x - mu_k), or -sigma^2 (C_k + sigma^2)^-1 (x - mu_k) minus x: each is
+        a sum without cancellation, the first at large sigma, the second (for the score) at small.
+        """
+        means, vectors, *_ = (p[part] for p in self._parameters.like(x))
         _, _, values, floor, _ = (p[part] for p in self._parameters.like(x, torch.float64))
-        inside = s2 / (values[:, None] + s2)
+        top, rest = (-s2, -s2) if relative else (values[:, None], floor[:, None, None])
+        inside = top / (values[:, None] + s2)
+        base = 0.0 if relative else means[:, None]
         if vectors.shape[2] == self.dim:
-            return -((inside * z).to(x.dtype) @ vectors.mT)
-        outside = s2 / (floor[:, None, None] + s2)
-        return -(outside * y).to(x.dtype) - ((inside - outside) * z).to(x.dtype) @ vectors.mT
+            return base + (inside * z).to(x.dtype) @ vectors.mT
+        outside = rest / (floor[:, None, None] + s2)
+        return base + (outside * y).to(x.dtype) + ((inside - outside) * z).to(x.dtype) @ vectors.mT
 
     def component_log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """log density of each noised component at x, log p_sigma(x | k), [B, K] float64."""
@@ -354,20 +360,24 @@ class Mixture:
     def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """E[x_0 | x_0 + sigma eps = x], [B, *S]; sigma a float or [B]."""
         flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
-        return (flat + self._shift(flat, s2)[0]).reshape(x.shape)
+        return self._mean(flat, s2, relative=False)[0].to(x.dtype).reshape(x.shape)
 
     def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Gradient of `log_prob`, [B, *S]."""
         flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
-        return (self._shift(flat, s2)[0] / s2.to(x.dtype)).reshape(x.shape)
+        return (self._mean(flat, s2, relative=True)[0] / s2).to(x.dtype).reshape(x.shape)
 
-    def _shift(self, flat: torch.Tensor, s2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mean minus x [B, d], and log (pi_k p_k(x)) [B, K]."""
+    def _mean(
+        self, flat: torch.Tensor, s2: torch.Tensor, relative: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean [B, d], minus x where ``relative``, and log (pi_k p_k(x)) [B, K]."""
         if self.vectors.shape[2] == 0:
             means, _, _, floor, _ = self._parameters.like(flat, torch.float64)
             joint = self._log_joint(flat, s2)
-            w = torch.softmax(joint, dim=1) * (s2 / (floor + s2))
-            return (w @ means - w.sum(1, keepdim=True) * flat.double()).to(flat.dtype), joint
+            w = torch.softmax(joint, dim=1)
+            own = w * (s2 / (floor + s2))
+            kept = -own if relative else w * (floor / (floor + s2))
+            return own @ means + kept.sum(1, keepdim=True) * flat.double(), joint
         # One pass over the components with a running maximum, so that memory does not grow with their number.
         log_pi = self._parameters.like(flat, torch.float64)[4]
         joints: list[torch.Tensor] = []
@@ -375,7 +385,7 @@ class Mixture:
         for part in self._chunks(flat):
             joint, y, z = self._spectral(flat, s2, part)
             joint = joint + log_pi[part, None]
-            own = self._component_means(flat, s2, part, y, z)
+            own = self._component_means(flat, s2, part, y, z, relative)
             joints.append(joint)
             # A component of weight 0 has log weight -inf; the floor keeps -inf minus -inf away.
             highest = joint.detach().amax(0).clamp(min=-1e300)
@@ -403,26 +413,26 @@ class Mixture:
             )
         flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
         u = v.reshape(flat.shape).to(x.dtype)
-        shift, joint = self._shift(flat, s2)
+        mean, joint = self._mean(flat, s2, relative=False)
         w = torch.softmax(joint, dim=1)
         if self.vectors.shape[2] == 0:
             means, _, _, floor, _ = self._parameters.like(x, torch.float64)
             y, v64 = flat.double(), u.double()
             inside = (w * (floor * s2 / (floor + s2))).sum(1, keepdim=True) * v64
-            # Posterior means of the components are x + g_k (mu_k - x); around D their weighted sum is 0.
+            # Posterior means of the components are g_k mu_k + (1 - g_k) x, and t is v times them.
             g = s2 / (floor + s2)
-            t = g * (v64 @ means.T - (y * v64).sum(1, keepdim=True)) - (shift.double() * v64).sum(
-                1, keepdim=True
-            )
+            t = g * (v64 @ means.T) + (1 - g) * (y * v64).sum(1, keepdim=True)
             wt = w * (t - (w * t).sum(1, keepdim=True))
-            between = (wt * g) @ means - (wt * g).sum(1, keepdim=True) * y
+            # wt sums to 0 but for rounding, so the means may be counted from D, where little cancels.
+            between = (wt * g) @ means + (wt * (1 - g)).sum(1, keepdim=True) * y
+            between = between - wt.sum(1, keepdim=True) * mean
             return (inside + between).to(x.dtype).reshape(x.shape)
         out = torch.zeros_like(flat)
         for part in self._chunks(flat):
             _, vectors, *_ = (p[part] for p in self._parameters.like(x))
             _, _, values, floor, _ = (p[part] for p in self._parameters.like(x, torch.float64))
             _, y, z = self._spectral(flat, s2, part)
-            gap = self._component_means(flat, s2, part, y, z) - shift
+            gap = self._component_means(flat, s2, part, y, z, relative=False) - mean
             own = w.T[part].to(x.dtype)
             inside = (values[:, None] * s2 / (values[:, None] + s2)).to(x.dtype)
             outside = (floor[:, None, None] * s2 / (floor[:, None, None] + s2)).to(x.dtype)

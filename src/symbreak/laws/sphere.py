@@ -74,8 +74,8 @@ def _tail(nu: float, z2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return h, f
 
 
-def _bessel(nu: float, z2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """h_nu, h_{nu+1} and F_nu at z2 = z^2 >= 0, float64, for any nu >= -1/2."""
+def _bessel(nu: float, z2: torch.Tensor, log: bool = True) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """h_nu, h_{nu+1} and, where ``log``, F_nu at z2 = z^2 >= 0, float64, for any nu >= -1/2."""
     shift = max(1, math.ceil(ORDER - nu))
     h, f = _tail(nu + shift, z2)
     above = h
@@ -84,7 +84,8 @@ def _bessel(nu: float, z2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, to
         above = h
         h = 1.0 / (2.0 * (order + 1.0) + z2 * h)
         # I_order = I_{order+1} / (z h_order)
-        f = f - torch.log(2.0 * (order + 1.0) * h)
+        if log:
+            f = f - torch.log(2.0 * (order + 1.0) * h)
     return h, above, f
 
 
@@ -97,7 +98,7 @@ def bessel_ratio(nu: float, z: torch.Tensor) -> torch.Tensor:
     if nu < -0.5:
         raise InputError(f"order {nu}; expected nu >= -1/2.")
     wide = z.double()
-    return (wide * _bessel(nu, wide * wide)[0]).to(z.dtype)
+    return (wide * _bessel(nu, wide * wide, log=False)[0]).to(z.dtype)
 
 
 class Sphere:
@@ -132,14 +133,14 @@ class Sphere:
         return Moments(2, zero, variance * torch.eye(self.dim, dtype=torch.float64))
 
     def _parts(
-        self, x: torch.Tensor, sigma: float | torch.Tensor
+        self, x: torch.Tensor, sigma: float | torch.Tensor, log: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """x [B, d], |x|^2, r / sigma^2, h_nu, h_{nu+1}, F_nu, each [B, 1] or [], float64."""
         flat = flatten(x, self.shape).double()
         s = column(level(sigma, x))
         norm2 = (flat * flat).sum(1, keepdim=True)
         rate = self.radius / (s * s)
-        h, above, f = _bessel(0.5 * self.dim - 1.0, norm2 * rate**2)
+        h, above, f = _bessel(0.5 * self.dim - 1.0, norm2 * rate**2, log)
         return flat, norm2, rate, h, above, f
 
     def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
@@ -156,7 +157,7 @@ class Sphere:
     def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """log density of x_0 + sigma eps at x, [B], nats, float64."""
         s = column(level(sigma, x))
-        _, norm2, _, _, _, f = self._parts(x, sigma)
+        _, norm2, _, _, _, f = self._parts(x, sigma, log=True)
         gauss = -0.5 * (norm2 + self.radius**2) / (s * s) - self.dim * (s.log() + 0.5 * math.log(2 * math.pi))
         return (gauss + f)[:, 0]
 
