@@ -173,7 +173,7 @@ class Moments:
             )
         return (
             torch.from_numpy(np.maximum(values[::-1], 0.0).copy()),
-            torch.from_numpy(np.ascontiguousarray(vectors[:, ::-1])),
+            torch.from_numpy(vectors[:, ::-1].copy()),
         )
 
     def spectrum(self, k: int | None = None) -> Spectrum:

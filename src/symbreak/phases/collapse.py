@@ -76,7 +76,7 @@ def excess_entropy(
     >>> round(float(excess_entropy(law, 1.0, samples=100).value), 6)              # (log 100 - log 2) / 2
     1.956012
     """
-    s = np.asarray(torch.as_tensor(sigma).detach().cpu(), dtype=np.float64)
+    s = np.asarray(sigma.detach().cpu() if isinstance(sigma, torch.Tensor) else sigma, dtype=np.float64)
     if s.ndim > 1 or s.size == 0:
         raise InputError(f"sigma of shape {s.shape}; expected a level or levels [G].")
     if not (np.isfinite(s).all() and (s > 0).all()):

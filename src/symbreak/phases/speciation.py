@@ -262,7 +262,7 @@ def _against_rest(
 
 def _levels(sigma: Any) -> tuple[np.ndarray, bool]:
     """Levels [G] and whether a single one was meant."""
-    s = np.asarray(torch.as_tensor(sigma).detach().cpu(), dtype=np.float64)
+    s = np.asarray(sigma.detach().cpu() if isinstance(sigma, torch.Tensor) else sigma, dtype=np.float64)
     if s.ndim > 1 or s.size == 0:
         raise InputError(f"sigma of shape {s.shape}; expected a level or levels [G].")
     if not (np.isfinite(s).all() and (s > 0).all()):

@@ -257,7 +257,7 @@ def potential(
         error.index_add_(0, owner[fine], gap[fine])
         a, b = torch.cat([a[~fine], middle[~fine]]), torch.cat([middle[~fine], b[~fine]])
         whole, owner = torch.cat([left[~fine], right[~fine]]), torch.cat([owner[~fine], owner[~fine]])
-    length = (states[1:] - states[:-1]).reshape(len(value), -1).norm(dim=1)
+    length = (states[1:] - states[:-1]).flatten(1).norm(dim=1)
     along, u, doubt = (np.concatenate([[0.0], v.cumsum(0).cpu().numpy()]) for v in (length, value, error))
     return Potential(states, along, u, doubt, s, flow, frame)
 
@@ -298,9 +298,13 @@ class _System:
             if not (0 < self.low < self.high < math.inf):
                 self.low, self.high = max(self.low, 1e-3), min(self.high, 1e3)
             self.centre = np.zeros(self.dim)
-            middle = math.sqrt(self.low * self.high)
-            found = self._denoised(np.zeros(self.dim), self.high)
-            self.scale = max(float(np.linalg.norm(self._denoised(found, middle))) / math.sqrt(self.dim), 1e-3)
+            # How far apart it sends noise of low and middle levels: sets ranges and tolerances only.
+            z = np.random.default_rng(1).standard_normal((4, self.dim))
+            z = np.concatenate([z, -z])
+            reach = [self._denoised(v * z, v) for v in np.geomspace(self.low, self.high, 5)[1:4]]
+            self.scale = max(
+                0.5 * max(float(np.linalg.norm(r - r.mean(0), axis=1).max()) for r in reach), 1e-6
+            )
         if guess is not None:
             g = torch.as_tensor(guess).detach().cpu().double()
             if tuple(g.shape) != self.shape:
@@ -314,10 +318,12 @@ class _System:
 
     def _rounding(self) -> float:
         """Size of D's rounding, relative to the scale: second differences over a tiny step."""
-        v = np.random.default_rng(1).standard_normal(self.dim)
+        a, v = np.random.default_rng(1).standard_normal((2, self.dim))
         v *= 1e-7 * self.scale / np.linalg.norm(v)
+        # Away from the centre, where numbers are small and floats exact.
+        base = self.centre + 0.3 * self.scale * a / np.linalg.norm(a)
         sigma = math.sqrt(self.low * self.high)
-        at = [self._denoised(self.centre + k * v, sigma) for k in (-1, 0, 1)]
+        at = [self._denoised(base + k * v, sigma) for k in (-1, 0, 1)]
         return float(np.linalg.norm(at[0] - 2 * at[1] + at[2])) / self.scale
 
     def tensor(self, x: np.ndarray) -> torch.Tensor:
@@ -377,9 +383,7 @@ class _System:
             j = self.jacobian(x, lam)
             if not self.is_law:
                 return float(scipy.linalg.eigvals(j).real.max())
-            return float(
-                scipy.linalg.eigh(j, eigvals_only=True, subset_by_index=(self.dim - 1, self.dim - 1))[0]
-            )
+            return float(scipy.linalg.eigvalsh(j, driver="evd")[-1])
         start = np.random.default_rng(0).standard_normal(self.dim)
         a = self._operator(x, lam)
         if self.is_law:
@@ -509,7 +513,7 @@ def _corrected(system: _System, p: _Point, ds: float) -> tuple[_Point, int] | No
         size = now
         u = system.solve(x, lam, -np.append(f / s, plane), (system.slope(x, lam) / s, p.tx, p.tl))
         x, lam = x + s * u[:-1], lam + float(u[-1])
-        if np.linalg.norm(x - x0) / s + abs(lam - lam0) > 2 * ds:
+        if np.linalg.norm(x - x0) / s + abs(lam - lam0) > 2 * abs(ds) + 1e-6:
             return None
     return None
 
@@ -652,11 +656,12 @@ def _wells_at(
         if y is not None and _distinct(y[None], 1e-4 * system.scale, known + found):
             excess = system.excess(y, lam)
             ring = abs(excess) < max(1e-9, 100 * system.noise)
-            if ring and rings:
-                continue  # a ring of fixed points, neutral along itself: one of its points is enough
-            rings += ring
-            if ring or excess < 0:
+            # A ring of fixed points, neutral along itself: one of its points is enough.
+            if excess < 0 or (ring and not rings):
                 found.append(y)
+            rings += ring
+            if rings > 2:
+                break
     return found
 
 
@@ -808,13 +813,19 @@ def _wells(system: _System, first: np.ndarray, starts: np.ndarray, about: dict[s
     central = _Central(system, first, high, low)
     best: float | None = None
     after = 0
+    traced: list[np.ndarray] = []  # wells of the level before: their branches are known
     for lam in np.arange(high, low, -math.log(1.2)):
-        centre = central.at(float(lam))
-        known = [] if centre is None else [centre]
-        wells = _wells_at(system, starts, float(lam), known)
-        for x in wells[:12]:
+        lam = float(lam)
+        centre = central.at(lam)
+        settled = system.settle(np.stack(traced), lam, 20) if traced else []
+        followed = [system.newton(x, lam) for x in settled]
+        traced = [x for x in followed if x is not None]
+        wells = _wells_at(system, starts, lam, traced if centre is None else [centre, *traced])
+        # The most stable ones were born first.
+        wells.sort(key=lambda x: system.excess(x, lam))
+        for x in wells[:4]:
             before: _Point | None = None
-            for p in _march(system, x, float(lam), 1, low, high):
+            for p in _march(system, x, lam, 1, low, high):
                 if before is not None and p.tl <= 0:
                     fold = _fold(system, before, p).lam
                     best = fold if best is None else max(best, fold)
@@ -823,6 +834,7 @@ def _wells(system: _System, first: np.ndarray, starts: np.ndarray, about: dict[s
             if before is not None and before.tl > 0 and before.lam > high - 1e-6:
                 reason = f"several fixed points are stable at every level up to sigma = {system.high:.4g}"
                 return CriticalTime(None, reason=reason, **about)
+        traced += wells
         # Wells just below their birth have small basins that the starts can miss: look a few levels further.
         after += best is not None
         if after >= 4:
@@ -868,7 +880,8 @@ def fixed_points(
     Source: arXiv:2305.19693.
     """
     _checked(flow, frame)
-    grid = np.atleast_1d(np.asarray(torch.as_tensor(sigma).detach().cpu(), dtype=np.float64))
+    plain = sigma.detach().cpu() if isinstance(sigma, torch.Tensor) else sigma
+    grid = np.atleast_1d(np.asarray(plain, dtype=np.float64))
     if grid.ndim != 1 or len(grid) == 0:
         raise InputError("sigma is empty; expected a level or levels [G].")
     for s in grid:
