@@ -571,25 +571,24 @@ def _fold(system: _System, p: _Point, q: _Point) -> _Point:
     except ValueError:
         return best  # the ends do not bracket: the turn lies at one of them
     angles = np.cos(np.pi * (np.arange(10) + 0.5) / 10)  # an even number: none of them at the turn
-    half = min(0.04, 0.5 * ds) if system.exact else 0.5 * ds
-    for _ in range(6):
+    half, degree = (min(0.08, ds), 9) if system.exact else (0.5 * ds, 2)
+    cheb, misfit = np.polynomial.chebyshev, math.inf
+    for _ in range(5):
         found = [_corrected(system, p, middle + half * float(u)) for u in angles]
         points = [f[0] for f in found if f is not None]
         if len(points) == len(angles):
-            series = np.polynomial.chebyshev.chebfit(
-                angles, [r.lam for r in points], 9 if system.exact else 2
-            )
-            bend = np.abs(series)
-            if not system.exact or bend[-2:].max() < 1e-12 + 1e-9 * bend[1:].max():
-                roots = np.polynomial.chebyshev.chebroots(np.polynomial.chebyshev.chebder(series))
-                inside = roots[(np.abs(roots.imag) < 1e-9) & (np.abs(roots.real) < 1)].real
-                if len(inside):
-                    u = float(inside[np.argmin(np.abs(inside))])
-                    shape = np.polynomial.chebyshev.chebfit(
-                        angles, np.stack([r.x for r in points]), len(series) - 1
-                    )
-                    x = np.asarray(np.polynomial.chebyshev.chebval(u, shape))
-                    return _Point(x, float(np.polynomial.chebyshev.chebval(u, series)), p.tx, 0.0)
+            series = cheb.chebfit(angles, [r.lam for r in points], degree)
+            roots = cheb.chebroots(cheb.chebder(series))
+            inside = roots[(np.abs(roots.imag) < 1e-9) & (np.abs(roots.real) < 1)].real
+            # The last terms hold what the series leaves out (half too large) or rounding (too small).
+            left = float(np.abs(series[-2:]).max()) if system.exact else 0.0
+            if len(inside) and left < misfit:
+                u = float(inside[np.argmin(np.abs(inside))])
+                shape = cheb.chebfit(angles, np.stack([r.x for r in points]), degree)
+                x, misfit = np.asarray(cheb.chebval(u, shape)), left
+                best = _Point(x, float(cheb.chebval(u, series)), p.tx, 0.0)
+        if misfit < 1e-11:
+            break
         half *= 0.5
     return best
 
@@ -657,7 +656,7 @@ def _wells_at(
             excess = system.excess(y, lam)
             ring = abs(excess) < max(1e-9, 100 * system.noise)
             # A ring of fixed points, neutral along itself: one of its points is enough.
-            if excess < 0 or (ring and not rings):
+            if (not ring and excess < 0) or (ring and not rings):
                 found.append(y)
             rings += ring
             if rings > 2:
@@ -817,7 +816,7 @@ def _wells(system: _System, first: np.ndarray, starts: np.ndarray, about: dict[s
     for lam in np.arange(high, low, -math.log(1.2)):
         lam = float(lam)
         centre = central.at(lam)
-        settled = system.settle(np.stack(traced), lam, 20) if traced else []
+        settled = system.settle(np.stack(traced), lam, 20) if traced else np.zeros((0, system.dim))
         followed = [system.newton(x, lam) for x in settled]
         traced = [x for x in followed if x is not None]
         wells = _wells_at(system, starts, lam, traced if centre is None else [centre, *traced])
@@ -837,7 +836,7 @@ def _wells(system: _System, first: np.ndarray, starts: np.ndarray, about: dict[s
         traced += wells
         # Wells just below their birth have small basins that the starts can miss: look a few levels further.
         after += best is not None
-        if after >= 4:
+        if after >= 3:
             break
     if best is None:
         reason = (
