@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from symbreak.laws import Empirical, Mixture, Sphere
+from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
+from symbreak.moments import Moments
 from symbreak.noise import generator
 
 
@@ -73,3 +74,18 @@ def isotropic_mixture(k: int = 4, dim: int = 5, seed: int = 0) -> Mixture:
 def cloud(n: int = 40, dim: int = 3, seed: int = 0) -> Empirical:
     """A small data set away from the origin."""
     return Empirical(2.0 + torch.randn(n, dim, generator=generator(seed, 4), dtype=torch.float64))
+
+
+def gaussian_moments(eigenvalues=(4.0, 1.0, 0.5, 0.25), shape=(1, 2, 2), seed=1, mean=0.3) -> Moments:
+    """Moments with a known spectrum in a random basis and a mean that is not zero."""
+    d = len(eigenvalues)
+    g = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(d, d, generator=g, dtype=torch.float64))
+    values = torch.tensor(eigenvalues, dtype=torch.float64)
+    mu = mean * torch.randn(shape, generator=g, dtype=torch.float64)
+    return Moments(1000, mu, (q * values) @ q.T)
+
+
+def gaussian_law(**kwargs) -> Gaussian:
+    """The Gaussian law of `gaussian_moments`."""
+    return Gaussian(gaussian_moments(**kwargs))

@@ -1,1 +1,60 @@
-"""symbreak."""
+"""symbreak: find the moments at which a diffusion model decides, and start sampling there.
+
+Names are loaded on first use, so that ``import symbreak`` is quick and touches no network.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "adapters": ("as_unet", "denoiser", "load_pipeline", "scheduler"),
+    "critical": ("CriticalTime", "Curve"),
+    "data": ("Images", "images"),
+    "denoise": ("Denoiser", "score"),
+    "files": ("InputError",),
+    "laws": ("Gaussian",),
+    "metrics": ("evaluate", "extractor"),
+    "moments": ("Moments", "frechet_distance"),
+    "noise": ("NoiseLevel", "Schedule", "schedule"),
+    "phases.speciation": ("speciation_time",),
+    "record": ("Record",),
+    "report": ("write_report",),
+    "sample": ("generate",),
+    "start": ("LateStart", "LateStartWarning", "late_start", "standard_start"),
+    "study": ("Study", "diagnose", "run"),
+    "train": ("Recipe", "train_network"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+if TYPE_CHECKING:
+    from symbreak.adapters import as_unet, denoiser, load_pipeline, scheduler
+    from symbreak.critical import CriticalTime, Curve
+    from symbreak.data import Images, images
+    from symbreak.denoise import Denoiser, score
+    from symbreak.files import InputError
+    from symbreak.laws import Gaussian
+    from symbreak.metrics import evaluate, extractor
+    from symbreak.moments import Moments, frechet_distance
+    from symbreak.noise import NoiseLevel, Schedule, schedule
+    from symbreak.phases.speciation import speciation_time
+    from symbreak.record import Record
+    from symbreak.report import write_report
+    from symbreak.sample import generate
+    from symbreak.start import LateStart, LateStartWarning, late_start, standard_start
+    from symbreak.study import Study, diagnose, run
+    from symbreak.train import Recipe, train_network
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'symbreak' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"symbreak.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -116,7 +116,7 @@ class Images:
 
     def tensor(self) -> torch.Tensor:
         """All images at once, [N, C, H, W] float32 in [-1, 1]."""
-        return torch.cat(list(self))
+        return torch.cat(list(iter(self)))  # iter: list(self) would ask for a length first
 
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) of the source's content and of every selection made."""
@@ -477,7 +477,7 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
     except InputError:
         raise
     except Exception as error:
-        what = "holds pickled objects, which are never loaded" if "pickle" in str(error) else "cannot be read"
+        what = "holds pickled objects, which are never loaded" if "pickle" in str(error) or "Python objects" in str(error) else "cannot be read"
         raise InputError(f"{path} {what} ({type(error).__name__}). Expected a plain numeric array.") from None
     return _from_array(str(path), array, labels, value_range, lambda: _file_hash(path))
 

@@ -274,6 +274,8 @@ def schedule(source: Any = "ddpm-linear") -> Schedule:
 def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
     """A random generator of its own for every key of integers >= 0: no global state, no order of use.
 
+    Trailing zeros do not tell keys apart, so use keys of one length.
+
     >>> a, b = generator(3, 1), generator(3, 1)
     >>> bool(torch.equal(torch.randn(2, generator=a), torch.randn(2, generator=b)))
     True

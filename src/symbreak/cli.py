@@ -1,0 +1,549 @@
+"""The command line: each command is a thin face of one function.
+
+Exit codes: 0 done; 2 the input is wrong (one line on stderr); 1 the machine failed; 130 / 143 interrupted.
+With ``--json`` stdout holds one JSON object and nothing else; progress always goes to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from symbreak import __version__
+from symbreak.files import InputError
+
+app = typer.Typer(
+    name="symbreak",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Find the moments at which a diffusion model decides, and start sampling there.",
+    epilog="Start with: symbreak phases --data digits",
+)
+err = Console(stderr=True)
+out_console = Console()
+
+DATA = "digits, a folder of images (sub-folders are classes), a .parquet, .npz or .npy file, or a hub id"
+Data = Annotated[str, typer.Option("--data", metavar="D", help=DATA)]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object on stdout and nothing else")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="leave unusable images out and count them")]
+Range = Annotated[
+    str | None, typer.Option("--range", metavar="LOW,HIGH", help="value range of float arrays, e.g. 0,255")
+]
+Classes = Annotated[str | None, typer.Option("--classes", metavar="A,B", help="keep only these classes")]
+Pad = Annotated[int | None, typer.Option("--pad", metavar="N", help="pad images with black to N x N pixels")]
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, cleaned up after like Ctrl-C."""
+
+
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A progress callback (stage, done, total) that draws bars on stderr."""
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as progress:
+        tasks: dict[str, Any] = {}
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(stage, total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield tell
+
+
+def _images(
+    source: str, value_range: str | None = None, skip_bad: bool = False, classes: str | None = None, pad: int | None = None
+) -> Any:
+    from symbreak.data import images
+
+    limits = None
+    if value_range is not None:
+        try:
+            low, high = (float(v) for v in value_range.split(","))
+        except ValueError:
+            raise InputError(f"--range {value_range}; expected LOW,HIGH such as 0,255.") from None
+        limits = (low, high)
+    found = images(
+        source,
+        value_range=limits,
+        skip_bad=skip_bad,
+        classes=None if classes is None else classes.split(","),
+        pad=pad,
+    )
+    if skip_bad:
+        for _ in found.blocks():  # one pass, so that the count is known
+            pass
+        if found.skipped:
+            err.print(f"left out {len(found.skipped)} unusable images (first: {found.skipped[0]})", markup=False)
+    return found
+
+
+def _emit(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> None:
+    if as_json:
+        from symbreak.record import _clean
+
+        sys.stdout.write(json.dumps(_clean(value), sort_keys=True) + "\n")
+    else:
+        draw()
+
+
+def _one(source: str | None, name: str) -> str:
+    if source is None:
+        raise InputError(f"{name} is missing.")
+    return source
+
+
+@app.command(epilog="Example: symbreak study --data digits --model digits --out build/demo")
+def study(
+    data: Data = "digits",
+    model: Annotated[str, typer.Option("--model", metavar="M", help="digits, a diffusers folder or a hub id")] = "digits",
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for record.json and report.html")] = Path(
+        "build/study"
+    ),
+    holdout: Annotated[
+        str | None, typer.Option("--holdout", metavar="T", help="images to measure against (default: half of D)")
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", help="images a cell, over all repeats")] = 1000,
+    repeats: Annotated[int, typer.Option("--repeats", help="repeats for the interval")] = 5,
+    samplers: Annotated[str | None, typer.Option("--samplers", metavar="A,B", help="rows of the table")] = None,
+    calls: Annotated[str, typer.Option("--calls", metavar="N,N", help="network calls (NFE) of the rows")] = "3,5,10",
+    features: Annotated[
+        str | None,
+        typer.Option("--features", help="digits-classifier, classifier, pixels, FILE.safetensors, module:callable"),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="a smoke run of a minute: no evidence")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure the late start against the standard start, at equal network calls, and write a report."""
+    from symbreak.files import output_folder
+    from symbreak.report import write_report
+    from symbreak.study import SAMPLERS, Study, run
+
+    output_folder(out)
+    try:
+        numbers = tuple(int(n) for n in calls.split(","))
+    except ValueError:
+        raise InputError(f"--calls {calls}; expected numbers such as 3,5,10.") from None
+    names = SAMPLERS if samplers is None else tuple(samplers.split(","))
+    settings = Study(data, model, holdout, names, numbers, samples, repeats, features=features)
+    if quick:
+        settings = settings.smoke()
+    with _bars() as tell:
+        record = run(settings, out, tell)
+    path = write_report(record, out / "report.html")
+    _emit(as_json, {**record.to_dict(), "report": str(path)}, lambda: _study_table(record, path))
+
+
+def _study_table(record: Any, path: Path) -> None:
+    from symbreak.report import _verdict
+
+    content = record.content
+    ground = content["floor"]
+    title = f"Fréchet distance in {ground['extractor']}, {ground['samples']} images x {ground['repeats']} repeats"
+    table = Table(title=title + (" (smoke, not evidence)" if content["smoke"] else ""))
+    for name in ("sampler", "calls", "standard start", "late, speciation", "late, best level", "noised data", "best late start"):
+        table.add_column(name, justify="left" if name in ("sampler", "best late start") else "right")
+    for row in content["rows"]:
+        cells = []
+        for key in ("standard", "spectral", "best", "noised"):
+            d = row[key]["distance"]
+            cells.append(f"{d['mean']:.3g} ± {d['high'] - d['mean']:.2g}")
+        verdict = _verdict(row["standard"]["distance"], row["best"]["distance"])[0]
+        table.add_row(row["sampler"], str(row["calls"]), *cells, verdict)
+    out_console.print(table)
+    out_console.print(f"floor (real images, same counts): {ground['mean']:.3g} ± {ground['high'] - ground['mean']:.2g}")
+    if content["reference"]:
+        d = content["reference"]["distance"]
+        out_console.print(
+            f"the network at its best (DDIM, {content['reference']['calls']} calls): {d['mean']:.3g} ± {d['high'] - d['mean']:.2g}"
+        )
+    sys.stdout.write(f"report: {path}\n")
+
+
+@app.command(epilog="Example: symbreak phases --data digits")
+def phases(
+    data: Data,
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="network whose schedule gives the steps")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="also write record.json and report.html")] = None,
+    value_range: Range = None,
+    skip_bad: SkipBad = False,
+    classes: Classes = None,
+    pad: Pad = None,
+    as_json: Json = False,
+) -> None:
+    """When does it decide? The spectral speciation time of a data set, in every unit; needs no network."""
+    from symbreak.adapters import load_pipeline
+    from symbreak.files import output_folder
+    from symbreak.report import write_report
+    from symbreak.study import diagnose
+
+    if out is not None:
+        output_folder(out)
+    found = _images(data, value_range, skip_bad, classes, pad)
+    pipe = None if model is None else load_pipeline(model)
+    with err.status("fitting the moments"):
+        record = diagnose(found, pipe)
+    if out is not None:
+        record.save(out)
+        write_report(record, out / "report.html")
+
+    def draw() -> None:
+        content = record.content
+        table = Table(title=f"Spectral speciation time of {found.name}, {content['data']['count']:,} images")
+        for name in ("pixels in", "Lambda", "sigma", "OU time", "log-SNR", f"step ({content['schedule']})"):
+            table.add_column(name, justify="right")
+        top = content["eigenvalues"][0]
+        for scale, c in content["speciation"].items():
+            value = top * (1.0 if scale == "[-1, 1]" else 0.25)
+            if c["level"] is None:
+                table.add_row(scale, f"{value:.4g}", "none", "", "", "")
+                continue
+            cells = []
+            for key in ("sigma", "ou_time", "log_snr", "step"):
+                ends = [c[w] and c[w].get(key) for w in ("low", "high")]
+                ends = sorted(e for e in ends if e is not None)
+                middle = c["level"].get(key)
+                text = "-" if middle is None else f"{middle:.4g}"
+                cells.append(text + (f" [{ends[0]:.4g}, {ends[1]:.4g}]" if len(ends) == 2 else ""))
+            table.add_row(scale, f"{value:.4g}", *cells)
+        out_console.print(table)
+        for scale, c in content["speciation"].items():
+            if c["reason"]:
+                out_console.print(f"{scale}: {c['reason']}", markup=False)
+        if out is not None:
+            sys.stdout.write(f"report: {out / 'report.html'}\n")
+
+    _emit(as_json, record.to_dict(), draw)
+
+
+@app.command(epilog="Example: symbreak fit --data digits --out build/digits.safetensors")
+def fit(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="safetensors file to write")],
+    value_range: Range = None,
+    skip_bad: SkipBad = False,
+    classes: Classes = None,
+    pad: Pad = None,
+    as_json: Json = False,
+) -> None:
+    """Mean and covariance of a data set in one pass: what a Gaussian start needs."""
+    from symbreak.files import output_folder
+    from symbreak.moments import Moments
+    from symbreak.phases.speciation import speciation_time
+
+    if out.is_dir():
+        raise InputError(f"{out} is a folder; expected a file name such as {out / 'moments.safetensors'}.")
+    output_folder(out.parent)
+    found = _images(data, value_range, skip_bad, classes, pad)
+    with err.status("one pass over the data"):
+        moments = Moments.fit(found)
+    moments.save(out)
+    spectrum = moments.spectrum(min(5, moments.dim))
+    critical = speciation_time(moments)
+    value = {
+        "out": str(out),
+        "count": moments.count,
+        "shape": list(moments.shape),
+        "skipped": list(found.skipped),
+        "eigenvalues": spectrum.values.tolist(),
+        "speciation": critical.to_dict(),
+    }
+
+    def draw() -> None:
+        out_console.print(
+            f"{moments.count:,} images of {' x '.join(map(str, moments.shape))}; leading eigenvalues "
+            + ", ".join(f"{v:.4g}" for v in spectrum.values)
+        )
+        level = critical.sigma
+        out_console.print("no spectral speciation level" if level is None else f"spectral speciation at sigma {level:.4g}")
+        sys.stdout.write(f"moments: {out}\n")
+
+    _emit(as_json, value, draw)
+
+
+@app.command(
+    epilog="Example: symbreak sample --model digits --start build/digits.safetensors --sampler dpm++2m-karras --steps 5 "
+    "--seeds 0-99 --out build/images"
+)
+def sample(
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for one PNG a seed")],
+    model: Annotated[str, typer.Option("--model", metavar="M", help="digits, a diffusers folder or a hub id")] = "digits",
+    start: Annotated[
+        str, typer.Option("--start", metavar="FILE|none", help="moments written by `symbreak fit`, or none: white noise")
+    ] = "none",
+    at: Annotated[
+        str, typer.Option("--at", metavar="LEVEL", help="speciation, a step such as 400, or sigma=1.5")
+    ] = "speciation",
+    sampler: Annotated[str, typer.Option("--sampler", help="ddpm, ddim, pndm, dpm++2m, dpm++2m-karras, ...")] = "dpm++2m-karras",
+    steps: Annotated[int, typer.Option("--steps", help="num_inference_steps")] = 5,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="A-B", help="one image a seed")] = "0-15",
+    micro_batch: Annotated[int, typer.Option("--micro-batch", help="fixed size of every network call")] = 64,
+    as_json: Json = False,
+) -> None:
+    """Sample images, one a seed, from white noise or from a late start."""
+    from symbreak.files import output_folder, read_json, write_json
+    from symbreak.sample import parse_seeds
+
+    output_folder(out)
+    wanted = parse_seeds(seeds)
+    begin, unet = _plan(model, start, at, sampler, steps)
+    settings = {
+        "model": model,
+        "start": start if start == "none" else _hash(Path(start)),
+        "at": at,
+        "sampler": sampler,
+        "steps": steps,
+        "micro_batch": micro_batch,
+        "calls": begin.calls,
+        "level": begin.level.to_dict(),
+    }
+    from symbreak.record import _clean
+
+    settings = _clean(settings)
+    info = out / "sample.json"
+    if info.exists() and read_json(info) != settings:
+        raise InputError(f"{out} holds images made with other settings. Choose another --out.")
+    missing = [s for s in wanted if not (out / f"{s:08d}.png").exists()]
+    write_json(info, settings)
+    if missing:
+        _write_images(out, unet, begin, missing, micro_batch)
+    value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": len(missing)}
+
+    def draw() -> None:
+        out_console.print(begin.explain(), markup=False)
+        sys.stdout.write(f"{len(missing)} of {len(wanted)} images made: {out}\n")
+
+    _emit(as_json, value, draw)
+
+
+def _plan(model: str, start: str, at: str, sampler: str, steps: int) -> tuple[Any, Any]:
+    """The start and the network that a command line asks for."""
+    import warnings
+
+    from symbreak.adapters import load_pipeline, scheduler
+    from symbreak.laws import Gaussian
+    from symbreak.moments import Moments
+    from symbreak.start import LateStartWarning, late_start, standard_start
+
+    pipe = load_pipeline(model)
+    base = scheduler(sampler, like=pipe.scheduler)
+    if start == "none":
+        return standard_start(base, steps), pipe.unet
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", LateStartWarning)
+        begin = late_start(base, Gaussian(Moments.load(start)), steps, at=_level(at))
+    for warning in caught:
+        if issubclass(warning.category, LateStartWarning):
+            err.print(f"warning: {warning.message}", markup=False)
+    return begin, pipe.unet
+
+
+def _level(text: str) -> Any:
+    from symbreak.noise import NoiseLevel
+
+    if text == "speciation":
+        return text
+    name, _, value = text.rpartition("=")
+    try:
+        number = float(value)
+        return NoiseLevel(number) if name == "sigma" else int(number) if number == int(number) else number
+    except (ValueError, OverflowError):
+        raise InputError(f"--at {text}; expected speciation, a step such as 400, or sigma=1.5.") from None
+
+
+def _hash(path: Path) -> str:
+    from symbreak.data import _file_hash
+
+    if not path.is_file():
+        raise InputError(f"{path} does not exist. Expected moments written by `symbreak fit`, or none.")
+    return _file_hash(path)[:16]
+
+
+def _write_images(out: Path, unet: Any, begin: Any, seeds: list[int], micro_batch: int) -> None:
+    import torch
+    from PIL import Image
+
+    from symbreak.files import write_whole
+    from symbreak.sample import batches
+
+    done = 0
+    with _bars() as tell, torch.inference_mode():
+        tell("images", 0, len(seeds))
+        for part in batches(unet, begin, seeds, micro_batch=micro_batch):
+            pixels = ((part.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            for image in pixels.permute(0, 2, 3, 1).numpy():
+                picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+                write_whole(out / f"{seeds[done]:08d}.png", lambda p, picture=picture: picture.save(p, "PNG"))
+                done += 1
+            tell("images", done, len(seeds))
+
+
+@app.command(epilog="Example: symbreak evaluate --samples build/images --data digits")
+def evaluate(
+    data: Data,
+    samples: Annotated[str | None, typer.Option("--samples", metavar="DIR|FILE", help="generated images")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="sample this network instead")] = None,
+    holdout: Annotated[
+        str | None, typer.Option("--holdout", metavar="T", help="images to measure against (default: half of D)")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option("--features", help="digits-classifier, classifier, pixels, FILE.safetensors, module:callable"),
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", help="parts of the samples, for the interval")] = 5,
+    start: Annotated[str, typer.Option("--start", metavar="FILE|none", help="with --model: see `symbreak sample`")] = "none",
+    at: Annotated[str, typer.Option("--at", metavar="LEVEL", help="with --model: see `symbreak sample`")] = "speciation",
+    sampler: Annotated[str, typer.Option("--sampler", help="with --model")] = "dpm++2m-karras",
+    steps: Annotated[int, typer.Option("--steps", help="with --model")] = 10,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="A-B", help="with --model")] = "0-999",
+    skip_bad: SkipBad = False,
+    as_json: Json = False,
+) -> None:
+    """Distance of samples to held-out images, the floor at the same counts, and nearest training images."""
+    from symbreak.data import images
+    from symbreak.metrics import evaluate as measure
+    from symbreak.sample import generate, parse_seeds
+
+    if (samples is None) == (model is None):
+        raise InputError("evaluate needs either --samples or --model.")
+    train = _images(data, None, skip_bad)
+    held_out = images("digits:held-out") if holdout is None and data == "digits" else holdout and images(holdout)
+    if model is not None:
+        begin, unet = _plan(model, start, at, sampler, steps)
+        with _bars() as tell:
+            x = generate(unet, begin, parse_seeds(seeds), progress=lambda d, n: tell("images", d, n))
+    else:
+        x = _images(_one(samples, "--samples"), None, skip_bad).tensor()
+    result = measure(x, train, held_out or None, features_in=features, repeats=repeats)
+
+    def draw() -> None:
+        table = Table(title=f"Fréchet distance in {result['distance']['extractor']}, to {result['distance']['reference']:,} held-out images")
+        for name in ("", "images x repeats", "mean", "95 % interval", "pooled"):
+            table.add_column(name, justify="right")
+        for name in ("distance", "floor"):
+            d = result[name]
+            interval = "-" if d["low"] is None else f"[{d['low']:.4g}, {d['high']:.4g}]"
+            table.add_row(name, f"{d['samples']} x {d['repeats']}", f"{d['mean']:.4g}", interval, f"{d['pooled']:.4g}")
+        out_console.print(table)
+        near = result["neighbours"]
+        for name in ("samples", "held_out"):
+            v = near[name]
+            out_console.print(
+                f"{name}: median distance to the nearest training image {v['median_nearest']:.3g} (pixels), "
+                f"d1/d2 < 1/3 in {v['memorized']:.2%} of {v['count']:,}",
+                markup=False,
+            )
+
+    _emit(as_json, result, draw)
+
+
+@app.command(epilog="Example: symbreak train --data digits --recipe recipes/digits.json --out build/digits")
+def train(
+    data: Data,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the diffusers pipeline")],
+    recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="JSON settings; see recipes/")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="optimizer steps, instead of the recipe's")] = None,
+    skip_bad: SkipBad = False,
+    classes: Classes = None,
+    pad: Pad = None,
+    as_json: Json = False,
+) -> None:
+    """Train a small diffusers UNet2DModel; goes on from its checkpoint when called again."""
+    from dataclasses import replace
+
+    from symbreak.files import output_folder
+    from symbreak.train import Recipe, train_network
+
+    output_folder(out)
+    settings = Recipe() if recipe is None else Recipe.load(recipe)
+    if steps is not None:
+        settings = replace(settings, steps=steps)
+    found = _images(data, None, skip_bad, classes, pad)
+    with _bars() as tell:
+        result = train_network(
+            found, out, settings, progress=lambda s, n, v: tell("steps", s, n)
+        )
+
+    def draw() -> None:
+        out_console.print(f"{result['parameters']:,} parameters, final loss {result['loss'][-1]:.4f}, {result['seconds']:.0f} s")
+        sys.stdout.write(f"pipeline: {out}\n")
+
+    _emit(as_json, {**result, "out": str(out)}, draw)
+
+
+@app.command(epilog="Example: symbreak report build/demo/record.json --out build/demo/report.html")
+def report(
+    record: Annotated[Path, typer.Argument(metavar="RECORD", help="record.json or its folder")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="HTML file (default: beside the record)")] = None,
+    as_json: Json = False,
+) -> None:
+    """Draw the report of a record again."""
+    from symbreak.record import Record
+    from symbreak.report import write_report
+
+    found = Record.load(record)
+    folder = record if record.is_dir() else record.parent
+    target = out or folder / "report.html"
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; expected a file name such as {target / 'report.html'}.")
+    write_report(found, target)
+    _emit(as_json, {"report": str(target)}, lambda: sys.stdout.write(f"report: {target}\n") and None)
+
+
+def _version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"symbreak {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+) -> None:
+    pass
+
+
+def _fail(code: int, line: str) -> NoReturn:
+    sys.stderr.write(" ".join(line.split()) + "\n")
+    sys.stderr.flush()
+    raise SystemExit(code)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a command and leave with its exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep instead of spinning
+
+    def terminate(*_: object) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        code = app(args=argv, standalone_mode=False)
+    except InputError as error:
+        _fail(2, f"symbreak: {error}")
+    except _Terminated:
+        _fail(143, "symbreak: terminated; the same command goes on from what is finished.")
+    except (KeyboardInterrupt, typer.Abort):
+        _fail(130, "symbreak: interrupted; the same command goes on from what is finished.")
+    except (OSError, MemoryError) as error:
+        _fail(1, f"symbreak: the machine failed: {error or type(error).__name__}")
+    except Exception as error:
+        # Usage errors carry their own exit code and know how to print themselves.
+        if not hasattr(error, "exit_code"):
+            raise
+        _fail(int(error.exit_code), f"symbreak: {getattr(error, 'message', error)} See symbreak --help.")
+    raise SystemExit(code if isinstance(code, int) else 0)

@@ -1,0 +1,216 @@
+"""Feature extractors: images [B, C, H, W] in [-1, 1] -> features [B, F]. The only loader of feature weights.
+
+A distance is only as good as the features it is measured in, so every extractor has a name and every
+number carries it. ``digits-classifier`` is a small network trained on the training half of the 8 x 8
+digits; distances in it are Fréchet distances in its 64 features and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from symbreak.data import Images
+from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.noise import generator
+
+__all__ = ["Classifier", "Extractor", "extractor", "features", "load_classifier", "train_classifier"]
+
+FEATURES = 64
+BATCH = 256  # fixed and padded, so that an image's features do not depend on its neighbours
+MAX_PIXELS = 4096
+
+
+class Extractor(Protocol):
+    """Anything that turns images into features; ``name`` is printed beside every number."""
+
+    name: str
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, F] of images [B, C, H, W] in [-1, 1]."""
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier; its features are the 64 units before the last layer.
+
+    Args:
+        shape: (C, H, W) of the images.
+        classes: names of the classes.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
+        super().__init__()
+        self.shape, self.classes, self.name, self.accuracy = tuple(shape), tuple(classes), "classifier", math.nan
+        layers: list[nn.Module] = []
+        channels, width, side = shape[0], 16, min(shape[1:])
+        while True:
+            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
+            channels = width
+            if side <= 4:
+                break
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+            side, width = (side + 1) // 2, min(64, 2 * width)
+        self.body = nn.Sequential(*layers, nn.Flatten())
+        with torch.no_grad():
+            flat = self.body(torch.zeros(1, *shape)).shape[1]
+        self.penultimate = nn.Linear(flat, FEATURES)
+        self.head = nn.Linear(FEATURES, len(classes))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, 64]."""
+        if tuple(x.shape[1:]) != self.shape:
+            raise InputError(f"images of shape {tuple(x.shape[1:])} for the extractor {self.name}, which needs {self.shape}.")
+        out: torch.Tensor = torch.relu(self.penultimate(self.body(x)))
+        return out
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Class logits [B, K]."""
+        out: torch.Tensor = self.head(self(x))
+        return out
+
+
+def train_classifier(
+    train: Images,
+    *,
+    held_out: Images | None = None,
+    epochs: int = 60,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Classifier:
+    """Train a `Classifier` on labelled images (Adam, cosine rate, shifts by up to one pixel).
+
+    Its ``accuracy`` is measured on ``held_out`` where given, which is used for nothing else.
+
+    Raises:
+        InputError: without labels, or with fewer than two classes.
+    """
+    if train.labels is None or len(train.classes) < 2:
+        raise InputError(f"{train.name} has no labels of at least two classes; a classifier needs them.")
+    x, y = train.tensor(), train.labels
+    with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
+        torch.manual_seed(seed)
+        model = Classifier(train.shape, train.classes)
+    batch = 64
+    steps = epochs * math.ceil(len(x) / batch)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    done = 0
+    for epoch in range(epochs):
+        g = generator(seed, 3, epoch)
+        for index in torch.randperm(len(x), generator=g).split(batch):
+            images = torch.nn.functional.pad(x[index], (1, 1, 1, 1), value=-1.0)
+            dy, dx = torch.randint(0, 3, (2,), generator=g).tolist()
+            images = images[:, :, dy : dy + x.shape[2], dx : dx + x.shape[3]]
+            loss = torch.nn.functional.cross_entropy(model.logits(images), y[index], label_smoothing=0.05)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            rate.step()
+            done += 1
+        if progress is not None:
+            progress(done, steps)
+    model.eval().requires_grad_(False)
+    if held_out is not None and held_out.labels is not None:
+        hits = torch.cat([model.logits(b).argmax(1) for b in held_out]) == held_out.labels
+        model.accuracy = float(hits.double().mean())
+    return model
+
+
+def save_classifier(model: Classifier, path: str | Path, name: str) -> Path:
+    """Write weights, shape, classes and held-out accuracy as safetensors."""
+    metadata = {
+        "format": "symbreak.classifier",
+        "name": name,
+        "shape": ",".join(map(str, model.shape)),
+        "classes": "\t".join(model.classes),
+        "held_out_accuracy": f"{model.accuracy:.4f}",
+    }
+    return write_tensors(path, model.state_dict(), metadata)
+
+
+def load_classifier(path: str | Path) -> Classifier:
+    """Read what `save_classifier` wrote."""
+    tensors, metadata = read_tensors(path)
+    if metadata.get("format") != "symbreak.classifier":
+        raise InputError(f"{path} holds no symbreak classifier. Train one with train_classifier.")
+    shape = tuple(int(n) for n in metadata["shape"].split(","))
+    model = Classifier(shape, tuple(metadata["classes"].split("\t")))  # type: ignore[arg-type]
+    model.load_state_dict(tensors)
+    model.name, model.accuracy = metadata["name"], float(metadata["held_out_accuracy"])
+    return model.eval().requires_grad_(False)
+
+
+class _Pixels:
+    name = "pixels"
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x[0].numel() > MAX_PIXELS:
+            raise InputError(f"{x[0].numel()} pixel features are too many for a distance; use another extractor.")
+        return x.reshape(len(x), -1)
+
+
+class _Callable:
+    def __init__(self, name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.name, self.function = name, function
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.function(x)
+        if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != len(x):
+            came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise InputError(f"the extractor {self.name} gave {came} for {len(x)} images; expected a tensor [B, F].")
+        return out
+
+
+def extractor(name: str, data: Images | None = None) -> Any:
+    """An extractor by name.
+
+    Args:
+        name: ``"digits-classifier"`` (bundled), ``"pixels"``, ``"classifier"`` (trained here on the labels of
+            ``data``), a ``.safetensors`` file written by `save_classifier`, or ``"module:callable"``.
+
+    Raises:
+        InputError: for an unknown name or a module that has no such callable.
+    """
+    if name == "digits-classifier":
+        return load_classifier(str(resources.files("symbreak") / "weights" / "digits-classifier.safetensors"))
+    if name == "pixels":
+        return _Pixels()
+    if name == "classifier":
+        if data is None:
+            raise InputError("the extractor 'classifier' is trained on labelled data; pass --data with labels.")
+        return train_classifier(data)
+    if name.endswith(".safetensors"):
+        return load_classifier(name)
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        raise InputError(
+            f"unknown extractor {name!r}. Known: digits-classifier, classifier, pixels, a .safetensors file, "
+            "module:callable."
+        )
+    try:
+        return _Callable(name, getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"the extractor {name} cannot be imported ({error}).") from None
+
+
+def features(extract: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Features [N, F] float64 of a stream of image batches, on padded batches of one fixed size."""
+    out: list[torch.Tensor] = []
+    with torch.inference_mode():
+        for batch in batches:
+            for part in batch.split(BATCH):
+                padded = part if len(part) == BATCH else torch.cat([part, part[:1].expand(BATCH - len(part), *part.shape[1:])])
+                out.append(extract(padded)[: len(part)].double())
+    if not out:
+        raise InputError("no images to extract features from; expected at least one.")
+    found = torch.cat(out).clone()
+    if not bool(torch.isfinite(found).all()):
+        raise InputError(f"the extractor {extract.name} gave NaN or infinity; check the images' range.")
+    return found

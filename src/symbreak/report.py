@@ -1,0 +1,252 @@
+"""Record -> one self-contained HTML file that opens from disk. Draws, never computes."""
+
+from __future__ import annotations
+
+import io
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from symbreak.files import InputError, write_whole
+from symbreak.record import Record
+
+__all__ = ["write_report"]
+
+COLUMNS = (("standard", "standard start"), ("spectral", "late, at speciation"), ("best", "late, best of sweep"))
+COLORS = ("#1f6fb4", "#d9822b", "#3a9a5b", "#b3424a", "#7a5ba6", "#7f6a5a", "#c2649a", "#5f6b7a")
+
+
+def write_report(record: Record, path: str | Path) -> Path:
+    """Write the report of a study or of a diagnosis.
+
+    Args:
+        record: a `Record` of kind ``"study"`` or ``"phases"``.
+        path: the HTML file; it appears whole or not at all.
+
+    Raises:
+        InputError: for a record of another kind or with missing parts.
+    """
+    import jinja2
+
+    if record.kind not in ("study", "phases"):
+        raise InputError(f"there is no report for records of kind {record.kind!r}; expected study or phases.")
+    template = (resources.files("symbreak") / "templates" / "report.html").read_text(encoding="utf-8")
+    try:
+        values = _values(record)
+    except (KeyError, TypeError, IndexError) as error:
+        raise InputError(f"the record lacks {error}; it is damaged or from another version. Run it again.") from None
+    html = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template).render(**values)
+    return write_whole(path, lambda p: p.write_text(html, encoding="utf-8"))
+
+
+def _number(value: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}g}"
+
+
+def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
+    return "" if low is None or high is None else f"[{low:.{digits}g}, {high:.{digits}g}]"
+
+
+def _values(record: Record) -> dict[str, Any]:
+    content = record.content
+    phases = content["phases"] if record.kind == "study" else content
+    data = content["data"]
+    top = phases["eigenvalues"][0]
+    critical = phases["speciation"]["[-1, 1]"]
+    values: dict[str, Any] = {
+        "title": f"{'Late start on' if record.kind == 'study' else 'Phases of'} {data['name']}",
+        "lead": f"{data['count']:,} images of {' x '.join(map(str, data['shape']))} (fingerprint {data['fingerprint']}).",
+        "smoke": bool(content.get("smoke")),
+        "count": f"{data['count']:,}",
+        "schedule": phases["schedule"],
+        "times": [_times(scale, c, top * (1 if scale == "[-1, 1]" else 0.25)) for scale, c in phases["speciation"].items()],
+        "speciation_sentence": _speciation_sentence(critical, top, phases["total_variance"]),
+        "spectrum": _spectrum_figure(phases),
+        "rows": [],
+        "settings": [*_flat(record.settings), *((f"version: {k}", v) for k, v in sorted(record.versions.items()))],
+        "timings": [(k, f"{v:.1f}") for k, v in sorted(record.timings.items(), key=lambda kv: -kv[1])],
+        "grid_height": 44 if max(data["shape"][1:]) <= 16 else 72,
+        "grids": [],
+        "real_grid": "",
+        "sweep": "",
+        "selection": "",
+        "distance_sentence": "",
+        "table_note": "",
+    }
+    if record.kind == "study":
+        values |= _study_values(record)
+    return values
+
+
+def _flat(settings: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(k, ", ".join(map(str, v)) if isinstance(v, list) else str(v)) for k, v in sorted(settings.items())]
+
+
+def _times(scale: str, c: dict[str, Any], top: float) -> dict[str, Any]:
+    cells = [{"value": _number(top), "interval": ""}]
+    for key in ("sigma", "ou_time", "log_snr", "step"):
+        views = [None if c[w] is None else c[w].get(key) for w in ("level", "low", "high")]
+        low, high = (views[2], views[1]) if key == "log_snr" else (views[1], views[2])
+        cells.append({"value": _number(views[0]), "interval": _interval(low, high)})
+    return {"scale": scale, "cells": cells, "reason": c["reason"] or ""}
+
+
+def _speciation_sentence(c: dict[str, Any], top: float, total: float) -> str:
+    share = f"The top eigenvalue is {top:.4g}, {top / total:.0%} of the total variance."
+    if c["level"] is None:
+        return f"{share} No spectral speciation: {c['reason']}"
+    step = "" if c["level"].get("step") is None else f", step {c['level']['step']:.0f}"
+    return (
+        f"{share} Above sigma = {c['level']['sigma']:.3g}{step} the noise hides every mode of the data; below it they "
+        "are decided one after the other."
+    )
+
+
+def _study_values(record: Record) -> dict[str, Any]:
+    content = record.content
+    ground, network = content["floor"], content["network"]
+    rows, wins, losses = [], 0, 0
+    for row in content["rows"]:
+        cells = []
+        for key in ("standard", "spectral", "best", "noised"):
+            cell = row[key]
+            note = f"{cell['spacing']}" if key == "standard" else f"sigma {cell['level']['sigma']:.3g}"
+            d = cell["distance"]
+            cells.append({"value": _number(d["mean"], 3), "interval": _interval(d["low"], d["high"]), "note": note})
+        verdict, kind = _verdict(row["standard"]["distance"], row["best"]["distance"])
+        wins, losses = wins + (kind == "win"), losses + (kind == "lose")
+        rows.append({"sampler": row["sampler"], "calls": row["calls"], "cells": cells, "verdict": verdict, "kind": kind})
+    sentence = (
+        f"Fréchet distance in the features of {ground['extractor']} to {ground['reference']:,} held-out images. The best "
+        f"Gaussian late start is nearer than the standard start in {wins} of {len(rows)} rows beyond the intervals, farther in "
+        f"{losses}. The floor, real training images at the same counts, is {ground['mean']:.3g} "
+        f"{_interval(ground['low'], ground['high'])}."
+    )
+    reference = content.get("reference")
+    if reference:
+        d = reference["distance"]
+        sentence += (
+            f" The network at its best, standard DDIM with {reference['calls']} calls: {d['mean']:.3g} "
+            f"{_interval(d['low'], d['high'])}."
+        )
+    d = content["rows"][0]["standard"]["distance"]
+    accuracy = content["extractor"].get("held_out_accuracy")
+    note = (
+        f"Mean of {d['repeats']} repeats of {d['samples']} images with its 95 % Student-t interval, against {d['reference']:,} "
+        "held-out images; calls are network calls (NFE). Spacing and level were chosen on other seeds. The last column "
+        "starts from real training images noised to the level of the column before: what the best possible law would give. "
+        f"Network: {network['parameters']:,} parameters, {network['prediction']} prediction."
+        + ("" if accuracy is None else f" The extractor's held-out accuracy is {accuracy:.1%}.")
+    )
+    grids = [
+        {
+            "title": f"{row['sampler']}, {row['calls']} network calls",
+            "lines": [
+                {"name": label, "png": _base64(row[key]["grid"])}
+                for key, label in (*COLUMNS, ("noised", "data noised to that level"))
+            ],
+        }
+        for row in content["rows"]
+    ]
+    return {
+        "rows": rows,
+        "distance_sentence": sentence,
+        "table_note": note,
+        "grids": grids,
+        "real_grid": _base64(content["real_grid"]),
+        "sweep": _sweep_figure(content),
+        "selection": record.settings["selection"],
+    }
+
+
+def _base64(text: str) -> str:
+    """Only base64 may enter an image source."""
+    if not re.fullmatch(r"[A-Za-z0-9+/=]*", text):
+        raise KeyError("a readable image grid")
+    return text
+
+
+def _verdict(standard: dict[str, Any], late: dict[str, Any]) -> tuple[str, str]:
+    ratio = standard["mean"] / late["mean"] if late["mean"] > 0 else float("inf")
+    known = None not in (standard["low"], standard["high"], late["low"], late["high"])
+    if known and late["high"] < standard["low"]:
+        return f"{ratio:.2g} times nearer", "win"
+    if known and late["low"] > standard["high"]:
+        return f"loses: {1 / ratio:.2g} times farther", "lose"
+    return f"within the intervals ({ratio:.2f})", "tie"
+
+
+def _svg(figure: Any) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    return buffer.getvalue().split("?>", 1)[-1].split("dtd\">", 1)[-1]
+
+
+def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Any, Any]:
+    # Figures are built without pyplot: no global state, no display.
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams["svg.hashsalt"] = "symbreak"  # the same figure gives the same bytes
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False, **kwargs)[0]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, which="major", color="#e6eaf0", linewidth=0.8)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def _spectrum_figure(phases: dict[str, Any]) -> str:
+    figure, (left, right) = _figure(10.5, 3.4, 2)
+    values = phases["eigenvalues"]
+    rank = range(1, len(values) + 1)
+    low = [float("nan") if v is None else v for v in phases["eigenvalues_low"]] if "eigenvalues_low" in phases else None
+    left.loglog(rank, [max(v, 1e-12) for v in values], color=COLORS[0], marker=".", markersize=3, linewidth=1)
+    if low is not None:
+        high = [float("nan") if v is None else v for v in phases["eigenvalues_high"]]
+        left.fill_between(rank, low, high, color=COLORS[0], alpha=0.2, linewidth=0)
+    left.set_ylim(bottom=max(1e-6, 0.5 * min((v for v in values if v > 1e-9), default=1e-6)))
+    left.axhline(1.0, color="#888", linestyle="--", linewidth=1)
+    left.annotate("Lambda = 1: modes above have a speciation time", (1, 1.0), xytext=(2, 3), textcoords="offset points",
+                  fontsize=8, color="#666")
+    left.set(xlabel="mode", ylabel="covariance eigenvalue", title="Spectrum, pixels in [-1, 1]")
+    rungs = [c for c in phases["ladder"] if c["level"] is not None]
+    for i, c in enumerate(rungs):
+        if c["low"] is not None and c["high"] is not None:
+            right.plot([max(c["low"]["sigma"], 1e-3), c["high"]["sigma"]], [i + 1, i + 1], color=COLORS[1], linewidth=3, alpha=0.4)
+        right.plot(c["level"]["sigma"], i + 1, "o", color=COLORS[1], markersize=5)
+    right.set_xscale("log")
+    right.invert_xaxis()
+    right.invert_yaxis()
+    right.set(xlabel="sigma (noise falls to the right)", ylabel="mode", title="When each mode is decided (95 %)")
+    if not rungs:
+        right.text(0.5, 0.5, "no mode above 1", transform=right.transAxes, ha="center")
+    return _svg(figure)
+
+
+def _sweep_figure(content: dict[str, Any]) -> str:
+    rows = content["rows"]
+    calls = sorted({row["calls"] for row in rows})
+    samplers = list(dict.fromkeys(row["sampler"] for row in rows))
+    figure, axes = _figure(3.5 * len(calls), 3.6, len(calls), sharey=True)
+    critical = content["phases"]["speciation"]["[-1, 1]"]
+    for ax, n in zip(axes, calls):
+        for row in rows:
+            if row["calls"] != n:
+                continue
+            color = COLORS[samplers.index(row["sampler"]) % len(COLORS)]
+            sweep = sorted(row["sweep"], key=lambda s: s["sigma"])
+            ax.loglog([s["sigma"] for s in sweep], [s["pooled"] for s in sweep], "o-", color=color, markersize=3.5,
+                      linewidth=1.3, label=row["sampler"])
+            ax.axhline(min(row["spacings"].values()), color=color, linestyle=":", linewidth=1)
+        if critical["low"] is not None and critical["high"] is not None:
+            ax.axvspan(critical["low"]["sigma"], critical["high"]["sigma"], color="#999", alpha=0.25, linewidth=0)
+        ax.axvline(critical["level"]["sigma"], color="#555", linewidth=1)
+        ax.axhline(content["floor"]["mean"], color="#999", linewidth=1)
+        ax.invert_xaxis()
+        ax.set(xlabel="start level sigma (later to the right)", title=f"{n} network calls")
+    axes[0].set_ylabel(f"Fréchet distance, {content['floor']['extractor']}", fontsize=8)
+    axes[-1].legend(fontsize=7, frameon=False)
+    return _svg(figure)

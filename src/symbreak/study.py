@@ -1,0 +1,435 @@
+"""The whole flow in one readable function: data and network -> measured late start.
+
+batches -> moments -> speciation level -> late starts -> images -> features -> distances -> `Record`.
+
+For every sampler and number of network calls four columns are measured at equal calls on the same seeds:
+the standard start with its best spacing, the Gaussian late start at the spectral speciation level, the
+Gaussian late start at the best level of a small sweep (spacing and level are chosen on other seeds than
+those reported), and training images noised to that level, the best any law could do there.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import platform
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from symbreak.adapters import denoiser, load_pipeline, scheduler
+from symbreak.data import Images, images
+from symbreak.files import InputError, output_folder, read_json, write_json
+from symbreak.laws import Gaussian
+from symbreak.metrics import default_extractor, distance, extractor, features, floor
+from symbreak.metrics.memorization import nearest_summary
+from symbreak.moments import Moments
+from symbreak.noise import NoiseLevel, generator, schedule
+from symbreak.phases.speciation import ladder, speciation_time
+from symbreak.record import Record
+from symbreak.sample import generate
+from symbreak.start import LateStart, LateStartWarning, late_start, standard_start
+
+__all__ = ["Study", "diagnose", "run"]
+
+SAMPLERS = ("ddpm", "ddim", "pndm", "dpm++2m", "dpm++2m-karras")
+SPACINGS = ("leading", "linspace", "trailing")
+SELECTION_SEED = 1_000_000  # choices are made on seeds from here on, reports on seeds from 0 on
+GRID = 10  # images of a sample grid
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """What to measure.
+
+    Attributes:
+        data: what `images` takes; the training images.
+        model: what `load_pipeline` takes.
+        holdout: images to measure against; by default the other half of ``data``.
+        samplers, calls: rows of the table; calls are network calls (NFE), not steps.
+        samples: images a cell, split into ``repeats``.
+        selection: images for choosing spacing and level.
+        sweep: start levels tried, as multiples of the speciation sigma.
+        features: extractor name; ``None`` takes the bundled one for the digits, else pixels.
+        micro_batch: fixed size of every network call.
+        reference_calls: calls of the standard DDIM run that stands for the network at its best; 0 leaves it out.
+        quick: a smoke run, marked as no evidence.
+    """
+
+    data: str = "digits"
+    model: str = "digits"
+    holdout: str | None = None
+    samplers: tuple[str, ...] = SAMPLERS
+    calls: tuple[int, ...] = (3, 5, 10)
+    samples: int = 1000
+    repeats: int = 5
+    selection: int = 400
+    sweep: tuple[float, ...] = (0.35, 0.6, 1.0, 1.7, 3.0)
+    features: str | None = None
+    micro_batch: int = 200
+    reference_calls: int = 100
+    quick: bool = False
+
+    def smoke(self) -> Study:
+        """The same study, small enough for a minute."""
+        return Study(
+            **{
+                **asdict(self),
+                "samplers": self.samplers,
+                "calls": self.calls,
+                "samples": 200,
+                "repeats": 5,
+                "selection": 100,
+                "sweep": (0.6, 1.0, 1.7),
+                "micro_batch": 100,
+                "reference_calls": 0,
+                "quick": True,
+            }
+        )
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    names = ("symbreak", "torch", "diffusers", "numpy", "scipy", "safetensors", "scikit-learn")
+    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
+    for name in names:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def diagnose(data: Images, model: Any = None, modes: int = 10) -> Record:
+    """Critical times of a data set: the spectral speciation time with its interval, in every unit.
+
+    Args:
+        data: images.
+        model: a diffusers pipeline; its own schedule then gives the step.
+        modes: rungs of the ladder.
+
+    Returns:
+        A `Record` of kind ``"phases"``: the times for pixels in [-1, 1] and in [0, 1].
+    """
+    began = time.perf_counter()
+    moments = Moments.fit(data)
+    fitted = time.perf_counter()
+    name = "ddpm-linear" if model is None else type(model.scheduler).__name__
+    steps = schedule("ddpm-linear" if model is None else model.scheduler)
+
+    def view(critical: Any) -> dict[str, Any]:
+        found: dict[str, Any] = critical.to_dict()
+        for key in ("level", "low", "high"):
+            level = getattr(critical, key)
+            if level is not None:
+                try:
+                    found[key]["step"] = steps.time(level)
+                except ValueError:
+                    found[key]["step"] = None  # below the schedule's first step
+        return found
+
+    spectrum = moments.spectrum(min(256, moments.dim))
+    content = {
+        "data": _describe(data),
+        "schedule": name,
+        "eigenvalues": spectrum.values.tolist(),
+        "eigenvalues_low": spectrum.low.tolist(),
+        "eigenvalues_high": spectrum.high.tolist(),
+        "total_variance": float(torch.trace(moments.cov)),
+        "speciation": {
+            "[-1, 1]": view(speciation_time(moments)),
+            "[0, 1]": view(speciation_time(moments, scale=0.5)),
+        },
+        "ladder": [view(c) for c in ladder(moments, modes)],
+    }
+    settings = {"data": data.name, "modes": modes}
+    timings = {"moments": fitted - began, "times": time.perf_counter() - fitted}
+    return Record("phases", settings, content, versions(), timings)
+
+
+def _describe(data: Images) -> dict[str, Any]:
+    labels = None if data.labels is None else torch.bincount(data.labels, minlength=len(data.classes)).tolist()
+    return {
+        "name": data.name,
+        "count": len(data),
+        "shape": list(data.shape),
+        "fingerprint": data.fingerprint(),
+        "classes": list(data.classes)[:1000],
+        "class_counts": labels,
+        "selection": list(data.history),
+        "skipped": list(data.skipped)[:100],
+    }
+
+
+def _png(grid: torch.Tensor) -> str:
+    """A row of images [N, C, H, W] in [-1, 1] as one PNG, base64."""
+    from PIL import Image
+
+    small = grid
+    side = max(grid.shape[2:])
+    if side > 64:
+        scale = 64 / side
+        small = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="area")
+    pixels = ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=0)
+    row = torch.cat(list(pixels), dim=2).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+class _Cells:
+    """Finished cells, kept on disk so that an interrupted study goes on where it was."""
+
+    def __init__(self, path: Path | None, identity: str) -> None:
+        self.path, self.identity = path, identity
+        self.found: dict[str, Any] = {}
+        if path is not None and path.exists():
+            try:
+                raw = read_json(path)
+            except InputError:
+                raw = {}
+            if isinstance(raw, dict) and raw.get("identity") == identity:
+                self.found = dict(raw.get("cells", {}))
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        if key not in self.found:
+            self.found[key] = make()
+            if self.path is not None:
+                write_json(self.path, {"identity": self.identity, "cells": self.found})
+        return self.found[key]
+
+    def close(self) -> None:
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _steps(sampler: str, calls: int) -> int:
+    """num_inference_steps that cost the given number of network calls."""
+    return calls - 1 if sampler == "pndm" else (calls + 1) // 2 if sampler in ("heun", "kdpm2", "kdpm2-a") else calls
+
+
+def run(study: Study, out: str | Path | None = None, progress: Progress | None = None) -> Record:
+    """Run a study.
+
+    Args:
+        study: what to measure.
+        out: folder for ``record.json`` and, while it runs, for the finished cells: the same call goes
+            on after an interruption and ends with the same record.
+        progress: called with (stage, done, total).
+
+    Returns:
+        The `Record`; it is also saved where ``out`` is given.
+
+    Raises:
+        InputError: for data, networks and settings that do not fit each other.
+    """
+    tell = progress or (lambda stage, done, total: None)
+    folder = None if out is None else output_folder(out)
+    began = time.perf_counter()
+    timings: dict[str, float] = {}
+
+    def lap(stage: str, since: float) -> None:
+        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - since
+
+    # Data and network, checked against each other before any work.
+    if study.samples < 2 * study.repeats or study.repeats < 1:
+        raise InputError(f"{study.samples} samples in {study.repeats} repeats; expected at least 2 samples a repeat.")
+    train, held_out = _data(study)
+    pipe = load_pipeline(study.model)
+    network = denoiser(pipe.unet, pipe.scheduler)
+    if tuple(network.shape) != train.shape:
+        raise InputError(
+            f"the network {study.model} makes images of {network.shape}, but the data are {train.shape}. Resize the data "
+            "or choose another network."
+        )
+    base = {name: scheduler(name, like=pipe.scheduler) for name in study.samplers}
+    tell("moments", 0, 1)
+    mark = time.perf_counter()
+    moments = Moments.fit(train)
+    law = Gaussian(moments)
+    spectral = speciation_time(moments)
+    if spectral.level is None:
+        raise InputError(f"{train.name} has no spectral speciation level: {spectral.reason} A study needs one.")
+    phases = diagnose(train, pipe).content
+    tell("moments", 1, 1)
+    lap("moments", mark)
+
+    mark = time.perf_counter()
+    extract = extractor(study.features or default_extractor(train), train)
+    reference = Moments.fit([features(extract, held_out)], parts=1)
+    real = features(extract, train)
+    per_repeat = study.samples // study.repeats
+    ground = floor(real, reference, per_repeat, study.repeats, extract.name)
+    lap("features", mark)
+
+    settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
+    identity = hashlib.sha256(
+        json.dumps(
+            [settings, train.fingerprint(), held_out.fingerprint(), _weights_hash(pipe.unet), versions()], sort_keys=True
+        ).encode()
+    ).hexdigest()
+    cells = _Cells(None if folder is None else folder / "cells.json", identity)
+    train_images = train.tensor()
+
+    def measure(start: LateStart, seeds: range, repeats: int, noised: bool = False) -> tuple[dict[str, Any], torch.Tensor]:
+        clean = None
+        if noised:
+            picks = torch.randint(len(train_images), (len(seeds),), generator=generator(11, seeds[0]))
+            clean = train_images[picks]
+        x = generate(pipe.unet, start, seeds, micro_batch=study.micro_batch, clean=clean)
+        return distance(features(extract, [x]), reference, repeats, extract.name).to_dict(), x
+
+    def cell(key: str, start: LateStart, choice: dict[str, Any], noised: bool = False) -> dict[str, Any]:
+        """A reported cell: all repeats, on the reporting seeds."""
+
+        def make() -> dict[str, Any]:
+            measured, x = measure(start, range(study.samples), study.repeats, noised)
+            copies = nearest_summary(x, train_images, None)["samples"]
+            return {**choice, **_start_dict(start), "distance": measured, "neighbours": copies, "grid": _png(x[:GRID])}
+
+        result: dict[str, Any] = cells.get(key, make)
+        return result
+
+    def choose(key: str, start: LateStart) -> float:
+        """A candidate's distance on the selection seeds."""
+        seeds = range(SELECTION_SEED, SELECTION_SEED + study.selection)
+        value: float = cells.get(key, lambda: measure(start, seeds, 1)[0]["pooled"])
+        return value
+
+    sweep_levels = [NoiseLevel(spectral.level.sigma * f) for f in study.sweep]
+    rows: list[dict[str, Any]] = []
+    total = len(study.samplers) * len(study.calls)
+    tell("table", 0, total)
+    for sampler, full in base.items():
+        for calls in study.calls:
+            steps, name = _steps(sampler, calls), f"{sampler}/{calls}"
+            if steps < 1:
+                raise InputError(f"{calls} network calls are too few for {sampler}.")
+            mark = time.perf_counter()
+            standard: dict[str, tuple[LateStart, float]] = {}
+            for spacing in SPACINGS:
+                start = standard_start(full, steps, spacing)
+                twin = next((v for s, v in standard.values() if _same_grid(s, start)), None)
+                value = choose(f"choose/{name}/{spacing}", start) if twin is None else twin
+                standard[spacing] = (start, value)
+            swept: list[tuple[LateStart, float, float]] = []
+            for factor, level in zip(study.sweep, sweep_levels):
+                start = _quiet(full, law, steps, level)
+                swept.append((start, factor, choose(f"choose/{name}/{factor}", start)))
+            spacing = min(standard, key=lambda s: standard[s][1])
+            best, factor, _ = min(swept, key=lambda s: s[2])
+            lap("choosing", mark)
+            mark = time.perf_counter()
+            at_spectral = _quiet(full, law, steps, spectral.level)
+            row = {
+                "sampler": sampler,
+                "calls": calls,
+                "steps": steps,
+                "standard": cell(f"{name}/standard", standard[spacing][0], {"spacing": spacing}),
+                "spectral": cell(f"{name}/spectral", at_spectral, {"factor": 1.0}),
+                "best": cell(f"{name}/best", best, {"factor": factor}),
+                "noised": cell(f"{name}/noised", best, {"factor": factor}, noised=True),
+                "sweep": [
+                    {"sigma": s.level.sigma, "factor": f, "pooled": v, "samples": study.selection} for s, f, v in swept
+                ],
+                "spacings": {k: v for k, (_, v) in standard.items()},
+            }
+            spent = {row[k]["calls"] for k in ("standard", "spectral", "best", "noised")}  # type: ignore[index]
+            if spent != {calls}:
+                raise InputError(f"{sampler} spends {spent} network calls where {calls} were asked for.")
+            rows.append(row)
+            lap("sampling", mark)
+            tell("table", len(rows), total)
+    best_network = None
+    if study.reference_calls:
+        mark = time.perf_counter()
+        tell("reference", 0, 1)
+        start = standard_start(scheduler("ddim", like=pipe.scheduler), study.reference_calls, "trailing")
+        best_network = cell("reference", start, {"sampler": "ddim"})
+        tell("reference", 1, 1)
+        lap("reference", mark)
+
+    content = {
+        "data": _describe(train),
+        "held_out": _describe(held_out),
+        "network": {
+            "source": study.model,
+            "weights": _weights_hash(pipe.unet),
+            "parameters": sum(p.numel() for p in pipe.unet.parameters()),
+            "prediction": network.prediction,
+            "scheduler": type(pipe.scheduler).__name__,
+            "sigma_range": list(network.sigma_range),
+        },
+        "extractor": {"name": extract.name, "held_out_accuracy": getattr(extract, "accuracy", None)},
+        "phases": {k: phases[k] for k in ("schedule", "eigenvalues", "speciation", "ladder", "total_variance")},
+        "floor": ground.to_dict(),
+        "floor_neighbours": nearest_summary(held_out.tensor(), train_images, None)["samples"],
+        "reference": best_network,
+        "rows": rows,
+        "real_grid": _png(held_out.tensor()[:GRID]),
+        "smoke": study.quick,
+    }
+    lap("all", began)
+    record = Record("study", settings, content, versions(), timings)
+    if folder is not None:
+        record.save(folder)
+        cells.close()
+    return record
+
+
+def _data(study: Study) -> tuple[Images, Images]:
+    train = images(study.data)
+    if study.holdout is not None:
+        held_out = images(study.holdout)
+    elif study.data == "digits":
+        held_out = images("digits:held-out")
+    else:
+        train, held_out = train.split(0.5)
+    if train.shape != held_out.shape:
+        raise InputError(f"the data are {train.shape}, the held-out images {held_out.shape}. Resize one of them.")
+    return train, held_out
+
+
+def _quiet(full: Any, law: Gaussian, steps: int, level: NoiseLevel) -> LateStart:
+    """A late start at a level that a sweep tries on purpose: no warning below the spectral level."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", LateStartWarning)
+        return late_start(full, law, steps, at=level)
+
+
+def _start_dict(start: LateStart) -> dict[str, Any]:
+    return {"level": start.level.to_dict(), "calls": start.calls, "steps": start.steps}
+
+
+def _same_grid(a: LateStart, b: LateStart) -> bool:
+    def grid(s: LateStart) -> list[float]:
+        sigmas = getattr(s.scheduler, "sigmas", None)
+        own = [] if sigmas is None else np.asarray(sigmas, dtype=float).tolist()
+        return [float(t) for t in s.scheduler.timesteps] + own + [float(s.scheduler.init_noise_sigma)]
+
+    # Schedulers without sigmas step differently for equal timesteps, so only grids with sigmas are compared.
+    return hasattr(a.scheduler, "sigmas") and grid(a) == grid(b)
+
+
+def _weights_hash(unet: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(unet.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def threads() -> None:
+    """Waiting threads must sleep, not spin: two processes on few cores otherwise starve each other."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

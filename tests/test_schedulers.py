@@ -1,0 +1,196 @@
+"""Every supported diffusers scheduler, after a late start, gives back the mean and covariance of an exact Gaussian."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from hypothesis import Phase, given, reject, settings
+from hypothesis import strategies as st
+
+from symbreak.adapters import SAMPLERS, as_unet, scheduler
+from symbreak.files import InputError
+from symbreak.laws import Gaussian
+from symbreak.moments import Moments
+from symbreak.noise import NoiseLevel, schedule
+from symbreak.start import SUPPORTED, LateStart, late_start, standard_start
+from tests.worlds import gaussian_law
+
+STOCHASTIC = {"ddpm", "sde-dpm++2m", "euler-a", "kdpm2-a", "lcm"}
+FIRST_ORDER = {"ddpm", "ddim", "euler", "euler-a", "edm-euler", "flow-euler"}
+STEPS = 100
+
+
+def exact(name, **settings):
+    """A scheduler that changes nothing but noise: clipping is for pixels, not for a Gaussian."""
+    s = scheduler(name)
+    off = {k: False for k in ("clip_sample", "thresholding") if k in s.config}
+    return type(s).from_config(s.config, **off, **settings)
+
+
+def run(unet, start: LateStart, state, generator=None):
+    s = start.fresh()
+    scales = hasattr(s, "scale_model_input")
+    for t in s.timesteps:
+        out = unet(s.scale_model_input(state, t) if scales else state, t, return_dict=False)[0]
+        extra = {} if generator is None else {"generator": generator}
+        state = s.step(out, t, state, return_dict=False, **extra)[0]
+    return state.double().flatten(1)
+
+
+class Consistency:
+    """The Gaussian's flow to zero noise in place of its posterior mean: what LCM's network has learned."""
+
+    def __init__(self, law):
+        self.law, self.shape, self.sigma_range = law, law.shape, (0.0, float("inf"))
+
+    def __call__(self, x, sigma):
+        s = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1, 1)
+        values = self.law.eigenvalues
+        return self.law._map(x, (values / (values + s * s)).sqrt())
+
+
+def recovered(name, law, start, unet):
+    """Mean and covariance of the sampler's output: exactly, or from 40,000 samples for stochastic ones."""
+    d = law.moments.dim
+    if name in STOCHASTIC:
+        g = torch.Generator().manual_seed(5)
+        noise = torch.randn(40_000, *law.shape, generator=g)
+        m = Moments.fit([run(unet, start, start(noise), g)])
+        return m.mean.reshape(-1), m.cov
+    # A deterministic sampler is affine here: its action on a basis gives its law without sampling error.
+    basis = torch.cat([torch.zeros(1, d), 30 * torch.eye(d)]).reshape(-1, *law.shape)
+    out = run(unet, start, start(basis))
+    linear = (out[1:] - out[0]).T / 30
+    return out[0], linear @ linear.T
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("sigma", [0.8, 3.0, 12.0])
+def test_mean_and_covariance_come_back(name, sigma):
+    law = gaussian_law()
+    base = exact(name)
+    steps = 8 if name == "lcm" else STEPS
+    start = late_start(base, law, steps, at=NoiseLevel(sigma), check=False)
+    unet = as_unet(Consistency(law) if name == "lcm" else law, base)
+    mean, cov = recovered(name, law, start, unet)
+    # Discretization at 100 steps (first-order samplers err by about 1/n, slower from high noise), float32
+    # schedules, and for stochastic samplers 40,000 draws (0.7 % on a variance, 2.1 % at three errors).
+    tolerance = (0.07 if name in FIRST_ORDER else 0.02) + (0.03 if name in STOCHASTIC else 0.0)
+    scale = float(law.eigenvalues[0])
+    assert float((cov - law.moments.cov).abs().max()) < tolerance * scale
+    assert float((mean - law.moments.mean.reshape(-1)).abs().max()) < 0.5 * tolerance * scale**0.5
+
+
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - STOCHASTIC))
+@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(sigma=st.floats(0.4, 20), top=st.floats(0.5, 30), prediction=st.sampled_from(["epsilon", "v_prediction", "sample"]))
+def test_any_level_spectrum_and_prediction(name, sigma, top, prediction):
+    law = gaussian_law(eigenvalues=(top, 1.0, 0.5, 0.25))
+    kinds = {} if name.startswith("flow") else {"prediction_type": prediction}
+    if name.startswith("edm") and prediction == "sample":
+        kinds = {}  # EDM preconditioning has no sample prediction
+    base = exact(name, **kinds)
+    start = late_start(base, law, STEPS // 2, at=NoiseLevel(sigma), check=False)
+    try:
+        _, cov = recovered(name, law, start, as_unet(law, base))
+    except NotImplementedError:
+        reject()  # Heun and KDPM2 themselves know no sample prediction
+    # PNDM's multistep formula starts at first order, which shows from very high noise.
+    tolerance = 0.1 if name in FIRST_ORDER | {"pndm"} else 0.03
+    assert float((cov - law.moments.cov).abs().max()) < tolerance * max(1.0, top)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_level_is_the_one_the_scheduler_begins_at(name):
+    """One noised point mass: if the level read back were wrong, the first state would have the wrong spread."""
+    law = gaussian_law()
+    base = exact(name)
+    start = late_start(base, law, 5, at=NoiseLevel(3.0))
+    full = schedule(base)
+    assert start.level.sigma == pytest.approx(3.0, rel=0.05)
+    # What the network is told at the first call is the level of the state it sees (Karras grids round t).
+    told = full.level(float(start.scheduler.timesteps[0]))
+    assert told.sigma == pytest.approx(start.level.sigma, rel=0.01)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_calls_are_counted_not_steps(name):
+    law = gaussian_law()
+    base = exact(name)
+    start = late_start(base, law, 7, at=NoiseLevel(3.0))
+    calls = 0
+    inner = as_unet(law, base)
+
+    class Counting(torch.nn.Module):
+        def forward(self, *args, **kwargs):
+            nonlocal calls
+            calls += 1
+            return inner(*args, **kwargs)
+
+    generator = torch.Generator().manual_seed(0) if name in STOCHASTIC else None
+    run(Counting(), start, start(torch.zeros(2, *law.shape)), generator)
+    assert calls == start.calls
+    assert start.calls == {"pndm": 8, "heun": 13, "kdpm2": 13, "kdpm2-a": 13, "flow-heun": 13}.get(name, 7)
+
+
+def test_every_supported_class_is_tested():
+    assert {class_name for class_name, _ in SAMPLERS.values()} == SUPPORTED
+
+
+def test_a_late_start_has_less_discretization_error():
+    """In a Gaussian world, where the law is exact, a late start with few calls is always better."""
+    spectrum = tuple(100.0 / k**1.5 for k in range(1, 17))
+    law = Gaussian(gaussian_law(eigenvalues=spectrum, shape=(1, 4, 4)).moments)
+    errors = {}
+    for name, spacing in (("dpm++2m", "trailing"), ("dpm++2m-karras", "trailing")):
+        base = exact(name, timestep_spacing=spacing)
+        for kind in ("standard", "late"):
+            start = standard_start(base, 5) if kind == "standard" else late_start(base, law, 5, at=400, check=False)
+            mean, cov = recovered(name, law, start, as_unet(law, base))
+            values = torch.linalg.eigvalsh(cov).clamp_min(0)
+            errors[name, kind] = float(((values.sqrt() - law.eigenvalues.flip(0).sqrt()) ** 2).sum())
+    assert errors["dpm++2m", "late"] < errors["dpm++2m", "standard"]
+    assert errors["dpm++2m-karras", "late"] < errors["dpm++2m-karras", "standard"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "mend"),
+    [("IPNDMScheduler", "PNDMScheduler"), ("DDIMInverseScheduler", "use one of"), ("RePaintScheduler", "use one of")],
+)
+def test_unsupported_schedulers_are_refused_with_the_mend(cls, mend):
+    with pytest.raises(InputError, match=f"{cls} cannot be cut.*{mend}"):
+        late_start(getattr(diffusers, cls)(), gaussian_law(), 5, at=400)
+
+
+def test_zero_snr_and_flow_settings():
+    law = gaussian_law()
+    zero = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+    start = late_start(zero, law, 100, at=NoiseLevel(3.0))
+    assert float(start.scheduler.alphas_cumprod[10]) == pytest.approx(float(zero.alphas_cumprod[10]), rel=1e-4)
+    _, cov = recovered("ddim", law, start, as_unet(law, zero))
+    assert float((cov - law.moments.cov).abs().max()) < 0.07 * 4
+    shifted = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    start = late_start(shifted, law, 100, at=NoiseLevel(3.0))
+    assert start.level.sigma == pytest.approx(3.0, rel=1e-4)
+    _, cov = recovered("flow-euler", law, start, as_unet(law, shifted))
+    assert float((cov - law.moments.cov).abs().max()) < 0.1 * 4
+    with pytest.raises(InputError, match="fixed shift"):
+        late_start(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), law, 5, at=NoiseLevel(3.0))
+    with pytest.raises(InputError, match="use_flow_sigmas"):
+        late_start(
+            diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), law, 5, at=400
+        )
+
+
+def test_the_cut_scheduler_survives_set_timesteps_and_save(tmp_path):
+    """Pipelines call set_timesteps again, and users save: the cut must live in the config."""
+    law = gaussian_law()
+    for name in SAMPLERS:
+        if name.startswith("flow"):
+            continue
+        start = late_start(exact(name), law, 6, at=NoiseLevel(3.0))
+        start.scheduler.save_pretrained(tmp_path / name)
+        back = type(start.scheduler).from_pretrained(tmp_path / name)
+        back.set_timesteps(6)
+        assert torch.allclose(back.timesteps.double(), start.scheduler.timesteps.double()), name
