@@ -335,7 +335,8 @@ def clone_agreement(
         classify: final images [B, *S] -> integer classes [B]; by default a `Mixture`'s likeliest.
         pairs: number of trunks.
         steps: steps from ``sigma_start`` to ``sigma_end``.
-        seeds: every 250 pairs draw from a generator of their own, keyed by this and their number.
+        seeds: every block of pairs (its size depends on d only) draws from a generator of its own, keyed by
+            this and the block's number.
         sigma_start: where trunks start; by default the largest branch level for a law, which is sampled
             there exactly, and the top of its range for a denoiser, from pure noise.
         sigma_end: last level before the final denoising; by default 1 % of a law's standard deviation, or
@@ -378,8 +379,10 @@ def clone_agreement(
     grid = grid[np.append(True, grid[1:] < grid[:-1] * (1 - 1e-12))]
     leaves = [np.flatnonzero(np.abs(np.log(s / g)) < 1e-11) for g in grid]
     agree = np.zeros(len(s))
-    for block, first in enumerate(range(0, pairs, 250)):
-        n = min(250, pairs - first)
+    # Small blocks: all clones of a block together should stay in the processor's cache.
+    size = max(16, min(2000, 2**14 // math.prod(d.shape)))
+    for block, first in enumerate(range(0, pairs, size)):
+        n = min(size, pairs - first)
         agree += _clones(
             law_or_denoiser, d, is_law, grid, leaves, n, generator(seeds, block), classify, dtype, len(s)
         )
@@ -418,7 +421,11 @@ def _clones(
             break
         ratio = float(grid[i + 1] / level) ** 2
         noise = torch.randn(x.shape, generator=g, dtype=dtype)
-        x = mean + ratio * (x - mean) + float(grid[i + 1]) * math.sqrt(1 - ratio) * noise
+        x = (
+            x.mul_(ratio)
+            .add_(mean, alpha=1 - ratio)
+            .add_(noise, alpha=float(grid[i + 1]) * math.sqrt(1 - ratio))
+        )
     label = classify(mean).reshape(-1, n)
     agree = np.zeros(branches)
     for row, branch in enumerate(owners, start=1):
