@@ -421,11 +421,7 @@ def _clones(
             break
         ratio = float(grid[i + 1] / level) ** 2
         noise = torch.randn(x.shape, generator=g, dtype=dtype)
-        x = (
-            x.mul_(ratio)
-            .add_(mean, alpha=1 - ratio)
-            .add_(noise, alpha=float(grid[i + 1]) * math.sqrt(1 - ratio))
-        )
+        x = torch.lerp(mean, x, ratio).add_(noise, alpha=float(grid[i + 1]) * math.sqrt(1 - ratio))
     label = classify(mean).reshape(-1, n)
     agree = np.zeros(branches)
     for row, branch in enumerate(owners, start=1):
