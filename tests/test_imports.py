@@ -14,7 +14,7 @@ FLOORS = [
     {"phases", "adapters"},
     {"start"},
     {"sample", "train", "metrics"},
-    {"study", "report"},
+    {"study", "report", "world"},
     {"cli"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

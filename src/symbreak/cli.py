@@ -485,6 +485,53 @@ def train(
     _emit(as_json, {**result, "out": str(out)}, draw)
 
 
+@app.command(epilog="Example: symbreak world two-deltas --train")
+def world(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="two-deltas, sphere, mixture or digits")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="HTML file (default: build/world-NAME.html)")
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train", help="two-deltas: train a small network and lay it over the exact law")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="of the trajectories and of the network")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw a world where everything is known: potential, fixed points, trajectories, critical times."""
+    from symbreak.files import output_folder
+    from symbreak.world import check_world, draw_world
+
+    check_world(name, train, seed)
+    target = Path(f"build/world-{name}.html") if out is None else out
+    if target.is_dir():
+        raise InputError(f"{target} is a folder; expected a file name such as {target / 'world.html'}.")
+    output_folder(target.parent)
+    with err.status(name) as status:
+        record = draw_world(name, target, train, seed, lambda text: status.update(f"{name}: {text}"))
+
+    def draw() -> None:
+        table = Table(title=record.content["title"])
+        for heading in ("criterion", "flow", "frame", "sigma", "alpha (VP)", "OU time", "note"):
+            table.add_column(heading, justify="right" if heading in ("sigma", "alpha (VP)", "OU time") else "left")
+        network = record.content["network"]
+        for row in (*record.content["critical"], *(network["critical"] if network else ())):
+            level = row["level"]
+            numbers = (
+                ["none", "", ""] if level is None else [f"{v:.5g}" for v in (level["sigma"], row["alpha_vp"], level["ou_time"])]
+            )
+            title = row["name"] + (" (network)" if row["network"] else "")
+            table.add_row(title, row["flow"] or "any", row["frame"] or "any", *numbers, row["note"])
+        out_console.print(table)
+        if network and network["alpha"] is not None:
+            out_console.print(
+                f"the network's potential splits at alpha = {network['alpha']:.5f}, the law's at "
+                f"{network['alpha_exact']:.5f}: {network['relative_error']:+.2%}"
+            )
+        sys.stdout.write(f"page: {target}\n")
+
+    _emit(as_json, {**record.to_dict(), "out": str(target)}, draw)
+
+
 @app.command(epilog="Example: symbreak report build/demo/record.json --out build/demo/report.html")
 def report(
     record: Annotated[Path, typer.Argument(metavar="RECORD", help="record.json or its folder")],

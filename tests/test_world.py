@@ -1,0 +1,394 @@
+"""Worlds: what a page shows is what the laws say, and its slider moves it (in headless Chromium)."""
+
+import contextlib
+import html.parser
+import json
+import math
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from symbreak.cli import main
+from symbreak.files import InputError
+from symbreak.laws import Empirical
+from symbreak.phases.stability import bifurcation
+from symbreak.record import Record
+from symbreak.world import WORLDS, explore_world, train_point_network, write_world
+
+THETA_C = math.sqrt(math.sqrt(2) - 1)
+CHROMIUM = next(
+    (p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None
+)
+CHROMEDRIVER = shutil.which("chromedriver")
+
+
+@pytest.fixture(scope="module")
+def two_deltas():
+    return explore_world("two-deltas")
+
+
+@pytest.fixture(scope="module")
+def mixture():
+    return explore_world("mixture")
+
+
+def row(record, name, flow=None, frame=None):
+    found = [
+        r for r in record.content["critical"] if (r["name"], r["flow"], r["frame"]) == (name, flow, frame)
+    ]
+    assert len(found) == 1
+    return found[0]
+
+
+# --- content --------------------------------------------------------------------------------------
+
+
+def test_two_deltas_against_closed_forms(two_deltas):
+    c = two_deltas.content
+    x = np.array(c["position"])
+    for s, u in zip(c["sigma"], c["potential"]):
+        a, std2 = 1 / math.hypot(1, s), s * s / (1 + s * s)
+        # -x^2/4 - log p with p = 1/2 N(x; -a, std2) + 1/2 N(x; a, std2), up to a constant
+        exact = -x * x / 4 + (x * x) / (2 * std2) - np.logaddexp(a * x / std2, -a * x / std2)
+        # values are written with 7 digits
+        np.testing.assert_allclose(u, exact - exact.min(), atol=2e-6 * max(u))
+    assert row(two_deltas, "bifurcation", "sde", "vp")["alpha_vp"] == pytest.approx(THETA_C, abs=1e-10)
+    assert row(two_deltas, "new wells", "sde", "vp")["alpha_vp"] == pytest.approx(THETA_C, abs=1e-8)
+    assert row(two_deltas, "bifurcation", "sde", "vp")["ddpm_step"] == 292
+    assert row(two_deltas, "bifurcation", "ode", "vp")["level"] is None
+    assert "unstable at every level" in row(two_deltas, "bifurcation", "ode", "vp")["note"]
+    for name, flow, frame in (
+        ("bifurcation", "sde", "ve"),
+        ("bifurcation", "ode", "ve"),
+        ("signal-to-noise", None, None),
+        ("free-entropy", None, None),
+    ):
+        assert row(two_deltas, name, flow, frame)["level"]["sigma"] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_pitchfork_of_two_deltas(two_deltas):
+    """Published fixed points (1 + theta^2) x = 2 theta tanh(theta x / (1 - theta^2)), on both outer branches."""
+    c = two_deltas.content
+    theta = 1 / np.hypot(1, np.array(c["branch_sigma"]))
+    central, *outer = c["branches"]
+    assert len(outer) == 2
+    assert central["central"]
+    assert central["x"] == pytest.approx(np.zeros(len(theta)), abs=1e-9)
+    assert central["stable"] == [bool(t < THETA_C) for t in theta]
+    ends = []
+    for branch in outer:
+        x = np.array([math.nan if v is None else v for v in branch["x"]])
+        here = np.isfinite(x)
+        assert (here == (theta > THETA_C)).all()
+        assert all(np.array(branch["stable"])[here])
+        t = theta[here]
+        miss = (1 + t**2) * x[here] - 2 * t * np.tanh(t * x[here] / (1 - t**2))
+        # x is written with 7 digits, and the slope of the equation is at most 2 in theta < 1
+        assert np.abs(miss).max() < 5e-7
+        ends.append(np.sign(x[here][-1]))
+    assert sorted(ends) == [-1, 1]
+
+
+def test_trajectories_end_where_they_are_said_to(two_deltas, mixture):
+    for record, ends in ((two_deltas, [-1.0, 1.0]), (mixture, [2.0, -1.0, -1.0])):
+        t = record.content["trajectories"]
+        last = np.array(t["x"])[:, -1]
+        alpha = 1 / math.hypot(1, record.content["sigma"][-1])
+        wanted = alpha * np.array(ends)[t["end"]]
+        # the last state still carries noise of size alpha sigma (and the class's own spread): 5 standard deviations
+        spread = alpha * math.sqrt(record.content["sigma"][-1] ** 2 + (0.1 if record is mixture else 0.0))
+        assert np.abs(last - wanted).max() < 5 * spread
+        assert set(t["end"]) == set(range(len(ends)))  # 60 trajectories miss one of 3 classes once in 1e10
+
+
+def test_mixture_is_of_first_order(mixture):
+    """The wells appear at more noise than the centre destabilises at; both from 2-dimensional closed equations."""
+    wells, centre = row(mixture, "new wells", "sde", "vp"), row(mixture, "bifurcation", "sde", "vp")
+    assert wells["level"]["sigma"] > 1.04 * centre["level"]["sigma"]
+    # VE at the centre: the posterior there is uniform over classes, with covariance
+    # v s^2/(v + s^2) + (s^2/(v + s^2))^2 M/2 for means of norm^2 M = 4 in the plane; = s^2 gives s^2 = M/2 - v
+    assert row(mixture, "bifurcation", "sde", "ve")["level"]["sigma"] == pytest.approx(
+        math.sqrt(2 - 0.1), abs=1e-9
+    )
+
+
+def test_sphere():
+    record = explore_world("sphere")
+    assert row(record, "bifurcation", "sde", "vp")["alpha_vp"] == pytest.approx(0.8489753943, abs=1e-9)
+    assert row(record, "bifurcation", "sde", "ve")["level"]["sigma"] == pytest.approx(
+        math.sqrt(1 / 3), abs=1e-9
+    )
+    assert record.content["cloning"] is None
+
+
+def test_same_seed_same_world(two_deltas):
+    again, other = explore_world("two-deltas"), explore_world("two-deltas", seed=1)
+    assert again.content == two_deltas.content
+    assert other.content["trajectories"] != two_deltas.content["trajectories"]
+
+
+def test_global_random_state_is_left_alone():
+    before = torch.random.get_rng_state()
+    train_point_network(torch.tensor([[-1.0], [1.0]]), steps=5, batch=8)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(InputError, match="two-deltas, sphere, mixture, digits"):
+        explore_world("torus")
+    with pytest.raises(InputError, match="two-deltas"):
+        explore_world("sphere", train=True)
+    with pytest.raises(InputError, match="kind world"):
+        write_world(Record("study", {}, {}), tmp_path / "a.html")
+    with pytest.raises(InputError, match="lacks"):
+        write_world(Record("world", {}, {"title": "x"}), tmp_path / "a.html")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_network_bifurcates_where_the_law_does():
+    """Within 5 % in alpha, trained in under a minute: the first experiment of arXiv:2305.19693."""
+    record = explore_world("two-deltas", train=True)
+    network = record.content["network"]
+    assert network["training"]["seconds"] < 60
+    assert network["alpha_exact"] == pytest.approx(THETA_C, abs=1e-10)
+    assert abs(network["alpha"] / THETA_C - 1) < 0.05
+    wells = [b for b in network["branches"] if b["stable"][-1]]
+    # two wells at the lowest level, at the data, to a few per cent
+    assert sorted(b["x"][-1] for b in wells) == pytest.approx([-1, 1], abs=0.05)
+
+
+@pytest.mark.slow
+def test_digits():
+    record = explore_world("digits")
+    c = record.content
+    # ten classes: the well that the centre becomes, and the others' born in folds
+    wells = [b for b in c["branches"] if any(b["stable"])]
+    assert wells[0]["central"]
+    assert len(wells) >= 8
+    assert len({b["class"] for b in wells}) == len(wells)
+    first = row(record, "new wells", "sde", "ve")
+    assert first["level"]["sigma"] == pytest.approx(max(b["fold"] for b in wells[1:]), rel=1e-12)
+    # a mean-free Gaussian of top eigenvalue v: the VP criterion fires at alpha-bar = 1 / (v - 1), the VE one never
+    top = row(record, "signal-to-noise")["level"]["sigma"] ** 2
+    fired = row(record, "bifurcation of one Gaussian", "sde", "vp")
+    assert fired["level"]["alpha_bar"] == pytest.approx(1 / (top - 1), rel=1e-9)
+    assert row(record, "bifurcation of one Gaussian", "sde", "ve")["level"] is None
+    assert row(record, "spectral")["level"]["sigma"] == pytest.approx(math.sqrt(top - 1), rel=1e-9)
+
+
+# --- page -----------------------------------------------------------------------------------------
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.links, self.data, self.policy, self._in = [], "", "", False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        self.links += [values[k] for k in ("src", "href", "action") if k in values]
+        if values.get("http-equiv") == "Content-Security-Policy":
+            self.policy = values["content"]
+        self._in = values.get("type") == "application/json"
+
+    def handle_data(self, data):
+        self.data += data if self._in else ""
+
+
+def test_page_is_self_contained(two_deltas, tmp_path):
+    text = write_world(two_deltas, tmp_path / "world.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.links == []
+    assert page.policy.startswith("default-src 'none'")
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "").replace("http-equiv", "")
+    assert len(text) < 1_000_000
+    shown = json.loads(page.data)
+    assert shown["potential"] == two_deltas.content["potential"]
+    assert len(shown["rows"]) == text.count("<tr>") - 1 == len(two_deltas.content["critical"])
+
+
+def test_page_escapes(two_deltas, tmp_path):
+    bad = "</script><script>alert(1)</script>"
+    record = Record("world", two_deltas.settings, {**two_deltas.content, "title": bad, "axis": bad})
+    text = write_world(record, tmp_path / "world.html").read_text(encoding="utf-8")
+    assert bad not in text
+    assert text.count("</script>") == 2
+
+
+def test_command_line(tmp_path, capsys):
+    out = tmp_path / "deep" / "world.html"
+    with pytest.raises(SystemExit) as end:
+        main(["world", "two-deltas", "--out", str(out), "--json"])
+    assert end.value.code == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kind"] == "world"
+    assert told["out"] == str(out)
+    assert out.is_file()
+    for arguments in (
+        ["world", "torus"],
+        ["world", "sphere", "--train"],
+        ["world", "sphere", "--out", str(tmp_path)],
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(arguments)
+        assert end.value.code == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert len(told.err.strip().splitlines()) == 1
+    with pytest.raises(SystemExit):
+        main(["world", "torus"])
+    error = capsys.readouterr().err
+    assert all(name in error for name in WORLDS)
+
+
+# --- browser --------------------------------------------------------------------------------------
+
+
+class Browser:
+    """Headless Chromium through the WebDriver protocol on localhost, with the standard library alone."""
+
+    def __init__(self, folder):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        self.root = f"http://127.0.0.1:{port}"
+        self.process = subprocess.Popen(
+            [CHROMEDRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        self.session = None
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--no-first-run",
+            "--disable-background-networking",
+        ]
+        flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={folder}"]
+        options = {"binary": CHROMIUM, "args": flags}
+        wanted = {
+            "capabilities": {
+                "alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+            }
+        }
+        try:
+            for attempt in range(100):
+                with contextlib.suppress(urllib.error.URLError):
+                    self.ask("GET", "/status")
+                    break
+                time.sleep(0.1)
+            else:
+                pytest.skip("chromedriver does not answer")
+            self.session = self.ask("POST", "/session", wanted)["sessionId"]
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, method, path, body=None):
+        if self.session and path != "/status":
+            path = f"/session/{self.session}{path}"
+        data = None if method == "GET" else json.dumps(body or {}).encode()
+        request = urllib.request.Request(
+            self.root + path, data, {"Content-Type": "application/json"}, method=method
+        )
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=60) as answer:
+            return json.load(answer)["value"]
+
+    def run(self, script, *arguments):
+        return self.ask("POST", "/execute/sync", {"script": script, "args": list(arguments)})
+
+    def close(self):
+        if self.session:
+            with contextlib.suppress(OSError):
+                self.ask("DELETE", "")
+        self.process.terminate()
+        self.process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None or CHROMEDRIVER is None:
+        pytest.skip("no chromium and chromedriver here: the page is not tested in a browser")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        found = Browser(folder)
+        yield found
+        found.close()
+
+
+def keys(browser, text):
+    element = browser.ask("POST", "/element", {"using": "css selector", "value": "#sigma"})
+    browser.ask("POST", f"/element/{next(iter(element.values()))}/value", {"text": text})
+    return browser.run("return {...document.getElementById('well').dataset}")
+
+
+END, HOME, LEFT = "\ue010", "\ue011", "\ue012"
+
+
+def test_slider_splits_the_potential(browser, two_deltas, tmp_path):
+    path = write_world(two_deltas, tmp_path / "world.html")
+    browser.ask("POST", "/url", {"url": path.as_uri()})
+    sigma = two_deltas.content["sigma"]
+    high = keys(browser, HOME)
+    assert float(high["sigma"]) == pytest.approx(sigma[0], rel=1e-9)
+    assert high["minima"] == "1"
+    assert float(high["at"]) == 0
+    low = keys(browser, END)
+    assert float(low["sigma"]) == pytest.approx(sigma[-1], rel=1e-9)
+    assert low["minima"] == "2"
+    # wells at the data, to the step of the drawn path
+    step = two_deltas.content["position"][1] - two_deltas.content["position"][0]
+    assert [float(v) for v in low["at"].split()] == pytest.approx([-1, 1], abs=step)
+    assert float(keys(browser, LEFT)["sigma"]) == pytest.approx(sigma[-2], rel=1e-9)
+    critical = bifurcation(Empirical([[-1.0], [1.0]])).sigma
+    seen = browser.run(
+        """const out = [], slider = document.getElementById("sigma"), well = document.getElementById("well");
+        for (let k = 0; k <= +slider.max; k++) {
+          slider.value = k; slider.dispatchEvent(new Event("input"));
+          out.push([+well.dataset.sigma, +well.dataset.minima, well.querySelectorAll("circle").length,
+                    slider.getAttribute("aria-valuetext")]);
+        }
+        return out;"""
+    )
+    assert [s for s, *_ in seen] == pytest.approx(sigma, rel=1e-9)
+    # at every level: one well above the critical one, two wells and the centre below
+    for s, minima, dots, text in seen:
+        assert (minima, dots) == ((1, 1) if s > critical else (2, 3)), s
+        assert f"sigma {s:.3f}" in text
+    errors = [e for e in browser.ask("POST", "/se/log", {"type": "browser"}) if e["level"] == "SEVERE"]
+    assert errors == []
+
+
+def test_link_and_click_set_the_level(browser, mixture, tmp_path):
+    path = write_world(mixture, tmp_path / "world.html")
+    sigma = np.array(mixture.content["sigma"])
+    browser.ask("POST", "/url", {"url": path.as_uri() + "#sigma=1.83"})
+    at = float(browser.run("return document.getElementById('well').dataset.sigma"))
+    assert at == pytest.approx(sigma[np.abs(np.log(sigma / 1.83)).argmin()], rel=1e-9)
+    # between the fold and the centre's own crossing there are two wells on the axis: centre and class 0
+    fold, centre = (row(mixture, n, "sde", "vp")["level"]["sigma"] for n in ("new wells", "bifurcation"))
+    assert centre < at < fold
+    assert browser.run("return document.getElementById('well').dataset.minima") == "2"
+    browser.run(
+        """const f = document.getElementById("fork"), r = f.getBoundingClientRect();
+        f.dispatchEvent(new MouseEvent("click", {clientX: r.left + r.width * 507 / 520, clientY: r.top + 20}));"""
+    )
+    assert float(browser.run("return document.getElementById('well').dataset.sigma")) == pytest.approx(
+        sigma[-1]
+    )
+    # canvas: the map is painted, not blank
+    colours = browser.run(
+        """const c = document.getElementById("map"), d = c.getContext("2d").getImageData(110, 40, 800, 500).data;
+        return new Set(Array.from({length: 2000}, (_, i) => d[4 * (i * 199)])).size;"""
+    )
+    assert colours > 20
