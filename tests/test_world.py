@@ -7,6 +7,7 @@ import math
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.error
@@ -24,6 +25,7 @@ from symbreak.phases.stability import bifurcation
 from symbreak.record import Record
 from symbreak.world import WORLDS, explore_world, train_point_network, write_world
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 THETA_C = math.sqrt(math.sqrt(2) - 1)
 CHROMIUM = next(
     (p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None
@@ -76,7 +78,7 @@ def test_two_deltas_against_closed_forms(two_deltas):
 
 
 def test_pitchfork_of_two_deltas(two_deltas):
-    """Published fixed points (1 + theta^2) x = 2 theta tanh(theta x / (1 - theta^2)), on both outer branches."""
+    """(1 + theta^2) x = 2 theta tanh(theta x / (1 - theta^2)) on both outer branches (arXiv:2305.19693)."""
     c = two_deltas.content
     theta = 1 / np.hypot(1, np.array(c["branch_sigma"]))
     central, *outer = c["branches"]
@@ -104,18 +106,18 @@ def test_trajectories_end_where_they_are_said_to(two_deltas, mixture):
         last = np.array(t["x"])[:, -1]
         alpha = 1 / math.hypot(1, record.content["sigma"][-1])
         wanted = alpha * np.array(ends)[t["end"]]
-        # the last state still carries noise of size alpha sigma (and the class's own spread): 5 standard deviations
+        # the last state still carries noise of size alpha sigma and the class's own spread: 5 deviations
         spread = alpha * math.sqrt(record.content["sigma"][-1] ** 2 + (0.1 if record is mixture else 0.0))
         assert np.abs(last - wanted).max() < 5 * spread
         assert set(t["end"]) == set(range(len(ends)))  # 60 trajectories miss one of 3 classes once in 1e10
 
 
 def test_mixture_is_of_first_order(mixture):
-    """The wells appear at more noise than the centre destabilises at; both from 2-dimensional closed equations."""
+    """The wells appear at more noise than the centre destabilises at."""
     wells, centre = row(mixture, "new wells", "sde", "vp"), row(mixture, "bifurcation", "sde", "vp")
     assert wells["level"]["sigma"] > 1.04 * centre["level"]["sigma"]
     # VE at the centre: the posterior there is uniform over classes, with covariance
-    # v s^2/(v + s^2) + (s^2/(v + s^2))^2 M/2 for means of norm^2 M = 4 in the plane; = s^2 gives s^2 = M/2 - v
+    # v s^2 / (v + s^2) + (s^2 / (v + s^2))^2 M / 2 for means of norm^2 M = 4 in the plane: s^2 = M / 2 - v
     assert row(mixture, "bifurcation", "sde", "ve")["level"]["sigma"] == pytest.approx(
         math.sqrt(2 - 0.1), abs=1e-9
     )
@@ -178,7 +180,7 @@ def test_digits():
     assert len({b["class"] for b in wells}) == len(wells)
     first = row(record, "new wells", "sde", "ve")
     assert first["level"]["sigma"] == pytest.approx(max(b["fold"] for b in wells[1:]), rel=1e-12)
-    # a mean-free Gaussian of top eigenvalue v: the VP criterion fires at alpha-bar = 1 / (v - 1), the VE one never
+    # a Gaussian of top eigenvalue v: the VP criterion fires at alpha-bar = 1 / (v - 1), the VE one never
     top = row(record, "signal-to-noise")["level"]["sigma"] ** 2
     fired = row(record, "bifurcation of one Gaussian", "sde", "vp")
     assert fired["level"]["alpha_bar"] == pytest.approx(1 / (top - 1), rel=1e-9)
@@ -252,6 +254,35 @@ def test_command_line(tmp_path, capsys):
     assert all(name in error for name in WORLDS)
 
 
+# --- examples -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("one_dimensional_potential", "alpha = 0.6435942529, OU time 0.4406867935"),
+        (
+            "gaussian_mixture_speciation",
+            "d = 16384: free-entropy tau = 4.8520 (1/2 log d = 4.8520), phi there 0.7752",
+        ),
+        ("gaussian_mixture_collapse", "d = 256: tau_C = 1.4731, to leading order with n / 2 samples 1.4731"),
+    ],
+)
+def test_examples(name, told, tmp_path):
+    script = EXAMPLES / f"{name}.py"
+    text = script.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 60
+    assert "# %%" in text
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout
+    figure = tmp_path / "build" / f"{name}.png"
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    assert figure.stat().st_size > 10_000  # an empty pair of axes is smaller
+
+
 # --- browser --------------------------------------------------------------------------------------
 
 
@@ -282,7 +313,7 @@ class Browser:
             }
         }
         try:
-            for attempt in range(100):
+            for _ in range(100):
                 with contextlib.suppress(urllib.error.URLError):
                     self.ask("GET", "/status")
                     break
@@ -381,14 +412,16 @@ def test_link_and_click_set_the_level(browser, mixture, tmp_path):
     assert browser.run("return document.getElementById('well').dataset.minima") == "2"
     browser.run(
         """const f = document.getElementById("fork"), r = f.getBoundingClientRect();
-        f.dispatchEvent(new MouseEvent("click", {clientX: r.left + r.width * 507 / 520, clientY: r.top + 20}));"""
+        const clientX = r.left + r.width * 507 / 520, clientY = r.top + 20;
+        f.dispatchEvent(new MouseEvent("click", {clientX, clientY}));"""
     )
     assert float(browser.run("return document.getElementById('well').dataset.sigma")) == pytest.approx(
         sigma[-1]
     )
     # canvas: the map is painted, not blank
     colours = browser.run(
-        """const c = document.getElementById("map"), d = c.getContext("2d").getImageData(110, 40, 800, 500).data;
+        """const c = document.getElementById("map");
+        const d = c.getContext("2d").getImageData(110, 40, 800, 500).data;
         return new Set(Array.from({length: 2000}, (_, i) => d[4 * (i * 199)])).size;"""
     )
     assert colours > 20

@@ -512,13 +512,14 @@ def world(
     def draw() -> None:
         table = Table(title=record.content["title"])
         for heading in ("criterion", "flow", "frame", "sigma", "alpha (VP)", "OU time", "note"):
-            table.add_column(heading, justify="right" if heading in ("sigma", "alpha (VP)", "OU time") else "left")
+            is_number = heading in ("sigma", "alpha (VP)", "OU time")
+            table.add_column(heading, justify="right" if is_number else "left")
         network = record.content["network"]
         for row in (*record.content["critical"], *(network["critical"] if network else ())):
             level = row["level"]
-            numbers = (
-                ["none", "", ""] if level is None else [f"{v:.5g}" for v in (level["sigma"], row["alpha_vp"], level["ou_time"])]
-            )
+            numbers = ["none", "", ""]
+            if level is not None:
+                numbers = [f"{v:.5g}" for v in (level["sigma"], row["alpha_vp"], level["ou_time"])]
             title = row["name"] + (" (network)" if row["network"] else "")
             table.add_row(title, row["flow"] or "any", row["frame"] or "any", *numbers, row["note"])
         out_console.print(table)

@@ -9,7 +9,7 @@ States are drawn in the VP frame, alpha x, whatever frame their stability is jud
 posterior step x' = D + (sigma'/sigma)^2 (x - D) + sigma' sqrt(1 - sigma'^2/sigma^2) z, the reverse SDE with D
 held over a step. For two-deltas a small network can be trained on the same data and laid over the law.
 
-Sources: arXiv:2305.19693 (potential, fixed points, symmetry breaking), arXiv:2402.18491 (speciation, collapse).
+Sources: arXiv:2305.19693 (potential, fixed points), arXiv:2402.18491 (speciation, collapse).
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import brentq
 
 from symbreak.critical import CriticalTime
 from symbreak.data import images
@@ -162,9 +164,9 @@ def _mixture() -> _Scene:
     path, position = _line(axis, 2.6, 157)
     return _Scene(
         title="Three Gaussians on a triangle",
-        lead="Means at distance 2 from the centre, variance 0.1. With three symmetric classes the transition is "
-        "of first order: the wells of the classes appear (in folds, each with a saddle) while the centre is "
-        "still stable, which loses its stability only later.",
+        lead="Means at distance 2 from the centre, variance 0.1. With three symmetric classes the transition "
+        "is of first order: the wells of the classes appear (in folds, each with a saddle) while the centre "
+        "is still stable, which loses its stability only later.",
         law=law,
         classes=law,
         moments=law.moments,
@@ -200,9 +202,10 @@ def _digits() -> _Scene:
     n = len(x)
     return _Scene(
         title="8 x 8 digits, one Gaussian a class",
-        lead=f"{n} digits in [-1, 1] with their mean removed, as a mixture of ten full Gaussians. There is no "
-        "symmetry to break: the central fixed point is followed into one of the wells without a crossing, and "
-        f"the wells of the other classes are born one after another. Potential between classes {a} and {b}.",
+        lead=f"{n} digits in [-1, 1] with their mean removed, as a mixture of ten full Gaussians. There is "
+        "no symmetry to break: the central fixed point is followed into one of the wells without a crossing, "
+        "and the wells of the other classes are born one after another. The potential is drawn between "
+        f"classes {a} and {b}.",
         law=law,
         classes=law,
         moments=moments,
@@ -241,7 +244,7 @@ SCENES = {"two-deltas": _two_deltas, "sphere": _sphere, "mixture": _mixture, "di
 
 
 class PointNetwork(torch.nn.Module):
-    """A small perceptron that predicts epsilon, as a denoiser: D(x, sigma) = x - sigma eps(alpha x, log sigma).
+    """A small perceptron that predicts epsilon, as a denoiser: D = x - sigma eps(alpha x, log sigma).
 
     Args:
         dim: dimension d of a sample.
@@ -295,8 +298,8 @@ def train_point_network(
 
         loss = E |eps_theta(alpha (x_0 + sigma eps), log sigma) - eps|^2,  the step uniform over 0 .. 999
 
-    Weights are an average over the last steps. Every draw (x_0, eps) is used with its mirror image (x_0, -eps),
-    which halves nothing but the noise of the gradient.
+    Weights are an average over the last steps. Every draw (x_0, eps) is used together with (x_0, -eps), which
+    quietens the gradient.
 
     Args:
         points: data [n, d].
@@ -340,7 +343,8 @@ def train_point_network(
             running = 0.0
             if progress is not None:
                 progress(f"training: step {step + 1:,} of {steps:,}, loss {losses[-1]:.4f}")
-    net = mean.module.double().eval().requires_grad_(False)
+    net.load_state_dict(mean.module.state_dict())
+    net = net.double().eval().requires_grad_(False)
     settings = {
         "steps": steps,
         "batch": batch,
@@ -386,8 +390,8 @@ def explore_world(name: str, train: bool = False, seed: int = 0, progress: Progr
         progress: told in words what is being done.
 
     Returns:
-        A `Record` of kind ``"world"``: ``potential``, ``branches``, ``trajectories``, ``critical``, ``cloning``
-        and ``network``. Coordinates are VP states projected on one axis.
+        A `Record` of kind ``"world"``: ``potential``, ``branches``, ``trajectories``, ``critical``,
+        ``cloning`` and ``network``. Coordinates are VP states projected on one axis.
 
     Raises:
         InputError: for an unknown world, or a network for a world that has none.
@@ -544,18 +548,17 @@ def _trajectories(scene: _Scene, source: Any, seed: int) -> dict[str, Any]:
 
 def _critical(scene: _Scene, found: FixedPoints, tell: Progress) -> list[dict[str, Any]]:
     """Critical times of every criterion that the world has."""
-    rows: list[tuple[str, Callable[[], CriticalTime]]] = []
-    for flow, frame in scene.stability:
-        rows.append(("bifurcation", lambda flow=flow, frame=frame: bifurcation(scene.law, flow, frame)))
+    rows: list[tuple[str, Callable[[], CriticalTime]]] = [
+        ("bifurcation", partial(bifurcation, scene.law, flow, frame)) for flow, frame in scene.stability
+    ]
     rows.append(("new wells", lambda: _first_wells(scene, found)))
-    for criterion in ("spectral", "signal-to-noise"):
-        rows.append((criterion, lambda criterion=criterion: speciation_time(scene.moments, criterion)))
+    rows += [(c, partial(speciation_time, scene.moments, c)) for c in ("spectral", "signal-to-noise")]
     if scene.classes is not None:
-        rows.append(("free-entropy", lambda: speciation_time(scene.classes, "free-entropy", samples=5000)))
-        rows.append(("cloning", lambda: _cloning_level(scene)))
+        rows.append(("free-entropy", partial(speciation_time, scene.classes, "free-entropy", samples=5000)))
+        rows.append(("cloning", partial(_cloning_level, scene.classes, scene.sigma)))
     if scene.samples:
         law = scene.law if scene.classes is None else scene.classes
-        rows.append(("collapse", lambda: collapse_time(law, samples=scene.samples, draws=4000)))
+        rows.append(("collapse", partial(collapse_time, law, scene.samples, draws=4000)))
     out = []
     for name, find in (*rows, *scene.extra):
         tell(f"critical times: {name}")
@@ -569,26 +572,29 @@ def _critical(scene: _Scene, found: FixedPoints, tell: Progress) -> list[dict[st
 def _first_wells(scene: _Scene, found: FixedPoints) -> CriticalTime:
     """The highest fold in which a stable branch is born, among the branches already followed."""
     folds = [b.fold for b in found.branches if not b.central and b.fold is not None and b.stable.any()]
-    about = {"criterion": "wells", "flow": scene.flow, "frame": scene.frame, "source": "arXiv:2305.19693"}
+    about: dict[str, Any] = {"criterion": "wells", "flow": scene.flow, "frame": scene.frame}
+    about["source"] = "arXiv:2305.19693, folds of the drift's fixed points"
     if not folds:
         reason = "no stable fixed point apart from the central one was found"
-        return CriticalTime(None, reason=reason, **about)  # type: ignore[arg-type]
-    return CriticalTime(NoiseLevel(max(folds)), **about)  # type: ignore[arg-type]
+        return CriticalTime(None, reason=reason, **about)
+    vp = NoiseLevel(max(folds))
+    return CriticalTime(vp if scene.frame == "vp" else NoiseLevel(vp.sigma, alpha=1.0), **about)
 
 
-def _cloning_level(scene: _Scene) -> CriticalTime:
+def _cloning_level(classes: Mixture, sigma: np.ndarray) -> CriticalTime:
     """The level at which clones agree halfway between their floor sum_c pi_c^2 and certainty."""
-    weights = scene.classes.weights  # type: ignore[union-attr]
-    half = 0.5 * (1.0 + float((weights * weights).sum()))
-    curve = cloning_probability(scene.classes, scene.sigma, samples=4000)
-    s, v = np.log(curve.sigma[::-1]), curve.value[::-1]
-    about = {"criterion": "cloning", "flow": "sde"}
-    if not v[0] > half > v[-1]:
-        reason = f"clones agree with probability {v[-1]:.3g} .. {v[0]:.3g} on the levels drawn"
-        return CriticalTime(None, reason=reason, source="arXiv:2402.18491", **about)
-    level = NoiseLevel(math.exp(float(np.interp(-half, -v, s))))
-    reason = f"agreement of clones at {half:.3g}, halfway from its floor to certainty"
-    return CriticalTime(level, reason=reason, source="arXiv:2402.18491", **about)
+    half = 0.5 * (1.0 + float((classes.weights * classes.weights).sum()))
+
+    def excess(log_sigma: float) -> float:
+        return float(cloning_probability(classes, math.exp(log_sigma), samples=4000).value) - half
+
+    low, high = math.log(sigma.min()), math.log(sigma.max())
+    if not excess(high) < 0 < excess(low):
+        level, reason = None, f"agreement of clones does not pass {half:.3g} on the levels drawn"
+    else:
+        level = NoiseLevel(math.exp(brentq(excess, low, high, xtol=1e-10)))
+        reason = f"agreement of clones at {half:.3g}, halfway from its floor to certainty"
+    return CriticalTime(level, criterion="cloning", flow="sde", source="arXiv:2402.18491", reason=reason)
 
 
 def _row(name: str, found: CriticalTime) -> dict[str, Any]:
@@ -759,6 +765,6 @@ def _network_sentence(network: dict[str, Any] | None) -> str:
     if network["alpha"] is None:
         return told + f"has no bifurcation; the law's is at alpha = {network['alpha_exact']:.5f}."
     return told + (
-        f"breaks the symmetry at alpha = {network['alpha']:.5f} ({network['criterion']}, reverse SDE, VP frame); the law "
-        f"does at {network['alpha_exact']:.5f}: {network['relative_error']:+.2%}."
+        f"breaks the symmetry at alpha = {network['alpha']:.5f} ({network['criterion']}, reverse SDE, "
+        f"VP frame); the law does at {network['alpha_exact']:.5f}: {network['relative_error']:+.2%}."
     )
