@@ -12,18 +12,17 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from symbreak.laws import Empirical, Mixture
-from symbreak.noise import NoiseLevel, generator
-from symbreak.phases.collapse import collapse_time, excess_entropy
+import symbreak as sb
+from symbreak.noise import generator
 
 n, dims = 2000, (64, 256, 1024)
 tau = np.linspace(0.4, 6.0, 57)
-sigma = np.array([NoiseLevel.from_ou_time(t).sigma for t in tau])
+sigma = np.array([sb.NoiseLevel.from_ou_time(t).sigma for t in tau])
 
 
 def two_gaussians(d):
     m = torch.ones(d, dtype=torch.float64)
-    return Mixture.from_parameters(torch.stack([-m, m]), 1.0)
+    return sb.Mixture.from_parameters(torch.stack([-m, m]), 1.0)
 
 
 # %%
@@ -31,10 +30,10 @@ figure = Figure(figsize=(6.5, 4), layout="constrained")
 ax = figure.subplots()
 for i, d in enumerate(dims):
     law, a = two_gaussians(d), np.log(n) / d
-    exact = excess_entropy(law, sigma, samples=n)
-    collapse = collapse_time(law, samples=n)
-    data = Empirical(law.sample(n, 0.0, generator(d)))
-    measured = excess_entropy(data, sigma[::4], queries=400)
+    exact = sb.excess_entropy(law, sigma, samples=n)
+    collapse = sb.collapse_time(law, samples=n)
+    data = sb.Empirical(law.sample(n, 0.0, generator(d)))
+    measured = sb.excess_entropy(data, sigma[::4], queries=400)
     colour = f"C{i}"
     ax.plot(tau, exact.value / a, color=colour, label=f"d = {d}")
     errors = [(measured.value - measured.low) / a, (measured.high - measured.value) / a]

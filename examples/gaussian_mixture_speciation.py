@@ -11,32 +11,30 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from symbreak.laws import Mixture
-from symbreak.noise import NoiseLevel
-from symbreak.phases.speciation import clone_agreement, cloning_probability, speciation_time
+import symbreak as sb
 
 tau = np.linspace(1.0, 8.0, 57)
-sigma = np.array([NoiseLevel.from_ou_time(t).sigma for t in tau])
+sigma = np.array([sb.NoiseLevel.from_ou_time(t).sigma for t in tau])
 
 
 def two_gaussians(d):
     m = torch.ones(d, dtype=torch.float64)
-    return Mixture.from_parameters(torch.stack([-m, m]), 1.0)
+    return sb.Mixture.from_parameters(torch.stack([-m, m]), 1.0)
 
 
 # %% exact curves (quadrature) and the criteria
 dims = (256, 1024, 4096, 16384)
-phi = {d: cloning_probability(two_gaussians(d), sigma).value for d in dims}
-times = {d: speciation_time(two_gaussians(d), "free-entropy").level.ou_time for d in dims}
+phi = {d: sb.cloning_probability(two_gaussians(d), sigma).value for d in dims}
+times = {d: sb.speciation_time(two_gaussians(d), "free-entropy").level.ou_time for d in dims}
 for d in dims:
-    at = float(cloning_probability(two_gaussians(d), NoiseLevel.from_ou_time(times[d]).sigma).value)
+    at = float(sb.cloning_probability(two_gaussians(d), sb.NoiseLevel.from_ou_time(times[d]).sigma).value)
     print(
         f"d = {d}: free-entropy tau = {times[d]:.4f} (1/2 log d = {0.5 * np.log(d):.4f}), phi there {at:.4f}"
     )
 
 # %% measured: pairs of reverse trajectories in the full 256 dimensions
 branch = sigma[8:40:8]
-measured = clone_agreement(two_gaussians(256), branch, pairs=500, steps=100)
+measured = sb.clone_agreement(two_gaussians(256), branch, pairs=500, steps=100)
 
 # %%
 figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -44,7 +42,7 @@ left, right = figure.subplots(1, 2, sharey=True)
 for d in dims:
     left.plot(tau, phi[d], label=f"d = {d}")
     right.plot(tau - times[d], phi[d])
-at = [NoiseLevel(s).ou_time for s in measured.sigma]
+at = [sb.NoiseLevel(s).ou_time for s in measured.sigma]
 errors = np.clip([measured.value - measured.low, measured.high - measured.value], 0, None)
 left.errorbar(at, measured.value, errors, fmt="k.", label="500 pairs, d = 256")
 left.set(xlabel="OU time tau", ylabel="phi, both clones in one class", title="Cloning")

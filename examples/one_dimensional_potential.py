@@ -11,15 +11,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from symbreak.laws import Empirical
-from symbreak.noise import NoiseLevel
-from symbreak.phases.stability import bifurcation, fixed_points, potential
+import symbreak as sb
 
-law = Empirical([[-1.0], [1.0]])
-critical = bifurcation(law, flow="sde", frame="vp")
+law = sb.Empirical([[-1.0], [1.0]])
+critical = sb.bifurcation(law, flow="sde", frame="vp")
 print(f"bifurcation at alpha = {critical.level.alpha:.10f}, OU time {critical.level.ou_time:.10f}")
 for frame in ("vp", "ve"):
-    other = bifurcation(law, flow="ode", frame=frame)
+    other = sb.bifurcation(law, flow="ode", frame=frame)
     print(
         f"probability flow, {frame}: {other.reason if other.level is None else f'sigma = {other.sigma:.6f}'}"
     )
@@ -27,9 +25,9 @@ for frame in ("vp", "ve"):
 # %% the potential at five levels, and its fixed points
 x = torch.linspace(-1.6, 1.6, 161, dtype=torch.float64)[:, None]
 alphas = [0.45, 0.55, critical.level.alpha, 0.7, 0.75]
-wells = {a: potential(law, x, NoiseLevel.from_alpha_bar(a**2).sigma) for a in alphas}
+wells = {a: sb.potential(law, x, sb.NoiseLevel.from_alpha_bar(a**2).sigma) for a in alphas}
 grid = np.sort(np.append(np.geomspace(8.0, 0.2, 120), 0.999 * critical.sigma))
-branches = fixed_points(law, grid).branches
+branches = sb.fixed_points(law, grid).branches
 
 # %%
 figure = Figure(figsize=(9, 3.6), layout="constrained")

@@ -16,20 +16,23 @@ _HOMES = {
     "data": ("Images", "images"),
     "denoise": ("Denoiser", "score"),
     "files": ("InputError",),
-    "laws": ("Gaussian",),
+    "laws": ("Empirical", "Gaussian", "Mixture", "Sphere"),
     "metrics": ("evaluate", "extractor"),
     "moments": ("Moments", "frechet_distance"),
     "noise": ("NoiseLevel", "Schedule", "schedule"),
-    "phases.speciation": ("speciation_time",),
+    "phases.collapse": ("collapse_time", "excess_entropy"),
+    "phases.speciation": ("clone_agreement", "cloning_probability", "speciation_time"),
+    "phases.stability": ("bifurcation", "fixed_points", "potential"),
     "record": ("Record",),
     "report": ("write_report",),
     "sample": ("generate",),
     "start": ("LateStart", "LateStartWarning", "late_start", "standard_start"),
     "study": ("Study", "diagnose", "run"),
     "train": ("Recipe", "train_network"),
+    "world": ("draw_world",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from symbreak.adapters import as_unet, denoiser, load_pipeline, scheduler
@@ -37,17 +40,20 @@ if TYPE_CHECKING:
     from symbreak.data import Images, images
     from symbreak.denoise import Denoiser, score
     from symbreak.files import InputError
-    from symbreak.laws import Gaussian
+    from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
     from symbreak.metrics import evaluate, extractor
     from symbreak.moments import Moments, frechet_distance
     from symbreak.noise import NoiseLevel, Schedule, schedule
-    from symbreak.phases.speciation import speciation_time
+    from symbreak.phases.collapse import collapse_time, excess_entropy
+    from symbreak.phases.speciation import clone_agreement, cloning_probability, speciation_time
+    from symbreak.phases.stability import bifurcation, fixed_points, potential
     from symbreak.record import Record
     from symbreak.report import write_report
     from symbreak.sample import generate
     from symbreak.start import LateStart, LateStartWarning, late_start, standard_start
     from symbreak.study import Study, diagnose, run
     from symbreak.train import Recipe, train_network
+    from symbreak.world import draw_world
 
 
 def __getattr__(name: str) -> Any:

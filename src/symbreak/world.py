@@ -726,7 +726,8 @@ def _cells(row: dict[str, Any]) -> dict[str, Any]:
     """A row of critical times as text, and as the numbers that its marker needs."""
 
     def text(value: float | None, digits: int = 5) -> str:
-        return "none" if value is None else f"{value:.{digits}g}"
+        # Rounding is no number to show: log-SNR of sigma = 1.
+        return "none" if value is None else f"{0.0 if abs(value) < 1e-12 else value:.{digits}g}"
 
     level = row["level"]
     ends = [row[k] and row[k]["sigma"] for k in ("low", "high")]

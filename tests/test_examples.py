@@ -1,0 +1,35 @@
+"""Every example runs, prints the numbers of its paper and draws its figure."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("one_dimensional_potential", "alpha = 0.6435942529, OU time 0.4406867935"),
+        (
+            "gaussian_mixture_speciation",
+            "d = 16384: free-entropy tau = 4.8520 (1/2 log d = 4.8520), phi there 0.7752",
+        ),
+        ("gaussian_mixture_collapse", "d = 256: tau_C = 1.4731, to leading order with n / 2 samples 1.4731"),
+    ],
+)
+def test_examples(name, told, tmp_path):
+    script = EXAMPLES / f"{name}.py"
+    text = script.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 60
+    assert "# %%" in text
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert told in done.stdout
+    figure = tmp_path / "build" / f"{name}.png"
+    assert figure.read_bytes()[:4] == b"\x89PNG"
+    assert figure.stat().st_size > 10_000  # an empty pair of axes is smaller
