@@ -179,10 +179,12 @@ def test_digits():
     assert first["level"]["sigma"] == pytest.approx(max(b["fold"] for b in wells[1:]), rel=1e-12)
     # a Gaussian of top eigenvalue v: the VP criterion fires at alpha-bar = 1 / (v - 1), the VE one never
     top = row(record, "signal-to-noise")["level"]["sigma"] ** 2
-    fired = row(record, "bifurcation of one Gaussian", "sde", "vp")
+    fired = row(record, "bifurcation, one Gaussian", "sde", "vp")
     assert fired["level"]["alpha_bar"] == pytest.approx(1 / (top - 1), rel=1e-9)
-    assert row(record, "bifurcation of one Gaussian", "sde", "ve")["level"] is None
-    assert row(record, "spectral")["level"]["sigma"] == pytest.approx(math.sqrt(top - 1), rel=1e-9)
+    assert row(record, "bifurcation, one Gaussian", "sde", "ve")["level"] is None
+    assert row(record, "spectral", None, "vp")["level"]["sigma"] == pytest.approx(
+        math.sqrt(top - 1), rel=1e-9
+    )
 
 
 # --- page -----------------------------------------------------------------------------------------

@@ -511,18 +511,23 @@ def world(
 
     def draw() -> None:
         table = Table(title=record.content["title"])
-        for heading in ("criterion", "flow", "frame", "sigma", "alpha (VP)", "OU time", "note"):
+        for heading in ("criterion", "flow", "frame", "sigma", "alpha (VP)", "OU time"):
             is_number = heading in ("sigma", "alpha (VP)", "OU time")
             table.add_column(heading, justify="right" if is_number else "left")
-        network = record.content["network"]
+        network, notes = record.content["network"], []
         for row in (*record.content["critical"], *(network["critical"] if network else ())):
             level = row["level"]
             numbers = ["none", "", ""]
             if level is not None:
                 numbers = [f"{v:.5g}" for v in (level["sigma"], row["alpha_vp"], level["ou_time"])]
             title = row["name"] + (" (network)" if row["network"] else "")
-            table.add_row(title, row["flow"] or "any", row["frame"] or "any", *numbers, row["note"])
+            where = (row["flow"] or "any", row["frame"] or "any")
+            table.add_row(title, *where, *numbers)
+            if row["note"]:
+                notes.append(f"{title}, {', '.join(where)}: {row['note']}")
         out_console.print(table)
+        for note in notes:
+            out_console.print(note, markup=False, highlight=False)
         if network and network["alpha"] is not None:
             out_console.print(
                 f"the network's potential splits at alpha = {network['alpha']:.5f}, the law's at "
