@@ -179,7 +179,7 @@ def test_bad_values(tmp_path):
     with pytest.raises(InputError, match="image 2 holds NaN or infinity"):
         images(x).tensor()
     x[2, 0, 0] = 7
-    with pytest.raises(InputError, match="outside the range 0 .. 1.*--range"):
+    with pytest.raises(InputError, match=r"outside the range 0 \.\. 1.*--range"):
         images(x).tensor()
     with pytest.raises(InputError, match="is empty"):
         images(x, value_range=(1, 0))

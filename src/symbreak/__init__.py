@@ -29,7 +29,7 @@ _HOMES = {
     "train": ("Recipe", "train_network"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from symbreak.adapters import as_unet, denoiser, load_pipeline, scheduler

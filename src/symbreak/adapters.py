@@ -113,7 +113,9 @@ def load_pipeline(source: str | Path) -> Any:
     if path.exists():
         index = path / "model_index.json"
         if not index.is_file():
-            raise InputError(f"{source} is no diffusers pipeline: it has no model_index.json. Save one with save_pretrained.")
+            raise InputError(
+                f"{source} is no diffusers pipeline: it has no model_index.json. Save one with save_pretrained."
+            )
         try:
             parts = json.loads(index.read_text(encoding="utf-8"))
         except ValueError:
@@ -122,11 +124,18 @@ def load_pipeline(source: str | Path) -> Any:
             raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
     elif str(source).count("/") != 1 or path.parent.exists():
         raise InputError(f"{source} does not exist. Pass digits, a diffusers folder or a hub id owner/name.")
+    bars = diffusers.utils.logging.is_progress_bar_enabled()
+    diffusers.utils.logging.disable_progress_bar()  # two components need no bar between our own lines
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), use_safetensors=True)
     except Exception as error:
         what = " ".join(str(error).split())[:160]
-        raise InputError(f"{source} cannot be loaded as a diffusers pipeline ({type(error).__name__}: {what}).") from None
+        raise InputError(
+            f"{source} cannot be loaded as a diffusers pipeline ({type(error).__name__}: {what})."
+        ) from None
+    finally:
+        if bars:
+            diffusers.utils.logging.enable_progress_bar()
     if not hasattr(pipe, "unet") or not hasattr(pipe, "scheduler"):
         raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
     pipe.unet.eval()
@@ -165,7 +174,7 @@ class NetworkDenoiser:
         times = torch.tensor([self.schedule.time(float(s)) for s in sigmas], dtype=torch.float64)
         levels = [self.schedule.level(float(t)) for t in times]
         column = [-1] + [1] * (x.ndim - 1)
-        like = {"dtype": x.dtype, "device": x.device}
+        like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
         s = sigmas.to(**like).reshape(column)
         alpha = torch.tensor([v.alpha for v in levels], **like).reshape(column)
         state = self._inputs(alpha * x, s)

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -33,7 +34,8 @@ app = typer.Typer(
     epilog="Start with: symbreak phases --data digits",
 )
 err = Console(stderr=True)
-out_console = Console()
+# Tables in a file or a pipe are not folded to 80 columns.
+out_console = Console(width=None if sys.stdout.isatty() else 140)
 
 DATA = "digits, a folder of images (sub-folders are classes), a .parquet, .npz or .npy file, or a hub id"
 Data = Annotated[str, typer.Option("--data", metavar="D", help=DATA)]
@@ -46,27 +48,38 @@ Classes = Annotated[str | None, typer.Option("--classes", metavar="A,B", help="k
 Pad = Annotated[int | None, typer.Option("--pad", metavar="N", help="pad images with black to N x N pixels")]
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, cleaned up after like Ctrl-C."""
-
-
 @contextmanager
 def _bars() -> Iterator[Callable[[str, int, int], None]]:
     """A progress callback (stage, done, total) that draws bars on stderr."""
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err) as progress:
-        tasks: dict[str, Any] = {}
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    progress = Progress(*columns, console=err)
+    tasks: dict[str, Any] = {}
 
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
+    def tell(stage: str, done: int, total: int) -> None:
+        if not tasks:
+            progress.start()  # not before there is something to show: a refused input prints one line only
+        if stage not in tasks:
+            tasks[stage] = progress.add_task(stage, total=total)
+        progress.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield tell
+    finally:
+        progress.stop()
 
 
 def _images(
-    source: str, value_range: str | None = None, skip_bad: bool = False, classes: str | None = None, pad: int | None = None
+    source: str,
+    value_range: str | None = None,
+    skip_bad: bool = False,
+    classes: str | None = None,
+    pad: int | None = None,
 ) -> Any:
     from symbreak.data import images
 
@@ -110,7 +123,9 @@ def _one(source: str | None, name: str) -> str:
 @app.command(epilog="Example: symbreak study --data digits --model digits --out build/demo")
 def study(
     data: Data = "digits",
-    model: Annotated[str, typer.Option("--model", metavar="M", help="digits, a diffusers folder or a hub id")] = "digits",
+    model: Annotated[
+        str, typer.Option("--model", metavar="M", help="digits, a diffusers folder or a hub id")
+    ] = "digits",
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for record.json and report.html")] = Path(
         "build/study"
     ),
@@ -155,7 +170,15 @@ def _study_table(record: Any, path: Path) -> None:
     ground = content["floor"]
     title = f"Fréchet distance in {ground['extractor']}, {ground['samples']} images x {ground['repeats']} repeats"
     table = Table(title=title + (" (smoke, not evidence)" if content["smoke"] else ""))
-    for name in ("sampler", "calls", "standard start", "late, speciation", "late, best level", "noised data", "best late start"):
+    for name in (
+        "sampler",
+        "calls",
+        "standard start",
+        "late, speciation",
+        "late, best level",
+        "noised data",
+        "best late start",
+    ):
         table.add_column(name, justify="left" if name in ("sampler", "best late start") else "right")
     for row in content["rows"]:
         cells = []
@@ -169,7 +192,8 @@ def _study_table(record: Any, path: Path) -> None:
     if content["reference"]:
         d = content["reference"]["distance"]
         out_console.print(
-            f"the network at its best (DDIM, {content['reference']['calls']} calls): {d['mean']:.3g} ± {d['high'] - d['mean']:.2g}"
+            f"the network at its best (DDIM, {content['reference']['calls']} calls): "
+            f"{d['mean']:.3g} ± {d['high'] - d['mean']:.2g}"
         )
     sys.stdout.write(f"report: {path}\n")
 
@@ -177,8 +201,12 @@ def _study_table(record: Any, path: Path) -> None:
 @app.command(epilog="Example: symbreak phases --data digits")
 def phases(
     data: Data,
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="network whose schedule gives the steps")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="also write record.json and report.html")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="M", help="network whose schedule gives the steps")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="also write record.json and report.html")
+    ] = None,
     value_range: Range = None,
     skip_bad: SkipBad = False,
     classes: Classes = None,
@@ -269,26 +297,33 @@ def fit(
             + ", ".join(f"{v:.4g}" for v in spectrum.values)
         )
         level = critical.sigma
-        out_console.print("no spectral speciation level" if level is None else f"spectral speciation at sigma {level:.4g}")
+        out_console.print(
+            "no spectral speciation level" if level is None else f"spectral speciation at sigma {level:.4g}"
+        )
         sys.stdout.write(f"moments: {out}\n")
 
     _emit(as_json, value, draw)
 
 
 @app.command(
-    epilog="Example: symbreak sample --model digits --start build/digits.safetensors --sampler dpm++2m-karras --steps 5 "
+    epilog="Example: symbreak sample --model digits --start build/digits.safetensors --steps 5 "
     "--seeds 0-99 --out build/images"
 )
 def sample(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for one PNG a seed")],
-    model: Annotated[str, typer.Option("--model", metavar="M", help="digits, a diffusers folder or a hub id")] = "digits",
+    model: Annotated[
+        str, typer.Option("--model", metavar="M", help="digits, a diffusers folder or a hub id")
+    ] = "digits",
     start: Annotated[
-        str, typer.Option("--start", metavar="FILE|none", help="moments written by `symbreak fit`, or none: white noise")
+        str,
+        typer.Option("--start", metavar="FILE|none", help="moments written by `symbreak fit`, or none: white noise"),
     ] = "none",
     at: Annotated[
         str, typer.Option("--at", metavar="LEVEL", help="speciation, a step such as 400, or sigma=1.5")
     ] = "speciation",
-    sampler: Annotated[str, typer.Option("--sampler", help="ddpm, ddim, pndm, dpm++2m, dpm++2m-karras, ...")] = "dpm++2m-karras",
+    sampler: Annotated[
+        str, typer.Option("--sampler", help="ddpm, ddim, pndm, dpm++2m, dpm++2m-karras, ...")
+    ] = "dpm++2m-karras",
     steps: Annotated[int, typer.Option("--steps", help="num_inference_steps")] = 5,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A-B", help="one image a seed")] = "0-15",
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="fixed size of every network call")] = 64,
@@ -387,7 +422,7 @@ def _write_images(out: Path, unet: Any, begin: Any, seeds: list[int], micro_batc
             pixels = ((part.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             for image in pixels.permute(0, 2, 3, 1).numpy():
                 picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-                write_whole(out / f"{seeds[done]:08d}.png", lambda p, picture=picture: picture.save(p, "PNG"))
+                write_whole(out / f"{seeds[done]:08d}.png", partial(picture.save, format="PNG"))
                 done += 1
             tell("images", done, len(seeds))
 
@@ -405,8 +440,12 @@ def evaluate(
         typer.Option("--features", help="digits-classifier, classifier, pixels, FILE.safetensors, module:callable"),
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="parts of the samples, for the interval")] = 5,
-    start: Annotated[str, typer.Option("--start", metavar="FILE|none", help="with --model: see `symbreak sample`")] = "none",
-    at: Annotated[str, typer.Option("--at", metavar="LEVEL", help="with --model: see `symbreak sample`")] = "speciation",
+    start: Annotated[
+        str, typer.Option("--start", metavar="FILE|none", help="with --model: see `symbreak sample`")
+    ] = "none",
+    at: Annotated[
+        str, typer.Option("--at", metavar="LEVEL", help="with --model: see `symbreak sample`")
+    ] = "speciation",
     sampler: Annotated[str, typer.Option("--sampler", help="with --model")] = "dpm++2m-karras",
     steps: Annotated[int, typer.Option("--steps", help="with --model")] = 10,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A-B", help="with --model")] = "0-999",
@@ -431,7 +470,8 @@ def evaluate(
     result = measure(x, train, held_out or None, features_in=features, repeats=repeats)
 
     def draw() -> None:
-        table = Table(title=f"Fréchet distance in {result['distance']['extractor']}, to {result['distance']['reference']:,} held-out images")
+        d = result["distance"]
+        table = Table(title=f"Fréchet distance in {d['extractor']}, to {d['reference']:,} held-out images")
         for name in ("", "images x repeats", "mean", "95 % interval", "pooled"):
             table.add_column(name, justify="right")
         for name in ("distance", "floor"):
@@ -474,12 +514,12 @@ def train(
         settings = replace(settings, steps=steps)
     found = _images(data, None, skip_bad, classes, pad)
     with _bars() as tell:
-        result = train_network(
-            found, out, settings, progress=lambda s, n, v: tell("steps", s, n)
-        )
+        result = train_network(found, out, settings, progress=lambda s, n, v: tell("steps", s, n))
 
     def draw() -> None:
-        out_console.print(f"{result['parameters']:,} parameters, final loss {result['loss'][-1]:.4f}, {result['seconds']:.0f} s")
+        out_console.print(
+            f"{result['parameters']:,} parameters, final loss {result['loss'][-1]:.4f}, {result['seconds']:.0f} s"
+        )
         sys.stdout.write(f"pipeline: {out}\n")
 
     _emit(as_json, {**result, "out": str(out)}, draw)
@@ -488,7 +528,9 @@ def train(
 @app.command(epilog="Example: symbreak report build/demo/record.json --out build/demo/report.html")
 def report(
     record: Annotated[Path, typer.Argument(metavar="RECORD", help="record.json or its folder")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="HTML file (default: beside the record)")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="HTML file (default: beside the record)")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw the report of a record again."""
@@ -501,7 +543,7 @@ def report(
     if target.is_dir():
         raise InputError(f"{target} is a folder; expected a file name such as {target / 'report.html'}.")
     write_report(found, target)
-    _emit(as_json, {"report": str(target)}, lambda: sys.stdout.write(f"report: {target}\n") and None)
+    _emit(as_json, {"report": str(target)}, lambda: print(f"report: {target}"))  # noqa: T201
 
 
 def _version(value: bool) -> None:
@@ -512,7 +554,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     pass
 
@@ -528,17 +572,17 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep instead of spinning
 
     def terminate(*_: object) -> None:
-        raise _Terminated
+        raise SystemExit(143)
 
     signal.signal(signal.SIGTERM, terminate)
     try:
         code = app(args=argv, standalone_mode=False)
     except InputError as error:
         _fail(2, f"symbreak: {error}")
-    except _Terminated:
-        _fail(143, "symbreak: terminated; the same command goes on from what is finished.")
+    except SystemExit as left:
+        code = left.code
     except (KeyboardInterrupt, typer.Abort):
-        _fail(130, "symbreak: interrupted; the same command goes on from what is finished.")
+        code = 130
     except (OSError, MemoryError) as error:
         _fail(1, f"symbreak: the machine failed: {error or type(error).__name__}")
     except Exception as error:
@@ -546,4 +590,6 @@ def main(argv: list[str] | None = None) -> None:
         if not hasattr(error, "exit_code"):
             raise
         _fail(int(error.exit_code), f"symbreak: {getattr(error, 'message', error)} See symbreak --help.")
+    if code in (130, 143):  # typer turns Ctrl-C into a code of its own
+        _fail(code, "symbreak: interrupted; the same command goes on from what is finished.")
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -129,9 +129,7 @@ class Images:
         index = np.unique(np.asarray(index, dtype=np.int64))
         keep = index if self.keep is None else self.keep[index]
         labels = None if self.labels is None else self.labels[torch.from_numpy(index)]
-        return replace(
-            self, keep=keep, labels=labels, count=len(index), history=self.history + (note,), skipped=[]
-        )
+        return replace(self, keep=keep, labels=labels, count=len(index), history=self.history + (note,), skipped=[])
 
     def split(self, fraction: float = 0.5, seed: int = SPLIT_SEED) -> tuple[Images, Images]:
         """Two disjoint parts, stratified by label where there are labels; fixed by the seed.
@@ -187,8 +185,10 @@ class Images:
             if keep is None or index in keep:
                 total += 1
                 bad += self._fault(load()) is not None
-        mend = "Pass the true range with --range LOW,HIGH." if "outside the range" in fault else (
-            "Mend or remove them, or pass --skip-bad."
+        mend = (
+            "Pass the true range with --range LOW,HIGH."
+            if "outside the range" in fault
+            else ("Mend or remove them, or pass --skip-bad.")
         )
         return InputError(f"{bad:,} of {total:,} images in {self.name} are unusable (first: {name} {fault}). {mend}")
 
@@ -275,9 +275,7 @@ def _open(source: str, value_range: tuple[float, float] | None) -> Images:
     looks_like_hub = source.count("/") == 1 and not path.suffix and not source.startswith((".", "/", "~"))
     if looks_like_hub and not path.parent.exists():
         return _from_hub(source)
-    raise InputError(
-        f"{source} does not exist. Pass digits, a folder of images, or a .parquet, .npz or .npy file."
-    )
+    raise InputError(f"{source} does not exist. Pass digits, a folder of images, or a .parquet, .npz or .npy file.")
 
 
 def _digits(source: str) -> Images:
@@ -329,7 +327,7 @@ def _first_shape(name: str, items: Iterator[Item]) -> tuple[int, int, int]:
     for _, load in items:
         raw = load()
         if not isinstance(raw, Exception):
-            return raw.shape  # type: ignore[return-value]
+            return raw.shape
     raise InputError(f"{name} holds no readable image. Expected PNG, JPEG, WebP, BMP, GIF or TIFF files.")
 
 
@@ -365,7 +363,7 @@ def _from_folder(path: Path) -> Images:
     tops = [p.relative_to(path).parts[0] if len(p.relative_to(path).parts) > 1 else None for p in files]
     labels, classes = None, tuple(sorted({t for t in tops if t is not None}))
     if classes and None not in tops:
-        labels = torch.tensor([classes.index(t) for t in tops])  # type: ignore[arg-type]
+        labels = torch.tensor([classes.index(t) for t in tops])
 
     def items() -> Iterator[Item]:
         for file in files:
@@ -415,7 +413,8 @@ def _from_parquet(path: Path) -> Images:
             "(the Hugging Face layout image: {bytes, path}, label)."
         )
     label = next((f.name for f in schema if f.name in ("label", "labels", "fine_label")), None)
-    labels, names = None, ()
+    labels: torch.Tensor | None = None
+    names: tuple[str, ...] = ()
     if label is not None and pa.types.is_integer(schema.field(label).type):
         values = pq.read_table(path, columns=[label]).column(0).to_numpy()
         if len(values) and values.min() >= 0:
@@ -477,7 +476,11 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
     except InputError:
         raise
     except Exception as error:
-        what = "holds pickled objects, which are never loaded" if "pickle" in str(error) or "Python objects" in str(error) else "cannot be read"
+        what = (
+            "holds pickled objects, which are never loaded"
+            if "pickle" in str(error) or "Python objects" in str(error)
+            else "cannot be read"
+        )
         raise InputError(f"{path} {what} ({type(error).__name__}). Expected a plain numeric array.") from None
     return _from_array(str(path), array, labels, value_range, lambda: _file_hash(path))
 
@@ -517,7 +520,7 @@ def _from_array(
     elif np.issubdtype(array.dtype, np.integer):
         low, high = 0.0, 255.0
     else:
-        smallest = min(float(np.nanmin(part)) for part in _slabs(array))
+        smallest = min(float(np.fmin.reduce(part, axis=None)) for part in _slabs(array))  # fmin passes NaN by
         low, high = (-1.0, 1.0) if smallest < 0 else (0.0, 1.0)
     scale, offset = (high - low) / 2, -(high + low) / 2
 
@@ -539,7 +542,7 @@ def _from_array(
     shape = load(0).shape  # type: ignore[union-attr]
     return Images(
         name=name,
-        shape=tuple(shape),  # type: ignore[arg-type]
+        shape=tuple(shape),
         count=count,
         scale=scale,
         offset=offset,

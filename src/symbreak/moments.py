@@ -89,7 +89,9 @@ class Moments:
         mu = np.asarray(torch.as_tensor(mean).detach().cpu(), dtype=np.float64)
         c = np.asarray(torch.as_tensor(cov).detach().cpu(), dtype=np.float64)
         if c.shape != (mu.size, mu.size):
-            raise InputError(f"a covariance of shape {c.shape} for a mean of {mu.shape}; expected ({mu.size}, {mu.size}).")
+            raise InputError(
+                f"a covariance of shape {c.shape} for a mean of {mu.shape}; expected ({mu.size}, {mu.size})."
+            )
         if count < 2:
             raise InputError(f"moments of {count} sample{'s' * (count != 1)}; at least 2 are needed.")
         if not (np.isfinite(mu).all() and np.isfinite(c).all()):
@@ -289,7 +291,7 @@ class _Sums:
         self.products = [np.zeros((self.d, self.d), order="F") for _ in range(self.groups)]
         self.waiting: list[list[np.ndarray]] = [[] for _ in range(self.groups)]
         self.waiting_rows = [0] * self.groups
-        self.shift: np.ndarray | None = None
+        self.shift = np.empty(0)
         self.capacity = EXACT_ROWS if exact else max(64, min(BLOCK_ROWS // self.groups, 2**27 // (8 * self.d)))
 
     def add(self, rows: np.ndarray) -> None:
@@ -299,7 +301,7 @@ class _Sums:
         if not self.exact and not np.isfinite(flat).all():
             bad = self.rows + int(np.flatnonzero(~np.isfinite(flat).all(axis=1))[0])
             raise InputError(f"sample {bad} holds NaN or infinity; expected finite numbers.")
-        if self.shift is None:
+        if not self.shift.size:
             self.shift = np.full(self.d, 128.0) if self.exact else flat.mean(axis=0, dtype=np.float64)
         part = self._deal(self.rows, len(flat))
         self.rows += len(flat)

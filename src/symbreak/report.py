@@ -56,11 +56,13 @@ def _values(record: Record) -> dict[str, Any]:
     critical = phases["speciation"]["[-1, 1]"]
     values: dict[str, Any] = {
         "title": f"{'Late start on' if record.kind == 'study' else 'Phases of'} {data['name']}",
-        "lead": f"{data['count']:,} images of {' x '.join(map(str, data['shape']))} (fingerprint {data['fingerprint']}).",
+        "lead": f"{data['count']:,} images of {' x '.join(map(str, data['shape']))}, fingerprint {data['fingerprint']}.",
         "smoke": bool(content.get("smoke")),
         "count": f"{data['count']:,}",
         "schedule": phases["schedule"],
-        "times": [_times(scale, c, top * (1 if scale == "[-1, 1]" else 0.25)) for scale, c in phases["speciation"].items()],
+        "times": [
+            _times(scale, c, top * (1 if scale == "[-1, 1]" else 0.25)) for scale, c in phases["speciation"].items()
+        ],
         "speciation_sentence": _speciation_sentence(critical, top, phases["total_variance"]),
         "spectrum": _spectrum_figure(phases),
         "rows": [],
@@ -116,11 +118,13 @@ def _study_values(record: Record) -> dict[str, Any]:
             cells.append({"value": _number(d["mean"], 3), "interval": _interval(d["low"], d["high"]), "note": note})
         verdict, kind = _verdict(row["standard"]["distance"], row["best"]["distance"])
         wins, losses = wins + (kind == "win"), losses + (kind == "lose")
-        rows.append({"sampler": row["sampler"], "calls": row["calls"], "cells": cells, "verdict": verdict, "kind": kind})
+        rows.append(
+            {"sampler": row["sampler"], "calls": row["calls"], "cells": cells, "verdict": verdict, "kind": kind}
+        )
     sentence = (
-        f"Fréchet distance in the features of {ground['extractor']} to {ground['reference']:,} held-out images. The best "
-        f"Gaussian late start is nearer than the standard start in {wins} of {len(rows)} rows beyond the intervals, farther in "
-        f"{losses}. The floor, real training images at the same counts, is {ground['mean']:.3g} "
+        f"Fréchet distance in the features of {ground['extractor']} to {ground['reference']:,} held-out images. "
+        f"The best Gaussian late start is nearer than the standard start in {wins} of {len(rows)} rows beyond the "
+        f"intervals, farther in {losses}. The floor, real training images at the same counts, is {ground['mean']:.3g} "
         f"{_interval(ground['low'], ground['high'])}."
     )
     reference = content.get("reference")
@@ -133,9 +137,10 @@ def _study_values(record: Record) -> dict[str, Any]:
     d = content["rows"][0]["standard"]["distance"]
     accuracy = content["extractor"].get("held_out_accuracy")
     note = (
-        f"Mean of {d['repeats']} repeats of {d['samples']} images with its 95 % Student-t interval, against {d['reference']:,} "
-        "held-out images; calls are network calls (NFE). Spacing and level were chosen on other seeds. The last column "
-        "starts from real training images noised to the level of the column before: what the best possible law would give. "
+        f"Mean of {d['repeats']} repeats of {d['samples']} images with its 95 % Student-t interval, against "
+        f"{d['reference']:,} held-out images; calls are network calls (NFE). Spacing and level were "
+        "chosen on other seeds. The last column starts from real training images noised to the level of the column "
+        "before: what the best law would give. "
         f"Network: {network['parameters']:,} parameters, {network['prediction']} prediction."
         + ("" if accuracy is None else f" The extractor's held-out accuracy is {accuracy:.1%}.")
     )
@@ -180,7 +185,7 @@ def _verdict(standard: dict[str, Any], late: dict[str, Any]) -> tuple[str, str]:
 def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return buffer.getvalue().split("?>", 1)[-1].split("dtd\">", 1)[-1]
+    return buffer.getvalue().split("?>", 1)[-1].split('dtd">', 1)[-1]
 
 
 def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Any, Any]:
@@ -209,13 +214,25 @@ def _spectrum_figure(phases: dict[str, Any]) -> str:
         left.fill_between(rank, low, high, color=COLORS[0], alpha=0.2, linewidth=0)
     left.set_ylim(bottom=max(1e-6, 0.5 * min((v for v in values if v > 1e-9), default=1e-6)))
     left.axhline(1.0, color="#888", linestyle="--", linewidth=1)
-    left.annotate("Lambda = 1: modes above have a speciation time", (1, 1.0), xytext=(2, 3), textcoords="offset points",
-                  fontsize=8, color="#666")
+    left.annotate(
+        "Lambda = 1: modes above have a speciation time",
+        (1, 1.0),
+        xytext=(2, 3),
+        textcoords="offset points",
+        fontsize=8,
+        color="#666",
+    )
     left.set(xlabel="mode", ylabel="covariance eigenvalue", title="Spectrum, pixels in [-1, 1]")
     rungs = [c for c in phases["ladder"] if c["level"] is not None]
     for i, c in enumerate(rungs):
         if c["low"] is not None and c["high"] is not None:
-            right.plot([max(c["low"]["sigma"], 1e-3), c["high"]["sigma"]], [i + 1, i + 1], color=COLORS[1], linewidth=3, alpha=0.4)
+            right.plot(
+                [max(c["low"]["sigma"], 1e-3), c["high"]["sigma"]],
+                [i + 1, i + 1],
+                color=COLORS[1],
+                linewidth=3,
+                alpha=0.4,
+            )
         right.plot(c["level"]["sigma"], i + 1, "o", color=COLORS[1], markersize=5)
     right.set_xscale("log")
     right.invert_xaxis()
@@ -238,8 +255,15 @@ def _sweep_figure(content: dict[str, Any]) -> str:
                 continue
             color = COLORS[samplers.index(row["sampler"]) % len(COLORS)]
             sweep = sorted(row["sweep"], key=lambda s: s["sigma"])
-            ax.loglog([s["sigma"] for s in sweep], [s["pooled"] for s in sweep], "o-", color=color, markersize=3.5,
-                      linewidth=1.3, label=row["sampler"])
+            ax.loglog(
+                [s["sigma"] for s in sweep],
+                [s["pooled"] for s in sweep],
+                "o-",
+                color=color,
+                markersize=3.5,
+                linewidth=1.3,
+                label=row["sampler"],
+            )
             ax.axhline(min(row["spacings"].values()), color=color, linestyle=":", linewidth=1)
         if critical["low"] is not None and critical["high"] is not None:
             ax.axvspan(critical["low"]["sigma"], critical["high"]["sigma"], color="#999", alpha=0.25, linewidth=0)

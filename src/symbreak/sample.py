@@ -63,7 +63,9 @@ def batches(
     h, w = (size, size) if isinstance(size, int) else tuple(size)
     shape = (int(unet.config.in_channels), int(h), int(w))
     if start.law is not None and tuple(start.law.shape) != shape:
-        raise InputError(f"the start's law has the shape {tuple(start.law.shape)}, the network {shape}. Fit it on such data.")
+        raise InputError(
+            f"the start's law has the shape {tuple(start.law.shape)}, the network {shape}. Fit it on such data."
+        )
     device = device or getattr(unet, "device", "cpu")
     takes_generator = "generator" in inspect.signature(start.scheduler.step).parameters
     scales = hasattr(start.scheduler, "scale_model_input")  # flow-matching schedulers do not scale
@@ -124,9 +126,7 @@ def generate(
     parts: list[torch.Tensor] = []
     done = 0
     with torch.inference_mode():
-        for part in batches(
-            unet, start, seeds, micro_batch=micro_batch, clean=clean, device=device, **condition
-        ):
+        for part in batches(unet, start, seeds, micro_batch=micro_batch, clean=clean, device=device, **condition):
             parts.append(part.clamp(-1, 1) if clamp else part)
             done += len(part)
             if progress is not None:

@@ -251,8 +251,8 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
     network = denoiser(pipe.unet, pipe.scheduler)
     if tuple(network.shape) != train.shape:
         raise InputError(
-            f"the network {study.model} makes images of {network.shape}, but the data are {train.shape}. Resize the data "
-            "or choose another network."
+            f"the network {study.model} makes images of {network.shape}, but the data are {train.shape}. Resize the "
+            "data or choose another network."
         )
     base = {name: scheduler(name, like=pipe.scheduler) for name in study.samplers}
     tell("moments", 0, 1)
@@ -277,13 +277,16 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
     identity = hashlib.sha256(
         json.dumps(
-            [settings, train.fingerprint(), held_out.fingerprint(), _weights_hash(pipe.unet), versions()], sort_keys=True
+            [settings, train.fingerprint(), held_out.fingerprint(), _weights_hash(pipe.unet), versions()],
+            sort_keys=True,
         ).encode()
     ).hexdigest()
     cells = _Cells(None if folder is None else folder / "cells.json", identity)
     train_images = train.tensor()
 
-    def measure(start: LateStart, seeds: range, repeats: int, noised: bool = False) -> tuple[dict[str, Any], torch.Tensor]:
+    def measure(
+        start: LateStart, seeds: range, repeats: int, noised: bool = False
+    ) -> tuple[dict[str, Any], torch.Tensor]:
         clean = None
         if noised:
             picks = torch.randint(len(train_images), (len(seeds),), generator=generator(11, seeds[0]))

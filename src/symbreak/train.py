@@ -72,7 +72,7 @@ class Recipe:
         """Refuse settings that cannot be trained."""
         if not self.channels or any(c < 8 or c % 8 for c in self.channels):
             raise InputError(f"recipe channels {self.channels}; expected positive multiples of 8.")
-        if min(self.layers, self.steps, self.batch) < 1 or not 0 < self.lr or not 0 <= self.ema < 1:
+        if min(self.layers, self.steps, self.batch) < 1 or not self.lr > 0 or not 0 <= self.ema < 1:
             raise InputError("a recipe needs layers, steps and batch >= 1, lr > 0 and 0 <= ema < 1.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"recipe dropout {self.dropout}; expected 0 <= dropout < 1.")
@@ -130,7 +130,7 @@ def train_network(
     recipe = recipe or Recipe()
     recipe.check()
     out = output_folder(out)
-    identity = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
+    identity: dict[str, Any] = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
     identity["recipe"]["channels"] = list(recipe.channels)
     done = out / "training.json"
     if done.exists():
@@ -167,7 +167,7 @@ def train_network(
             g = generator(recipe.seed, 2, step)
             t = torch.randint(0, 1000, (len(clean),), generator=g)
             noise = torch.randn(clean.shape, generator=g)
-            noisy = noising.add_noise(clean, noise, t)  # type: ignore[arg-type]
+            noisy = noising.add_noise(clean, noise, t)
             rate = min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * rate
@@ -186,7 +186,7 @@ def train_network(
             if time.monotonic() - saved > checkpoint_seconds:
                 save()
                 saved = time.monotonic()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
         save()
         raise
     average.copy_to(unet.parameters())
@@ -273,8 +273,8 @@ def _resume(
     state["state"] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            state["state"].setdefault(int(i), {})[name] = value
+            _, slot, name = key.split(".")
+            state["state"].setdefault(int(slot), {})[name] = value
     optimizer.load_state_dict(state)
     losses = tensors["losses"].tolist()
     average.optimization_step = len(losses)

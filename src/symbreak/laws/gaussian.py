@@ -53,7 +53,9 @@ class Gaussian:
 
     def _flat(self, x: torch.Tensor) -> torch.Tensor:
         if tuple(x.shape[1:]) != self.shape or x.ndim != len(self.shape) + 1:
-            raise InputError(f"a batch of shape {tuple(x.shape)}; this law needs [B, {', '.join(map(str, self.shape))}].")
+            raise InputError(
+                f"a batch of shape {tuple(x.shape)}; this law needs [B, {', '.join(map(str, self.shape))}]."
+            )
         return x.reshape(len(x), -1)
 
     def _map(self, x: torch.Tensor, factor: torch.Tensor, centred: bool = False) -> torch.Tensor:
@@ -97,9 +99,7 @@ class Gaussian:
         total = values + s2
         return -0.5 * ((y * y / total).sum(-1) + total.log().sum(-1) + self.moments.dim * math.log(2 * math.pi))
 
-    def transport(
-        self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None
-    ) -> torch.Tensor:
+    def transport(self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None) -> torch.Tensor:
         """Carry noise along the law's probability flow to level sigma, deterministically.
 
             mu + Q sqrt(L + sigma^2) Q^T z                                   from pure noise z ~ N(0, I)

@@ -85,6 +85,4 @@ def floor(real: torch.Tensor, reference: Moments, samples: int, repeats: int, ex
     draws = [torch.randperm(len(real), generator=generator(7, r))[:size] for r in range(repeats)]
     result = distance(torch.cat([real[i] for i in draws]), reference, repeats, extractor)
     whole = frechet_distance(Moments.fit([real], parts=1), reference)
-    return Distance(
-        result.values, result.mean, result.low, result.high, whole, size, result.reference, extractor
-    )
+    return Distance(result.values, result.mean, result.low, result.high, whole, size, result.reference, extractor)
