@@ -169,3 +169,31 @@ def test_frechet_of_commuting_gaussians_is_elementary():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
     with pytest.raises(InputError, match="cannot be compared"):
         frechet_distance(a, gaussian_moments())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_peak_memory_does_not_grow_with_n(exact):
+    import tracemalloc
+
+    class Stream:
+        integer, scale, offset = exact, 127.5, -127.5
+
+        def __init__(self, n):
+            self.n = n
+
+        def blocks(self):
+            rng = np.random.default_rng(0)
+            for _ in range(self.n):
+                yield rng.integers(0, 256, (500, 64), dtype=np.uint8)
+
+        def __iter__(self):
+            return (b.astype(np.float64) for b in self.blocks())
+
+    peaks = []
+    for n in (20, 80):
+        tracemalloc.start()
+        Moments.fit(Stream(n))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # the rows are 4 times as many; buffers and sums are the same
+    assert peaks[1] < 1.2 * peaks[0]

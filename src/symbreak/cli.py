@@ -71,7 +71,8 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
     try:
         yield tell
     finally:
-        progress.stop()
+        if tasks:
+            progress.stop()
 
 
 def _images(
@@ -164,7 +165,7 @@ def study(
 
 
 def _study_table(record: Any, path: Path) -> None:
-    from symbreak.report import _verdict
+    from symbreak.report import verdict
 
     content = record.content
     ground = content["floor"]
@@ -185,8 +186,8 @@ def _study_table(record: Any, path: Path) -> None:
         for key in ("standard", "spectral", "best", "noised"):
             d = row[key]["distance"]
             cells.append(f"{d['mean']:.3g} ± {d['high'] - d['mean']:.2g}")
-        verdict = _verdict(row["standard"]["distance"], row["best"]["distance"])[0]
-        table.add_row(row["sampler"], str(row["calls"]), *cells, verdict)
+        said = verdict(row["standard"]["distance"], row["best"]["distance"])[0]
+        table.add_row(row["sampler"], str(row["calls"]), *cells, said)
     out_console.print(table)
     out_console.print(f"floor (real images, same counts): {ground['mean']:.3g} ± {ground['high'] - ground['mean']:.2g}")
     if content["reference"]:

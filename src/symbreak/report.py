@@ -11,7 +11,7 @@ from typing import Any
 from symbreak.files import InputError, write_whole
 from symbreak.record import Record
 
-__all__ = ["write_report"]
+__all__ = ["sweep_axes", "verdict", "write_report"]
 
 COLUMNS = (("standard", "standard start"), ("spectral", "late, at speciation"), ("best", "late, best of sweep"))
 COLORS = ("#1f6fb4", "#d9822b", "#3a9a5b", "#b3424a", "#7a5ba6", "#7f6a5a", "#c2649a", "#5f6b7a")
@@ -56,7 +56,7 @@ def _values(record: Record) -> dict[str, Any]:
     critical = phases["speciation"]["[-1, 1]"]
     values: dict[str, Any] = {
         "title": f"{'Late start on' if record.kind == 'study' else 'Phases of'} {data['name']}",
-        "lead": f"{data['count']:,} images of {' x '.join(map(str, data['shape']))}, fingerprint {data['fingerprint']}.",
+        "lead": f"{data['count']:,} images of {' x '.join(map(str, data['shape']))}, content {data['fingerprint']}.",
         "smoke": bool(content.get("smoke")),
         "count": f"{data['count']:,}",
         "schedule": phases["schedule"],
@@ -116,10 +116,10 @@ def _study_values(record: Record) -> dict[str, Any]:
             note = f"{cell['spacing']}" if key == "standard" else f"sigma {cell['level']['sigma']:.3g}"
             d = cell["distance"]
             cells.append({"value": _number(d["mean"], 3), "interval": _interval(d["low"], d["high"]), "note": note})
-        verdict, kind = _verdict(row["standard"]["distance"], row["best"]["distance"])
+        said, kind = verdict(row["standard"]["distance"], row["best"]["distance"])
         wins, losses = wins + (kind == "win"), losses + (kind == "lose")
         rows.append(
-            {"sampler": row["sampler"], "calls": row["calls"], "cells": cells, "verdict": verdict, "kind": kind}
+            {"sampler": row["sampler"], "calls": row["calls"], "cells": cells, "verdict": said, "kind": kind}
         )
     sentence = (
         f"Fréchet distance in the features of {ground['extractor']} to {ground['reference']:,} held-out images. "
@@ -172,7 +172,8 @@ def _base64(text: str) -> str:
     return text
 
 
-def _verdict(standard: dict[str, Any], late: dict[str, Any]) -> tuple[str, str]:
+def verdict(standard: dict[str, Any], late: dict[str, Any]) -> tuple[str, str]:
+    """A sentence on late against standard start, and ``"win"``, ``"lose"`` or ``"tie"`` by their intervals."""
     ratio = standard["mean"] / late["mean"] if late["mean"] > 0 else float("inf")
     known = None not in (standard["low"], standard["high"], late["low"], late["high"])
     if known and late["high"] < standard["low"]:
@@ -244,10 +245,17 @@ def _spectrum_figure(phases: dict[str, Any]) -> str:
 
 
 def _sweep_figure(content: dict[str, Any]) -> str:
+    calls = sorted({row["calls"] for row in content["rows"]})
+    figure, axes = _figure(3.5 * len(calls), 3.6, len(calls), sharey=True)
+    sweep_axes(content, axes)
+    return _svg(figure)
+
+
+def sweep_axes(content: dict[str, Any], axes: Any) -> None:
+    """Distance against start level, one of the given axes for each number of network calls."""
     rows = content["rows"]
     calls = sorted({row["calls"] for row in rows})
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-    figure, axes = _figure(3.5 * len(calls), 3.6, len(calls), sharey=True)
     critical = content["phases"]["speciation"]["[-1, 1]"]
     for ax, n in zip(axes, calls):
         for row in rows:
@@ -273,4 +281,3 @@ def _sweep_figure(content: dict[str, Any]) -> str:
         ax.set(xlabel="start level sigma (later to the right)", title=f"{n} network calls")
     axes[0].set_ylabel(f"Fréchet distance, {content['floor']['extractor']}", fontsize=8)
     axes[-1].legend(fontsize=7, frameon=False)
-    return _svg(figure)
