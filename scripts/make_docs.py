@@ -13,6 +13,7 @@ from symbreak.record import Record
 from symbreak.report import sweep_axes, verdict
 
 ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- study:begin, written by `make docs` -->", "<!-- study:end -->"
 
 
 def cell(d: dict) -> str:
@@ -31,33 +32,56 @@ def main() -> None:
     figure.savefig(figures / "digits-levels.png", metadata={"Software": None})
 
     ground, reference = content["floor"], content["reference"]
-    lines = [
-        "# The digits study",
-        "",
-        "Written by `make docs` from the record of `make demo`; nothing here is typed by hand.",
-        "",
+    near, real = reference["neighbours"], content["floor_neighbours"]
+    how = (
         f"Fréchet distance in the 64 features of `{ground['extractor']}` (held-out accuracy "
         f"{content['extractor']['held_out_accuracy']:.1%}) to the {ground['reference']} held-out digits; mean of "
         f"{ground['repeats']} repeats of {ground['samples']} images with its 95 % Student-t interval, at equal network "
-        "calls. The spacing of the standard start and the level of the late start were chosen on other seeds.",
-        "",
-        f"- Floor (training images at the same counts): {cell(ground)}; all {content['data']['count']} at once: "
+        "calls. The spacing of the standard start and the level of the late start were chosen on other seeds."
+    )
+    facts = [
+        f"- Floor, training images at the same counts: {cell(ground)}; all {content['data']['count']} at once: "
         f"{ground['pooled']:.2f}.",
-        f"- Network, standard DDIM with {reference['calls']} calls: {cell(reference['distance'])}; "
-        f"all {record.settings['samples']:,} images at once: {reference['distance']['pooled']:.2f}.",
-        f"- Nearest training image, median pixel distance: samples {reference['neighbours']['median_nearest']:.2f}, "
-        f"held-out digits {content['floor_neighbours']['median_nearest']:.2f}; d1/d2 < 1/3 in "
-        f"{reference['neighbours']['memorized']:.1%} and {content['floor_neighbours']['memorized']:.1%}.",
-        "",
+        f"- The network with 100 DDIM calls: {cell(reference['distance'])}, "
+        f"{reference['distance']['mean'] / ground['mean']:.2f} times the floor; all {record.settings['samples']:,} images "
+        f"at once: {reference['distance']['pooled']:.2f}, {reference['distance']['pooled'] / ground['pooled']:.1f} times.",
+        f"- Nearest training image, median pixel distance: its samples {near['median_nearest']:.2f}, held-out digits "
+        f"{real['median_nearest']:.2f}; d1/d2 < 1/3 in {near['memorized']:.1%} and {real['memorized']:.1%}.",
+    ]
+    table = [
         "| sampler | calls | standard start | late, speciation | late, best level | noised data | best late start |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in content["rows"]:
         cells = " | ".join(cell(row[k]["distance"]) for k in ("standard", "spectral", "best", "noised"))
         said = verdict(row["standard"]["distance"], row["best"]["distance"])[0]
-        lines.append(f"| {row['sampler']} | {row['calls']} | {cells} | {said} |")
-    lines += ["", "![Distance against start level](figures/digits-levels.png)", ""]
-    (ROOT / "docs" / "digits.md").write_text("\n".join(lines), encoding="utf-8")
+        table.append(f"| {row['sampler']} | {row['calls']} | {cells} | {said} |")
+    note = "*noised data*: training images noised to the level of the column before, the most any law could give there."
+    page = ["# The digits study", "", "Written by `make docs` from the record of `make demo`."]
+    page += [
+        "",
+        how,
+        "",
+        *facts,
+        "",
+        *table,
+        "",
+        note,
+        "",
+        "![Distance against start level](figures/digits-levels.png)",
+        "",
+    ]
+    (ROOT / "docs" / "digits.md").write_text("\n".join(page), encoding="utf-8")
+    short = [line for line in table if line.startswith(("| sampler", "|---", "| ddim", "| dpm++2m-karras"))]
+    body = [how, "", *short, "", "All rows, the floor and the network's own quality: [docs/digits.md](docs/digits.md)."]
+    fill(ROOT / "README.md", body)
+    fill(ROOT / "src" / "symbreak" / "weights" / "digits" / "README.md", ["**Measured.** " + how, "", *facts])
+
+
+def fill(path: Path, body: list[str]) -> None:
+    """Replace what stands between the study's markers."""
+    head, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    path.write_text(head + "\n".join([BEGIN, *body, END]) + rest.split(END)[1], encoding="utf-8")
 
 
 if __name__ == "__main__":

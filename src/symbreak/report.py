@@ -118,9 +118,7 @@ def _study_values(record: Record) -> dict[str, Any]:
             cells.append({"value": _number(d["mean"], 3), "interval": _interval(d["low"], d["high"]), "note": note})
         said, kind = verdict(row["standard"]["distance"], row["best"]["distance"])
         wins, losses = wins + (kind == "win"), losses + (kind == "lose")
-        rows.append(
-            {"sampler": row["sampler"], "calls": row["calls"], "cells": cells, "verdict": said, "kind": kind}
-        )
+        rows.append({"sampler": row["sampler"], "calls": row["calls"], "cells": cells, "verdict": said, "kind": kind})
     sentence = (
         f"Fréchet distance in the features of {ground['extractor']} to {ground['reference']:,} held-out images. "
         f"The best Gaussian late start is nearer than the standard start in {wins} of {len(rows)} rows beyond the "
@@ -236,12 +234,22 @@ def _spectrum_figure(phases: dict[str, Any]) -> str:
             )
         right.plot(c["level"]["sigma"], i + 1, "o", color=COLORS[1], markersize=5)
     right.set_xscale("log")
+    right.set_yticks(range(1, len(rungs) + 1))
     right.invert_xaxis()
     right.invert_yaxis()
     right.set(xlabel="sigma (noise falls to the right)", ylabel="mode", title="When each mode is decided (95 %)")
     if not rungs:
         right.text(0.5, 0.5, "no mode above 1", transform=right.transAxes, ha="center")
     return _svg(figure)
+
+
+def _plain_ticks(axis: Any, at: list[float]) -> None:
+    """Ticks written as 1.36 instead of powers of ten; a matplotlib log axis knows only the latter."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(at))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
 
 
 def _sweep_figure(content: dict[str, Any]) -> str:
@@ -276,7 +284,9 @@ def sweep_axes(content: dict[str, Any], axes: Any) -> None:
         if critical["low"] is not None and critical["high"] is not None:
             ax.axvspan(critical["low"]["sigma"], critical["high"]["sigma"], color="#999", alpha=0.25, linewidth=0)
         ax.axvline(critical["level"]["sigma"], color="#555", linewidth=1)
-        ax.axhline(content["floor"]["mean"], color="#999", linewidth=1)
+        ax.axhline(content["selection_floor"]["mean"], color="#999", linewidth=1)
+        _plain_ticks(ax.xaxis, sorted({s["sigma"] for row in rows[:1] for s in row["sweep"]}))
+        _plain_ticks(ax.yaxis, [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)])
         ax.invert_xaxis()
         ax.set(xlabel="start level sigma (later to the right)", title=f"{n} network calls")
     axes[0].set_ylabel(f"Fréchet distance, {content['floor']['extractor']}", fontsize=8)

@@ -88,11 +88,11 @@ class Study:
                 **asdict(self),
                 "samplers": self.samplers,
                 "calls": self.calls,
-                "samples": 200,
+                "samples": 100,
                 "repeats": 5,
-                "selection": 100,
+                "selection": 60,
                 "sweep": (0.6, 1.0, 1.7),
-                "micro_batch": 100,
+                "micro_batch": 60,
                 "reference_calls": 0,
                 "quick": True,
             }
@@ -272,6 +272,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
     real = features(extract, train)
     per_repeat = study.samples // study.repeats
     ground = floor(real, reference, per_repeat, study.repeats, extract.name)
+    choosing_floor = floor(real, reference, study.selection, study.repeats, extract.name)
     lap("features", mark)
 
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
@@ -336,13 +337,15 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
             lap("choosing", mark)
             mark = time.perf_counter()
             at_spectral = _quiet(full, law, steps, spectral.level)
+            spectral_cell = cell(f"{name}/spectral", at_spectral, {"factor": 1.0})
             row = {
                 "sampler": sampler,
                 "calls": calls,
                 "steps": steps,
                 "standard": cell(f"{name}/standard", standard[spacing][0], {"spacing": spacing}),
-                "spectral": cell(f"{name}/spectral", at_spectral, {"factor": 1.0}),
-                "best": cell(f"{name}/best", best, {"factor": factor}),
+                "spectral": spectral_cell,
+                # The sweep holds the speciation level itself: where it wins, the cell is the same.
+                "best": spectral_cell if factor == 1.0 else cell(f"{name}/best", best, {"factor": factor}),
                 "noised": cell(f"{name}/noised", best, {"factor": factor}, noised=True),
                 "sweep": [
                     {"sigma": s.level.sigma, "factor": f, "pooled": v, "samples": study.selection} for s, f, v in swept
@@ -378,6 +381,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         "extractor": {"name": extract.name, "held_out_accuracy": getattr(extract, "accuracy", None)},
         "phases": {k: phases[k] for k in ("schedule", "eigenvalues", "speciation", "ladder", "total_variance")},
         "floor": ground.to_dict(),
+        "selection_floor": choosing_floor.to_dict(),
         "floor_neighbours": nearest_summary(held_out.tensor(), train_images, None)["samples"],
         "reference": best_network,
         "rows": rows,
