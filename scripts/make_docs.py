@@ -17,7 +17,7 @@ BEGIN, END = "<!-- study:begin, written by `make docs` -->", "<!-- study:end -->
 
 
 def cell(d: dict) -> str:
-    return f"{d['mean']:.2f} [{d['low']:.2f}, {d['high']:.2f}]"
+    return f"{d['mean']:.2f}" + ("" if d["low"] is None else f" [{d['low']:.2f}, {d['high']:.2f}]")
 
 
 def main() -> None:
@@ -43,8 +43,9 @@ def main() -> None:
         f"- Floor, training images at the same counts: {cell(ground)}; all {content['data']['count']} at once: "
         f"{ground['pooled']:.2f}.",
         f"- The network with 100 DDIM calls: {cell(reference['distance'])}, "
-        f"{reference['distance']['mean'] / ground['mean']:.2f} times the floor; all {record.settings['samples']:,} images "
-        f"at once: {reference['distance']['pooled']:.2f}, {reference['distance']['pooled'] / ground['pooled']:.1f} times.",
+        f"{reference['distance']['mean'] / ground['mean']:.2f} times the floor; "
+        f"all {record.settings['samples']:,} images at once: {reference['distance']['pooled']:.2f}, "
+        f"{reference['distance']['pooled'] / ground['pooled']:.1f} times.",
         f"- Nearest training image, median pixel distance: its samples {near['median_nearest']:.2f}, held-out digits "
         f"{real['median_nearest']:.2f}; d1/d2 < 1/3 in {near['memorized']:.1%} and {real['memorized']:.1%}.",
     ]

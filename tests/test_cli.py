@@ -107,6 +107,27 @@ def test_study_and_report(capsys, tmp_path):
     assert (tmp_path / "again.html").read_text() == html
 
 
+def test_one_repeat_has_no_interval_and_still_ends(capsys, tmp_path):
+    argv = ("study", "--samplers", "dpm++2s", "--calls", "3", "--samples", "20", "--repeats", "1", "--quick")
+    code, _, _ = symbreak(capsys, *argv, "--out", tmp_path / "s")
+    assert code == 0
+
+
+def test_a_law_of_another_shape_writes_nothing(capsys, tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (20, 16, 16), dtype=np.uint8))
+    symbreak(capsys, "fit", "--data", tmp_path / "x.npy", "--out", tmp_path / "m.safetensors")
+    code, _, err = symbreak(capsys, "sample", "--start", tmp_path / "m.safetensors", "--out", tmp_path / "o")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "Fit it on such data" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_without_arguments_there_is_help(capsys):
+    code, out, err = symbreak(capsys)
+    assert (code, err) == (0, "")
+    assert "phases" in out
+
+
 def test_train(capsys, tmp_path):
     (tmp_path / "r.json").write_text('{"channels": [8, 8], "steps": 5, "batch": 8}')
     argv = ("train", "--data", "digits", "--recipe", tmp_path / "r.json", "--out", tmp_path / "net")
@@ -181,6 +202,12 @@ def test_skip_bad_counts(capsys, tmp_path):
     [
         (("sample", "--start", "FIT", "--at", "5000"), "outside the schedule"),
         (("sample", "--start", "FIT", "--at", "sigma=x"), "expected speciation"),
+        (("sample", "--start", "FIT", "--at", "foo=400"), "expected speciation"),
+        (("sample", "--micro-batch", "0"), "at least 1"),
+        (("sample", "--seeds", "99999999999999999999"), "2^63"),
+        (("study", "--calls", "1,5"), "too few for pndm"),
+        (("study", "--samplers", "heun"), "cannot spend exactly 10"),
+        (("study", "--data", "absent.npy", "--skip-bad"), "does not exist"),
         (("sample", "--start", "none", "--sampler", "ipndm"), "unknown sampler"),
         (("sample", "--start", "absent"), "does not exist"),
         (("sample", "--seeds", "9-1"), "empty"),

@@ -51,6 +51,9 @@ def test_the_floor_falls_with_the_count_and_is_beaten_by_no_other_set():
     reference = Moments.fit([held_out])
     few, many = floor(real, reference, 100, 5, "c"), floor(real, reference, 400, 5, "c")
     assert few.mean > many.mean > many.pooled
+    assert (len(few.values), len(many.values)) == (5, 2)  # as many as fit without sharing images
+    whole = floor(real, reference, 5000, 5, "c").to_dict()
+    assert (whole["samples"], whole["repeats"], whole["low"]) == (898, 1, None)
     blurred = features(extract, [torch.nn.functional.avg_pool2d(images("digits").tensor(), 3, 1, 1)])
     assert distance(blurred, reference, 2, "c").mean > 3 * many.mean
 

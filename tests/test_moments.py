@@ -108,6 +108,16 @@ def test_save_and_load(tmp_path):
     assert back.shape == (1, 8, 8)
 
 
+def test_two_samples_have_moments_but_no_interval():
+    for d in (3, 300):
+        x = torch.randn(2, d, generator=torch.Generator().manual_seed(0))
+        s = Moments.fit([x]).spectrum(1)
+        assert s.values[0] == pytest.approx(float(((x[0] - x[1]) ** 2).sum()) / 2, rel=1e-6)
+        assert np.isnan(s.low[0])
+    with pytest.raises(InputError, match="at most 20,000"):
+        Moments.fit([torch.zeros(2, 20_001)])
+
+
 def test_rank_deficient_data():
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     values = Moments.fit([x]).eigh[0]

@@ -165,6 +165,17 @@ def test_unsupported_schedulers_are_refused_with_the_mend(cls, mend):
         late_start(getattr(diffusers, cls)(), gaussian_law(), 5, at=400)
 
 
+def test_pure_noise_has_no_late_start_but_a_standard_one():
+    law = gaussian_law()
+    zero = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+    for base, top in ((zero, 999), (diffusers.FlowMatchEulerDiscreteScheduler(), 1000)):
+        with pytest.raises(InputError, match="finite level"):
+            late_start(base, law, 5, at=top)
+    base = diffusers.FlowMatchEulerDiscreteScheduler()
+    _, cov = recovered("flow-euler", law, standard_start(base, 100), as_unet(law, base))
+    assert float((cov - law.moments.cov).abs().max()) < 0.1 * 4
+
+
 def test_zero_snr_and_flow_settings():
     law = gaussian_law()
     zero = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)

@@ -141,7 +141,7 @@ def test_records_refuse_what_is_no_record(tmp_path):
         ({"samples": 3}, "at least 2 samples a repeat"),
         ({"samplers": ("magic",)}, "unknown sampler"),
         ({"model": "nope"}, "does not exist"),
-        ({"calls": (1,), "samplers": ("pndm",)}, "too few"),
+        ({"calls": (3, 1), "samplers": ("ddim", "pndm")}, "too few"),
         ({"features": "magic"}, "unknown extractor"),
     ],
 )
@@ -157,6 +157,24 @@ def test_a_network_of_another_shape(tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (20, 16, 16), dtype=np.uint8))
     with pytest.raises(InputError, match=r"makes images of \(1, 8, 8\), but the data are \(1, 16, 16\)"):
         run(Study(**{**TINY.__dict__, "data": str(tmp_path / "x.npy")}))
+
+
+def test_a_record_draws_the_same_after_it_was_saved(tmp_path):
+    """An interval that touches Lambda = 1 has an infinite log-SNR, which JSON writes as a string."""
+    import numpy as np
+
+    x = np.random.default_rng(5).normal(size=(60, 1, 2, 2)) * np.sqrt([1.6, 0.5, 0.4, 0.3]).reshape(1, 1, 2, 2) / 4
+    found = diagnose(images(x, value_range=(-1, 1)))
+    scaled = found.content["speciation"]["[-1, 1]"]
+    scaled.update(
+        level=scaled["level"] or {"sigma": 1.0, "ou_time": 0.3, "log_snr": 0.0, "alpha_bar": 0.5, "step": 3.0}
+    )
+    scaled["low"] = {"sigma": 0.0, "ou_time": 0.0, "log_snr": float("inf"), "alpha_bar": 1.0, "step": None}
+    scaled["high"] = {"sigma": 2.0, "ou_time": 0.8, "log_snr": -1.4, "alpha_bar": 0.2, "step": 5.0}
+    found.save(tmp_path)
+    fresh = write_report(found, tmp_path / "a.html").read_text()
+    assert write_report(Record.load(tmp_path), tmp_path / "b.html").read_text() == fresh
+    assert "inf" in fresh
 
 
 def test_records_are_json_without_nan(tmp_path):

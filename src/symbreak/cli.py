@@ -84,33 +84,33 @@ def _images(
 ) -> Any:
     from symbreak.data import images
 
-    limits = None
-    if value_range is not None:
-        try:
-            low, high = (float(v) for v in value_range.split(","))
-        except ValueError:
-            raise InputError(f"--range {value_range}; expected LOW,HIGH such as 0,255.") from None
-        limits = (low, high)
     found = images(
         source,
-        value_range=limits,
+        value_range=_limits(value_range),
         skip_bad=skip_bad,
         classes=None if classes is None else classes.split(","),
         pad=pad,
     )
-    if skip_bad:
-        for _ in found.blocks():  # one pass, so that the count is known
-            pass
-        if found.skipped:
-            err.print(f"left out {len(found.skipped)} unusable images (first: {found.skipped[0]})", markup=False)
+    if found.skipped:
+        err.print(f"left out {len(found.skipped)} unusable images (first: {found.skipped[0]})", markup=False)
     return found
+
+
+def _limits(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(v) for v in text.split(","))
+    except ValueError:
+        raise InputError(f"--range {text}; expected LOW,HIGH such as 0,255.") from None
+    return low, high
 
 
 def _emit(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> None:
     if as_json:
-        from symbreak.record import _clean
+        from symbreak.record import plain
 
-        sys.stdout.write(json.dumps(_clean(value), sort_keys=True) + "\n")
+        sys.stdout.write(json.dumps(plain(value), sort_keys=True) + "\n")
     else:
         draw()
 
@@ -142,6 +142,10 @@ def study(
         typer.Option("--features", help="digits-classifier, classifier, pixels, FILE.safetensors, module:callable"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a smoke run of a minute: no evidence")] = False,
+    value_range: Range = None,
+    skip_bad: SkipBad = False,
+    classes: Classes = None,
+    pad: Pad = None,
     as_json: Json = False,
 ) -> None:
     """Measure the late start against the standard start, at equal network calls, and write a report."""
@@ -155,13 +159,30 @@ def study(
     except ValueError:
         raise InputError(f"--calls {calls}; expected numbers such as 3,5,10.") from None
     names = SAMPLERS if samplers is None else tuple(samplers.split(","))
-    settings = Study(data, model, holdout, names, numbers, samples, repeats, features=features)
+    settings = Study(
+        data,
+        model,
+        holdout,
+        names,
+        numbers,
+        samples,
+        repeats,
+        features=features,
+        value_range=_limits(value_range),
+        skip_bad=skip_bad,
+        classes=None if classes is None else tuple(classes.split(",")),
+        pad=pad,
+    )
     if quick:
         settings = settings.smoke()
     with _bars() as tell:
         record = run(settings, out, tell)
     path = write_report(record, out / "report.html")
     _emit(as_json, {**record.to_dict(), "report": str(path)}, lambda: _study_table(record, path))
+
+
+def _plus_minus(d: dict[str, Any]) -> str:
+    return f"{d['mean']:.3g}" + ("" if d["high"] is None else f" ± {d['high'] - d['mean']:.2g}")
 
 
 def _study_table(record: Any, path: Path) -> None:
@@ -185,17 +206,14 @@ def _study_table(record: Any, path: Path) -> None:
         cells = []
         for key in ("standard", "spectral", "best", "noised"):
             d = row[key]["distance"]
-            cells.append(f"{d['mean']:.3g} ± {d['high'] - d['mean']:.2g}")
+            cells.append(_plus_minus(d))
         said = verdict(row["standard"]["distance"], row["best"]["distance"])[0]
         table.add_row(row["sampler"], str(row["calls"]), *cells, said)
     out_console.print(table)
-    out_console.print(f"floor (real images, same counts): {ground['mean']:.3g} ± {ground['high'] - ground['mean']:.2g}")
+    out_console.print(f"floor (real images, same counts): {_plus_minus(ground)}")
     if content["reference"]:
         d = content["reference"]["distance"]
-        out_console.print(
-            f"the network at its best (DDIM, {content['reference']['calls']} calls): "
-            f"{d['mean']:.3g} ± {d['high'] - d['mean']:.2g}"
-        )
+        out_console.print(f"the network at its best (DDIM, {content['reference']['calls']} calls): {_plus_minus(d)}")
     sys.stdout.write(f"report: {path}\n")
 
 
@@ -320,7 +338,7 @@ def sample(
         typer.Option("--start", metavar="FILE|none", help="moments written by `symbreak fit`, or none: white noise"),
     ] = "none",
     at: Annotated[
-        str, typer.Option("--at", metavar="LEVEL", help="speciation, a step such as 400, or sigma=1.5")
+        str, typer.Option("--at", metavar="LEVEL", help="speciation, a step such as 400, sigma=1.5, tau=0.6")
     ] = "speciation",
     sampler: Annotated[
         str, typer.Option("--sampler", help="ddpm, ddim, pndm, dpm++2m, dpm++2m-karras, ...")
@@ -331,14 +349,17 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Sample images, one a seed, from white noise or from a late start."""
+    from symbreak.adapters import weights_hash
     from symbreak.files import output_folder, read_json, write_json
-    from symbreak.sample import parse_seeds
+    from symbreak.sample import check, parse_seeds
 
     output_folder(out)
     wanted = parse_seeds(seeds)
     begin, unet = _plan(model, start, at, sampler, steps)
+    check(unet, begin, wanted, micro_batch)
     settings = {
         "model": model,
+        "weights": weights_hash(unet),
         "start": start if start == "none" else _hash(Path(start)),
         "at": at,
         "sampler": sampler,
@@ -347,9 +368,9 @@ def sample(
         "calls": begin.calls,
         "level": begin.level.to_dict(),
     }
-    from symbreak.record import _clean
+    from symbreak.record import plain
 
-    settings = _clean(settings)
+    settings = plain(settings)
     info = out / "sample.json"
     if info.exists() and read_json(info) != settings:
         raise InputError(f"{out} holds images made with other settings. Choose another --out.")
@@ -370,12 +391,13 @@ def _plan(model: str, start: str, at: str, sampler: str, steps: int) -> tuple[An
     """The start and the network that a command line asks for."""
     import warnings
 
-    from symbreak.adapters import load_pipeline, scheduler
+    from symbreak.adapters import load_pipeline, refuse_conditional, scheduler
     from symbreak.laws import Gaussian
     from symbreak.moments import Moments
     from symbreak.start import LateStartWarning, late_start, standard_start
 
     pipe = load_pipeline(model)
+    refuse_conditional(pipe, model)
     base = scheduler(sampler, like=pipe.scheduler)
     if start == "none":
         return standard_start(base, steps), pipe.unet
@@ -394,11 +416,19 @@ def _level(text: str) -> Any:
     if text == "speciation":
         return text
     name, _, value = text.rpartition("=")
+    makers: dict[str, Callable[[float], Any]] = {
+        "": float,
+        "step": float,
+        "sigma": NoiseLevel,
+        "tau": NoiseLevel.from_ou_time,
+        "log_snr": NoiseLevel.from_log_snr,
+    }
     try:
-        number = float(value)
-        return NoiseLevel(number) if name == "sigma" else int(number) if number == int(number) else number
-    except (ValueError, OverflowError):
-        raise InputError(f"--at {text}; expected speciation, a step such as 400, or sigma=1.5.") from None
+        return makers[name](float(value))
+    except (ValueError, OverflowError, KeyError):
+        raise InputError(
+            f"--at {text}; expected speciation, a step such as 400, sigma=1.5, tau=0.6 or log_snr=-1."
+        ) from None
 
 
 def _hash(path: Path) -> str:
@@ -450,25 +480,30 @@ def evaluate(
     sampler: Annotated[str, typer.Option("--sampler", help="with --model")] = "dpm++2m-karras",
     steps: Annotated[int, typer.Option("--steps", help="with --model")] = 10,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A-B", help="with --model")] = "0-999",
+    value_range: Range = None,
     skip_bad: SkipBad = False,
+    classes: Classes = None,
+    pad: Pad = None,
     as_json: Json = False,
 ) -> None:
     """Distance of samples to held-out images, the floor at the same counts, and nearest training images."""
-    from symbreak.data import images
     from symbreak.metrics import evaluate as measure
     from symbreak.sample import generate, parse_seeds
 
     if (samples is None) == (model is None):
         raise InputError("evaluate needs either --samples or --model.")
-    train = _images(data, None, skip_bad)
-    held_out = images("digits:held-out") if holdout is None and data == "digits" else holdout and images(holdout)
+    options = (value_range, skip_bad, classes, pad)
+    train = _images(data, *options)
+    if holdout is None and data == "digits":
+        holdout = "digits:held-out"
+    held_out = None if holdout is None else _images(holdout, *options)
     if model is not None:
         begin, unet = _plan(model, start, at, sampler, steps)
         with _bars() as tell:
             x = generate(unet, begin, parse_seeds(seeds), progress=lambda d, n: tell("images", d, n))
     else:
         x = _images(_one(samples, "--samples"), None, skip_bad).tensor()
-    result = measure(x, train, held_out or None, features_in=features, repeats=repeats)
+    result = measure(x, train, held_out, features_in=features, repeats=repeats)
 
     def draw() -> None:
         d = result["distance"]
@@ -498,6 +533,7 @@ def train(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the diffusers pipeline")],
     recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="JSON settings; see recipes/")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="optimizer steps, instead of the recipe's")] = None,
+    value_range: Range = None,
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
@@ -513,7 +549,7 @@ def train(
     settings = Recipe() if recipe is None else Recipe.load(recipe)
     if steps is not None:
         settings = replace(settings, steps=steps)
-    found = _images(data, None, skip_bad, classes, pad)
+    found = _images(data, value_range, skip_bad, classes, pad)
     with _bars() as tell:
         result = train_network(found, out, settings, progress=lambda s, n, v: tell("steps", s, n))
 
@@ -577,7 +613,8 @@ def main(argv: list[str] | None = None) -> None:
 
     signal.signal(signal.SIGTERM, terminate)
     try:
-        code = app(args=argv, standalone_mode=False)
+        arguments = sys.argv[1:] if argv is None else argv
+        code = app(args=arguments or ["--help"], standalone_mode=False)
     except InputError as error:
         _fail(2, f"symbreak: {error}")
     except SystemExit as left:

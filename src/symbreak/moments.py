@@ -32,9 +32,10 @@ from symbreak.files import InputError, read_tensors, write_tensors
 __all__ = ["Moments", "Spectrum", "frechet_distance"]
 
 EXACT_ROWS = 1024  # 1,024 products of two numbers up to 128 stay below 2^24
-BLOCK_ROWS = 4096
-PARTS_BYTES = 2**30  # the jackknife parts together stay below this
+BUFFER_BYTES = 2**28
+PARTS_BYTES = 2**32  # the jackknife parts together stay below this
 SAVED_PARTS_BYTES = 64 * 2**20
+LARGEST_DIM = 20_000  # a full covariance of 3.2 GB
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,8 @@ class Moments:
                 rest = _Part(0, self._parts[0].mean, self._parts[0].scatter)
                 for i, part in enumerate(self._parts):
                     rest = rest if i == leave else rest.merge(part)
+                if rest.count < 2:
+                    return None  # too few rows to leave any out
                 rows.append(self._top(rest, k))
             cache[k] = np.stack(rows)
         return cache[k]
@@ -283,35 +286,44 @@ class _Sums:
         self.d = math.prod(shape)
         if self.d == 0:
             raise InputError(f"samples of shape {shape} are empty.")
+        if self.d > LARGEST_DIM:
+            raise InputError(
+                f"samples of shape {shape} have {self.d:,} elements; a full covariance takes at most {LARGEST_DIM:,}. "
+                "Resize the images."
+            )
         self.groups = parts or max(1, min(8, PARTS_BYTES // (8 * self.d**2)))
         self.rows = 0
         self.counts = [0] * self.groups
         self.sums = [np.zeros(self.d) for _ in range(self.groups)]
         # Fortran order: BLAS syrk adds into one triangle of these in place, at half the work of a product.
         self.products = [np.zeros((self.d, self.d), order="F") for _ in range(self.groups)]
-        self.waiting: list[list[np.ndarray]] = [[] for _ in range(self.groups)]
+        self.waiting: list[np.ndarray] = []
         self.waiting_rows = [0] * self.groups
         self.shift = np.empty(0)
-        self.capacity = EXACT_ROWS if exact else max(64, min(BLOCK_ROWS // self.groups, 2**27 // (8 * self.d)))
+        # Enough rows a product that adding into the sum (d^2) costs little beside it (rows d^2).
+        self.capacity = EXACT_ROWS if exact else max(64, min(1024, BUFFER_BYTES // (8 * self.d * self.groups)))
 
     def add(self, rows: np.ndarray) -> None:
         if rows.shape[1:] != self.shape:
             raise InputError(f"a batch of shape {rows.shape}; the first batches had samples of shape {self.shape}.")
         flat = rows.reshape(len(rows), self.d)
-        if not self.exact and not np.isfinite(flat).all():
+        if not self.exact and not np.isfinite(flat.sum()) and not np.isfinite(flat).all():
             bad = self.rows + int(np.flatnonzero(~np.isfinite(flat).all(axis=1))[0])
             raise InputError(f"sample {bad} holds NaN or infinity; expected finite numbers.")
         if not self.shift.size:
             self.shift = np.full(self.d, 128.0) if self.exact else flat.mean(axis=0, dtype=np.float64)
+        if not self.waiting:
+            kind = np.uint8 if self.exact else np.float64
+            self.waiting = [np.empty((self.capacity, self.d), kind) for _ in range(self.groups)]
         part = self._deal(self.rows, len(flat))
         self.rows += len(flat)
         for g in range(self.groups):
-            chosen = flat[part == g] if self.groups > 1 else flat
+            chosen = np.flatnonzero(part == g)
             while len(chosen):
-                room = self.capacity - self.waiting_rows[g]
-                self.waiting[g].append(chosen[:room].copy())
-                self.waiting_rows[g] += len(chosen[:room])
-                chosen = chosen[room:]
+                have = self.waiting_rows[g]
+                now, chosen = chosen[: self.capacity - have], chosen[self.capacity - have :]
+                self.waiting[g][have : have + len(now)] = flat[now]
+                self.waiting_rows[g] += len(now)
                 if self.waiting_rows[g] == self.capacity:
                     self._flush(g)
 
@@ -323,21 +335,21 @@ class _Sums:
         return ((z ^ (z >> np.uint64(31))) % np.uint64(self.groups)).astype(np.int64)
 
     def _flush(self, g: int) -> None:
-        if not self.waiting[g]:
+        n = self.waiting_rows[g]
+        if n == 0:
             return
-        rows = np.concatenate(self.waiting[g])
-        self.waiting[g], self.waiting_rows[g] = [], 0
-        self.counts[g] += len(rows)
+        rows = self.waiting[g][:n]
+        self.waiting_rows[g] = 0
+        self.counts[g] += n
         if self.exact:
             small = rows.astype(np.float32)
             small -= np.float32(128.0)
             self.sums[g] += small.sum(axis=0, dtype=np.float64)
             self.products[g] += blas.ssyrk(1.0, small.T)
         else:
-            wide = rows.astype(np.float64)
-            wide -= self.shift
-            self.sums[g] += wide.sum(axis=0)
-            self.products[g] = blas.dsyrk(1.0, wide.T, beta=1.0, c=self.products[g], overwrite_c=1)
+            rows -= self.shift
+            self.sums[g] += rows.sum(axis=0)
+            self.products[g] = blas.dsyrk(1.0, rows.T, beta=1.0, c=self.products[g], overwrite_c=1)
 
     def finish(self, cls: type[Moments], scale: float, offset: float) -> Moments:
         if self.rows < 2:

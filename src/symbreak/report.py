@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from symbreak.files import InputError, write_whole
-from symbreak.record import Record
+from symbreak.record import Record, plain
 
 __all__ = ["sweep_axes", "verdict", "write_report"]
 
@@ -40,16 +40,17 @@ def write_report(record: Record, path: str | Path) -> Path:
     return write_whole(path, lambda p: p.write_text(html, encoding="utf-8"))
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"
+def _number(value: float | str | None, digits: int = 4) -> str:
+    """Records write an infinity as a string."""
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.{digits}g}"
 
 
-def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
-    return "" if low is None or high is None else f"[{low:.{digits}g}, {high:.{digits}g}]"
+def _interval(low: float | str | None, high: float | str | None, digits: int = 3) -> str:
+    return "" if low is None or high is None else f"[{_number(low, digits)}, {_number(high, digits)}]"
 
 
 def _values(record: Record) -> dict[str, Any]:
-    content = record.content
+    content = plain(record.content)
     phases = content["phases"] if record.kind == "study" else content
     data = content["data"]
     top = phases["eigenvalues"][0]
@@ -77,7 +78,7 @@ def _values(record: Record) -> dict[str, Any]:
         "table_note": "",
     }
     if record.kind == "study":
-        values |= _study_values(record)
+        values |= _study_values(content, record.settings)
     return values
 
 
@@ -105,8 +106,7 @@ def _speciation_sentence(c: dict[str, Any], top: float, total: float) -> str:
     )
 
 
-def _study_values(record: Record) -> dict[str, Any]:
-    content = record.content
+def _study_values(content: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     ground, network = content["floor"], content["network"]
     rows, wins, losses = [], 0, 0
     for row in content["rows"]:
@@ -159,7 +159,7 @@ def _study_values(record: Record) -> dict[str, Any]:
         "grids": grids,
         "real_grid": _base64(content["real_grid"]),
         "sweep": _sweep_figure(content),
-        "selection": record.settings["selection"],
+        "selection": settings["selection"],
     }
 
 

@@ -217,10 +217,12 @@ def _resolve(at: Any, law: Any, full: Schedule) -> NoiseLevel:
             )
         at = at.level
     if isinstance(at, (int, float, np.integer, np.floating)) and not isinstance(at, bool):
-        return full.level(float(at))
+        at = full.level(float(at))
     if not isinstance(at, NoiseLevel):
         raise InputError(f"at={at!r}; expected 'speciation', a NoiseLevel, a CriticalTime or a step.")
     full.time(at)  # raises outside the schedule
+    if not 0 < at.sigma < math.inf:
+        raise InputError(f"a late start at sigma {at.sigma:g}; expected a finite level above 0.")
     return at
 
 
