@@ -90,7 +90,7 @@ def test_the_bundled_network_is_what_its_recipe_says():
         ('{"channels": [7]}', "multiples of 8"),
         ('{"steps": 0}', ">= 1"),
         ('{"dropout": 1}', "dropout"),
-        ('{"steps": "many"}', "no recipe"),
+        ('{"steps": "many"}', "whole numbers"),
         ("[]", "no settings"),
         ("{", "not JSON"),
     ],
