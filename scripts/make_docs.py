@@ -32,15 +32,17 @@ def main() -> None:
     figure.savefig(figures / "digits-levels.png", metadata={"Software": None})
 
     ground, reference = content["floor"], content["reference"]
+    first = content["rows"][0]["standard"]["distance"]
     near, real = reference["neighbours"], content["floor_neighbours"]
     how = (
         f"Fréchet distance in the 64 features of `{ground['extractor']}` (held-out accuracy "
         f"{content['extractor']['held_out_accuracy']:.1%}) to the {ground['reference']} held-out digits; mean of "
-        f"{ground['repeats']} repeats of {ground['samples']} images with its 95 % Student-t interval, at equal network "
+        f"{first['repeats']} repeats of {first['samples']} images with its 95 % Student-t interval, at equal network "
         "calls. The spacing of the standard start and the level of the late start were chosen on other seeds."
     )
     facts = [
-        f"- Floor, training images at the same counts: {cell(ground)}; all {content['data']['count']} at once: "
+        f"- Floor, training images at the same counts ({ground['repeats']} disjoint sets): {cell(ground)}; "
+        f"all {content['data']['count']} at once: "
         f"{ground['pooled']:.2f}.",
         f"- The network with 100 DDIM calls: {cell(reference['distance'])}, "
         f"{reference['distance']['mean'] / ground['mean']:.2f} times the floor; "
