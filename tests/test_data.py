@@ -129,9 +129,32 @@ def test_skip_bad_counts_and_goes_on(folder):
     with pytest.raises(InputError, match=r"2 of 10 images .* are unusable \(first: cat/broken.png cannot be read"):
         images(folder).tensor()
     found = images(folder, skip_bad=True)
-    assert len(found.tensor()) == 8
-    assert len(found) == 8
+    assert len(found.tensor()) == len(found) == len(found.labels) == 8
     assert [s.split(":")[0] for s in found.skipped] == ["cat/broken.png", "cat/large.png"]
+    # labels stay with their images, also through a split
+    assert found.labels.tolist() == [0] * 4 + [1] * 4
+    a, b = found.split(0.5)
+    both = torch.cat([a.tensor(), b.tensor()])
+    assert len(both) == 8
+    assert {x.numpy().tobytes() for x in both} == {x.numpy().tobytes() for x in found.tensor()}
+
+
+def test_sixteen_bit_images_are_scaled_not_clipped(tmp_path):
+    for i in range(2):
+        values = np.arange(6, dtype=np.uint16).reshape(2, 3) * 10_000 + i
+        Image.fromarray(values).save(tmp_path / f"{i}.png")
+    x = images(tmp_path).tensor()
+    assert len(np.unique(x[0])) == 6
+    np.testing.assert_allclose(x[0, 0], (values >> 8) / 127.5 - 1, atol=1e-6)
+    Image.fromarray(np.ones((2, 3), np.float32)).save(tmp_path / "2.tiff")
+    with pytest.raises(InputError, match="32-bit pixels"):
+        images(tmp_path).tensor()
+
+
+def test_the_fingerprint_knows_the_range_and_options_apply_to_opened_data():
+    x = np.random.default_rng(0).random((5, 4, 4))
+    assert images(x).fingerprint() != images(x, value_range=(0, 5)).fingerprint()
+    assert images(images(x), pad=6).tensor().shape == (5, 1, 6, 6)
 
 
 def test_truncated_images_are_named(folder):
@@ -179,7 +202,7 @@ def test_bad_values(tmp_path):
     with pytest.raises(InputError, match="image 2 holds NaN or infinity"):
         images(x).tensor()
     x[2, 0, 0] = 7
-    with pytest.raises(InputError, match="outside the range 0 .. 1.*--range"):
+    with pytest.raises(InputError, match=r"outside the range 0 \.\. 1.*--range"):
         images(x).tensor()
     with pytest.raises(InputError, match="is empty"):
         images(x, value_range=(1, 0))

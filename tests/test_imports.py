@@ -58,7 +58,9 @@ def test_heavy_libraries_stay_where_they_belong():
             for name in imported(node):
                 top = name.split(".")[0]
                 assert top != "diffusers" or place in DIFFUSERS, f"{path} imports {name}"
-                assert top != "torch" or place not in ("record", "report", "cli") or place == "cli", f"{path} imports {name}"
+                assert top != "torch" or place not in ("record", "report", "cli") or place == "cli", (
+                    f"{path} imports {name}"
+                )
 
 
 def test_importing_is_quick_and_touches_nothing_heavy():

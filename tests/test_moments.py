@@ -108,6 +108,16 @@ def test_save_and_load(tmp_path):
     assert back.shape == (1, 8, 8)
 
 
+def test_two_samples_have_moments_but_no_interval():
+    for d in (3, 300):
+        x = torch.randn(2, d, generator=torch.Generator().manual_seed(0))
+        s = Moments.fit([x]).spectrum(1)
+        assert s.values[0] == pytest.approx(float(((x[0] - x[1]) ** 2).sum()) / 2, rel=1e-6)
+        assert np.isnan(s.low[0])
+    with pytest.raises(InputError, match="at most 20,000"):
+        Moments.fit([torch.zeros(2, 20_001)])
+
+
 def test_rank_deficient_data():
     x = torch.randn(5, 12, generator=torch.Generator().manual_seed(0))
     values = Moments.fit([x]).eigh[0]
@@ -169,3 +179,31 @@ def test_frechet_of_commuting_gaussians_is_elementary():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
     with pytest.raises(InputError, match="cannot be compared"):
         frechet_distance(a, gaussian_moments())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_peak_memory_does_not_grow_with_n(exact):
+    import tracemalloc
+
+    class Stream:
+        integer, scale, offset = exact, 127.5, -127.5
+
+        def __init__(self, n):
+            self.n = n
+
+        def blocks(self):
+            rng = np.random.default_rng(0)
+            for _ in range(self.n):
+                yield rng.integers(0, 256, (500, 64), dtype=np.uint8)
+
+        def __iter__(self):
+            return (b.astype(np.float64) for b in self.blocks())
+
+    peaks = []
+    for n in (20, 80):
+        tracemalloc.start()
+        Moments.fit(Stream(n))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # the rows are 4 times as many; buffers and sums are the same
+    assert peaks[1] < 1.2 * peaks[0]

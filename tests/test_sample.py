@@ -3,13 +3,13 @@ import pytest
 import torch
 
 from symbreak.adapters import as_unet, load_pipeline, scheduler
+from symbreak.data import images
 from symbreak.files import InputError
 from symbreak.laws import Gaussian
 from symbreak.moments import Moments
 from symbreak.noise import NoiseLevel
 from symbreak.sample import generate, parse_seeds
 from symbreak.start import late_start, standard_start
-from symbreak.data import images
 from tests.worlds import gaussian_law
 
 

@@ -84,7 +84,9 @@ def test_mean_and_covariance_come_back(name, sigma):
 
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - STOCHASTIC))
 @settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(sigma=st.floats(0.4, 20), top=st.floats(0.5, 30), prediction=st.sampled_from(["epsilon", "v_prediction", "sample"]))
+@given(
+    sigma=st.floats(0.4, 20), top=st.floats(0.5, 30), prediction=st.sampled_from(["epsilon", "v_prediction", "sample"])
+)
 def test_any_level_spectrum_and_prediction(name, sigma, top, prediction):
     law = gaussian_law(eigenvalues=(top, 1.0, 0.5, 0.25))
     kinds = {} if name.startswith("flow") else {"prediction_type": prediction}
@@ -147,7 +149,7 @@ def test_a_late_start_has_less_discretization_error():
         base = exact(name, timestep_spacing=spacing)
         for kind in ("standard", "late"):
             start = standard_start(base, 5) if kind == "standard" else late_start(base, law, 5, at=400, check=False)
-            mean, cov = recovered(name, law, start, as_unet(law, base))
+            _, cov = recovered(name, law, start, as_unet(law, base))
             values = torch.linalg.eigvalsh(cov).clamp_min(0)
             errors[name, kind] = float(((values.sqrt() - law.eigenvalues.flip(0).sqrt()) ** 2).sum())
     assert errors["dpm++2m", "late"] < errors["dpm++2m", "standard"]
@@ -161,6 +163,17 @@ def test_a_late_start_has_less_discretization_error():
 def test_unsupported_schedulers_are_refused_with_the_mend(cls, mend):
     with pytest.raises(InputError, match=f"{cls} cannot be cut.*{mend}"):
         late_start(getattr(diffusers, cls)(), gaussian_law(), 5, at=400)
+
+
+def test_pure_noise_has_no_late_start_but_a_standard_one():
+    law = gaussian_law()
+    zero = diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
+    for base, top in ((zero, 999), (diffusers.FlowMatchEulerDiscreteScheduler(), 1000)):
+        with pytest.raises(InputError, match="finite level"):
+            late_start(base, law, 5, at=top)
+    base = diffusers.FlowMatchEulerDiscreteScheduler()
+    _, cov = recovered("flow-euler", law, standard_start(base, 100), as_unet(law, base))
+    assert float((cov - law.moments.cov).abs().max()) < 0.1 * 4
 
 
 def test_zero_snr_and_flow_settings():
@@ -179,7 +192,10 @@ def test_zero_snr_and_flow_settings():
         late_start(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), law, 5, at=NoiseLevel(3.0))
     with pytest.raises(InputError, match="use_flow_sigmas"):
         late_start(
-            diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"), law, 5, at=400
+            diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+            law,
+            5,
+            at=400,
         )
 
 

@@ -1,5 +1,6 @@
 import math
 import warnings
+from itertools import pairwise
 
 import diffusers
 import pytest
@@ -32,7 +33,7 @@ def test_finite_transport_is_the_probability_flow():
     x = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 5
     state, sigma, target, n = x.clone(), 5.0, 0.5, 4000
     grid = torch.linspace(math.log(sigma), math.log(target), n + 1, dtype=torch.float64).exp()
-    for a, b in zip(grid[:-1], grid[1:]):  # Heun on dx/dsigma = (x - D) / sigma
+    for a, b in pairwise(grid):  # Heun on dx/dsigma = (x - D) / sigma
         slope = (state - law.denoise(state, float(a))) / a
         guess = state + (b - a) * slope
         state = state + (b - a) * 0.5 * (slope + (guess - law.denoise(guess, float(b))) / b)

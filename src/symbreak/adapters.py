@@ -12,7 +12,9 @@ Between a network's discrete steps t is interpolated in log sigma and the networ
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,11 @@ def scheduler(name: str, like: Any = None, **settings: Any) -> Any:
         if name.startswith(("edm", "flow")):
             return cls(**own, **settings)
         like = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+    if not hasattr(like, "alphas_cumprod") and _kind(like) == "vp":
+        raise InputError(
+            f"{type(like).__name__} is none of the schedulers symbreak knows: it needs alphas_cumprod, or an EDM or "
+            "flow-matching class."
+        )
     kinds = _kind(like), "edm" if name.startswith("edm") else "flow" if name.startswith("flow") else "vp"
     if kinds[0] != kinds[1]:
         raise InputError(
@@ -113,7 +120,9 @@ def load_pipeline(source: str | Path) -> Any:
     if path.exists():
         index = path / "model_index.json"
         if not index.is_file():
-            raise InputError(f"{source} is no diffusers pipeline: it has no model_index.json. Save one with save_pretrained.")
+            raise InputError(
+                f"{source} is no diffusers pipeline: it has no model_index.json. Save one with save_pretrained."
+            )
         try:
             parts = json.loads(index.read_text(encoding="utf-8"))
         except ValueError:
@@ -122,15 +131,44 @@ def load_pipeline(source: str | Path) -> Any:
             raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
     elif str(source).count("/") != 1 or path.parent.exists():
         raise InputError(f"{source} does not exist. Pass digits, a diffusers folder or a hub id owner/name.")
+    bars = diffusers.utils.logging.is_progress_bar_enabled()
+    diffusers.utils.logging.disable_progress_bar()  # two components need no bar between our own lines
     try:
         pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), use_safetensors=True)
     except Exception as error:
         what = " ".join(str(error).split())[:160]
-        raise InputError(f"{source} cannot be loaded as a diffusers pipeline ({type(error).__name__}: {what}).") from None
+        raise InputError(
+            f"{source} cannot be loaded as a diffusers pipeline ({type(error).__name__}: {what})."
+        ) from None
+    finally:
+        if bars:
+            diffusers.utils.logging.enable_progress_bar()
     if not hasattr(pipe, "unet") or not hasattr(pipe, "scheduler"):
         raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
+    try:
+        schedule(pipe.scheduler)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the scheduler of {source} cannot be used: {error}") from None
     pipe.unet.eval()
     return pipe
+
+
+def refuse_conditional(pipe: Any, source: str) -> None:
+    """The command line and studies have no conditions to give: one clear line instead of a crash inside."""
+    config = pipe.unet.config
+    if config.get("num_class_embeds") or config.get("class_embed_type") or config.get("cross_attention_dim"):
+        raise InputError(
+            f"the network of {source} needs a condition (class or text). Use sb.generate(..., class_labels=...) or "
+            "start.latents(noise) with its own pipeline."
+        )
+
+
+def weights_hash(unet: torch.nn.Module) -> str:
+    """SHA-256 of all weights, first 16 hex digits."""
+    digest = hashlib.sha256()
+    for name, value in sorted(unet.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class NetworkDenoiser:
@@ -165,7 +203,7 @@ class NetworkDenoiser:
         times = torch.tensor([self.schedule.time(float(s)) for s in sigmas], dtype=torch.float64)
         levels = [self.schedule.level(float(t)) for t in times]
         column = [-1] + [1] * (x.ndim - 1)
-        like = {"dtype": x.dtype, "device": x.device}
+        like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
         s = sigmas.to(**like).reshape(column)
         alpha = torch.tensor([v.alpha for v in levels], **like).reshape(column)
         state = self._inputs(alpha * x, s)
@@ -241,7 +279,11 @@ class _Posing(torch.nn.Module):
 
     def _level(self, t: float) -> NoiseLevel:
         # Samplers may ask a hair beyond the last step.
-        return self.schedule.level(min(max(t, self.schedule.t_min), self.schedule.t_max))
+        level = self.schedule.level(min(max(t, self.schedule.t_min), self.schedule.t_max))
+        if math.isinf(level.sigma):
+            # Pure noise says nothing about x_0; a sigma of 1e6 says as little, and stays finite.
+            return NoiseLevel(1e6, alpha=1 / (1 + 1e6) if self.kind == "flow" else None)  # type: ignore[arg-type]
+        return level
 
     def forward(
         self, sample: torch.Tensor, timestep: Any, class_labels: Any = None, return_dict: bool = True, **_: Any

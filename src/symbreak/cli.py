@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -33,7 +34,8 @@ app = typer.Typer(
     epilog="Start with: symbreak phases --data digits",
 )
 err = Console(stderr=True)
-out_console = Console()
+# Tables in a file or a pipe are not folded to 80 columns.
+out_console = Console(width=None if sys.stdout.isatty() else 140)
 
 DATA = "digits, a folder of images (sub-folders are classes), a .parquet, .npz or .npy file, or a hub id"
 Data = Annotated[str, typer.Option("--data", metavar="D", help=DATA)]
@@ -46,57 +48,69 @@ Classes = Annotated[str | None, typer.Option("--classes", metavar="A,B", help="k
 Pad = Annotated[int | None, typer.Option("--pad", metavar="N", help="pad images with black to N x N pixels")]
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, cleaned up after like Ctrl-C."""
-
-
 @contextmanager
 def _bars() -> Iterator[Callable[[str, int, int], None]]:
     """A progress callback (stage, done, total) that draws bars on stderr."""
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err) as progress:
-        tasks: dict[str, Any] = {}
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    progress = Progress(*columns, console=err)
+    tasks: dict[str, Any] = {}
 
-        def tell(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(stage, total=total)
-            progress.update(tasks[stage], completed=done, total=total)
+    def tell(stage: str, done: int, total: int) -> None:
+        if not tasks:
+            progress.start()  # not before there is something to show: a refused input prints one line only
+        if stage not in tasks:
+            tasks[stage] = progress.add_task(stage, total=total)
+        progress.update(tasks[stage], completed=done, total=total)
 
+    try:
         yield tell
+    finally:
+        if tasks:
+            progress.stop()
 
 
 def _images(
-    source: str, value_range: str | None = None, skip_bad: bool = False, classes: str | None = None, pad: int | None = None
+    source: str,
+    value_range: str | None = None,
+    skip_bad: bool = False,
+    classes: str | None = None,
+    pad: int | None = None,
 ) -> Any:
     from symbreak.data import images
 
-    limits = None
-    if value_range is not None:
-        try:
-            low, high = (float(v) for v in value_range.split(","))
-        except ValueError:
-            raise InputError(f"--range {value_range}; expected LOW,HIGH such as 0,255.") from None
-        limits = (low, high)
     found = images(
         source,
-        value_range=limits,
+        value_range=_limits(value_range),
         skip_bad=skip_bad,
         classes=None if classes is None else classes.split(","),
         pad=pad,
     )
-    if skip_bad:
-        for _ in found.blocks():  # one pass, so that the count is known
-            pass
-        if found.skipped:
-            err.print(f"left out {len(found.skipped)} unusable images (first: {found.skipped[0]})", markup=False)
+    if found.skipped:
+        err.print(f"left out {len(found.skipped)} unusable images (first: {found.skipped[0]})", markup=False)
     return found
+
+
+def _limits(text: str | None) -> tuple[float, float] | None:
+    if text is None:
+        return None
+    try:
+        low, high = (float(v) for v in text.split(","))
+    except ValueError:
+        raise InputError(f"--range {text}; expected LOW,HIGH such as 0,255.") from None
+    return low, high
 
 
 def _emit(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> None:
     if as_json:
-        from symbreak.record import _clean
+        from symbreak.record import plain
 
-        sys.stdout.write(json.dumps(_clean(value), sort_keys=True) + "\n")
+        sys.stdout.write(json.dumps(plain(value), sort_keys=True) + "\n")
     else:
         draw()
 
@@ -110,7 +124,9 @@ def _one(source: str | None, name: str) -> str:
 @app.command(epilog="Example: symbreak study --data digits --model digits --out build/demo")
 def study(
     data: Data = "digits",
-    model: Annotated[str, typer.Option("--model", metavar="M", help="digits, a diffusers folder or a hub id")] = "digits",
+    model: Annotated[
+        str, typer.Option("--model", metavar="M", help="digits, a diffusers folder or a hub id")
+    ] = "digits",
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for record.json and report.html")] = Path(
         "build/study"
     ),
@@ -126,6 +142,10 @@ def study(
         typer.Option("--features", help="digits-classifier, classifier, pixels, FILE.safetensors, module:callable"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a smoke run of a minute: no evidence")] = False,
+    value_range: Range = None,
+    skip_bad: SkipBad = False,
+    classes: Classes = None,
+    pad: Pad = None,
     as_json: Json = False,
 ) -> None:
     """Measure the late start against the standard start, at equal network calls, and write a report."""
@@ -139,7 +159,20 @@ def study(
     except ValueError:
         raise InputError(f"--calls {calls}; expected numbers such as 3,5,10.") from None
     names = SAMPLERS if samplers is None else tuple(samplers.split(","))
-    settings = Study(data, model, holdout, names, numbers, samples, repeats, features=features)
+    settings = Study(
+        data,
+        model,
+        holdout,
+        names,
+        numbers,
+        samples,
+        repeats,
+        features=features,
+        value_range=_limits(value_range),
+        skip_bad=skip_bad,
+        classes=None if classes is None else tuple(classes.split(",")),
+        pad=pad,
+    )
     if quick:
         settings = settings.smoke()
     with _bars() as tell:
@@ -148,37 +181,51 @@ def study(
     _emit(as_json, {**record.to_dict(), "report": str(path)}, lambda: _study_table(record, path))
 
 
+def _plus_minus(d: dict[str, Any]) -> str:
+    return f"{d['mean']:.3g}" + ("" if d["high"] is None else f" ± {d['high'] - d['mean']:.2g}")
+
+
 def _study_table(record: Any, path: Path) -> None:
-    from symbreak.report import _verdict
+    from symbreak.report import verdict
 
     content = record.content
     ground = content["floor"]
     title = f"Fréchet distance in {ground['extractor']}, {ground['samples']} images x {ground['repeats']} repeats"
     table = Table(title=title + (" (smoke, not evidence)" if content["smoke"] else ""))
-    for name in ("sampler", "calls", "standard start", "late, speciation", "late, best level", "noised data", "best late start"):
+    for name in (
+        "sampler",
+        "calls",
+        "standard start",
+        "late, speciation",
+        "late, best level",
+        "noised data",
+        "best late start",
+    ):
         table.add_column(name, justify="left" if name in ("sampler", "best late start") else "right")
     for row in content["rows"]:
         cells = []
         for key in ("standard", "spectral", "best", "noised"):
             d = row[key]["distance"]
-            cells.append(f"{d['mean']:.3g} ± {d['high'] - d['mean']:.2g}")
-        verdict = _verdict(row["standard"]["distance"], row["best"]["distance"])[0]
-        table.add_row(row["sampler"], str(row["calls"]), *cells, verdict)
+            cells.append(_plus_minus(d))
+        said = verdict(row["standard"]["distance"], row["best"]["distance"])[0]
+        table.add_row(row["sampler"], str(row["calls"]), *cells, said)
     out_console.print(table)
-    out_console.print(f"floor (real images, same counts): {ground['mean']:.3g} ± {ground['high'] - ground['mean']:.2g}")
+    out_console.print(f"floor (real images, same counts): {_plus_minus(ground)}")
     if content["reference"]:
         d = content["reference"]["distance"]
-        out_console.print(
-            f"the network at its best (DDIM, {content['reference']['calls']} calls): {d['mean']:.3g} ± {d['high'] - d['mean']:.2g}"
-        )
+        out_console.print(f"the network at its best (DDIM, {content['reference']['calls']} calls): {_plus_minus(d)}")
     sys.stdout.write(f"report: {path}\n")
 
 
 @app.command(epilog="Example: symbreak phases --data digits")
 def phases(
     data: Data,
-    model: Annotated[str | None, typer.Option("--model", metavar="M", help="network whose schedule gives the steps")] = None,
-    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="also write record.json and report.html")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="M", help="network whose schedule gives the steps")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="also write record.json and report.html")
+    ] = None,
     value_range: Range = None,
     skip_bad: SkipBad = False,
     classes: Classes = None,
@@ -269,40 +316,50 @@ def fit(
             + ", ".join(f"{v:.4g}" for v in spectrum.values)
         )
         level = critical.sigma
-        out_console.print("no spectral speciation level" if level is None else f"spectral speciation at sigma {level:.4g}")
+        out_console.print(
+            "no spectral speciation level" if level is None else f"spectral speciation at sigma {level:.4g}"
+        )
         sys.stdout.write(f"moments: {out}\n")
 
     _emit(as_json, value, draw)
 
 
 @app.command(
-    epilog="Example: symbreak sample --model digits --start build/digits.safetensors --sampler dpm++2m-karras --steps 5 "
+    epilog="Example: symbreak sample --model digits --start build/digits.safetensors --steps 5 "
     "--seeds 0-99 --out build/images"
 )
 def sample(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for one PNG a seed")],
-    model: Annotated[str, typer.Option("--model", metavar="M", help="digits, a diffusers folder or a hub id")] = "digits",
+    model: Annotated[
+        str, typer.Option("--model", metavar="M", help="digits, a diffusers folder or a hub id")
+    ] = "digits",
     start: Annotated[
-        str, typer.Option("--start", metavar="FILE|none", help="moments written by `symbreak fit`, or none: white noise")
+        str,
+        typer.Option("--start", metavar="FILE|none", help="moments written by `symbreak fit`, or none: white noise"),
     ] = "none",
     at: Annotated[
-        str, typer.Option("--at", metavar="LEVEL", help="speciation, a step such as 400, or sigma=1.5")
+        str, typer.Option("--at", metavar="LEVEL", help="speciation, a step such as 400, sigma=1.5, tau=0.6")
     ] = "speciation",
-    sampler: Annotated[str, typer.Option("--sampler", help="ddpm, ddim, pndm, dpm++2m, dpm++2m-karras, ...")] = "dpm++2m-karras",
+    sampler: Annotated[
+        str, typer.Option("--sampler", help="ddpm, ddim, pndm, dpm++2m, dpm++2m-karras, ...")
+    ] = "dpm++2m-karras",
     steps: Annotated[int, typer.Option("--steps", help="num_inference_steps")] = 5,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A-B", help="one image a seed")] = "0-15",
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="fixed size of every network call")] = 64,
     as_json: Json = False,
 ) -> None:
     """Sample images, one a seed, from white noise or from a late start."""
+    from symbreak.adapters import weights_hash
     from symbreak.files import output_folder, read_json, write_json
-    from symbreak.sample import parse_seeds
+    from symbreak.sample import check, parse_seeds
 
     output_folder(out)
     wanted = parse_seeds(seeds)
     begin, unet = _plan(model, start, at, sampler, steps)
+    check(unet, begin, wanted, micro_batch)
     settings = {
         "model": model,
+        "weights": weights_hash(unet),
         "start": start if start == "none" else _hash(Path(start)),
         "at": at,
         "sampler": sampler,
@@ -311,9 +368,9 @@ def sample(
         "calls": begin.calls,
         "level": begin.level.to_dict(),
     }
-    from symbreak.record import _clean
+    from symbreak.record import plain
 
-    settings = _clean(settings)
+    settings = plain(settings)
     info = out / "sample.json"
     if info.exists() and read_json(info) != settings:
         raise InputError(f"{out} holds images made with other settings. Choose another --out.")
@@ -334,12 +391,13 @@ def _plan(model: str, start: str, at: str, sampler: str, steps: int) -> tuple[An
     """The start and the network that a command line asks for."""
     import warnings
 
-    from symbreak.adapters import load_pipeline, scheduler
+    from symbreak.adapters import load_pipeline, refuse_conditional, scheduler
     from symbreak.laws import Gaussian
     from symbreak.moments import Moments
     from symbreak.start import LateStartWarning, late_start, standard_start
 
     pipe = load_pipeline(model)
+    refuse_conditional(pipe, model)
     base = scheduler(sampler, like=pipe.scheduler)
     if start == "none":
         return standard_start(base, steps), pipe.unet
@@ -358,11 +416,19 @@ def _level(text: str) -> Any:
     if text == "speciation":
         return text
     name, _, value = text.rpartition("=")
+    makers: dict[str, Callable[[float], Any]] = {
+        "": float,
+        "step": float,
+        "sigma": NoiseLevel,
+        "tau": NoiseLevel.from_ou_time,
+        "log_snr": NoiseLevel.from_log_snr,
+    }
     try:
-        number = float(value)
-        return NoiseLevel(number) if name == "sigma" else int(number) if number == int(number) else number
-    except (ValueError, OverflowError):
-        raise InputError(f"--at {text}; expected speciation, a step such as 400, or sigma=1.5.") from None
+        return makers[name](float(value))
+    except (ValueError, OverflowError, KeyError):
+        raise InputError(
+            f"--at {text}; expected speciation, a step such as 400, sigma=1.5, tau=0.6 or log_snr=-1."
+        ) from None
 
 
 def _hash(path: Path) -> str:
@@ -387,7 +453,7 @@ def _write_images(out: Path, unet: Any, begin: Any, seeds: list[int], micro_batc
             pixels = ((part.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             for image in pixels.permute(0, 2, 3, 1).numpy():
                 picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-                write_whole(out / f"{seeds[done]:08d}.png", lambda p, picture=picture: picture.save(p, "PNG"))
+                write_whole(out / f"{seeds[done]:08d}.png", partial(picture.save, format="PNG"))
                 done += 1
             tell("images", done, len(seeds))
 
@@ -405,33 +471,43 @@ def evaluate(
         typer.Option("--features", help="digits-classifier, classifier, pixels, FILE.safetensors, module:callable"),
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="parts of the samples, for the interval")] = 5,
-    start: Annotated[str, typer.Option("--start", metavar="FILE|none", help="with --model: see `symbreak sample`")] = "none",
-    at: Annotated[str, typer.Option("--at", metavar="LEVEL", help="with --model: see `symbreak sample`")] = "speciation",
+    start: Annotated[
+        str, typer.Option("--start", metavar="FILE|none", help="with --model: see `symbreak sample`")
+    ] = "none",
+    at: Annotated[
+        str, typer.Option("--at", metavar="LEVEL", help="with --model: see `symbreak sample`")
+    ] = "speciation",
     sampler: Annotated[str, typer.Option("--sampler", help="with --model")] = "dpm++2m-karras",
     steps: Annotated[int, typer.Option("--steps", help="with --model")] = 10,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A-B", help="with --model")] = "0-999",
+    value_range: Range = None,
     skip_bad: SkipBad = False,
+    classes: Classes = None,
+    pad: Pad = None,
     as_json: Json = False,
 ) -> None:
     """Distance of samples to held-out images, the floor at the same counts, and nearest training images."""
-    from symbreak.data import images
     from symbreak.metrics import evaluate as measure
     from symbreak.sample import generate, parse_seeds
 
     if (samples is None) == (model is None):
         raise InputError("evaluate needs either --samples or --model.")
-    train = _images(data, None, skip_bad)
-    held_out = images("digits:held-out") if holdout is None and data == "digits" else holdout and images(holdout)
+    options = (value_range, skip_bad, classes, pad)
+    train = _images(data, *options)
+    if holdout is None and data == "digits":
+        holdout = "digits:held-out"
+    held_out = None if holdout is None else _images(holdout, *options)
     if model is not None:
         begin, unet = _plan(model, start, at, sampler, steps)
         with _bars() as tell:
             x = generate(unet, begin, parse_seeds(seeds), progress=lambda d, n: tell("images", d, n))
     else:
         x = _images(_one(samples, "--samples"), None, skip_bad).tensor()
-    result = measure(x, train, held_out or None, features_in=features, repeats=repeats)
+    result = measure(x, train, held_out, features_in=features, repeats=repeats)
 
     def draw() -> None:
-        table = Table(title=f"Fréchet distance in {result['distance']['extractor']}, to {result['distance']['reference']:,} held-out images")
+        d = result["distance"]
+        table = Table(title=f"Fréchet distance in {d['extractor']}, to {d['reference']:,} held-out images")
         for name in ("", "images x repeats", "mean", "95 % interval", "pooled"):
             table.add_column(name, justify="right")
         for name in ("distance", "floor"):
@@ -457,6 +533,7 @@ def train(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="folder for the diffusers pipeline")],
     recipe: Annotated[Path | None, typer.Option("--recipe", metavar="FILE", help="JSON settings; see recipes/")] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="optimizer steps, instead of the recipe's")] = None,
+    value_range: Range = None,
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
@@ -472,14 +549,14 @@ def train(
     settings = Recipe() if recipe is None else Recipe.load(recipe)
     if steps is not None:
         settings = replace(settings, steps=steps)
-    found = _images(data, None, skip_bad, classes, pad)
+    found = _images(data, value_range, skip_bad, classes, pad)
     with _bars() as tell:
-        result = train_network(
-            found, out, settings, progress=lambda s, n, v: tell("steps", s, n)
-        )
+        result = train_network(found, out, settings, progress=lambda s, n, v: tell("steps", s, n))
 
     def draw() -> None:
-        out_console.print(f"{result['parameters']:,} parameters, final loss {result['loss'][-1]:.4f}, {result['seconds']:.0f} s")
+        out_console.print(
+            f"{result['parameters']:,} parameters, final loss {result['loss'][-1]:.4f}, {result['seconds']:.0f} s"
+        )
         sys.stdout.write(f"pipeline: {out}\n")
 
     _emit(as_json, {**result, "out": str(out)}, draw)
@@ -541,7 +618,9 @@ def world(
 @app.command(epilog="Example: symbreak report build/demo/record.json --out build/demo/report.html")
 def report(
     record: Annotated[Path, typer.Argument(metavar="RECORD", help="record.json or its folder")],
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="HTML file (default: beside the record)")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="HTML file (default: beside the record)")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Draw the report of a record again."""
@@ -554,7 +633,7 @@ def report(
     if target.is_dir():
         raise InputError(f"{target} is a folder; expected a file name such as {target / 'report.html'}.")
     write_report(found, target)
-    _emit(as_json, {"report": str(target)}, lambda: sys.stdout.write(f"report: {target}\n") and None)
+    _emit(as_json, {"report": str(target)}, lambda: print(f"report: {target}"))  # noqa: T201
 
 
 def _version(value: bool) -> None:
@@ -565,7 +644,9 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
 ) -> None:
     pass
 
@@ -581,17 +662,18 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep instead of spinning
 
     def terminate(*_: object) -> None:
-        raise _Terminated
+        raise SystemExit(143)
 
     signal.signal(signal.SIGTERM, terminate)
     try:
-        code = app(args=argv, standalone_mode=False)
+        arguments = sys.argv[1:] if argv is None else argv
+        code = app(args=arguments or ["--help"], standalone_mode=False)
     except InputError as error:
         _fail(2, f"symbreak: {error}")
-    except _Terminated:
-        _fail(143, "symbreak: terminated; the same command goes on from what is finished.")
+    except SystemExit as left:
+        code = left.code
     except (KeyboardInterrupt, typer.Abort):
-        _fail(130, "symbreak: interrupted; the same command goes on from what is finished.")
+        code = 130
     except (OSError, MemoryError) as error:
         _fail(1, f"symbreak: the machine failed: {error or type(error).__name__}")
     except Exception as error:
@@ -599,4 +681,6 @@ def main(argv: list[str] | None = None) -> None:
         if not hasattr(error, "exit_code"):
             raise
         _fail(int(error.exit_code), f"symbreak: {getattr(error, 'message', error)} See symbreak --help.")
+    if code in (130, 143):  # typer turns Ctrl-C into a code of its own
+        _fail(code, "symbreak: interrupted; the same command goes on from what is finished.")
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -45,17 +45,17 @@ class Images:
     Attributes:
         name: what it was opened as.
         shape: (C, H, W).
-        count: number of images; ``None`` until the first full pass when bad ones are skipped.
+        count: number of images.
         scale, offset: x = (raw + offset) / scale for the raw values of `blocks`.
         integer: whether raw values are integers 0 .. 255.
         labels: int64 tensor [N] or ``None``.
         classes: class names, one a label value.
-        skipped: names of images left out with ``skip_bad``, filled while iterating.
+        skipped: names and faults of the images left out with ``skip_bad``.
     """
 
     name: str
     shape: tuple[int, int, int]
-    count: int | None
+    count: int
     scale: float
     offset: float
     integer: bool
@@ -65,58 +65,64 @@ class Images:
     _items: Callable[[], Iterator[Item]] = field(repr=False)
     _fingerprint: Callable[[], str] = field(repr=False)
     keep: np.ndarray | None = field(default=None, repr=False)
-    skip_bad: bool = False
     pad: int | None = None
-    skipped: list[str] = field(default_factory=list, repr=False)
+    skipped: tuple[str, ...] = field(default=(), repr=False)
     history: tuple[str, ...] = ()
 
     def __len__(self) -> int:
-        if self.count is None:
-            raise InputError(f"{self.name}: with --skip-bad the number of images is known after one pass.")
         return self.count
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for block in self.blocks():
             yield torch.from_numpy((block.astype(np.float32) + np.float32(self.offset)) / np.float32(self.scale))
 
+    def _kept(self) -> Iterator[Item]:
+        """The items that belong to this selection, not yet loaded."""
+        if self.keep is None:
+            yield from self._items()
+            return
+        wanted = iter(self.keep.tolist())
+        target = next(wanted, None)
+        for index, item in enumerate(self._items()):
+            if target is None:
+                return
+            if index == target:
+                yield item
+                target = next(wanted, None)
+
     def blocks(self) -> Iterator[np.ndarray]:
         """Raw blocks [B, C, H, W]: uint8 where ``integer``, else float32 in the file's own range."""
         block: list[np.ndarray] = []
-        seen = 0
-        self.skipped.clear()
-        wanted = None if self.keep is None else iter(self.keep.tolist())
-        target = None if wanted is None else next(wanted, None)
-        for index, (name, load) in enumerate(self._items()):
-            if wanted is not None:
-                if target is None:
-                    break
-                if index != target:
-                    continue
-                target = next(wanted, None)
+        for name, load in self._kept():
             raw = load()
             fault = self._fault(raw)
             if fault is not None:
-                if not self.skip_bad:
-                    raise self._report(name, fault)
-                self.skipped.append(f"{name}: {fault}")
-                continue
+                raise self._report(name, fault)
             block.append(self._padded(raw))  # type: ignore[arg-type]
-            seen += 1
             if len(block) == self.batch_size:
                 yield np.stack(block)
                 block = []
         if block:
             yield np.stack(block)
-        if seen < 2:
-            raise InputError(
-                f"{self.name}: {seen} usable image{'s' * (seen != 1)} found; at least 2 are needed. "
-                "Check the path, or what --skip-bad left out."
-            )
-        object.__setattr__(self, "count", seen)
+
+    def _usable(self) -> Images:
+        """The images without a fault; the others are named in ``skipped``. One pass."""
+        good, skipped = [], []
+        for position, (name, load) in enumerate(self._kept()):
+            fault = self._fault(load())
+            if fault is None:
+                good.append(position)
+            else:
+                skipped.append(f"{name}: {fault}")
+        if len(good) < 2:
+            raise InputError(f"{self.name}: {len(good)} usable images; at least 2 are needed. First: {skipped[0]}.")
+        if not skipped:
+            return self
+        return replace(self.take(np.array(good), f"without {len(skipped)} unusable"), skipped=tuple(skipped))
 
     def tensor(self) -> torch.Tensor:
         """All images at once, [N, C, H, W] float32 in [-1, 1]."""
-        return torch.cat(list(iter(self)))  # iter: list(self) would ask for a length first
+        return torch.cat(list(self))
 
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) of the source's content and of every selection made."""
@@ -129,9 +135,7 @@ class Images:
         index = np.unique(np.asarray(index, dtype=np.int64))
         keep = index if self.keep is None else self.keep[index]
         labels = None if self.labels is None else self.labels[torch.from_numpy(index)]
-        return replace(
-            self, keep=keep, labels=labels, count=len(index), history=self.history + (note,), skipped=[]
-        )
+        return replace(self, keep=keep, labels=labels, count=len(index), history=self.history + (note,))
 
     def split(self, fraction: float = 0.5, seed: int = SPLIT_SEED) -> tuple[Images, Images]:
         """Two disjoint parts, stratified by label where there are labels; fixed by the seed.
@@ -181,14 +185,12 @@ class Images:
 
     def _report(self, name: str, fault: str) -> InputError:
         """Count the offenders before failing, so that the message is useful at once."""
-        bad = total = 0
-        keep = None if self.keep is None else set(self.keep.tolist())
-        for index, (_, load) in enumerate(self._items()):
-            if keep is None or index in keep:
-                total += 1
-                bad += self._fault(load()) is not None
-        mend = "Pass the true range with --range LOW,HIGH." if "outside the range" in fault else (
-            "Mend or remove them, or pass --skip-bad."
+        faults = [self._fault(load()) is not None for _, load in self._kept()]
+        bad, total = sum(faults), len(faults)
+        mend = (
+            "Pass the true range with --range LOW,HIGH."
+            if "outside the range" in fault
+            else ("Mend or remove them, or pass --skip-bad.")
         )
         return InputError(f"{bad:,} of {total:,} images in {self.name} are unusable (first: {name} {fault}). {mend}")
 
@@ -234,8 +236,8 @@ def images(
     (898, (1, 8, 8))
     """
     if isinstance(source, Images):
-        return source
-    if isinstance(source, (np.ndarray, torch.Tensor)):
+        found = source
+    elif isinstance(source, (np.ndarray, torch.Tensor)):
         array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
         found = _from_array("array", array, None, value_range)
     else:
@@ -246,15 +248,8 @@ def images(
     if pad is not None and not 0 < pad <= 8192:
         raise InputError(f"padding to {pad} pixels; expected a size between the image's own and 8192.")
     size = batch_size or max(1, min(1024, BLOCK_BYTES // (4 * c * h * w)))
-    return replace(
-        found,
-        shape=(c, h, w),
-        pad=pad,
-        skip_bad=skip_bad,
-        batch_size=size,
-        count=None if skip_bad else found.count,
-        skipped=[],
-    )
+    opened = replace(found, shape=(c, h, w), pad=found.pad if pad is None else pad, batch_size=size)
+    return opened._usable() if skip_bad else opened
 
 
 def _open(source: str, value_range: tuple[float, float] | None) -> Images:
@@ -275,9 +270,7 @@ def _open(source: str, value_range: tuple[float, float] | None) -> Images:
     looks_like_hub = source.count("/") == 1 and not path.suffix and not source.startswith((".", "/", "~"))
     if looks_like_hub and not path.parent.exists():
         return _from_hub(source)
-    raise InputError(
-        f"{source} does not exist. Pass digits, a folder of images, or a .parquet, .npz or .npy file."
-    )
+    raise InputError(f"{source} does not exist. Pass digits, a folder of images, or a .parquet, .npz or .npy file.")
 
 
 def _digits(source: str) -> Images:
@@ -313,8 +306,12 @@ def _decode(data: bytes | Path) -> np.ndarray:
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"{picture.width} x {picture.height} pixels are more than {MAX_PIXELS:,}")
-            mode = "L" if picture.mode in ("1", "L", "LA", "I;16", "I", "F") else "RGB"
-            array = np.asarray(picture.convert(mode))
+            if picture.mode in ("I", "F"):
+                raise ValueError("32-bit pixels; save it with 8 bits, or pass an array with its range")
+            if picture.mode.startswith("I;16"):
+                array = (np.asarray(picture).astype(np.uint16) >> 8).astype(np.uint8)  # convert would clip
+            else:
+                array = np.asarray(picture.convert("L" if picture.mode in ("1", "L", "LA") else "RGB"))
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
 
 
@@ -329,7 +326,7 @@ def _first_shape(name: str, items: Iterator[Item]) -> tuple[int, int, int]:
     for _, load in items:
         raw = load()
         if not isinstance(raw, Exception):
-            return raw.shape  # type: ignore[return-value]
+            return raw.shape
     raise InputError(f"{name} holds no readable image. Expected PNG, JPEG, WebP, BMP, GIF or TIFF files.")
 
 
@@ -365,7 +362,7 @@ def _from_folder(path: Path) -> Images:
     tops = [p.relative_to(path).parts[0] if len(p.relative_to(path).parts) > 1 else None for p in files]
     labels, classes = None, tuple(sorted({t for t in tops if t is not None}))
     if classes and None not in tops:
-        labels = torch.tensor([classes.index(t) for t in tops])  # type: ignore[arg-type]
+        labels = torch.tensor([classes.index(t) for t in tops])
 
     def items() -> Iterator[Item]:
         for file in files:
@@ -415,7 +412,8 @@ def _from_parquet(path: Path) -> Images:
             "(the Hugging Face layout image: {bytes, path}, label)."
         )
     label = next((f.name for f in schema if f.name in ("label", "labels", "fine_label")), None)
-    labels, names = None, ()
+    labels: torch.Tensor | None = None
+    names: tuple[str, ...] = ()
     if label is not None and pa.types.is_integer(schema.field(label).type):
         values = pq.read_table(path, columns=[label]).column(0).to_numpy()
         if len(values) and values.min() >= 0:
@@ -477,7 +475,11 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
     except InputError:
         raise
     except Exception as error:
-        what = "holds pickled objects, which are never loaded" if "pickle" in str(error) or "Python objects" in str(error) else "cannot be read"
+        what = (
+            "holds pickled objects, which are never loaded"
+            if "pickle" in str(error) or "Python objects" in str(error)
+            else "cannot be read"
+        )
         raise InputError(f"{path} {what} ({type(error).__name__}). Expected a plain numeric array.") from None
     return _from_array(str(path), array, labels, value_range, lambda: _file_hash(path))
 
@@ -517,7 +519,7 @@ def _from_array(
     elif np.issubdtype(array.dtype, np.integer):
         low, high = 0.0, 255.0
     else:
-        smallest = min(float(np.nanmin(part)) for part in _slabs(array))
+        smallest = min(float(np.fmin.reduce(part, axis=None)) for part in _slabs(array))  # fmin passes NaN by
         low, high = (-1.0, 1.0) if smallest < 0 else (0.0, 1.0)
     scale, offset = (high - low) / 2, -(high + low) / 2
 
@@ -539,7 +541,7 @@ def _from_array(
     shape = load(0).shape  # type: ignore[union-attr]
     return Images(
         name=name,
-        shape=tuple(shape),  # type: ignore[arg-type]
+        shape=tuple(shape),
         count=count,
         scale=scale,
         offset=offset,
@@ -548,7 +550,8 @@ def _from_array(
         classes=classes,
         batch_size=1,
         _items=items,
-        _fingerprint=fingerprint or (lambda: _array_hash(array)),
+        # the same numbers in another range are other images
+        _fingerprint=lambda: f"{(fingerprint or partial(_array_hash, array))()} {low} {high}",
     )
 
 

@@ -32,9 +32,11 @@ from symbreak.files import InputError, read_tensors, write_tensors
 __all__ = ["Moments", "Spectrum", "frechet_distance"]
 
 EXACT_ROWS = 1024  # 1,024 products of two numbers up to 128 stay below 2^24
-BLOCK_ROWS = 4096
-PARTS_BYTES = 2**30  # the jackknife parts together stay below this
+BUFFER_BYTES = 2**28
+PANEL = 512
+PARTS_BYTES = 2**32  # the jackknife parts together stay below this
 SAVED_PARTS_BYTES = 64 * 2**20
+LARGEST_DIM = 20_000  # a full covariance of 3.2 GB
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,19 @@ class _Part:
         return _Part(n, mean, scatter)
 
 
+def _together(parts: list[_Part]) -> _Part:
+    """All parts merged at once: one pass over each scatter instead of several."""
+    if len(parts) == 1:
+        return parts[0]
+    n = sum(p.count for p in parts)
+    mean = sum((p.mean * (p.count / n) for p in parts), np.zeros_like(parts[0].mean))
+    gaps = np.stack([(p.mean - mean) * math.sqrt(p.count) for p in parts])
+    scatter = torch.from_numpy(gaps.T @ gaps)
+    for p in parts:
+        scatter += torch.from_numpy(p.scatter)  # torch adds with all threads
+    return _Part(n, mean, scatter.numpy())
+
+
 class Moments:
     """Mean and covariance of a data set or a sample.
 
@@ -89,7 +104,9 @@ class Moments:
         mu = np.asarray(torch.as_tensor(mean).detach().cpu(), dtype=np.float64)
         c = np.asarray(torch.as_tensor(cov).detach().cpu(), dtype=np.float64)
         if c.shape != (mu.size, mu.size):
-            raise InputError(f"a covariance of shape {c.shape} for a mean of {mu.shape}; expected ({mu.size}, {mu.size}).")
+            raise InputError(
+                f"a covariance of shape {c.shape} for a mean of {mu.shape}; expected ({mu.size}, {mu.size})."
+            )
         if count < 2:
             raise InputError(f"moments of {count} sample{'s' * (count != 1)}; at least 2 are needed.")
         if not (np.isfinite(mu).all() and np.isfinite(c).all()):
@@ -112,7 +129,7 @@ class Moments:
 
         Args:
             batches: tensors or arrays [B, *S], or `Images` (8-bit ones take the exact way).
-            parts: disjoint sub-accumulators for the jackknife; by default 8, fewer for very large d.
+            parts: disjoint sub-accumulators for the jackknife; by default 8, 5 above d = 1,024.
 
         Raises:
             InputError: for fewer than 2 rows, changing shapes, NaN or infinity, or all rows equal.
@@ -134,10 +151,7 @@ class Moments:
 
     @cached_property
     def _total(self) -> _Part:
-        total = self._parts[0]
-        for part in self._parts[1:]:
-            total = total.merge(part)
-        return total
+        return _together(self._parts)
 
     @property
     def count(self) -> int:
@@ -203,9 +217,9 @@ class Moments:
         if k not in cache:
             rows = []
             for leave in range(len(self._parts)):
-                rest = _Part(0, self._parts[0].mean, self._parts[0].scatter)
-                for i, part in enumerate(self._parts):
-                    rest = rest if i == leave else rest.merge(part)
+                rest = _together([p for i, p in enumerate(self._parts) if i != leave])
+                if rest.count < 2:
+                    return None  # too few rows to leave any out
                 rows.append(self._top(rest, k))
             cache[k] = np.stack(rows)
         return cache[k]
@@ -281,37 +295,51 @@ class _Sums:
         self.d = math.prod(shape)
         if self.d == 0:
             raise InputError(f"samples of shape {shape} are empty.")
-        self.groups = parts or max(1, min(8, PARTS_BYTES // (8 * self.d**2)))
+        if self.d > LARGEST_DIM:
+            raise InputError(
+                f"samples of shape {shape} have {self.d:,} elements; a full covariance takes at most {LARGEST_DIM:,}. "
+                "Resize the images."
+            )
+        # Every part costs d^2 of memory and of finishing touches: fewer for large d.
+        self.groups = parts or max(1, min(8 if self.d <= 1024 else 5, PARTS_BYTES // (8 * self.d**2)))
         self.rows = 0
         self.counts = [0] * self.groups
         self.sums = [np.zeros(self.d) for _ in range(self.groups)]
         # Fortran order: BLAS syrk adds into one triangle of these in place, at half the work of a product.
         self.products = [np.zeros((self.d, self.d), order="F") for _ in range(self.groups)]
-        self.waiting: list[list[np.ndarray]] = [[] for _ in range(self.groups)]
+        self.waiting: list[np.ndarray] = []
+        self.places: list[np.ndarray] = []  # index in the stream of every waiting row
         self.waiting_rows = [0] * self.groups
-        self.shift: np.ndarray | None = None
-        self.capacity = EXACT_ROWS if exact else max(64, min(BLOCK_ROWS // self.groups, 2**27 // (8 * self.d)))
+        self.shift = np.empty(0)
+        # Enough rows a product that adding into the sum (d^2) costs little beside it (rows d^2).
+        self.capacity = EXACT_ROWS if exact else max(64, min(1024, BUFFER_BYTES // (8 * self.d * self.groups)))
 
     def add(self, rows: np.ndarray) -> None:
         if rows.shape[1:] != self.shape:
             raise InputError(f"a batch of shape {rows.shape}; the first batches had samples of shape {self.shape}.")
         flat = rows.reshape(len(rows), self.d)
-        if not self.exact and not np.isfinite(flat).all():
-            bad = self.rows + int(np.flatnonzero(~np.isfinite(flat).all(axis=1))[0])
-            raise InputError(f"sample {bad} holds NaN or infinity; expected finite numbers.")
-        if self.shift is None:
+        if not self.shift.size:
             self.shift = np.full(self.d, 128.0) if self.exact else flat.mean(axis=0, dtype=np.float64)
+        if not self.waiting:
+            kind = np.uint8 if self.exact else np.float64
+            self.waiting = [np.empty((self.capacity, self.d), kind) for _ in range(self.groups)]
+            self.places = [np.zeros(self.capacity, np.int64) for _ in range(self.groups)]
         part = self._deal(self.rows, len(flat))
-        self.rows += len(flat)
         for g in range(self.groups):
-            chosen = flat[part == g] if self.groups > 1 else flat
+            chosen = np.flatnonzero(part == g)
             while len(chosen):
-                room = self.capacity - self.waiting_rows[g]
-                self.waiting[g].append(chosen[:room].copy())
-                self.waiting_rows[g] += len(chosen[:room])
-                chosen = chosen[room:]
+                have = self.waiting_rows[g]
+                now, chosen = chosen[: self.capacity - have], chosen[self.capacity - have :]
+                target = self.waiting[g][have : have + len(now)]
+                if flat.dtype == target.dtype:
+                    np.take(flat, now, axis=0, out=target, mode="clip")  # "clip" writes without a buffer
+                else:
+                    target[...] = flat[now]
+                self.places[g][have : have + len(now)] = self.rows + now
+                self.waiting_rows[g] += len(now)
                 if self.waiting_rows[g] == self.capacity:
                     self._flush(g)
+        self.rows += len(flat)
 
     def _deal(self, start: int, n: int) -> np.ndarray:
         """The part of each row, by a hash of its index: independent of batches and of the data's order."""
@@ -321,21 +349,30 @@ class _Sums:
         return ((z ^ (z >> np.uint64(31))) % np.uint64(self.groups)).astype(np.int64)
 
     def _flush(self, g: int) -> None:
-        if not self.waiting[g]:
+        n = self.waiting_rows[g]
+        if n == 0:
             return
-        rows = np.concatenate(self.waiting[g])
-        self.waiting[g], self.waiting_rows[g] = [], 0
-        self.counts[g] += len(rows)
+        rows = self.waiting[g][:n]
+        self.waiting_rows[g] = 0
+        self.counts[g] += n
         if self.exact:
             small = rows.astype(np.float32)
             small -= np.float32(128.0)
             self.sums[g] += small.sum(axis=0, dtype=np.float64)
-            self.products[g] += blas.ssyrk(1.0, small.T)
-        else:
-            wide = rows.astype(np.float64)
-            wide -= self.shift
-            self.sums[g] += wide.sum(axis=0)
-            self.products[g] = blas.dsyrk(1.0, wide.T, beta=1.0, c=self.products[g], overwrite_c=1)
+            found, total = torch.from_numpy(blas.ssyrk(1.0, small.T).T), torch.from_numpy(self.products[g].T)
+            # Only one triangle is filled: add it panel by panel, with all threads (torch is row-major, hence .T).
+            for a in range(0, self.d, PANEL):
+                total[a : a + PANEL, : a + PANEL] += found[a : a + PANEL, : a + PANEL]
+            return
+        # All products here go through one BLAS: the idle threads of a second pool would spin beside it.
+        rows -= self.shift
+        column_sums = blas.dgemv(1.0, rows.T, np.ones(n))
+        if not np.isfinite(column_sums).all():
+            bad = self.places[g][:n][~np.isfinite(rows).all(axis=1)]
+            if len(bad):
+                raise InputError(f"sample {bad.min()} holds NaN or infinity; expected finite numbers.")
+        self.sums[g] += column_sums
+        self.products[g] = blas.dsyrk(1.0, rows.T, beta=1.0, c=self.products[g], overwrite_c=1)
 
     def finish(self, cls: type[Moments], scale: float, offset: float) -> Moments:
         if self.rows < 2:
@@ -346,15 +383,18 @@ class _Sums:
             n = self.counts[g]
             if n == 0:
                 continue
-            upper = np.triu(self.products[g])
-            scatter = upper + np.triu(upper, 1).T
-            self.products[g] = np.empty((0, 0))
             mean = self.sums[g] / n
-            scatter -= np.outer(self.sums[g], mean)
-            # raw -> x = (raw + offset) / scale
-            parts.append(_Part(n, (mean + self.shift + offset) / scale, scatter / scale**2))
+            upper = blas.dsyr(-1.0 / n, self.sums[g], a=self.products[g], overwrite_a=1)
+            self.products[g] = np.empty((0, 0))
+            half = torch.from_numpy(upper.T)
+            scatter = half + half.T
+            scatter.diagonal().mul_(0.5)
+            if scale != 1.0:
+                scatter /= scale**2  # raw -> x = (raw + offset) / scale
+            parts.append(_Part(n, (mean + self.shift + offset) / scale, scatter.numpy()))
         result = cls._from_parts(self.shape, parts)
-        if not np.diag(result._total.scatter).any():
+        constant = not any(p.scatter.diagonal().any() for p in parts)
+        if constant and all(np.array_equal(p.mean, parts[0].mean) for p in parts):
             raise InputError(f"all {self.rows:,} samples are equal; their law has no spread to learn from.")
         return result
 

@@ -18,12 +18,12 @@ FORMAT = "symbreak.record"
 VERSION = 1
 
 
-def _clean(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON has no NaN and no infinity: they become null and a string."""
     if isinstance(value, dict):
-        return {str(k): _clean(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_clean(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     return value
@@ -53,10 +53,10 @@ class Record:
             "format": FORMAT,
             "version": VERSION,
             "kind": self.kind,
-            "settings": _clean(self.settings),
-            "content": _clean(self.content),
+            "settings": plain(self.settings),
+            "content": plain(self.content),
             "versions": dict(self.versions),
-            "timings": _clean(self.timings),
+            "timings": plain(self.timings),
         }
 
     def save(self, folder: str | Path) -> Path:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from symbreak.files import InputError, write_whole
-from symbreak.record import Record
+from symbreak.record import Record, plain
 
-__all__ = ["write_report"]
+__all__ = ["sweep_axes", "verdict", "write_report"]
 
 COLUMNS = (("standard", "standard start"), ("spectral", "late, at speciation"), ("best", "late, best of sweep"))
 COLORS = ("#1f6fb4", "#d9822b", "#3a9a5b", "#b3424a", "#7a5ba6", "#7f6a5a", "#c2649a", "#5f6b7a")
@@ -40,27 +40,30 @@ def write_report(record: Record, path: str | Path) -> Path:
     return write_whole(path, lambda p: p.write_text(html, encoding="utf-8"))
 
 
-def _number(value: float | None, digits: int = 4) -> str:
-    return "-" if value is None else f"{value:.{digits}g}"
+def _number(value: float | str | None, digits: int = 4) -> str:
+    """Records write an infinity as a string."""
+    return "-" if value is None else value if isinstance(value, str) else f"{value:.{digits}g}"
 
 
-def _interval(low: float | None, high: float | None, digits: int = 3) -> str:
-    return "" if low is None or high is None else f"[{low:.{digits}g}, {high:.{digits}g}]"
+def _interval(low: float | str | None, high: float | str | None, digits: int = 3) -> str:
+    return "" if low is None or high is None else f"[{_number(low, digits)}, {_number(high, digits)}]"
 
 
 def _values(record: Record) -> dict[str, Any]:
-    content = record.content
+    content = plain(record.content)
     phases = content["phases"] if record.kind == "study" else content
     data = content["data"]
     top = phases["eigenvalues"][0]
     critical = phases["speciation"]["[-1, 1]"]
     values: dict[str, Any] = {
         "title": f"{'Late start on' if record.kind == 'study' else 'Phases of'} {data['name']}",
-        "lead": f"{data['count']:,} images of {' x '.join(map(str, data['shape']))} (fingerprint {data['fingerprint']}).",
+        "lead": f"{data['count']:,} images of {' x '.join(map(str, data['shape']))}, content {data['fingerprint']}.",
         "smoke": bool(content.get("smoke")),
         "count": f"{data['count']:,}",
         "schedule": phases["schedule"],
-        "times": [_times(scale, c, top * (1 if scale == "[-1, 1]" else 0.25)) for scale, c in phases["speciation"].items()],
+        "times": [
+            _times(scale, c, top * (1 if scale == "[-1, 1]" else 0.25)) for scale, c in phases["speciation"].items()
+        ],
         "speciation_sentence": _speciation_sentence(critical, top, phases["total_variance"]),
         "spectrum": _spectrum_figure(phases),
         "rows": [],
@@ -75,7 +78,7 @@ def _values(record: Record) -> dict[str, Any]:
         "table_note": "",
     }
     if record.kind == "study":
-        values |= _study_values(record)
+        values |= _study_values(content, record.settings)
     return values
 
 
@@ -103,8 +106,7 @@ def _speciation_sentence(c: dict[str, Any], top: float, total: float) -> str:
     )
 
 
-def _study_values(record: Record) -> dict[str, Any]:
-    content = record.content
+def _study_values(content: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
     ground, network = content["floor"], content["network"]
     rows, wins, losses = [], 0, 0
     for row in content["rows"]:
@@ -114,13 +116,13 @@ def _study_values(record: Record) -> dict[str, Any]:
             note = f"{cell['spacing']}" if key == "standard" else f"sigma {cell['level']['sigma']:.3g}"
             d = cell["distance"]
             cells.append({"value": _number(d["mean"], 3), "interval": _interval(d["low"], d["high"]), "note": note})
-        verdict, kind = _verdict(row["standard"]["distance"], row["best"]["distance"])
+        said, kind = verdict(row["standard"]["distance"], row["best"]["distance"])
         wins, losses = wins + (kind == "win"), losses + (kind == "lose")
-        rows.append({"sampler": row["sampler"], "calls": row["calls"], "cells": cells, "verdict": verdict, "kind": kind})
+        rows.append({"sampler": row["sampler"], "calls": row["calls"], "cells": cells, "verdict": said, "kind": kind})
     sentence = (
-        f"Fréchet distance in the features of {ground['extractor']} to {ground['reference']:,} held-out images. The best "
-        f"Gaussian late start is nearer than the standard start in {wins} of {len(rows)} rows beyond the intervals, farther in "
-        f"{losses}. The floor, real training images at the same counts, is {ground['mean']:.3g} "
+        f"Fréchet distance in the features of {ground['extractor']} to {ground['reference']:,} held-out images. "
+        f"The best Gaussian late start is nearer than the standard start in {wins} of {len(rows)} rows beyond the "
+        f"intervals, farther in {losses}. The floor, real training images at the same counts, is {ground['mean']:.3g} "
         f"{_interval(ground['low'], ground['high'])}."
     )
     reference = content.get("reference")
@@ -133,9 +135,10 @@ def _study_values(record: Record) -> dict[str, Any]:
     d = content["rows"][0]["standard"]["distance"]
     accuracy = content["extractor"].get("held_out_accuracy")
     note = (
-        f"Mean of {d['repeats']} repeats of {d['samples']} images with its 95 % Student-t interval, against {d['reference']:,} "
-        "held-out images; calls are network calls (NFE). Spacing and level were chosen on other seeds. The last column "
-        "starts from real training images noised to the level of the column before: what the best possible law would give. "
+        f"Mean of {d['repeats']} repeats of {d['samples']} images with its 95 % Student-t interval, against "
+        f"{d['reference']:,} held-out images; calls are network calls (NFE). Spacing and level were "
+        "chosen on other seeds. The last column starts from real training images noised to the level of the column "
+        "before: what the best law would give. "
         f"Network: {network['parameters']:,} parameters, {network['prediction']} prediction."
         + ("" if accuracy is None else f" The extractor's held-out accuracy is {accuracy:.1%}.")
     )
@@ -156,7 +159,7 @@ def _study_values(record: Record) -> dict[str, Any]:
         "grids": grids,
         "real_grid": _base64(content["real_grid"]),
         "sweep": _sweep_figure(content),
-        "selection": record.settings["selection"],
+        "selection": settings["selection"],
     }
 
 
@@ -167,7 +170,8 @@ def _base64(text: str) -> str:
     return text
 
 
-def _verdict(standard: dict[str, Any], late: dict[str, Any]) -> tuple[str, str]:
+def verdict(standard: dict[str, Any], late: dict[str, Any]) -> tuple[str, str]:
+    """A sentence on late against standard start, and ``"win"``, ``"lose"`` or ``"tie"`` by their intervals."""
     ratio = standard["mean"] / late["mean"] if late["mean"] > 0 else float("inf")
     known = None not in (standard["low"], standard["high"], late["low"], late["high"])
     if known and late["high"] < standard["low"]:
@@ -180,7 +184,7 @@ def _verdict(standard: dict[str, Any], late: dict[str, Any]) -> tuple[str, str]:
 def _svg(figure: Any) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
-    return buffer.getvalue().split("?>", 1)[-1].split("dtd\">", 1)[-1]
+    return buffer.getvalue().split("?>", 1)[-1].split('dtd">', 1)[-1]
 
 
 def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Any, Any]:
@@ -209,15 +213,28 @@ def _spectrum_figure(phases: dict[str, Any]) -> str:
         left.fill_between(rank, low, high, color=COLORS[0], alpha=0.2, linewidth=0)
     left.set_ylim(bottom=max(1e-6, 0.5 * min((v for v in values if v > 1e-9), default=1e-6)))
     left.axhline(1.0, color="#888", linestyle="--", linewidth=1)
-    left.annotate("Lambda = 1: modes above have a speciation time", (1, 1.0), xytext=(2, 3), textcoords="offset points",
-                  fontsize=8, color="#666")
+    left.annotate(
+        "Lambda = 1: modes above have a speciation time",
+        (1, 1.0),
+        xytext=(2, 3),
+        textcoords="offset points",
+        fontsize=8,
+        color="#666",
+    )
     left.set(xlabel="mode", ylabel="covariance eigenvalue", title="Spectrum, pixels in [-1, 1]")
     rungs = [c for c in phases["ladder"] if c["level"] is not None]
     for i, c in enumerate(rungs):
         if c["low"] is not None and c["high"] is not None:
-            right.plot([max(c["low"]["sigma"], 1e-3), c["high"]["sigma"]], [i + 1, i + 1], color=COLORS[1], linewidth=3, alpha=0.4)
+            right.plot(
+                [max(c["low"]["sigma"], 1e-3), c["high"]["sigma"]],
+                [i + 1, i + 1],
+                color=COLORS[1],
+                linewidth=3,
+                alpha=0.4,
+            )
         right.plot(c["level"]["sigma"], i + 1, "o", color=COLORS[1], markersize=5)
     right.set_xscale("log")
+    right.set_yticks(range(1, len(rungs) + 1))
     right.invert_xaxis()
     right.invert_yaxis()
     right.set(xlabel="sigma (noise falls to the right)", ylabel="mode", title="When each mode is decided (95 %)")
@@ -226,11 +243,27 @@ def _spectrum_figure(phases: dict[str, Any]) -> str:
     return _svg(figure)
 
 
+def _plain_ticks(axis: Any, at: list[float]) -> None:
+    """Ticks written as 1.36 instead of powers of ten; a matplotlib log axis knows only the latter."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    axis.set_major_locator(FixedLocator(at))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
+
+
 def _sweep_figure(content: dict[str, Any]) -> str:
+    calls = sorted({row["calls"] for row in content["rows"]})
+    figure, axes = _figure(3.5 * len(calls), 3.6, len(calls), sharey=True)
+    sweep_axes(content, axes)
+    return _svg(figure)
+
+
+def sweep_axes(content: dict[str, Any], axes: Any) -> None:
+    """Distance against start level, one of the given axes for each number of network calls."""
     rows = content["rows"]
     calls = sorted({row["calls"] for row in rows})
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-    figure, axes = _figure(3.5 * len(calls), 3.6, len(calls), sharey=True)
     critical = content["phases"]["speciation"]["[-1, 1]"]
     for ax, n in zip(axes, calls):
         for row in rows:
@@ -238,15 +271,23 @@ def _sweep_figure(content: dict[str, Any]) -> str:
                 continue
             color = COLORS[samplers.index(row["sampler"]) % len(COLORS)]
             sweep = sorted(row["sweep"], key=lambda s: s["sigma"])
-            ax.loglog([s["sigma"] for s in sweep], [s["pooled"] for s in sweep], "o-", color=color, markersize=3.5,
-                      linewidth=1.3, label=row["sampler"])
+            ax.loglog(
+                [s["sigma"] for s in sweep],
+                [s["pooled"] for s in sweep],
+                "o-",
+                color=color,
+                markersize=3.5,
+                linewidth=1.3,
+                label=row["sampler"],
+            )
             ax.axhline(min(row["spacings"].values()), color=color, linestyle=":", linewidth=1)
         if critical["low"] is not None and critical["high"] is not None:
             ax.axvspan(critical["low"]["sigma"], critical["high"]["sigma"], color="#999", alpha=0.25, linewidth=0)
         ax.axvline(critical["level"]["sigma"], color="#555", linewidth=1)
-        ax.axhline(content["floor"]["mean"], color="#999", linewidth=1)
+        ax.axhline(content["selection_floor"]["mean"], color="#999", linewidth=1)
+        _plain_ticks(ax.xaxis, sorted({s["sigma"] for row in rows[:1] for s in row["sweep"]}))
+        _plain_ticks(ax.yaxis, [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)])
         ax.invert_xaxis()
         ax.set(xlabel="start level sigma (later to the right)", title=f"{n} network calls")
     axes[0].set_ylabel(f"Fréchet distance, {content['floor']['extractor']}", fontsize=8)
     axes[-1].legend(fontsize=7, frameon=False)
-    return _svg(figure)

@@ -41,6 +41,24 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def check(unet: Any, start: LateStart, seeds: Sequence[int], micro_batch: int) -> tuple[int, int, int]:
+    """Refuse what cannot be sampled before anything is done; the shape (C, H, W) of an image."""
+    if micro_batch < 1:
+        raise InputError(f"a micro-batch of {micro_batch}; expected at least 1.")
+    if not seeds:
+        raise InputError("no seeds; expected at least one.")
+    if not 0 <= min(seeds) <= max(seeds) < 2**63:
+        raise InputError(f"seeds from {min(seeds)} to {max(seeds)}; expected 0 to 2^63 - 1.")
+    size = unet.config.sample_size
+    h, w = (size, size) if isinstance(size, int) else tuple(size)
+    shape = (int(unet.config.in_channels), int(h), int(w))
+    if start.law is not None and tuple(start.law.shape) != shape:
+        raise InputError(
+            f"the start's law has the shape {tuple(start.law.shape)}, the network {shape}. Fit it on such data."
+        )
+    return shape
+
+
 def batches(
     unet: Any,
     start: LateStart,
@@ -52,18 +70,10 @@ def batches(
     **condition: Any,
 ) -> Iterator[torch.Tensor]:
     """Images [b, C, H, W] of the seeds, one micro-batch after the other; see `generate`."""
-    if micro_batch < 1:
-        raise InputError(f"a micro-batch of {micro_batch}; expected at least 1.")
     seeds = [int(s) for s in seeds]
-    if not seeds:
-        raise InputError("no seeds; expected at least one.")
+    shape = check(unet, start, seeds, micro_batch)
     if clean is not None and len(clean) != len(seeds):
         raise InputError(f"{len(clean)} clean images for {len(seeds)} seeds; expected one each.")
-    size = unet.config.sample_size
-    h, w = (size, size) if isinstance(size, int) else tuple(size)
-    shape = (int(unet.config.in_channels), int(h), int(w))
-    if start.law is not None and tuple(start.law.shape) != shape:
-        raise InputError(f"the start's law has the shape {tuple(start.law.shape)}, the network {shape}. Fit it on such data.")
     device = device or getattr(unet, "device", "cpu")
     takes_generator = "generator" in inspect.signature(start.scheduler.step).parameters
     scales = hasattr(start.scheduler, "scale_model_input")  # flow-matching schedulers do not scale
@@ -81,7 +91,7 @@ def batches(
         scheduler = start.fresh()
         for t in scheduler.timesteps:
             seen = scheduler.scale_model_input(state, t) if scales else state
-            out = unet(seen, t.expand(len(seen)), return_dict=False, **condition)[0]
+            out = unet(seen, t.to(seen.device).expand(len(seen)), return_dict=False, **condition)[0]
             if out.shape[1] == 2 * shape[0] and type(scheduler).__name__ != "DDPMScheduler":
                 out = out[:, : shape[0]]  # only DDPM steps know what to do with a learned variance
             # A list of generators: every image draws its own noise, whoever runs beside it.
@@ -124,9 +134,7 @@ def generate(
     parts: list[torch.Tensor] = []
     done = 0
     with torch.inference_mode():
-        for part in batches(
-            unet, start, seeds, micro_batch=micro_batch, clean=clean, device=device, **condition
-        ):
+        for part in batches(unet, start, seeds, micro_batch=micro_batch, clean=clean, device=device, **condition):
             parts.append(part.clamp(-1, 1) if clamp else part)
             done += len(part)
             if progress is not None:

@@ -128,7 +128,9 @@ def _set(scheduler: Any, steps: int) -> Any:
         scheduler.set_timesteps(steps)
     except (ValueError, IndexError) as error:
         what = " ".join(str(error).split())[:160]
-        raise InputError(f"{type(scheduler).__name__} cannot make {steps} steps here ({what}). Ask for fewer.") from None
+        raise InputError(
+            f"{type(scheduler).__name__} cannot make {steps} steps here ({what}). Ask for fewer."
+        ) from None
     return scheduler
 
 
@@ -210,13 +212,17 @@ def _resolve(at: Any, law: Any, full: Schedule) -> NoiseLevel:
         at = speciation_time(law)
     if isinstance(at, CriticalTime):
         if at.level is None:
-            raise InputError(f"there is no {at.criterion} time to start at: {at.reason} Pass a level or a step instead.")
+            raise InputError(
+                f"there is no {at.criterion} time to start at: {at.reason} Pass a level or a step instead."
+            )
         at = at.level
     if isinstance(at, (int, float, np.integer, np.floating)) and not isinstance(at, bool):
-        return full.level(float(at))
+        at = full.level(float(at))
     if not isinstance(at, NoiseLevel):
         raise InputError(f"at={at!r}; expected 'speciation', a NoiseLevel, a CriticalTime or a step.")
     full.time(at)  # raises outside the schedule
+    if not 0 < at.sigma < math.inf:
+        raise InputError(f"a late start at sigma {at.sigma:g}; expected a finite level above 0.")
     return at
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import inspect
 import io
 import json
-import os
 import platform
 import time
 import warnings
@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.adapters import denoiser, load_pipeline, scheduler
+from symbreak.adapters import denoiser, load_pipeline, refuse_conditional, scheduler, weights_hash
 from symbreak.data import Images, images
 from symbreak.files import InputError, output_folder, read_json, write_json
 from symbreak.laws import Gaussian
@@ -36,7 +36,7 @@ from symbreak.metrics.memorization import nearest_summary
 from symbreak.moments import Moments
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import ladder, speciation_time
-from symbreak.record import Record
+from symbreak.record import Record, plain
 from symbreak.sample import generate
 from symbreak.start import LateStart, LateStartWarning, late_start, standard_start
 
@@ -61,6 +61,7 @@ class Study:
         samples: images a cell, split into ``repeats``.
         selection: images for choosing spacing and level.
         sweep: start levels tried, as multiples of the speciation sigma.
+        value_range, skip_bad, classes, pad: how the data are opened, see `images`.
         features: extractor name; ``None`` takes the bundled one for the digits, else pixels.
         micro_batch: fixed size of every network call.
         reference_calls: calls of the standard DDIM run that stands for the network at its best; 0 leaves it out.
@@ -74,9 +75,13 @@ class Study:
     calls: tuple[int, ...] = (3, 5, 10)
     samples: int = 1000
     repeats: int = 5
-    selection: int = 400
+    selection: int = 300
     sweep: tuple[float, ...] = (0.35, 0.6, 1.0, 1.7, 3.0)
     features: str | None = None
+    value_range: tuple[float, float] | None = None
+    skip_bad: bool = False
+    classes: tuple[str, ...] | None = None
+    pad: int | None = None
     micro_batch: int = 200
     reference_calls: int = 100
     quick: bool = False
@@ -88,11 +93,11 @@ class Study:
                 **asdict(self),
                 "samplers": self.samplers,
                 "calls": self.calls,
-                "samples": 200,
+                "samples": 50,
                 "repeats": 5,
-                "selection": 100,
+                "selection": 50,
                 "sweep": (0.6, 1.0, 1.7),
-                "micro_batch": 100,
+                "micro_batch": 50,
                 "reference_calls": 0,
                 "quick": True,
             }
@@ -153,7 +158,14 @@ def diagnose(data: Images, model: Any = None, modes: int = 10) -> Record:
         },
         "ladder": [view(c) for c in ladder(moments, modes)],
     }
-    settings = {"data": data.name, "modes": modes}
+    settings = {
+        "data": data.name,
+        "selection": list(data.history),
+        "pad": data.pad,
+        "value_range": [-data.scale - data.offset, data.scale - data.offset],
+        "network": None if model is None else weights_hash(model.unet),
+        "modes": modes,
+    }
     timings = {"moments": fitted - began, "times": time.perf_counter() - fitted}
     return Record("phases", settings, content, versions(), timings)
 
@@ -207,7 +219,7 @@ class _Cells:
         if key not in self.found:
             self.found[key] = make()
             if self.path is not None:
-                write_json(self.path, {"identity": self.identity, "cells": self.found})
+                write_json(self.path, {"identity": self.identity, "cells": plain(self.found)})
         return self.found[key]
 
     def close(self) -> None:
@@ -248,14 +260,14 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         raise InputError(f"{study.samples} samples in {study.repeats} repeats; expected at least 2 samples a repeat.")
     train, held_out = _data(study)
     pipe = load_pipeline(study.model)
+    refuse_conditional(pipe, study.model)
     network = denoiser(pipe.unet, pipe.scheduler)
     if tuple(network.shape) != train.shape:
         raise InputError(
-            f"the network {study.model} makes images of {network.shape}, but the data are {train.shape}. Resize the data "
-            "or choose another network."
+            f"the network {study.model} makes images of {network.shape}, but the data are {train.shape}. Resize the "
+            "data or choose another network."
         )
     base = {name: scheduler(name, like=pipe.scheduler) for name in study.samplers}
-    tell("moments", 0, 1)
     mark = time.perf_counter()
     moments = Moments.fit(train)
     law = Gaussian(moments)
@@ -263,7 +275,6 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
     if spectral.level is None:
         raise InputError(f"{train.name} has no spectral speciation level: {spectral.reason} A study needs one.")
     phases = diagnose(train, pipe).content
-    tell("moments", 1, 1)
     lap("moments", mark)
 
     mark = time.perf_counter()
@@ -272,18 +283,22 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
     real = features(extract, train)
     per_repeat = study.samples // study.repeats
     ground = floor(real, reference, per_repeat, study.repeats, extract.name)
+    choosing_floor = floor(real, reference, study.selection, study.repeats, extract.name)
     lap("features", mark)
 
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
     identity = hashlib.sha256(
         json.dumps(
-            [settings, train.fingerprint(), held_out.fingerprint(), _weights_hash(pipe.unet), versions()], sort_keys=True
+            [settings, train.fingerprint(), held_out.fingerprint(), weights_hash(pipe.unet), versions()],
+            sort_keys=True,
         ).encode()
     ).hexdigest()
     cells = _Cells(None if folder is None else folder / "cells.json", identity)
     train_images = train.tensor()
 
-    def measure(start: LateStart, seeds: range, repeats: int, noised: bool = False) -> tuple[dict[str, Any], torch.Tensor]:
+    def measure(
+        start: LateStart, seeds: range, repeats: int, noised: bool = False
+    ) -> tuple[dict[str, Any], torch.Tensor]:
         clean = None
         if noised:
             picks = torch.randint(len(train_images), (len(seeds),), generator=generator(11, seeds[0]))
@@ -308,50 +323,45 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         value: float = cells.get(key, lambda: measure(start, seeds, 1)[0]["pooled"])
         return value
 
-    sweep_levels = [NoiseLevel(spectral.level.sigma * f) for f in study.sweep]
+    # Every start is built before the first image, so that what cannot be done is refused at once.
+    plans = [
+        _plan(sampler, full, calls, law, spectral.level, study.sweep)
+        for sampler, full in base.items()
+        for calls in study.calls
+    ]
     rows: list[dict[str, Any]] = []
-    total = len(study.samplers) * len(study.calls)
-    tell("table", 0, total)
-    for sampler, full in base.items():
-        for calls in study.calls:
-            steps, name = _steps(sampler, calls), f"{sampler}/{calls}"
-            if steps < 1:
-                raise InputError(f"{calls} network calls are too few for {sampler}.")
-            mark = time.perf_counter()
-            standard: dict[str, tuple[LateStart, float]] = {}
-            for spacing in SPACINGS:
-                start = standard_start(full, steps, spacing)
-                twin = next((v for s, v in standard.values() if _same_grid(s, start)), None)
-                value = choose(f"choose/{name}/{spacing}", start) if twin is None else twin
-                standard[spacing] = (start, value)
-            swept: list[tuple[LateStart, float, float]] = []
-            for factor, level in zip(study.sweep, sweep_levels):
-                start = _quiet(full, law, steps, level)
-                swept.append((start, factor, choose(f"choose/{name}/{factor}", start)))
-            spacing = min(standard, key=lambda s: standard[s][1])
-            best, factor, _ = min(swept, key=lambda s: s[2])
-            lap("choosing", mark)
-            mark = time.perf_counter()
-            at_spectral = _quiet(full, law, steps, spectral.level)
-            row = {
-                "sampler": sampler,
-                "calls": calls,
-                "steps": steps,
-                "standard": cell(f"{name}/standard", standard[spacing][0], {"spacing": spacing}),
-                "spectral": cell(f"{name}/spectral", at_spectral, {"factor": 1.0}),
-                "best": cell(f"{name}/best", best, {"factor": factor}),
-                "noised": cell(f"{name}/noised", best, {"factor": factor}, noised=True),
-                "sweep": [
-                    {"sigma": s.level.sigma, "factor": f, "pooled": v, "samples": study.selection} for s, f, v in swept
-                ],
-                "spacings": {k: v for k, (_, v) in standard.items()},
-            }
-            spent = {row[k]["calls"] for k in ("standard", "spectral", "best", "noised")}  # type: ignore[index]
-            if spent != {calls}:
-                raise InputError(f"{sampler} spends {spent} network calls where {calls} were asked for.")
-            rows.append(row)
-            lap("sampling", mark)
-            tell("table", len(rows), total)
+    tell("table", 0, len(plans))
+    for plan in plans:
+        name = f"{plan.sampler}/{plan.calls}"
+        mark = time.perf_counter()
+        standard: dict[str, float] = {}
+        for spacing, start in plan.standard.items():
+            twin = next((k for k in standard if _same_grid(plan.standard[k], start)), None)
+            standard[spacing] = choose(f"choose/{name}/{spacing}", start) if twin is None else standard[twin]
+        swept = {f: choose(f"choose/{name}/{f}", start) for f, start in plan.late.items()}
+        spacing, factor = min(standard, key=standard.__getitem__), min(swept, key=swept.__getitem__)
+        lap("choosing", mark)
+        mark = time.perf_counter()
+        spectral_cell = cell(f"{name}/spectral", plan.spectral, {"factor": 1.0})
+        best = plan.late[factor]
+        row = {
+            "sampler": plan.sampler,
+            "calls": plan.calls,
+            "steps": plan.spectral.steps,
+            "standard": cell(f"{name}/standard", plan.standard[spacing], {"spacing": spacing}),
+            "spectral": spectral_cell,
+            # The sweep holds the speciation level itself: where it wins, the cell is the same.
+            "best": spectral_cell if factor == 1.0 else cell(f"{name}/best", best, {"factor": factor}),
+            "noised": cell(f"{name}/noised", best, {"factor": factor}, noised=True),
+            "sweep": [
+                {"sigma": plan.late[f].level.sigma, "factor": f, "pooled": v, "samples": study.selection}
+                for f, v in swept.items()
+            ],
+            "spacings": standard,
+        }
+        rows.append(row)
+        lap("sampling", mark)
+        tell("table", len(rows), len(plans))
     best_network = None
     if study.reference_calls:
         mark = time.perf_counter()
@@ -366,15 +376,27 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         "held_out": _describe(held_out),
         "network": {
             "source": study.model,
-            "weights": _weights_hash(pipe.unet),
+            "weights": weights_hash(pipe.unet),
             "parameters": sum(p.numel() for p in pipe.unet.parameters()),
             "prediction": network.prediction,
             "scheduler": type(pipe.scheduler).__name__,
             "sigma_range": list(network.sigma_range),
         },
         "extractor": {"name": extract.name, "held_out_accuracy": getattr(extract, "accuracy", None)},
-        "phases": {k: phases[k] for k in ("schedule", "eigenvalues", "speciation", "ladder", "total_variance")},
+        "phases": {
+            k: phases[k]
+            for k in (
+                "schedule",
+                "eigenvalues",
+                "eigenvalues_low",
+                "eigenvalues_high",
+                "speciation",
+                "ladder",
+                "total_variance",
+            )
+        },
         "floor": ground.to_dict(),
+        "selection_floor": choosing_floor.to_dict(),
         "floor_neighbours": nearest_summary(held_out.tensor(), train_images, None)["samples"],
         "reference": best_network,
         "rows": rows,
@@ -390,16 +412,50 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
 
 
 def _data(study: Study) -> tuple[Images, Images]:
-    train = images(study.data)
+    options: dict[str, Any] = {
+        "value_range": study.value_range,
+        "skip_bad": study.skip_bad,
+        "classes": study.classes,
+        "pad": study.pad,
+    }
+    train = images(study.data, **options)
     if study.holdout is not None:
-        held_out = images(study.holdout)
+        held_out = images(study.holdout, **options)
     elif study.data == "digits":
-        held_out = images("digits:held-out")
+        held_out = images("digits:held-out", **options)
     else:
         train, held_out = train.split(0.5)
     if train.shape != held_out.shape:
         raise InputError(f"the data are {train.shape}, the held-out images {held_out.shape}. Resize one of them.")
     return train, held_out
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All starts of one row of the table; each spends the row's network calls."""
+
+    sampler: str
+    calls: int
+    standard: dict[str, LateStart]
+    late: dict[float, LateStart]
+    spectral: LateStart
+
+
+def _plan(sampler: str, full: Any, calls: int, law: Gaussian, level: NoiseLevel, sweep: tuple[float, ...]) -> _Plan:
+    steps = _steps(sampler, calls)
+    if steps < 1:
+        raise InputError(f"{calls} network calls are too few for {sampler}.")
+    takes = "timestep_spacing" in inspect.signature(type(full).__init__).parameters
+    standard = {s: standard_start(full, steps, s) for s in SPACINGS} if takes else {"own": standard_start(full, steps)}
+    late = {f: _quiet(full, law, steps, NoiseLevel(level.sigma * f)) for f in sweep}
+    plan = _Plan(sampler, calls, standard, late, _quiet(full, law, steps, level))
+    spent = {s.calls for s in (*standard.values(), *late.values(), plan.spectral)}
+    if spent != {calls}:
+        raise InputError(
+            f"{sampler} cannot spend exactly {calls} network calls (it spends {', '.join(map(str, sorted(spent)))}). "
+            "Choose other --calls."
+        )
+    return plan
 
 
 def _quiet(full: Any, law: Gaussian, steps: int, level: NoiseLevel) -> LateStart:
@@ -421,15 +477,3 @@ def _same_grid(a: LateStart, b: LateStart) -> bool:
 
     # Schedulers without sigmas step differently for equal timesteps, so only grids with sigmas are compared.
     return hasattr(a.scheduler, "sigmas") and grid(a) == grid(b)
-
-
-def _weights_hash(unet: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, value in sorted(unet.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def threads() -> None:
-    """Waiting threads must sleep, not spin: two processes on few cores otherwise starve each other."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -70,10 +70,15 @@ class Recipe:
 
     def check(self) -> None:
         """Refuse settings that cannot be trained."""
+        whole = (*self.channels, self.layers, self.steps, self.batch, self.warmup, self.seed)
+        if any(isinstance(n, bool) or not isinstance(n, int) for n in whole):
+            raise InputError("recipe channels, layers, steps, batch, warmup and seed are whole numbers.")
         if not self.channels or any(c < 8 or c % 8 for c in self.channels):
             raise InputError(f"recipe channels {self.channels}; expected positive multiples of 8.")
-        if min(self.layers, self.steps, self.batch) < 1 or not 0 < self.lr or not 0 <= self.ema < 1:
+        if min(self.layers, self.steps, self.batch) < 1 or not self.lr > 0 or not 0 <= self.ema < 1:
             raise InputError("a recipe needs layers, steps and batch >= 1, lr > 0 and 0 <= ema < 1.")
+        if min(self.warmup, self.seed, self.weight_decay) < 0:
+            raise InputError("a recipe needs warmup, seed and weight_decay >= 0.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"recipe dropout {self.dropout}; expected 0 <= dropout < 1.")
 
@@ -130,7 +135,7 @@ def train_network(
     recipe = recipe or Recipe()
     recipe.check()
     out = output_folder(out)
-    identity = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
+    identity: dict[str, Any] = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
     identity["recipe"]["channels"] = list(recipe.channels)
     done = out / "training.json"
     if done.exists():
@@ -156,6 +161,7 @@ def train_network(
         _checkpoint(checkpoint, identity, unet, optimizer, average, losses, seconds + time.monotonic() - started)
 
     per_epoch = max(1, len(x) // recipe.batch)
+    whole = True  # weights, average and step count belong together
     epoch, order = -1, torch.empty(0, dtype=torch.long)
     try:
         while step < recipe.steps:
@@ -167,8 +173,8 @@ def train_network(
             g = generator(recipe.seed, 2, step)
             t = torch.randint(0, 1000, (len(clean),), generator=g)
             noise = torch.randn(clean.shape, generator=g)
-            noisy = noising.add_noise(clean, noise, t)  # type: ignore[arg-type]
-            rate = min(1.0, (step + 1) / recipe.warmup) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+            noisy = noising.add_noise(clean, noise, t)
+            rate = min(1.0, (step + 1) / max(1, recipe.warmup)) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * rate
             with torch.random.fork_rng(devices=[]):  # dropout knows only the global generator
@@ -177,17 +183,20 @@ def train_network(
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            whole = False
             optimizer.step()
             average.step(unet.parameters())
             losses.append(loss.item())
             step += 1
+            whole = True
             if progress is not None and (step % 10 == 0 or step == recipe.steps):
                 progress(step, recipe.steps, {"loss": sum(losses[-200:]) / len(losses[-200:])})
             if time.monotonic() - saved > checkpoint_seconds:
                 save()
                 saved = time.monotonic()
-    except KeyboardInterrupt:
-        save()
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
+        if whole:  # in the middle of an update only the last checkpoint is consistent
+            save()
         raise
     average.copy_to(unet.parameters())
     unet.eval()
@@ -273,8 +282,8 @@ def _resume(
     state["state"] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            state["state"].setdefault(int(i), {})[name] = value
+            _, slot, name = key.split(".")
+            state["state"].setdefault(int(slot), {})[name] = value
     optimizer.load_state_dict(state)
     losses = tensors["losses"].tolist()
     average.optimization_step = len(losses)

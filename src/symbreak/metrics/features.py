@@ -66,7 +66,9 @@ class Classifier(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features [B, 64]."""
         if tuple(x.shape[1:]) != self.shape:
-            raise InputError(f"images of shape {tuple(x.shape[1:])} for the extractor {self.name}, which needs {self.shape}.")
+            raise InputError(
+                f"images of shape {tuple(x.shape[1:])} for the extractor {self.name}, which needs {self.shape}."
+            )
         out: torch.Tensor = torch.relu(self.penultimate(self.body(x)))
         return out
 
@@ -206,7 +208,11 @@ def features(extract: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tenso
     with torch.inference_mode():
         for batch in batches:
             for part in batch.split(BATCH):
-                padded = part if len(part) == BATCH else torch.cat([part, part[:1].expand(BATCH - len(part), *part.shape[1:])])
+                padded = (
+                    part
+                    if len(part) == BATCH
+                    else torch.cat([part, part[:1].expand(BATCH - len(part), *part.shape[1:])])
+                )
                 out.append(extract(padded)[: len(part)].double())
     if not out:
         raise InputError("no images to extract features from; expected at least one.")

@@ -7,7 +7,7 @@ low it can go. (Chong & Forsyth, arXiv:1911.07023.)
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -80,11 +80,12 @@ def floor(real: torch.Tensor, reference: Moments, samples: int, repeats: int, ex
     Args:
         real: features [N, F] of images that are not in the reference.
         samples: images a repeat; where ``real`` holds fewer, all of it is used and the counts say so.
+        repeats: at most; only as many as fit without sharing images.
     """
     size = min(samples, len(real))
-    draws = [torch.randperm(len(real), generator=generator(7, r))[:size] for r in range(repeats)]
-    result = distance(torch.cat([real[i] for i in draws]), reference, repeats, extractor)
+    disjoint = min(repeats, len(real) // size)
+    order = torch.randperm(len(real), generator=generator(7, 0))
     whole = frechet_distance(Moments.fit([real], parts=1), reference)
-    return Distance(
-        result.values, result.mean, result.low, result.high, whole, size, result.reference, extractor
-    )
+    # Repeats that share images are not independent: as many as fit without sharing, and no interval for one.
+    result = distance(real[order[: size * disjoint]], reference, disjoint, extractor)
+    return replace(result, pooled=whole)

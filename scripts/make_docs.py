@@ -1,0 +1,91 @@
+"""Draw the figure and the table of the documentation from a finished study.
+
+make demo && make docs
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from symbreak.record import Record
+from symbreak.report import sweep_axes, verdict
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- study:begin, written by `make docs` -->", "<!-- study:end -->"
+
+
+def cell(d: dict) -> str:
+    return f"{d['mean']:.2f}" + ("" if d["low"] is None else f" [{d['low']:.2f}, {d['high']:.2f}]")
+
+
+def main() -> None:
+    record = Record.load(ROOT / "build" / "demo")
+    content = record.content
+    if content["smoke"]:
+        raise SystemExit("build/demo holds a smoke run; run `make demo` first.")
+    figures = ROOT / "docs" / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(10.5, 3.6), layout="constrained", dpi=110)
+    sweep_axes(content, figure.subplots(1, 3, sharey=True))
+    figure.savefig(figures / "digits-levels.png", metadata={"Software": None})
+
+    ground, reference = content["floor"], content["reference"]
+    first = content["rows"][0]["standard"]["distance"]
+    near, real = reference["neighbours"], content["floor_neighbours"]
+    how = (
+        f"Fréchet distance in the 64 features of `{ground['extractor']}` (held-out accuracy "
+        f"{content['extractor']['held_out_accuracy']:.1%}) to the {ground['reference']} held-out digits; mean of "
+        f"{first['repeats']} repeats of {first['samples']} images with its 95 % Student-t interval, at equal network "
+        "calls. The spacing of the standard start and the level of the late start were chosen on other seeds."
+    )
+    facts = [
+        f"- Floor, training images at the same counts ({ground['repeats']} disjoint sets): {cell(ground)}; "
+        f"all {content['data']['count']} at once: "
+        f"{ground['pooled']:.2f}.",
+        f"- The network with 100 DDIM calls: {cell(reference['distance'])}, "
+        f"{reference['distance']['mean'] / ground['mean']:.2f} times the floor; "
+        f"all {record.settings['samples']:,} images at once: {reference['distance']['pooled']:.2f}, "
+        f"{reference['distance']['pooled'] / ground['pooled']:.1f} times.",
+        f"- Nearest training image, median pixel distance: its samples {near['median_nearest']:.2f}, held-out digits "
+        f"{real['median_nearest']:.2f}; d1/d2 < 1/3 in {near['memorized']:.1%} and {real['memorized']:.1%}.",
+    ]
+    table = [
+        "| sampler | calls | standard start | late, speciation | late, best level | noised data | best late start |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in content["rows"]:
+        cells = " | ".join(cell(row[k]["distance"]) for k in ("standard", "spectral", "best", "noised"))
+        said = verdict(row["standard"]["distance"], row["best"]["distance"])[0]
+        table.append(f"| {row['sampler']} | {row['calls']} | {cells} | {said} |")
+    note = "*noised data*: training images noised to the level of the column before, the most any law could give there."
+    page = ["# The digits study", "", "Written by `make docs` from the record of `make demo`."]
+    page += [
+        "",
+        how,
+        "",
+        *facts,
+        "",
+        *table,
+        "",
+        note,
+        "",
+        "![Distance against start level](figures/digits-levels.png)",
+        "",
+    ]
+    (ROOT / "docs" / "digits.md").write_text("\n".join(page), encoding="utf-8")
+    short = [line for line in table if line.startswith(("| sampler", "|---", "| ddim", "| dpm++2m-karras"))]
+    body = [how, "", *short, "", "All rows, the floor and the network's own quality: [docs/digits.md](docs/digits.md)."]
+    fill(ROOT / "README.md", body)
+    fill(ROOT / "src" / "symbreak" / "weights" / "digits" / "README.md", ["**Measured.** " + how, "", *facts])
+
+
+def fill(path: Path, body: list[str]) -> None:
+    """Replace what stands between the study's markers."""
+    head, rest = path.read_text(encoding="utf-8").split(BEGIN)
+    path.write_text(head + "\n".join([BEGIN, *body, END]) + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from symbreak.cli import main
+
+
+def symbreak(capsys, *argv):
+    """(exit code, stdout, stderr) of a command in this process."""
+    with pytest.raises(SystemExit) as left:
+        main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return left.value.code, out, err
+
+
+def digits_folder(path):
+    from symbreak.data import images
+
+    data = images("digits")
+    for i, (x, y) in enumerate(zip(data.tensor()[:60], data.labels[:60])):
+        (path / str(int(y))).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(((x[0].numpy() + 1) * 127.5).round().astype(np.uint8)).save(path / str(int(y)) / f"{i}.png")
+    return path
+
+
+def test_fit_sample_evaluate_as_a_user_would(capsys, tmp_path):
+    code, out, _ = symbreak(capsys, "fit", "--data", "digits", "--out", tmp_path / "m.safetensors", "--json")
+    assert code == 0
+    fitted = json.loads(out)
+    assert fitted["count"] == 898
+    assert fitted["speciation"]["level"]["sigma"] == pytest.approx(1.3564, abs=1e-3)
+
+    common = ("sample", "--start", tmp_path / "m.safetensors", "--sampler", "dpm++2m-karras", "--steps", 4, "--json")
+    code, out, _ = symbreak(capsys, *common, "--seeds", "0-29", "--out", tmp_path / "x")
+    assert code == 0
+    assert json.loads(out)["made"] == 30
+    files = sorted(p.name for p in (tmp_path / "x").glob("*.png"))
+    assert files[0] == "00000000.png"
+    assert len(files) == 30
+    first = (tmp_path / "x" / "00000007.png").read_bytes()
+
+    # the same command goes on: what exists is kept, what is missing is made, with the same bits
+    (tmp_path / "x" / "00000007.png").unlink()
+    code, out, _ = symbreak(capsys, *common, "--seeds", "0-39", "--out", tmp_path / "x")
+    assert json.loads(out)["made"] == 11
+    assert (tmp_path / "x" / "00000007.png").read_bytes() == first
+    code, _, err = symbreak(capsys, *common, "--steps", 5, "--out", tmp_path / "x")
+    assert code == 2
+    assert "other settings" in err
+
+    code, out, _ = symbreak(
+        capsys, "evaluate", "--samples", tmp_path / "x", "--data", "digits", "--repeats", 2, "--json"
+    )
+    assert code == 0
+    result = json.loads(out)
+    assert result["distance"]["samples"] == 20
+    assert result["distance"]["extractor"] == "digits-classifier"
+    assert result["distance"]["mean"] > result["floor"]["pooled"]
+    code, out, _ = symbreak(
+        capsys, "evaluate", "--model", "digits", "--data", "digits", "--seeds", "0-19", "--steps", 2, "--repeats", 2
+    )
+    assert code == 0
+    assert "held_out" in out
+
+
+def test_phases_on_every_kind_of_file(capsys, tmp_path):
+    folder = digits_folder(tmp_path / "folder")
+    code, out, _ = symbreak(capsys, "phases", "--data", folder, "--json", "--out", tmp_path / "p")
+    assert code == 0
+    wanted = json.loads(out)["content"]
+    assert wanted["data"]["count"] == 60
+    assert (tmp_path / "p" / "report.html").exists()
+    level = wanted["speciation"]["[-1, 1]"]["level"]
+    assert set(level) >= {"sigma", "ou_time", "log_snr", "step"}
+    from symbreak.data import images
+
+    x = images(folder).tensor()
+    np.savez(tmp_path / "a.npz", images=x.numpy())
+    np.save(tmp_path / "a.npy", x.numpy())
+    for name in ("a.npz", "a.npy"):
+        code, out, _ = symbreak(capsys, "phases", "--data", tmp_path / name, "--json")
+        assert json.loads(out)["content"]["speciation"]["[-1, 1]"]["level"]["sigma"] == pytest.approx(
+            level["sigma"], rel=1e-5
+        )
+    code, out, _ = symbreak(capsys, "phases", "--data", "digits", "--model", "digits")
+    assert code == 0
+    assert "DDPMScheduler" in out
+
+
+def test_study_and_report(capsys, tmp_path):
+    argv = ("study", "--samplers", "ddim", "--calls", "3", "--quick", "--out", tmp_path / "s")
+    code, out, _ = symbreak(capsys, *argv)
+    assert code == 0
+    assert "smoke, not evidence" in " ".join(out.split())
+    assert f"report: {tmp_path / 's' / 'report.html'}" in out
+    html = (tmp_path / "s" / "report.html").read_text()
+    assert "Smoke run" in html
+    code, out, _ = symbreak(capsys, "report", tmp_path / "s", "--out", tmp_path / "again.html", "--json")
+    assert json.loads(out) == {"report": str(tmp_path / "again.html")}
+    assert (tmp_path / "again.html").read_text() == html
+
+
+def test_one_repeat_has_no_interval_and_still_ends(capsys, tmp_path):
+    argv = ("study", "--samplers", "dpm++2s", "--calls", "3", "--samples", "20", "--repeats", "1", "--quick")
+    code, _, _ = symbreak(capsys, *argv, "--out", tmp_path / "s")
+    assert code == 0
+
+
+def test_a_law_of_another_shape_writes_nothing(capsys, tmp_path):
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (20, 16, 16), dtype=np.uint8))
+    symbreak(capsys, "fit", "--data", tmp_path / "x.npy", "--out", tmp_path / "m.safetensors")
+    code, _, err = symbreak(capsys, "sample", "--start", tmp_path / "m.safetensors", "--out", tmp_path / "o")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "Fit it on such data" in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_without_arguments_there_is_help(capsys):
+    code, out, err = symbreak(capsys)
+    assert (code, err) == (0, "")
+    assert "phases" in out
+
+
+def test_train(capsys, tmp_path):
+    (tmp_path / "r.json").write_text('{"channels": [8, 8], "steps": 5, "batch": 8}')
+    argv = ("train", "--data", "digits", "--recipe", tmp_path / "r.json", "--out", tmp_path / "net")
+    code, out, _ = symbreak(capsys, *argv, "--steps", 3, "--json")
+    assert code == 0
+    assert json.loads(out)["recipe"]["steps"] == 3
+    code, _, _ = symbreak(
+        capsys, "sample", "--model", tmp_path / "net", "--out", tmp_path / "x", "--seeds", "0", "--steps", 1
+    )
+    assert code == 0
+
+
+def make(path, what):
+    if what == "empty":
+        path.mkdir()
+    elif what == "corrupt":
+        digits_folder(path)
+        (path / "0" / "zz.png").write_bytes(b"\x89PNG nope")
+    elif what == "mixed":
+        digits_folder(path)
+        Image.new("L", (9, 8)).save(path / "0" / "zz.png")
+    elif what == "one":
+        path.mkdir()
+        Image.new("L", (8, 8)).save(path / "a.png")
+    elif what == "equal":
+        np.save(path.with_suffix(".npy"), np.full((5, 4, 4), 7, np.uint8))
+        return path.with_suffix(".npy")
+    elif what == "nan":
+        np.save(path.with_suffix(".npy"), np.full((5, 4, 4), np.nan))
+        return path.with_suffix(".npy")
+    elif what == "range":
+        np.save(path.with_suffix(".npy"), np.random.default_rng(0).random((5, 4, 4)) * 200)
+        return path.with_suffix(".npy")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("missing", "does not exist"),
+        ("empty", "holds no images"),
+        ("corrupt", "zz.png cannot be read"),
+        ("mixed", "zz.png is 8 x 9, not 8 x 8"),
+        ("one", "holds 1 image"),
+        ("equal", "all 5 samples are equal"),
+        ("nan", "NaN"),
+        ("range", "outside the range"),
+    ],
+)
+def test_bad_data_is_one_line_and_writes_nothing(capsys, tmp_path, what, words):
+    source = make(tmp_path / "data", what)
+    code, out, err = symbreak(capsys, "fit", "--data", source, "--out", tmp_path / "new" / "m.safetensors")
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert words in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_skip_bad_counts(capsys, tmp_path):
+    source = make(tmp_path / "data", "corrupt")
+    code, out, err = symbreak(
+        capsys, "fit", "--data", source, "--out", tmp_path / "m.safetensors", "--skip-bad", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["count"] == 60
+    assert "left out 1 unusable" in err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("sample", "--start", "FIT", "--at", "5000"), "outside the schedule"),
+        (("sample", "--start", "FIT", "--at", "sigma=x"), "expected speciation"),
+        (("sample", "--start", "FIT", "--at", "foo=400"), "expected speciation"),
+        (("sample", "--micro-batch", "0"), "at least 1"),
+        (("sample", "--seeds", "99999999999999999999"), "2^63"),
+        (("study", "--calls", "1,5"), "too few for pndm"),
+        (("study", "--samplers", "heun"), "cannot spend exactly 10"),
+        (("study", "--data", "absent.npy", "--skip-bad"), "does not exist"),
+        (("sample", "--start", "none", "--sampler", "ipndm"), "unknown sampler"),
+        (("sample", "--start", "absent"), "does not exist"),
+        (("sample", "--seeds", "9-1"), "empty"),
+        (("sample", "--model", "absent/there/x"), "does not exist"),
+        (("study", "--calls", "three"), "expected numbers"),
+        (("study", "--data", "absent.npy"), "does not exist"),
+        (("evaluate", "--data", "digits"), "either --samples or --model"),
+        (("report", "absent.json"), "cannot be read"),
+        (("train", "--data", "digits", "--recipe", "absent.json"), "cannot be read"),
+        (("fit", "--data", "digits", "--range", "a"), "LOW,HIGH"),
+        (("fit", "--nope"), "No such option"),
+        (("nope",), "No such command"),
+    ],
+)
+def test_bad_arguments(capsys, tmp_path, argv, words):
+    argv = list(argv)
+    if "FIT" in argv:
+        symbreak(capsys, "fit", "--data", "digits", "--out", tmp_path / "m.safetensors")
+        argv[argv.index("FIT")] = tmp_path / "m.safetensors"
+    if argv[0] in ("sample", "study", "train", "fit"):
+        argv += ["--out", tmp_path / "out" / "x"]
+    code, out, err = symbreak(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_folder_that_is_a_file(capsys, tmp_path):
+    (tmp_path / "f").write_text("mine")
+    for argv in (("study",), ("sample",), ("phases", "--data", "digits"), ("train", "--data", "digits")):
+        code, _, err = symbreak(capsys, *argv, "--out", tmp_path / "f")
+        assert code == 2
+        assert "is a file" in err
+    assert (tmp_path / "f").read_text() == "mine"
+
+
+def test_below_the_spectral_level_is_a_warning(capsys, tmp_path):
+    symbreak(capsys, "fit", "--data", "digits", "--out", tmp_path / "m.safetensors")
+    argv = ("sample", "--start", tmp_path / "m.safetensors", "--at", "200", "--seeds", "0", "--out", tmp_path / "x")
+    code, _, err = symbreak(capsys, *argv)
+    assert code == 0
+    assert "1.356" in " ".join(err.split())
+
+
+def test_the_machine_fails_with_exit_code_1(capsys, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("symbreak.moments.write_tensors", full)
+    code, _, err = symbreak(capsys, "fit", "--data", "digits", "--out", tmp_path / "m.safetensors")
+    assert code == 1
+    assert "No space left" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_studies_leave_no_half_written_record(tmp_path, sent, code):
+    out = tmp_path / "s"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "symbreak", "study", "--out", str(out)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "cells.json").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "goes on from what is finished" in err
+    assert "Traceback" not in err
+    assert [p.name for p in out.iterdir()] == ["cells.json"]
+    json.loads((out / "cells.json").read_text())

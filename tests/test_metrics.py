@@ -1,0 +1,136 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from symbreak.data import images
+from symbreak.files import InputError
+from symbreak.metrics import default_extractor, distance, evaluate, extractor, features, floor
+from symbreak.metrics.features import load_classifier, save_classifier, train_classifier
+from symbreak.metrics.memorization import nearest, nearest_summary
+from symbreak.moments import Moments, frechet_distance
+
+
+def test_the_bundled_classifier_is_as_accurate_as_it_says():
+    extract = extractor("digits-classifier")
+    held_out = images("digits:held-out")
+    hits = (extract.logits(held_out.tensor()).argmax(1) == held_out.labels).double().mean()
+    assert float(hits) == pytest.approx(extract.accuracy, abs=1e-3)
+    assert extract.accuracy > 0.96
+    assert extract.name == "digits-classifier"
+
+
+def test_features_do_not_depend_on_the_batch():
+    extract = extractor("digits-classifier")
+    x = images("digits").tensor()[:300]
+    whole = features(extract, [x])
+    assert whole.shape == (300, 64)
+    assert torch.equal(features(extract, x.split(7)), whole)
+
+
+def test_distance_is_the_frechet_distance_of_each_repeat():
+    g = torch.Generator().manual_seed(0)
+    x, real = torch.randn(40, 3, generator=g, dtype=torch.float64), torch.randn(50, 3, generator=g, dtype=torch.float64)
+    reference = Moments.fit([real])
+    found = distance(x, reference, 4, "random")
+    by_hand = [frechet_distance(Moments.fit([x[i : i + 10]]), reference) for i in (0, 10, 20, 30)]
+    assert found.values == pytest.approx(by_hand)
+    assert found.mean == pytest.approx(np.mean(by_hand))
+    assert found.low < found.mean < found.high
+    assert (found.samples, found.reference, found.extractor) == (10, 50, "random")
+    single = distance(x, reference, 1, "random").to_dict()
+    assert (single["low"], single["high"]) == (None, None)
+    with pytest.raises(InputError, match="at least 2 samples a repeat"):
+        distance(x[:5], reference, 4, "random")
+
+
+def test_the_floor_falls_with_the_count_and_is_beaten_by_no_other_set():
+    extract = extractor("digits-classifier")
+    real, held_out = features(extract, images("digits")), features(extract, images("digits:held-out"))
+    reference = Moments.fit([held_out])
+    few, many = floor(real, reference, 100, 5, "c"), floor(real, reference, 400, 5, "c")
+    assert few.mean > many.mean > many.pooled
+    assert (len(few.values), len(many.values)) == (5, 2)  # as many as fit without sharing images
+    whole = floor(real, reference, 5000, 5, "c").to_dict()
+    assert (whole["samples"], whole["repeats"], whole["low"]) == (898, 1, None)
+    blurred = features(extract, [torch.nn.functional.avg_pool2d(images("digits").tensor(), 3, 1, 1)])
+    assert distance(blurred, reference, 2, "c").mean > 3 * many.mean
+
+
+def test_evaluate_says_who_copies():
+    train, held_out = images("digits"), images("digits:held-out")
+    copies = evaluate(train.tensor()[:200] + 0.01, train, held_out)
+    assert copies["neighbours"]["samples"]["memorized"] > 0.95
+    assert copies["neighbours"]["held_out"]["memorized"] < 0.02
+    assert copies["distance"]["extractor"] == "digits-classifier"
+    noise = torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    far = evaluate(noise, train, held_out)
+    assert far["distance"]["mean"] > 5 * copies["distance"]["mean"]
+    assert far["neighbours"]["samples"]["memorized"] == 0
+
+
+def test_nearest_neighbours_by_brute_force():
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(30, 2, 3, generator=g), torch.randn(20, 2, 3, generator=g)
+    d, index = nearest(x, y, block=7)
+    full = (x[:, None] - y[None]).double().flatten(2).norm(dim=2)
+    torch.testing.assert_close(d, full.sort(1).values[:, :2])
+    assert torch.equal(index, full.argmin(1))
+    with pytest.raises(InputError, match="equal sizes"):
+        nearest(x, y[:1])
+    assert nearest_summary(x, y, None)["held_out"] is None
+
+
+def test_a_classifier_is_trained_saved_and_loaded(tmp_path):
+    x = torch.full((80, 1, 5, 5), -1.0)
+    x[40:, :, 2] = 1.0
+    x = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    np.savez(tmp_path / "a.npz", images=x.clamp(-1, 1).numpy(), labels=np.arange(80) // 40)
+    data = images(tmp_path / "a.npz")
+    model = train_classifier(data, held_out=data, epochs=8)
+    assert model.accuracy > 0.95
+    again = train_classifier(data, epochs=8)
+    assert torch.equal(model.head.weight, again.head.weight)
+    back = load_classifier(save_classifier(model, tmp_path / "c.safetensors", "mine"))
+    assert torch.equal(back(x), model(x))
+    assert extractor(str(tmp_path / "c.safetensors")).name == "mine"
+    with pytest.raises(InputError, match="which needs"):
+        back(torch.zeros(1, 1, 6, 6))
+    with pytest.raises(InputError, match="no labels"):
+        train_classifier(images(np.zeros((3, 4, 4))))
+
+
+def mean_and_max(x):
+    return torch.stack([x.flatten(1).mean(1), x.flatten(1).amax(1)], 1)
+
+
+def nonsense(x):
+    return x.sum()
+
+
+def not_a_number(x):
+    return torch.full((len(x), 2), math.nan)
+
+
+def test_own_extractors_and_bad_ones():
+    own = extractor(f"{__name__}:mean_and_max")
+    assert features(own, [torch.zeros(3, 1, 2, 2)]).shape == (3, 2)
+    for name, match in (
+        ("magic", "unknown extractor"),
+        ("no.such.module:f", "cannot be imported"),
+        (f"{__name__}:absent", "cannot be imported"),
+        ("classifier", "labelled data"),
+        ("absent.safetensors", "does not exist"),
+    ):
+        with pytest.raises(InputError, match=match):
+            extractor(name)
+    with pytest.raises(InputError, match=r"expected a tensor \[B, F\]"):
+        features(extractor(f"{__name__}:nonsense"), [torch.zeros(3, 1, 2, 2)])
+    with pytest.raises(InputError, match="NaN or infinity"):
+        features(extractor(f"{__name__}:not_a_number"), [torch.zeros(3, 1, 2, 2)])
+    with pytest.raises(InputError, match="too many"):
+        features(extractor("pixels"), [torch.zeros(2, 3, 64, 64)])
+    assert default_extractor(images("digits")) == "digits-classifier"
+    with pytest.raises(InputError, match="Resize"):
+        evaluate(torch.zeros(20, 1, 9, 9), images("digits"), images("digits:held-out"))

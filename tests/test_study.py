@@ -1,0 +1,184 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from symbreak.data import images
+from symbreak.files import InputError
+from symbreak.record import Record
+from symbreak.report import write_report
+from symbreak.study import Study, diagnose, run
+
+TINY = Study(
+    samplers=("ddim", "pndm", "dpm++2m-karras"),
+    calls=(3,),
+    samples=40,
+    repeats=2,
+    selection=20,
+    sweep=(0.6, 1.0),
+    micro_batch=20,
+    reference_calls=4,
+)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return run(TINY, tmp_path_factory.mktemp("study"))
+
+
+def without_timings(record):
+    return json.dumps({k: v for k, v in record.to_dict().items() if k != "timings"}, sort_keys=True)
+
+
+def test_the_record_holds_the_whole_table(record):
+    rows = record.content["rows"]
+    assert [(r["sampler"], r["calls"]) for r in rows] == [("ddim", 3), ("pndm", 3), ("dpm++2m-karras", 3)]
+    for row in rows:
+        for column in ("standard", "spectral", "best", "noised"):
+            cell = row[column]
+            assert cell["calls"] == 3
+            assert cell["distance"]["repeats"] == 2
+            assert cell["distance"]["samples"] == 20
+            assert cell["distance"]["reference"] == 899
+        assert row["best"]["level"] == row["noised"]["level"]
+        assert row["standard"]["spacing"] in ("leading", "linspace", "trailing")
+        assert row["standard"]["level"]["sigma"] > 3 > row["spectral"]["level"]["sigma"]
+        # the chosen candidate is the best of those tried on the selection seeds
+        best = min(row["sweep"], key=lambda s: s["pooled"])
+        assert best["factor"] == row["best"]["factor"]
+        assert min(row["spacings"], key=row["spacings"].get) == row["standard"]["spacing"]
+    assert rows[1]["steps"] == 2  # PNDM spends one call more than steps
+    assert record.content["reference"]["calls"] == 4
+    # three calls from white noise are hopeless, three from the fitted law are not
+    assert rows[0]["spectral"]["distance"]["mean"] < rows[0]["standard"]["distance"]["mean"]
+
+
+def test_an_interrupted_study_ends_with_the_same_record(record, tmp_path):
+    calls = 0
+
+    def stop(stage, done, total):
+        nonlocal calls
+        calls += stage == "table"
+        if calls == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(TINY, tmp_path, stop)
+    assert not (tmp_path / "record.json").exists()
+    kept = json.loads((tmp_path / "cells.json").read_text())["cells"]
+    assert len(kept) > 5
+    resumed = run(TINY, tmp_path)
+    assert without_timings(resumed) == without_timings(record)
+    assert not (tmp_path / "cells.json").exists()
+    assert without_timings(Record.load(tmp_path)) == without_timings(record)
+
+
+def test_cells_of_another_study_are_not_taken(record, tmp_path):
+    (tmp_path / "cells.json").write_text(json.dumps({"identity": "other", "cells": {"choose/ddim/3/leading": 1e9}}))
+    assert without_timings(run(TINY, tmp_path)) == without_timings(record)
+
+
+def test_the_report_is_whole_and_alone(record, tmp_path):
+    html = write_report(record, tmp_path / "r.html").read_text()
+    assert html.count("<svg") == 2
+    assert html.count("<img") == 1 + 4 * 3
+    for text in ("dpm++2m-karras", "speciation", "digits-classifier", "Seconds per stage", "torch"):
+        assert text in html
+    for outside in ("http://", "https://", 'src="/', "<script"):
+        assert outside not in html.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+            "http://creativecommons.org", ""
+        ).replace("https://matplotlib.org", "")
+    again = write_report(record, tmp_path / "r2.html").read_text()
+    assert again == html
+
+
+def test_names_are_escaped_in_the_report(record, tmp_path):
+    raw = json.loads(json.dumps(record.to_dict()))
+    raw["content"]["data"]["name"] = "<script>alert(1)</script>"
+    raw["content"]["rows"][0]["best"]["grid"] = '"><script>'
+    bad = Record(raw["kind"], raw["settings"], raw["content"])
+    with pytest.raises(InputError, match="damaged"):
+        write_report(bad, tmp_path / "r.html")
+    raw["content"]["rows"][0]["best"]["grid"] = ""
+    html = write_report(bad, tmp_path / "r.html").read_text()
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+
+
+def test_a_diagnosis_without_a_network(tmp_path):
+    found = diagnose(images("digits"))
+    critical = found.content["speciation"]["[-1, 1]"]
+    assert critical["low"]["sigma"] < critical["level"]["sigma"] < critical["high"]["sigma"]
+    assert critical["level"]["step"] == pytest.approx(318, abs=1)
+    assert found.content["speciation"]["[0, 1]"]["level"] is None
+    html = write_report(found, tmp_path / "p.html").read_text()
+    assert "at most 1" in html
+    assert html.count("<svg") == 1
+
+
+def test_records_refuse_what_is_no_record(tmp_path):
+    for text, match in (
+        ("{}", "no symbreak record"),
+        ('{"format": "symbreak.record", "version": 99}', "another version"),
+        ('{"format": "symbreak.record", "version": 1, "kind": "study"}', "damaged"),
+        ("nope", "not JSON"),
+    ):
+        (tmp_path / "record.json").write_text(text)
+        with pytest.raises(InputError, match=match):
+            Record.load(tmp_path)
+    with pytest.raises(InputError, match="cannot be read"):
+        Record.load(tmp_path / "absent.json")
+    with pytest.raises(InputError, match="no report for records"):
+        write_report(Record("other", {}, {}), tmp_path / "x.html")
+    with pytest.raises(InputError, match="damaged"):
+        write_report(Record("study", {}, {}), tmp_path / "x.html")
+    assert not (tmp_path / "x.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"samples": 3}, "at least 2 samples a repeat"),
+        ({"samplers": ("magic",)}, "unknown sampler"),
+        ({"model": "nope"}, "does not exist"),
+        ({"calls": (3, 1), "samplers": ("ddim", "pndm")}, "too few"),
+        ({"features": "magic"}, "unknown extractor"),
+    ],
+)
+def test_bad_studies(change, match, tmp_path):
+    with pytest.raises(InputError, match=match):
+        run(Study(**{**TINY.__dict__, **change}), tmp_path / "out")
+    assert not (tmp_path / "out" / "record.json").exists()
+
+
+def test_a_network_of_another_shape(tmp_path):
+    import numpy as np
+
+    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (20, 16, 16), dtype=np.uint8))
+    with pytest.raises(InputError, match=r"makes images of \(1, 8, 8\), but the data are \(1, 16, 16\)"):
+        run(Study(**{**TINY.__dict__, "data": str(tmp_path / "x.npy")}))
+
+
+def test_a_record_draws_the_same_after_it_was_saved(tmp_path):
+    """An interval that touches Lambda = 1 has an infinite log-SNR, which JSON writes as a string."""
+    import numpy as np
+
+    x = np.random.default_rng(5).normal(size=(60, 1, 2, 2)) * np.sqrt([1.6, 0.5, 0.4, 0.3]).reshape(1, 1, 2, 2) / 4
+    found = diagnose(images(x, value_range=(-1, 1)))
+    scaled = found.content["speciation"]["[-1, 1]"]
+    scaled.update(
+        level=scaled["level"] or {"sigma": 1.0, "ou_time": 0.3, "log_snr": 0.0, "alpha_bar": 0.5, "step": 3.0}
+    )
+    scaled["low"] = {"sigma": 0.0, "ou_time": 0.0, "log_snr": float("inf"), "alpha_bar": 1.0, "step": None}
+    scaled["high"] = {"sigma": 2.0, "ou_time": 0.8, "log_snr": -1.4, "alpha_bar": 0.2, "step": 5.0}
+    found.save(tmp_path)
+    fresh = write_report(found, tmp_path / "a.html").read_text()
+    assert write_report(Record.load(tmp_path), tmp_path / "b.html").read_text() == fresh
+    assert "inf" in fresh
+
+
+def test_records_are_json_without_nan(tmp_path):
+    path = Record("phases", {"a": float("nan")}, {"b": [float("inf"), {"c": (1, 2)}]}).save(tmp_path)
+    raw = json.loads(Path(path).read_text())
+    assert raw["settings"]["a"] is None
+    assert raw["content"]["b"] == ["inf", {"c": [1, 2]}]

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+import torch
+
+from symbreak.adapters import denoiser, load_pipeline
+from symbreak.data import images
+from symbreak.files import InputError
+from symbreak.laws import Gaussian
+from symbreak.moments import Moments
+from symbreak.train import Recipe, train_network
+
+SMALL = Recipe(channels=(8, 16), steps=30, batch=32, warmup=5, dropout=0.1)
+
+
+def weights(folder):
+    return (folder / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_interrupted_training_ends_with_the_same_bits(tmp_path):
+    data = images("digits")
+    whole = train_network(data, tmp_path / "a", SMALL)
+
+    def stop(step, steps, _):
+        if step == 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_network(data, tmp_path / "b", SMALL, progress=stop)
+    assert (tmp_path / "b" / "checkpoint.safetensors").exists()
+    assert not (tmp_path / "b" / "model_index.json").exists()
+    resumed = train_network(data, tmp_path / "b", SMALL)
+    assert resumed["loss"] == whole["loss"]
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert not (tmp_path / "b" / "checkpoint.safetensors").exists()
+    assert train_network(data, tmp_path / "a", SMALL) == whole  # done: nothing is trained again
+    with pytest.raises(InputError, match="other settings"):
+        train_network(data, tmp_path / "a", Recipe(steps=3))
+
+
+def test_training_touches_no_global_generator(tmp_path):
+    state = torch.get_rng_state()
+    train_network(images("digits"), tmp_path / "a", Recipe(channels=(8, 8), steps=2, batch=8))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_trained_network_denoises_better_than_nothing(tmp_path):
+    train_network(images("digits"), tmp_path / "a", Recipe(channels=(8, 16), steps=150, batch=64, lr=3e-3, warmup=10))
+    pipe = load_pipeline(tmp_path / "a")
+    x = images("digits:held-out").tensor()[:200]
+    noisy = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        error = ((denoiser(pipe.unet, pipe.scheduler)(noisy, 1.0) - x) ** 2).sum((1, 2, 3)).mean()
+    variance = ((x - images("digits").tensor().mean(0)) ** 2).sum((1, 2, 3)).mean()
+    assert error < 0.8 * variance  # a constant guess of the mean scores 1.0
+
+
+def test_the_bundled_network_beats_the_best_linear_denoiser():
+    pipe = load_pipeline("digits")
+    d = denoiser(pipe.unet, pipe.scheduler)
+    law = Gaussian(Moments.fit(images("digits")))
+    x = images("digits:held-out").tensor()
+    for sigma in (0.3, 0.7):
+        noisy = x + sigma * torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            network = ((d(noisy, sigma) - x) ** 2).sum((1, 2, 3))
+        linear = ((law.denoise(noisy, sigma) - x) ** 2).sum((1, 2, 3))
+        gap = (linear - network).double()
+        assert gap.mean() > 5 * gap.std() / len(gap) ** 0.5
+
+
+def test_the_bundled_network_is_what_its_recipe_says():
+    from importlib import resources
+
+    folder = resources.files("symbreak") / "weights" / "digits"
+    made = json.loads((folder / "training.json").read_text())
+    assert made["fingerprint"] == images("digits").fingerprint()
+    assert sum(p.numel() for p in load_pipeline("digits").unet.parameters()) == made["parameters"]
+    size = sum(f.stat().st_size for f in (folder / "unet").iterdir())
+    assert size < 4e6
+    recipe = Recipe.load("recipes/digits.json")
+    assert made["recipe"]["steps"] == recipe.steps
+    assert tuple(made["recipe"]["channels"]) == recipe.channels
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ('{"stepps": 3}', "stepps"),
+        ('{"channels": [7]}', "multiples of 8"),
+        ('{"steps": 0}', ">= 1"),
+        ('{"dropout": 1}', "dropout"),
+        ('{"steps": "many"}', "whole numbers"),
+        ("[]", "no settings"),
+        ("{", "not JSON"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, match):
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(InputError, match=match):
+        Recipe.load(tmp_path / "r.json")
+
+
+def test_images_that_do_not_fit(tmp_path):
+    with pytest.raises(InputError, match="Pad them"):
+        train_network(images(torch.rand(4, 9, 9)), tmp_path / "a", SMALL)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file"):
+        train_network(images("digits"), tmp_path / "file", SMALL)
