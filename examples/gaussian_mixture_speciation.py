@@ -28,9 +28,7 @@ phi = {d: sb.cloning_probability(two_gaussians(d), sigma).value for d in dims}
 times = {d: sb.speciation_time(two_gaussians(d), "free-entropy").level.ou_time for d in dims}
 for d in dims:
     at = float(sb.cloning_probability(two_gaussians(d), sb.NoiseLevel.from_ou_time(times[d]).sigma).value)
-    print(
-        f"d = {d}: free-entropy tau = {times[d]:.4f} (1/2 log d = {0.5 * np.log(d):.4f}), phi there {at:.4f}"
-    )
+    print(f"d = {d}: free-entropy tau = {times[d]:.4f} (1/2 log d = {0.5 * np.log(d):.4f}), phi there {at:.4f}")
 
 # %% measured: pairs of reverse trajectories in the full 256 dimensions
 branch = sigma[8:40:8]

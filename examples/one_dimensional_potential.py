@@ -18,9 +18,7 @@ critical = sb.bifurcation(law, flow="sde", frame="vp")
 print(f"bifurcation at alpha = {critical.level.alpha:.10f}, OU time {critical.level.ou_time:.10f}")
 for frame in ("vp", "ve"):
     other = sb.bifurcation(law, flow="ode", frame=frame)
-    print(
-        f"probability flow, {frame}: {other.reason if other.level is None else f'sigma = {other.sigma:.6f}'}"
-    )
+    print(f"probability flow, {frame}: {other.reason if other.level is None else f'sigma = {other.sigma:.6f}'}")
 
 # %% the potential at five levels, and its fixed points
 x = torch.linspace(-1.6, 1.6, 161, dtype=torch.float64)[:, None]
@@ -35,9 +33,7 @@ left, right = figure.subplots(1, 2)
 for i, (a, u) in enumerate(wells.items()):
     colour = (0.1 + 0.17 * i, 0.35, 0.75 - 0.14 * i)
     left.plot(x[:, 0], u.value - u.value[80], color=colour, label=f"alpha = {a:.3f}")
-left.set(
-    xlabel="x", ylabel="u(x) - u(0), per unit beta", title="Potential of the reverse SDE", ylim=(-0.3, 0.6)
-)
+left.set(xlabel="x", ylabel="u(x) - u(0), per unit beta", title="Potential of the reverse SDE", ylim=(-0.3, 0.6))
 left.legend(fontsize=8)
 alpha = 1 / np.sqrt(1 + grid**2)
 for branch in branches:

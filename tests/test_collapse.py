@@ -37,9 +37,7 @@ def test_one_gaussian(n, d, tau):
     assert collapse_time(isotropic(d), samples=n).level.ou_time == pytest.approx(tau, abs=1e-9)
     for v in (1.0, 0.04):
         found = collapse_time(isotropic(d, v), samples=n)
-        assert found.level.ou_time == pytest.approx(
-            0.5 * math.log1p(v / math.expm1(2 * math.log(n) / d)), rel=1e-9
-        )
+        assert found.level.ou_time == pytest.approx(0.5 * math.log1p(v / math.expm1(2 * math.log(n) / d)), rel=1e-9)
         assert (found.criterion, found.low) == ("collapse", None)
 
 

@@ -68,9 +68,7 @@ def test_posterior_mean_is_the_slope_of_the_log_density(law, sigma):
     grad = grad.reshape(x.shape)
     # Third derivatives of a noised log density are at most of order (spread / sigma)^3 / sigma^3.
     torch.testing.assert_close(law.score(x, sigma), grad, rtol=1e-5, atol=1e-5 / sigma)
-    torch.testing.assert_close(
-        law.denoise(x, sigma), x + sigma**2 * law.score(x, sigma), rtol=1e-11, atol=1e-11
-    )
+    torch.testing.assert_close(law.denoise(x, sigma), x + sigma**2 * law.score(x, sigma), rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
@@ -181,9 +179,7 @@ def test_flow_of_one_component_is_the_gaussians_and_of_fourth_order():
     x = exact.transport(z, 3.0)
     for start, source in ((z, None), (x, 3.0)):
         want = exact.transport(start, 0.05, source)
-        errors = [
-            float((law.transport(start, 0.05, source, steps=n) - want).abs().max()) for n in (24, 48, 96)
-        ]
+        errors = [float((law.transport(start, 0.05, source, steps=n) - want).abs().max()) for n in (24, 48, 96)]
         # Fourth order divides by 16; other orders show themselves as 8 or 32.
         assert 11 < errors[0] / errors[1] < 40, errors
         assert 11 < errors[1] / errors[2] < 26, errors
@@ -261,9 +257,7 @@ def same_law(a, b, sigmas=(0.1, 1.0, 10.0), tolerance: float = 1e-10):
         torch.testing.assert_close(a.denoise(x, sigma), b.denoise(x, sigma), **close)
         torch.testing.assert_close(a.score(x, sigma), b.score(x, sigma), **close)
         torch.testing.assert_close(a.log_prob(x, sigma), b.log_prob(x, sigma), **close)
-        torch.testing.assert_close(
-            a.posterior_covariance(x, v, sigma), b.posterior_covariance(x, v, sigma), **close
-        )
+        torch.testing.assert_close(a.posterior_covariance(x, v, sigma), b.posterior_covariance(x, v, sigma), **close)
     z = normal(5, *b.shape)
     torch.testing.assert_close(a.transport(z, 0.5), b.transport(z, 0.5), rtol=0, atol=1e-5)
     torch.testing.assert_close(a.moments.mean, b.moments.mean, rtol=0, atol=1e-12)
@@ -307,9 +301,7 @@ def test_components_in_chunks_change_nothing(monkeypatch):
         x, v = draws(one, 4, 1.0), normal(4, *one.shape)
         whole = one.denoise(x, 0.3), one.log_prob(x, 0.3), one.posterior_covariance(x, v, 0.3)
         monkeypatch.setattr("symbreak.laws.mixture.CHUNK", 1)
-        for a, b in zip(
-            whole, (one.denoise(x, 0.3), one.log_prob(x, 0.3), one.posterior_covariance(x, v, 0.3))
-        ):
+        for a, b in zip(whole, (one.denoise(x, 0.3), one.log_prob(x, 0.3), one.posterior_covariance(x, v, 0.3))):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
         monkeypatch.undo()
 
@@ -356,9 +348,7 @@ def test_one_component_can_be_drawn():
     law = worlds.full_mixture()
     x, label = law.sample_labelled(30_000, 0.0, generator(5))
     counts = torch.bincount(label, minlength=3) / len(label)
-    assert bool(
-        ((counts - law.weights).abs() < 5 * (law.weights * (1 - law.weights) / len(label)).sqrt()).all()
-    )
+    assert bool(((counts - law.weights).abs() < 5 * (law.weights * (1 - law.weights) / len(label)).sqrt()).all())
     for k in range(3):
         for own in (x[label == k], law.sample(5000, 0.0, generator(6), component=k)):
             error = (law.vectors[k].square() @ law.eigenvalues[k] / len(own)).sqrt()
@@ -564,9 +554,7 @@ def test_sphere_is_smooth_at_its_centre():
     for sigma in (1e-3, 1.0, 1e3):
         jacobian = torch.func.jacfwd(lambda y, s=sigma: law.denoise(y, s))(zero)[0, :, 0]
         # Cov(x_0 | x = 0) = r^2 / d in every direction.
-        torch.testing.assert_close(
-            jacobian * sigma**2, 0.8 * torch.eye(5, dtype=torch.float64), rtol=1e-12, atol=1e-14
-        )
+        torch.testing.assert_close(jacobian * sigma**2, 0.8 * torch.eye(5, dtype=torch.float64), rtol=1e-12, atol=1e-14)
         x = zero.clone().requires_grad_()
         law.log_prob(x, sigma).sum().backward()
         assert torch.equal(x.grad, zero)

@@ -46,9 +46,7 @@ def test_the_criteria_in_order():
 def test_two_points():
     law = Mixture.from_parameters([[1.0], [-1.0]], 0.0)
     assert speciation_time(law).level is None  # Lambda = 1
-    assert speciation_time(law, "signal-to-noise").level.ou_time == pytest.approx(
-        0.5 * math.log(2), abs=1e-12
-    )
+    assert speciation_time(law, "signal-to-noise").level.ou_time == pytest.approx(0.5 * math.log(2), abs=1e-12)
     assert speciation_time(law, "free-entropy").sigma == pytest.approx(1.0, abs=1e-10)
 
 

@@ -41,9 +41,7 @@ def mixture():
 
 
 def row(record, name, flow=None, frame=None):
-    found = [
-        r for r in record.content["critical"] if (r["name"], r["flow"], r["frame"]) == (name, flow, frame)
-    ]
+    found = [r for r in record.content["critical"] if (r["name"], r["flow"], r["frame"]) == (name, flow, frame)]
     assert len(found) == 1
     return found[0]
 
@@ -115,17 +113,13 @@ def test_mixture_is_of_first_order(mixture):
     assert wells["level"]["sigma"] > 1.04 * centre["level"]["sigma"]
     # VE at the centre: the posterior there is uniform over classes, with covariance
     # v s^2 / (v + s^2) + (s^2 / (v + s^2))^2 M / 2 for means of norm^2 M = 4 in the plane: s^2 = M / 2 - v
-    assert row(mixture, "bifurcation", "sde", "ve")["level"]["sigma"] == pytest.approx(
-        math.sqrt(2 - 0.1), abs=1e-9
-    )
+    assert row(mixture, "bifurcation", "sde", "ve")["level"]["sigma"] == pytest.approx(math.sqrt(2 - 0.1), abs=1e-9)
 
 
 def test_sphere():
     record = explore_world("sphere")
     assert row(record, "bifurcation", "sde", "vp")["alpha_vp"] == pytest.approx(0.8489753943, abs=1e-9)
-    assert row(record, "bifurcation", "sde", "ve")["level"]["sigma"] == pytest.approx(
-        math.sqrt(1 / 3), abs=1e-9
-    )
+    assert row(record, "bifurcation", "sde", "ve")["level"]["sigma"] == pytest.approx(math.sqrt(1 / 3), abs=1e-9)
     assert record.content["cloning"] is None
 
 
@@ -182,9 +176,7 @@ def test_digits():
     fired = row(record, "bifurcation, one Gaussian", "sde", "vp")
     assert fired["level"]["alpha_bar"] == pytest.approx(1 / (top - 1), rel=1e-9)
     assert row(record, "bifurcation, one Gaussian", "sde", "ve")["level"] is None
-    assert row(record, "spectral", None, "vp")["level"]["sigma"] == pytest.approx(
-        math.sqrt(top - 1), rel=1e-9
-    )
+    assert row(record, "spectral", None, "vp")["level"]["sigma"] == pytest.approx(math.sqrt(top - 1), rel=1e-9)
 
 
 # --- page -----------------------------------------------------------------------------------------
@@ -279,9 +271,7 @@ class Browser:
         flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={folder}"]
         options = {"binary": CHROMIUM, "args": flags}
         wanted = {
-            "capabilities": {
-                "alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
-            }
+            "capabilities": {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
         }
         try:
             for _ in range(100):
@@ -300,9 +290,7 @@ class Browser:
         if self.session and path != "/status":
             path = f"/session/{self.session}{path}"
         data = None if method == "GET" else json.dumps(body or {}).encode()
-        request = urllib.request.Request(
-            self.root + path, data, {"Content-Type": "application/json"}, method=method
-        )
+        request = urllib.request.Request(self.root + path, data, {"Content-Type": "application/json"}, method=method)
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         with opener.open(request, timeout=60) as answer:
             return json.load(answer)["value"]
@@ -386,9 +374,7 @@ def test_link_and_click_set_the_level(browser, mixture, tmp_path):
         const clientX = r.left + r.width * 507 / 520, clientY = r.top + 20;
         f.dispatchEvent(new MouseEvent("click", {clientX, clientY}));"""
     )
-    assert float(browser.run("return document.getElementById('well').dataset.sigma")) == pytest.approx(
-        sigma[-1]
-    )
+    assert float(browser.run("return document.getElementById('well').dataset.sigma")) == pytest.approx(sigma[-1])
     # canvas: the map is painted, not blank
     colours = browser.run(
         """const c = document.getElementById("map");

@@ -499,9 +499,9 @@ def _branches(scene: _Scene, found: FixedPoints) -> list[dict[str, Any]]:
     alpha = np.array([NoiseLevel(float(s)).alpha for s in found.sigma])
     out = []
     for branch in found.branches:
-        ve = branch.points / (
-            torch.from_numpy(alpha if scene.frame == "vp" else np.ones_like(alpha))
-        ).reshape(-1, *[1] * (branch.points.ndim - 1))
+        ve = branch.points / (torch.from_numpy(alpha if scene.frame == "vp" else np.ones_like(alpha))).reshape(
+            -1, *[1] * (branch.points.ndim - 1)
+        )
         along = _project(scene, ve, 1.0) * alpha
         flat = ve.reshape(len(ve), -1)
         off = torch.linalg.vector_norm(flat - (flat @ scene.axis)[:, None] * scene.axis, dim=1).numpy()
@@ -528,9 +528,7 @@ def _trajectories(scene: _Scene, source: Any, seed: int) -> dict[str, Any]:
     d, g = as_denoiser(source), generator(seed, 3)
     x = scene.law.sample(TRAJECTORIES, float(scene.sigma[0]), g)
     count = len(scene.sigma)
-    fine = np.exp(
-        np.interp(np.arange((count - 1) * SUBSTEPS + 1) / SUBSTEPS, np.arange(count), np.log(scene.sigma))
-    )
+    fine = np.exp(np.interp(np.arange((count - 1) * SUBSTEPS + 1) / SUBSTEPS, np.arange(count), np.log(scene.sigma)))
     rows = []
     mean = x
     for i, s in enumerate(fine):
@@ -638,9 +636,7 @@ def _network(scene: _Scene, critical: list[dict[str, Any]], seed: int, tell: Pro
         tell(f"critical times of the network: {name}, {flow}, {frame}")
         row = _row(name, bifurcation(net, flow, frame, criterion=criterion, starts=scene.starts))
         rows.append({**row, "network": True})
-    exact = next(
-        r for r in critical if r["name"] == "bifurcation" and (r["flow"], r["frame"]) == ("sde", "vp")
-    )
+    exact = next(r for r in critical if r["name"] == "bifurcation" and (r["flow"], r["frame"]) == ("sde", "vp"))
     # A network is never exactly odd, and the centre of an imperfect pitchfork may become a well without a
     # crossing: what is compared is the level at which the potential splits.
     measured = rows[1]
@@ -693,9 +689,7 @@ def write_world(record: Record, path: str | Path) -> Path:
             "world": {**content, "rows": rows},
         }
     except (KeyError, TypeError) as error:
-        raise InputError(
-            f"the record lacks {error}; it is damaged or from another version. Run it again."
-        ) from None
+        raise InputError(f"the record lacks {error}; it is damaged or from another version. Run it again.") from None
     template = (resources.files("symbreak") / "templates" / "world.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.policies["json.dumps_function"] = _dumps

@@ -64,9 +64,7 @@ class Empirical:
         if data.dtype not in (torch.float32, torch.float64):
             data = data.double()
         if data.ndim < 2 or data.numel() == 0:
-            raise InputError(
-                f"points of shape {tuple(data.shape)}; expected [N, *S] with at least one point."
-            )
+            raise InputError(f"points of shape {tuple(data.shape)}; expected [N, *S] with at least one point.")
         if not bool(torch.isfinite(data).all()):
             raise InputError("the points hold NaN or infinity; expected finite numbers.")
         if memory < 2**16:
@@ -103,9 +101,7 @@ class Empirical:
             with torch.inference_mode(False):
                 whole = torch.empty(len(self), self.dim, dtype=dtype, device=x.device)
                 for i in range(0, len(self), 4096):
-                    whole[i : i + 4096] = (
-                        self._raw(x)[i : i + 4096].double() - self._centre.to(x.device)
-                    ).to(dtype)
+                    whole[i : i + 4096] = (self._raw(x)[i : i + 4096].double() - self._centre.to(x.device)).to(dtype)
             if torch._C._functorch.is_functorch_wrapped_tensor(whole):
                 return whole[part]
             self._copies[key] = whole
@@ -132,16 +128,12 @@ class Empirical:
 
     # Float64, from operations that can be differentiated
 
-    def _log_weights(
-        self, y: torch.Tensor, part: slice, s2: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _log_weights(self, y: torch.Tensor, part: slice, s2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(x.y - |y|^2 / 2) / sigma^2 [b, block] for centred queries, and the centred points [block, d]."""
         rows = self._centred(y, torch.float64, part)
         return (y @ rows.T - self._small.like(y, torch.float64)[1][part]) / s2, rows
 
-    def _wide(
-        self, y: torch.Tensor, s2: torch.Tensor, v: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ...]:
+    def _wide(self, y: torch.Tensor, s2: torch.Tensor, v: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
         """Of centred queries [b, d]: log sum w, log sum w^2, mean y [b, d], mean t (else [b, 1]).
 
         t = v.y for vectors v [b, d]; zeros without them.
@@ -212,9 +204,7 @@ class Empirical:
         square = torch.zeros_like(mass)  # sum of squared weights that were not ranked again
         radius = torch.zeros_like(mass)  # sum w |y|^2 / 2
         mean = torch.zeros(b, self.dim, dtype=torch.float64, device=x.device)
-        error = torch.zeros(
-            2, dtype=torch.float64, device=x.device
-        )  # squared rounding seen, on how many points
+        error = torch.zeros(2, dtype=torch.float64, device=x.device)  # squared rounding seen, on how many points
         half32 = self._small.like(x, torch.float32)[1]
         for part in self._blocks(b, 4, x):
             rows = self._centred(x, torch.float32, part)
@@ -260,9 +250,7 @@ class Empirical:
             else:
                 mass.index_add_(0, q, ranked[:, None])
                 radius.index_add_(0, q, (ranked * half[part][j])[:, None])
-                for some in torch.arange(len(q), device=x.device).split(
-                    max(1, self.memory // (32 * self.dim))
-                ):
+                for some in torch.arange(len(q), device=x.device).split(max(1, self.memory // (32 * self.dim))):
                     weighted = ranked[some, None] * self._centred(x, torch.float32, part)[j[some]].double()
                     mean.index_add_(0, q[some], weighted)
             top = highest
@@ -310,18 +298,12 @@ class Empirical:
     def posterior_weights(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Posterior probability of every point, p(y_j | x), [B, N] float64 (not bounded in memory)."""
         whole = slice(0, len(self))
-        return torch.cat(
-            [self._log_weights(y, whole, s2)[0].softmax(1) for _, y, s2 in self._chunked(x, sigma)]
-        )
+        return torch.cat([self._log_weights(y, whole, s2)[0].softmax(1) for _, y, s2 in self._chunked(x, sigma)])
 
-    def posterior_covariance(
-        self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor
-    ) -> torch.Tensor:
+    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x."""
         if v.shape != x.shape:
-            raise InputError(
-                f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same."
-            )
+            raise InputError(f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same.")
         out = []
         for part, y, s2 in self._chunked(x, sigma):
             u = v.reshape(len(v), -1)[part].double()

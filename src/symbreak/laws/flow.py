@@ -60,9 +60,7 @@ def level(sigma: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """
     s = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
     if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(x))):
-        raise InputError(
-            f"sigma of shape {tuple(s.shape)} for a batch of {len(x)}; expected a number or [{len(x)}]."
-        )
+        raise InputError(f"sigma of shape {tuple(s.shape)} for a batch of {len(x)}; expected a number or [{len(x)}].")
     try:
         bad = not bool((s > 0).all())
     except RuntimeError:  # under vmap values cannot be looked at

@@ -93,18 +93,12 @@ class Gaussian:
         mean, _, q = self._whole.like(x, torch.float64)
         y = (self._flat(x).double() - mean) @ q
         total = values + s2
-        return -0.5 * (
-            (y * y / total).sum(-1) + total.log().sum(-1) + self.moments.dim * math.log(2 * math.pi)
-        )
+        return -0.5 * ((y * y / total).sum(-1) + total.log().sum(-1) + self.moments.dim * math.log(2 * math.pi))
 
-    def posterior_covariance(
-        self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor
-    ) -> torch.Tensor:
+    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x; the same at every x."""
         if v.shape != x.shape:
-            raise InputError(
-                f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same."
-            )
+            raise InputError(f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same.")
         values, s2 = self._variance(x, sigma)
         return self._map(v.to(x.dtype), values * s2 / (values + s2), centred=True)
 

@@ -123,17 +123,13 @@ class Mixture:
         """
         mu = torch.as_tensor(means, dtype=torch.float64).detach().cpu()
         if mu.ndim < 2 or mu.numel() == 0:
-            raise InputError(
-                f"means of shape {tuple(mu.shape)}; expected [K, *S] with at least one component."
-            )
+            raise InputError(f"means of shape {tuple(mu.shape)}; expected [K, *S] with at least one component.")
         k, shape = len(mu), tuple(mu.shape[1:])
         flat = mu.reshape(k, -1)
         d = flat.shape[1]
         if isinstance(covariances, tuple):
             if len(covariances) != 3:
-                raise InputError(
-                    f"{len(covariances)} covariance factors; expected (vectors, eigenvalues, floor)."
-                )
+                raise InputError(f"{len(covariances)} covariance factors; expected (vectors, eigenvalues, floor).")
             q, values, floor = (torch.as_tensor(c, dtype=torch.float64).detach().cpu() for c in covariances)
             floor = floor.expand(k) if floor.ndim == 0 else floor.reshape(-1)
             if q.ndim != 3 or q.shape[:2] != (k, d) or values.shape != (k, q.shape[2]) or len(floor) != k:
@@ -143,9 +139,7 @@ class Mixture:
                 )
             gap = (q.mT @ q - torch.eye(q.shape[2], dtype=torch.float64)).abs()
             if gap.numel() and float(gap.max()) > 1e-8:
-                raise InputError(
-                    "the low-rank vectors are not orthonormal. Pass the Q of a QR or eigendecomposition."
-                )
+                raise InputError("the low-rank vectors are not orthonormal. Pass the Q of a QR or eigendecomposition.")
         else:
             c = torch.as_tensor(covariances, dtype=torch.float64).detach().cpu()
             if c.ndim == 3:
@@ -367,9 +361,7 @@ class Mixture:
         flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
         return (self._mean(flat, s2, relative=True)[0] / s2).to(x.dtype).reshape(x.shape)
 
-    def _mean(
-        self, flat: torch.Tensor, s2: torch.Tensor, relative: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _mean(self, flat: torch.Tensor, s2: torch.Tensor, relative: bool) -> tuple[torch.Tensor, torch.Tensor]:
         """Posterior mean [B, d], minus x where ``relative``, and log (pi_k p_k(x)) [B, K]."""
         if self.vectors.shape[2] == 0:
             means, _, _, floor, _ = self._parameters.like(flat, torch.float64)
@@ -403,14 +395,10 @@ class Mixture:
             raise RuntimeError("a mixture without components")
         return shift / weight[:, None].to(flat.dtype), torch.cat(joints).T
 
-    def posterior_covariance(
-        self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor
-    ) -> torch.Tensor:
+    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x."""
         if v.shape != x.shape:
-            raise InputError(
-                f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same."
-            )
+            raise InputError(f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same.")
         flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
         u = v.reshape(flat.shape).to(x.dtype)
         mean, joint = self._mean(flat, s2, relative=False)
@@ -466,8 +454,7 @@ class Mixture:
             label = torch.full((n,), int(component), device=g.device)
         else:
             raise InputError(
-                f"component {component} of a mixture of {self.components}; "
-                f"expected 0 .. {self.components - 1}."
+                f"component {component} of a mixture of {self.components}; expected 0 .. {self.components - 1}."
             )
         z = torch.randn(n, self.dim, generator=g, dtype=torch.float64, device=g.device)
         means, vectors, values, floor, _ = self._parameters.like(z)
@@ -513,14 +500,10 @@ def _diagonalise(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if not np.isfinite(one).all():
             raise InputError(f"covariance {k} holds NaN or infinity; expected finite numbers.")
         if not np.allclose(one, one.T, rtol=1e-8, atol=1e-10 * max(1e-300, float(np.abs(one).max()))):
-            raise InputError(
-                f"covariance {k} is not symmetric. Pass (cov + cov.T) / 2 if the difference is rounding."
-            )
+            raise InputError(f"covariance {k} is not symmetric. Pass (cov + cov.T) / 2 if the difference is rounding.")
         e, q = scipy.linalg.eigh(0.5 * (one + one.T))
         if e[0] < -1e-9 * max(abs(e[-1]), 1e-300) * math.sqrt(len(e)):
-            raise InputError(
-                f"covariance {k} has the eigenvalue {e[0]:.3g}; expected a positive semidefinite matrix."
-            )
+            raise InputError(f"covariance {k} has the eigenvalue {e[0]:.3g}; expected a positive semidefinite matrix.")
         values.append(torch.from_numpy(np.maximum(e[::-1], 0.0).copy()))
         vectors.append(torch.from_numpy(q[:, ::-1].copy()))
     return torch.stack(vectors), torch.stack(values)
@@ -535,9 +518,7 @@ def _class_moments(batches: Any, code: np.ndarray, classes: np.ndarray) -> list[
     for batch in blocks() if exact and blocks is not None else batches:
         rows = batch.detach().cpu().numpy() if isinstance(batch, torch.Tensor) else np.asarray(batch)
         if rows.ndim < 2:
-            raise InputError(
-                f"a batch of shape {rows.shape}; expected [B, *S] with at least one dimension in S."
-            )
+            raise InputError(f"a batch of shape {rows.shape}; expected [B, *S] with at least one dimension in S.")
         own = code[seen : seen + len(rows)]
         if len(own) < len(rows):
             raise InputError(f"{len(code):,} labels, but more samples came; expected one label a sample.")

@@ -161,14 +161,10 @@ class Sphere:
         gauss = -0.5 * (norm2 + self.radius**2) / (s * s) - self.dim * (s.log() + 0.5 * math.log(2 * math.pi))
         return (gauss + f)[:, 0]
 
-    def posterior_covariance(
-        self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor
-    ) -> torch.Tensor:
+    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Cov(x_0 | x_0 + sigma eps = x) v, [B, d], for v of the shape of x."""
         if v.shape != x.shape:
-            raise InputError(
-                f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same."
-            )
+            raise InputError(f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same.")
         flat, _, rate, h, above, _ = self._parts(x, sigma)
         u = v.double()
         # A' - A / z = z^2 h_nu (h_{nu+1} - h_nu), from the continued fraction.
@@ -198,9 +194,7 @@ class Sphere:
         flatten(noise, self.shape)
         variance = self.radius**2 / self.dim
         mean = torch.zeros(self.dim, dtype=torch.float64)
-        return probability_flow(
-            self.denoise, noise, sigma, sigma_from, mean, variance, math.sqrt(variance), steps
-        )
+        return probability_flow(self.denoise, noise, sigma, sigma_from, mean, variance, math.sqrt(variance), steps)
 
     def __repr__(self) -> str:
         return f"Sphere(dim={self.dim}, radius={self.radius:g})"

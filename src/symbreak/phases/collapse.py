@@ -142,9 +142,7 @@ def collapse_time(
         before = float(u)
     else:
         told = gap(low) + nats
-        reason = (
-            f"the state tells {told:.4g} nats of x_0 at most, less than log n = {nats:.4g}: samples repeat"
-        )
+        reason = f"the state tells {told:.4g} nats of x_0 at most, less than log n = {nats:.4g}: samples repeat"
         return CriticalTime(None, criterion="collapse", source=SOURCE, reason=reason)
     root = float(brentq(gap, float(u), before, xtol=1e-13, rtol=1e-14))
     value, below, above = _information(law, np.array([math.exp(root)]), draws, seed)
@@ -178,9 +176,7 @@ def _size(law: Any) -> float:
     return max(float((draws - draws.mean(0)).norm(dim=1).mean()), 1e-150)
 
 
-def _information(
-    law: Any, sigma: np.ndarray, draws: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _information(law: Any, sigma: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """I(x_0; x) in nats at levels [G]: value and 95 % interval."""
     s2 = sigma[:, None] ** 2
     if isinstance(law, Gaussian):
@@ -205,9 +201,7 @@ def _information(
     return _by_density(law, sigma, draws, seed)
 
 
-def _by_density(
-    law: Any, sigma: np.ndarray, draws: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _by_density(law: Any, sigma: np.ndarray, draws: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """E[log p(x | x_0) - log p(x)] over draws; the noise's own term cancels most of the spread."""
     sums, block = np.zeros((2, len(sigma))), max(1, 2**23 // law.dim)
     for i in range(0, draws, block):

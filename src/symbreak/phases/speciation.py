@@ -121,9 +121,7 @@ def speciation_time(
     value, low, high = float(top.values[0]), float(top.low[0]), float(top.high[0])
     if criterion == "spectral":
         return _spectral(value, low, high, scale)
-    level, below, above = (
-        None if math.isnan(v) else NoiseLevel(math.sqrt(v) * scale) for v in (value, low, high)
-    )
+    level, below, above = (None if math.isnan(v) else NoiseLevel(math.sqrt(v) * scale) for v in (value, low, high))
     return CriticalTime(level, below, above, criterion=criterion, source=SIGNAL_TO_NOISE)
 
 
@@ -138,9 +136,7 @@ def _free_entropy(law: Mixture, scale: float, samples: int, seed: int) -> Specia
     if law.components < 2:
         raise InputError("a mixture of one component has no classes to tell apart; expected at least two.")
     gaps = law.means - law.weights @ law.means
-    variance = float(law.weights @ (gaps * gaps).sum(1)) + float(
-        law.eigenvalues.sum() + law.floor.sum() * law.dim
-    )
+    variance = float(law.weights @ (gaps * gaps).sum(1)) + float(law.eigenvalues.sum() + law.floor.sum() * law.dim)
     size = math.sqrt(variance)
     if not size > 0:
         raise InputError("all components are one point; expected classes that differ.")
@@ -158,9 +154,7 @@ def _free_entropy(law: Mixture, scale: float, samples: int, seed: int) -> Specia
             ends = _against_rest(law, k, size, samples, seed)
         reason = None if ends[0] is not None else f"E[L] stays below Std[L] for class {k} at every level"
         level, low, high = (None if e is None else NoiseLevel(e * scale) for e in ends)
-        found.append(
-            CriticalTime(level, low, high, criterion="free-entropy", source=FREE_ENTROPY, reason=reason)
-        )
+        found.append(CriticalTime(level, low, high, criterion="free-entropy", source=FREE_ENTROPY, reason=reason))
     first = max(found, key=lambda c: -1.0 if c.sigma is None else c.sigma)
     return SpeciationTime(
         first.level,
@@ -180,9 +174,7 @@ def _outermost(excess: Callable[[float], float], size: float) -> float | None:
     for a, b in pairwise(grid):
         now = excess(float(b))
         if before < 0 <= now:
-            return math.exp(
-                brentq(lambda u: excess(math.exp(u)), math.log(b), math.log(a), xtol=1e-13, rtol=1e-14)
-            )
+            return math.exp(brentq(lambda u: excess(math.exp(u)), math.log(b), math.log(a), xtol=1e-13, rtol=1e-14))
         before = now
     return None
 
@@ -218,9 +210,7 @@ def _pair(law: Mixture, k: int) -> Callable[[float], float]:
         delta = torch.linalg.eigvalsh(b).clamp_min(-1 + 1e-15)
         w = along / root
         out = (floors[0] - floors[1]) / (floors[1] + sigma * sigma)
-        mean = 0.5 * float((delta - torch.log1p(delta)).sum() + w @ w) + 0.5 * beyond * (
-            out - math.log1p(out)
-        )
+        mean = 0.5 * float((delta - torch.log1p(delta)).sum() + w @ w) + 0.5 * beyond * (out - math.log1p(out))
         variance = float(0.5 * (delta * delta).sum() + w @ w + w @ b @ w) + 0.5 * beyond * out * out
         return mean / math.sqrt(variance) - 1.0 if variance > 0 else -1.0
 
@@ -239,9 +229,7 @@ def _against_rest(
         out = []
         for clean, noise in draws:
             log_p = law.component_log_prob(clean + sigma * noise, sigma).double()
-            rest = torch.logsumexp(log_p[:, others] + log_w[others], dim=1) - torch.logsumexp(
-                log_w[others], dim=0
-            )
+            rest = torch.logsumexp(log_p[:, others] + log_w[others], dim=1) - torch.logsumexp(log_w[others], dim=0)
             out.append(log_p[:, k] - rest)
         return torch.cat(out).numpy()
 
@@ -357,9 +345,7 @@ def clone_agreement(
     if pairs < 1 or steps < 1:
         raise InputError(f"{pairs} pairs and {steps} steps; expected at least 1 of each.")
     if is_law:
-        end = sigma_end or 0.01 * float(
-            law_or_denoiser.sample(256, 0.0, generator(0, 256)).double().std(0).mean()
-        )
+        end = sigma_end or 0.01 * float(law_or_denoiser.sample(256, 0.0, generator(0, 256)).double().std(0).mean())
         start = sigma_start or float(s.max())
     else:
         end, start = sigma_end or d.sigma_range[0], sigma_start or d.sigma_range[1]
@@ -383,9 +369,7 @@ def clone_agreement(
     size = max(16, min(2000, 2**14 // math.prod(d.shape)))
     for block, first in enumerate(range(0, pairs, size)):
         n = min(size, pairs - first)
-        agree += _clones(
-            law_or_denoiser, d, is_law, grid, leaves, n, generator(seeds, block), classify, dtype, len(s)
-        )
+        agree += _clones(law_or_denoiser, d, is_law, grid, leaves, n, generator(seeds, block), classify, dtype, len(s))
     share, z = agree / pairs, float(stats.norm.ppf(0.975))
     middle = (share + z * z / (2 * pairs)) / (1 + z * z / pairs)
     half = z * np.sqrt(share * (1 - share) / pairs + z * z / (4 * pairs**2)) / (1 + z * z / pairs)

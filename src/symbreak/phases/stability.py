@@ -105,9 +105,7 @@ class FixedPoints:
         """Points [K, *S] and top eigenvalues [K] at the i-th level."""
         here = [b for b in self.branches if b.exists[i]]
         shape = self.branches[0].points.shape[1:]
-        points = (
-            torch.stack([b.points[i] for b in here]) if here else torch.zeros(0, *shape, dtype=torch.float64)
-        )
+        points = torch.stack([b.points[i] for b in here]) if here else torch.zeros(0, *shape, dtype=torch.float64)
         return points, np.array([b.eigenvalue[i] for b in here])
 
 
@@ -135,9 +133,7 @@ def _rates(flow: str, frame: str, sigma: float) -> tuple[float, float]:
     return 1.0 / (1.0 + s2), 0.5 * (1.0 + s2) / s2
 
 
-def drift(
-    law_or_denoiser: Any, x: torch.Tensor, sigma: float, flow: str = "sde", frame: str = "vp"
-) -> torch.Tensor:
+def drift(law_or_denoiser: Any, x: torch.Tensor, sigma: float, flow: str = "sde", frame: str = "vp") -> torch.Tensor:
     """The generative drift at states x of the frame named, [B, *S].
 
         VP: x/2 + score (sde), x/2 + score/2 (ode), per unit beta        VE: score, per unit of sigma^2 (sde)
@@ -212,9 +208,7 @@ def potential(
     if states.ndim == 0 or len(states) == 0:
         raise InputError("the path is empty; expected states [P, *S] with at least one point.")
     if tuple(states.shape[1:]) != shape:
-        raise InputError(
-            f"a path of shape {tuple(states.shape)}; expected [P, {', '.join(map(str, shape))}]."
-        )
+        raise InputError(f"a path of shape {tuple(states.shape)}; expected [P, {', '.join(map(str, shape))}].")
     if not bool(torch.isfinite(states).all()):
         raise InputError("the path holds NaN or infinity; expected finite states.")
     states = states.double()
@@ -269,9 +263,7 @@ class _System:
     the state itself grows like sigma^2 for the probability flow of data that are not centred.
     """
 
-    def __init__(
-        self, law_or_denoiser: Any, flow: str, frame: str, guess: torch.Tensor | None = None
-    ) -> None:
+    def __init__(self, law_or_denoiser: Any, flow: str, frame: str, guess: torch.Tensor | None = None) -> None:
         _checked(flow, frame)
         self.source, self.flow, self.frame = law_or_denoiser, flow, frame
         self.denoiser = as_denoiser(law_or_denoiser)
@@ -279,9 +271,7 @@ class _System:
         self.dim = math.prod(self.shape)
         self.is_law = hasattr(law_or_denoiser, "denoise")
         weights = getattr(getattr(law_or_denoiser, "unet", None), "parameters", None)
-        self.device = (
-            next((p.device for p in weights()), torch.device("cpu")) if weights else torch.device("cpu")
-        )
+        self.device = next((p.device for p in weights()), torch.device("cpu")) if weights else torch.device("cpu")
         if self.is_law:
             draws = law_or_denoiser.sample(256, 0.0, generator(0, 256)).double().reshape(256, -1)
             # The exact mean where it is cheap: a law's moments hold a matrix [d, d].
@@ -302,15 +292,11 @@ class _System:
             z = np.random.default_rng(1).standard_normal((4, self.dim))
             z = np.concatenate([z, -z])
             reach = [self._denoised(v * z, v) for v in np.geomspace(self.low, self.high, 5)[1:4]]
-            self.scale = max(
-                0.5 * max(float(np.linalg.norm(r - r.mean(0), axis=1).max()) for r in reach), 1e-6
-            )
+            self.scale = max(0.5 * max(float(np.linalg.norm(r - r.mean(0), axis=1).max()) for r in reach), 1e-6)
         if guess is not None:
             g = torch.as_tensor(guess).detach().cpu().double()
             if tuple(g.shape) != self.shape:
-                raise InputError(
-                    f"x0 has the shape {tuple(g.shape)}; expected one state of shape {self.shape}."
-                )
+                raise InputError(f"x0 has the shape {tuple(g.shape)}; expected one state of shape {self.shape}.")
             self.centre = g.reshape(-1).numpy()
         self.noise = self._rounding()
         self.exact = self.noise < 1e-11
@@ -432,9 +418,7 @@ class _System:
             return np.append(out + border[0] * u[-1], border[1] @ u[:-1] + border[2] * u[-1])
 
         rtol = 1e-12 if self.exact else 1e-4
-        found, _ = gmres(
-            LinearOperator((n, n), matvec=apply, dtype=np.float64), rhs, rtol=rtol, restart=60, maxiter=4
-        )
+        found, _ = gmres(LinearOperator((n, n), matvec=apply, dtype=np.float64), rhs, rtol=rtol, restart=60, maxiter=4)
         return np.asarray(found)
 
     def tolerance(self, x: np.ndarray) -> float:
@@ -484,9 +468,7 @@ class _Point:
     tl: float
 
 
-def _tangent(
-    system: _System, x: np.ndarray, lam: float, tx: np.ndarray, tl: float
-) -> tuple[np.ndarray, float]:
+def _tangent(system: _System, x: np.ndarray, lam: float, tx: np.ndarray, tl: float) -> tuple[np.ndarray, float]:
     """The unit tangent that points along (tx, tl)."""
     rhs = np.zeros(system.dim + 1)
     rhs[-1] = 1.0
@@ -621,9 +603,7 @@ def _starts(system: _System, starts: torch.Tensor | None, n: int = 64) -> np.nda
     """Clean samples [n, d] from which to look for wells."""
     if starts is None:
         if not system.is_law:
-            raise InputError(
-                "a denoiser has no samples to look for wells from. Pass starts=, e.g. 64 clean samples."
-            )
+            raise InputError("a denoiser has no samples to look for wells from. Pass starts=, e.g. 64 clean samples.")
         draws = system.source.sample(n, 0.0, generator(0, n))
     else:
         draws = torch.as_tensor(starts)
@@ -738,11 +718,7 @@ def _centre_crossing(system: _System, first: np.ndarray, about: dict[str, Any]) 
     value, highest = math.nan, -math.inf
 
     def limits(x: np.ndarray, lam: float) -> str | None:
-        return (
-            None
-            if system.is_law
-            else f"the network's Jacobian is asymmetric by {system.asymmetry(x, lam):.1%}"
-        )
+        return None if system.is_law else f"the network's Jacobian is asymmetric by {system.asymmetry(x, lam):.1%}"
 
     for p in _march(system, first, high, -1, low, high):
         last, value = value, system.excess(p.x, p.lam)
