@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import worlds
+from tests import worlds
 from scipy import integrate, special, stats
 from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
