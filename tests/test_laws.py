@@ -8,17 +8,18 @@ import math
 import numpy as np
 import pytest
 import torch
-from tests import worlds
 from scipy import integrate, special, stats
 from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from symbreak.data import images
 from symbreak.files import InputError
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.laws.sphere import _bessel, bessel_ratio
 from symbreak.moments import Moments
 from symbreak.noise import generator
+from tests import worlds
 
 LAWS = {
     "gaussian": lambda: Gaussian(worlds.full_mixture().moments),
@@ -696,3 +697,16 @@ def test_wrong_data_sets_and_spheres():
         Sphere(0, 1.0)
     with wrong("expected a number > 0"):
         Sphere(3, -1.0)
+
+
+def test_fitted_on_a_real_data_set_by_labels_and_by_clusters():
+    """The mixture's own moments are those of the data, and its classes are the data's."""
+    digits = images("digits")
+    whole = Moments.fit(digits)
+    for law in (Mixture.fit(digits, labels=True), Mixture.fit(digits, components=10, seed=0)):
+        # within-component covariances divide by n_k - 1, the whole by n - 1: a relative difference of K / n = 1 %
+        torch.testing.assert_close(law.moments.cov, whole.cov, rtol=0.03, atol=0.01)
+        torch.testing.assert_close(law.moments.mean, whole.mean, rtol=1e-6, atol=1e-6)
+    by_label = Mixture.fit(digits, labels=True)
+    guess = by_label.responsibilities(digits.tensor().double(), 0.3).argmax(1)
+    assert (guess == digits.labels).double().mean() > 0.95
