@@ -274,6 +274,8 @@ def test_interrupted_studies_leave_no_half_written_record(tmp_path, sent, code):
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # a test run in the background of a script ignores Ctrl-C, and its children would inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (out / "cells.json").exists() and time.monotonic() < deadline and process.poll() is None:
