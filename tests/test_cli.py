@@ -205,7 +205,7 @@ def test_skip_bad_counts(capsys, tmp_path):
         (("sample", "--start", "FIT", "--at", "foo=400"), "expected speciation"),
         (("sample", "--micro-batch", "0"), "at least 1"),
         (("sample", "--seeds", "99999999999999999999"), "2^63"),
-        (("study", "--calls", "1,5"), "too few for pndm"),
+        (("study", "--calls", "2,5"), "too few for pndm"),
         (("study", "--samplers", "heun"), "cannot spend exactly 10"),
         (("study", "--data", "absent.npy", "--skip-bad"), "does not exist"),
         (("sample", "--start", "none", "--sampler", "ipndm"), "unknown sampler"),

@@ -12,13 +12,14 @@ FLOORS = [
     {"moments"},
     {"laws", "denoise"},
     {"phases", "adapters"},
+    {"cut"},
     {"start"},
     {"sample", "train", "metrics"},
     {"study", "report", "world"},
     {"cli"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-DIFFUSERS = {"adapters", "start", "pipeline", "train"}
+DIFFUSERS = {"adapters", "cut", "pipeline", "train"}
 
 
 def modules():

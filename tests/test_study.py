@@ -141,7 +141,7 @@ def test_records_refuse_what_is_no_record(tmp_path):
         ({"samples": 3}, "at least 2 samples a repeat"),
         ({"samplers": ("magic",)}, "unknown sampler"),
         ({"model": "nope"}, "does not exist"),
-        ({"calls": (3, 1), "samplers": ("ddim", "pndm")}, "too few"),
+        ({"calls": (3, 2), "samplers": ("ddim", "pndm")}, "too few"),
         ({"features": "magic"}, "unknown extractor"),
     ],
 )

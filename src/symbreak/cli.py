@@ -432,11 +432,11 @@ def _level(text: str) -> Any:
 
 
 def _hash(path: Path) -> str:
-    from symbreak.data import _file_hash
+    from symbreak.files import file_hash
 
     if not path.is_file():
         raise InputError(f"{path} does not exist. Expected moments written by `symbreak fit`, or none.")
-    return _file_hash(path)[:16]
+    return file_hash(path)[:16]
 
 
 def _write_images(out: Path, unet: Any, begin: Any, seeds: list[int], micro_batch: int) -> None:

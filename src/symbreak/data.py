@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.files import InputError
+from symbreak.files import InputError, file_hash
 
 __all__ = ["Images", "images"]
 
@@ -377,14 +377,6 @@ def _from_folder(path: Path) -> Images:
     return _eight_bit(str(path), items, len(files), labels, classes if labels is not None else (), fingerprint)
 
 
-def _file_hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _label_names(field_metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...]:
     """Class names from the Hugging Face schema metadata of a parquet file, if it has any."""
     try:
@@ -429,7 +421,7 @@ def _from_parquet(path: Path) -> Images:
                     yield f"row {index}", partial(_attempt, data)
                     index += 1
 
-    return _eight_bit(str(path), items, file.metadata.num_rows, labels, names, lambda: _file_hash(path))
+    return _eight_bit(str(path), items, file.metadata.num_rows, labels, names, lambda: file_hash(path))
 
 
 def _from_hub(source: str) -> Images:
@@ -481,7 +473,7 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
             else "cannot be read"
         )
         raise InputError(f"{path} {what} ({type(error).__name__}). Expected a plain numeric array.") from None
-    return _from_array(str(path), array, labels, value_range, lambda: _file_hash(path))
+    return _from_array(str(path), array, labels, value_range, lambda: file_hash(path))
 
 
 def _from_array(

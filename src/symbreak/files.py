@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -10,7 +11,16 @@ from typing import Any
 
 import torch
 
-__all__ = ["InputError", "output_folder", "read_json", "read_tensors", "write_json", "write_tensors", "write_whole"]
+__all__ = [
+    "InputError",
+    "file_hash",
+    "output_folder",
+    "read_json",
+    "read_tensors",
+    "write_json",
+    "write_tensors",
+    "write_whole",
+]
 
 
 class InputError(ValueError):
@@ -69,6 +79,15 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
             return {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is no safetensors file ({str(error)[:80]}).") from None
+
+
+def file_hash(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def output_folder(path: str | Path) -> Path:

@@ -6,13 +6,15 @@ The same settings give the same record bit for bit on one machine; only ``timing
 from __future__ import annotations
 
 import math
+import platform
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from symbreak.files import InputError, output_folder, read_json, write_json
 
-__all__ = ["Record"]
+__all__ = ["Record", "plain", "versions"]
 
 FORMAT = "symbreak.record"
 VERSION = 1
@@ -27,6 +29,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     return value
+
+
+def versions(threads: int) -> dict[str, str]:
+    """Versions that a result may depend on, and the number of threads, which decides the last bits."""
+    names = ("symbreak", "torch", "diffusers", "numpy", "scipy", "safetensors", "scikit-learn")
+    return {
+        "python": platform.python_version(),
+        "threads": str(threads),
+        **{name: metadata.version(name) for name in names},
+    }
 
 
 @dataclass

@@ -3,205 +3,27 @@
 Above the symmetry breaking the noised data are nearly Gaussian, so a sampler need not start from white
 noise at the top: it starts at level s from  x = mu + Q sqrt(L + s^2) Q^T z, z ~ N(0, I), and spends its
 steps below (Raya & Ambrogioni 2023, arXiv:2305.19693). Nothing else about the sampler changes.
-
-Beta-type schedules are cut by rebuilding the scheduler from its first t + 1 betas, so the network still
-sees its own times; EDM schedulers by ``sigma_max``; flow matching with the shift undone first. What the
-scheduler made of it is read back, and the start is built at the level where it really begins.
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
-import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from symbreak.critical import CriticalTime
+from symbreak.cut import SUPPORTED, LateStart, check_scheduler, check_steps, cut, standard_start
 from symbreak.files import InputError
 from symbreak.noise import NoiseLevel, Schedule, schedule
 from symbreak.phases.speciation import speciation_time
 
-__all__ = ["LateStart", "LateStartWarning", "late_start", "standard_start"]
-
-# States of these live in the VE frame, x = x_0 + sigma eps; of the other beta-type ones in the VP frame.
-_VE_STATE = {
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "KDPM2DiscreteScheduler",
-    "KDPM2AncestralDiscreteScheduler",
-}
-_SIGMAS_VP = {
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-}
-_STEPS_VP = {"DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LCMScheduler"}
-_EDM = {"EDMEulerScheduler", "EDMDPMSolverMultistepScheduler"}
-_FLOW = {"FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"}
-SUPPORTED = _VE_STATE | _SIGMAS_VP | _STEPS_VP | _EDM | _FLOW
-# These step from k to k - T // n whatever their grid says, so T has to be a multiple of n.
-_WHOLE_STRIDE = {"DDIMScheduler", "PNDMScheduler"}
-_MENDS = {"IPNDMScheduler": "it takes trained_betas as its time grid; use PNDMScheduler or DPMSolverMultistepScheduler"}
+__all__ = ["SUPPORTED", "LateStart", "LateStartWarning", "late_start", "standard_start"]
 
 
 class LateStartWarning(UserWarning):
     """A late start is legal but outside the range where theory vouches for it."""
-
-
-@dataclass(frozen=True)
-class LateStart:
-    """A ready scheduler and the state that its first step expects.
-
-    Attributes:
-        scheduler: cut, timesteps set, never stepped; `fresh` gives copies to step with.
-        level: the level where it begins, in the frame of the scheduler's states.
-        law: the law the start is drawn from; ``None`` is the standard start from white noise.
-        steps: num_inference_steps.
-        asked: the level asked for; ``level`` is what the scheduler offers.
-        notes: one line each on what was rounded or is outside the theory.
-    """
-
-    scheduler: Any
-    level: NoiseLevel
-    law: Any | None
-    steps: int
-    asked: NoiseLevel
-    notes: tuple[str, ...] = field(default=())
-
-    @property
-    def calls(self) -> int:
-        """Network calls (NFE) a sample costs: one an entry of the scheduler's timesteps."""
-        return len(self.scheduler.timesteps)
-
-    def fresh(self) -> Any:
-        """A scheduler at its first step, independent of every other."""
-        return copy.deepcopy(self.scheduler)
-
-    def __call__(self, noise: torch.Tensor) -> torch.Tensor:
-        """White noise [B, *S] -> the state that ``scheduler.step`` expects first, deterministically."""
-        if self.law is None:
-            return noise * self._noise_scale()
-        return self.state(self.law.transport(noise, self.level.sigma))
-
-    def state(self, x: torch.Tensor) -> torch.Tensor:
-        """A VE state x = x_0 + sigma eps at the start level, in the scheduler's own frame."""
-        return self.level.alpha * x
-
-    def latents(self, noise: torch.Tensor) -> torch.Tensor:
-        """The start for pipelines that take ``latents=`` and multiply them by ``init_noise_sigma``."""
-        return self(noise) / self._noise_scale()
-
-    def _noise_scale(self) -> float:
-        # Flow-matching schedulers have no init_noise_sigma: their pipelines start from the noise itself.
-        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
-
-    def explain(self) -> str:
-        """One paragraph: where it starts, what it costs, what to know."""
-        law = "white noise" if self.law is None else repr(self.law)
-        head = (
-            f"{type(self.scheduler).__name__}, {self.steps} steps, {self.calls} network calls, from {law} at "
-            f"sigma {self.level.sigma:.4g} (OU time {self.level.ou_time:.4g})."
-        )
-        return " ".join((head, *self.notes))
-
-
-def _refuse(name: str) -> InputError:
-    mend = _MENDS.get(name, f"use one of {', '.join(sorted(SUPPORTED))}")
-    return InputError(f"{name} cannot be cut for a late start; {mend}.")
-
-
-def _check_steps(steps: int) -> None:
-    if int(steps) != steps or steps < 1:
-        raise InputError(f"{steps} steps asked for; expected a whole number of at least 1.")
-
-
-def _set(scheduler: Any, steps: int) -> Any:
-    try:
-        scheduler.set_timesteps(steps)
-    except (ValueError, IndexError) as error:
-        what = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"{type(scheduler).__name__} cannot make {steps} steps here ({what}). Ask for fewer."
-        ) from None
-    return scheduler
-
-
-def _begins_at(scheduler: Any, full: Schedule) -> NoiseLevel:
-    """The level of a ready scheduler's first step, read back from the scheduler itself."""
-    name = type(scheduler).__name__
-    if name in _FLOW:
-        s = float(scheduler.sigmas[0])
-        return NoiseLevel(math.inf, alpha=0.0) if s >= 1 else NoiseLevel(s / (1 - s), alpha=1 - s)
-    if name in _EDM or name in _VE_STATE:
-        return NoiseLevel(float(scheduler.sigmas[0]), alpha=1.0)
-    if name in _SIGMAS_VP:
-        return NoiseLevel(float(scheduler.sigmas[0]))
-    return full.level(float(scheduler.timesteps[0]))
-
-
-def _cut_betas(scheduler: Any, t: int) -> list[float]:
-    """The first t + 1 betas of the realised schedule (after any zero-SNR rescaling), as plain floats."""
-    alpha_bar = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)[: t + 1]
-    betas = np.asarray(scheduler.betas, dtype=np.float64)[: t + 1]
-    if betas[-1] >= 1 or not np.allclose(np.cumprod(1 - betas), alpha_bar, rtol=1e-4, atol=1e-9):
-        betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
-    return [float(b) for b in np.minimum(betas, 1 - 1e-7)]
-
-
-def _cut(scheduler: Any, level: NoiseLevel, steps: int, full: Schedule) -> Any:
-    """A ready scheduler whose first level is ``level`` or the nearest that it can offer."""
-    cls, name, config = type(scheduler), type(scheduler).__name__, dict(scheduler.config)
-    if name in _EDM:
-        return _set(cls.from_config(config, sigma_max=level.sigma), steps)
-    if name in _FLOW:
-        if config.get("use_dynamic_shifting") or config.get("invert_sigmas") or config.get("shift_terminal"):
-            raise InputError(
-                f"{name} with dynamic shifting, inverted sigmas or a shifted terminal cannot be cut; pass a scheduler "
-                "with a fixed shift."
-            )
-        cut = cls.from_config(config)
-        s, shift = level.sigma / (1 + level.sigma), float(config.get("shift") or 1.0)
-        # set_timesteps runs from sigma_max down and applies the shift: hand it the unshifted start.
-        cut.sigma_max = s / (shift - (shift - 1) * s)
-        return _set(cut, steps)
-    t = full.step(level)
-    if name in _WHOLE_STRIDE:
-        t = max(1, round((t + 1) / steps)) * steps - 1
-        while t > full.t_max:
-            t -= steps
-    if steps > t + 1:
-        raise InputError(
-            f"{steps} steps do not fit below step {t} of the schedule, which has {t + 1}. Ask for fewer steps or start "
-            "at a noisier level."
-        )
-    signature = inspect.signature(cls.__init__).parameters
-    grid = int(config.get("original_inference_steps") or 0)
-    if grid:
-        # A consistency model knows only the steps of its own coarse grid: cut at one of them.
-        stride = max(1, int(full.t_max + 1) // grid)
-        grid = max(1, round((t + 1) / stride))
-        t = grid * stride - 1
-        if steps > grid:
-            raise InputError(
-                f"{steps} steps do not fit the {grid} steps of {name}'s own grid below step {t}. Ask for fewer steps "
-                "or start at a noisier level."
-            )
-    changes: dict[str, Any] = {"trained_betas": _cut_betas(scheduler, t), "num_train_timesteps": t + 1}
-    if "timestep_spacing" in signature:
-        changes["timestep_spacing"] = "trailing"
-    if grid:
-        changes["original_inference_steps"] = grid
-    if "rescale_betas_zero_snr" in signature:
-        changes["rescale_betas_zero_snr"] = False
-    return _set(cls.from_config(config, **changes), steps)
 
 
 def _resolve(at: Any, law: Any, full: Schedule) -> NoiseLevel:
@@ -221,7 +43,7 @@ def _resolve(at: Any, law: Any, full: Schedule) -> NoiseLevel:
     if not isinstance(at, NoiseLevel):
         raise InputError(f"at={at!r}; expected 'speciation', a NoiseLevel, a CriticalTime or a step.")
     full.time(at)  # raises outside the schedule
-    if not 0 < at.sigma < math.inf:
+    if not 0 < at.sigma < float("inf"):
         raise InputError(f"a late start at sigma {at.sigma:g}; expected a finite level above 0.")
     return at
 
@@ -254,56 +76,25 @@ def late_start(
 
     Source: arXiv:2305.19693 (Gaussian late start).
     """
-    name = type(scheduler).__name__
-    if name not in SUPPORTED:
-        raise _refuse(name)
-    config = getattr(scheduler, "config", {})
-    if config.get("use_flow_sigmas"):
-        raise InputError(f"{name} with use_flow_sigmas cannot be cut; use FlowMatchEulerDiscreteScheduler.")
+    check_scheduler(scheduler)
     if not hasattr(law, "transport"):
         raise InputError(f"{type(law).__name__} is no law to start from: it has no .transport(noise, sigma).")
-    _check_steps(steps)
-    full = schedule(scheduler)
+    check_steps(steps)
     try:
-        asked = _resolve(at, law, full)
+        asked = _resolve(at, law, schedule(scheduler))
     except InputError:
         raise
     except ValueError as error:
         raise InputError(str(error)) from None
-    ready = _cut(scheduler, asked, int(steps), full)
-    level = _begins_at(ready, full)
-    notes = []
-    if abs(math.log(level.sigma / asked.sigma)) > 0.02:
-        notes.append(f"The grid of {name} begins at sigma {level.sigma:.4g} instead of {asked.sigma:.4g}.")
+    start = cut(scheduler, law, steps, asked)
     if check and hasattr(law, "moments"):
         spectral = speciation_time(law)
-        if spectral.sigma is not None and level.sigma < spectral.sigma * (1 - 0.02):
+        if spectral.sigma is not None and start.level.sigma < spectral.sigma * (1 - 0.02):
             note = (
-                f"The start at sigma {level.sigma:.4g} lies below the spectral speciation level {spectral.sigma:.4g}: "
-                "the data are no longer Gaussian there; compare non-Gaussianity before you rely on it."
+                f"The start at sigma {start.level.sigma:.4g} lies below the spectral speciation level "
+                f"{spectral.sigma:.4g}: the data are no longer Gaussian there; "
+                "compare non-Gaussianity before you rely on it."
             )
-            notes.append(note)
+            start = replace(start, notes=(*start.notes, note))
             warnings.warn(note, LateStartWarning, stacklevel=2)
-    return LateStart(ready, level, law, int(steps), asked, tuple(notes))
-
-
-def standard_start(scheduler: Any, steps: int, spacing: str | None = None) -> LateStart:
-    """The usual start from white noise at the top of the schedule, with the face of a late one.
-
-    Args:
-        scheduler: any diffusers scheduler; it is not changed.
-        steps: num_inference_steps.
-        spacing: ``"leading"``, ``"linspace"`` or ``"trailing"``; ``None`` keeps the scheduler's own.
-    """
-    _check_steps(steps)
-    cls = type(scheduler)
-    takes = "timestep_spacing" in inspect.signature(cls.__init__).parameters
-    if spacing is not None and not takes:
-        raise InputError(f"{cls.__name__} has no timestep_spacing. Leave spacing out.")
-    config = dict(scheduler.config) | ({} if spacing is None else {"timestep_spacing": spacing})
-    ready = _set(cls.from_config(config), int(steps))
-    if type(ready).__name__ in SUPPORTED:
-        level = _begins_at(ready, schedule(scheduler))
-    else:
-        level = schedule(scheduler).level(float(ready.timesteps[0]))
-    return LateStart(ready, level, None, int(steps), level)
+    return start

@@ -15,12 +15,9 @@ import hashlib
 import inspect
 import io
 import json
-import platform
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +33,9 @@ from symbreak.metrics.memorization import nearest_summary
 from symbreak.moments import Moments
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import ladder, speciation_time
-from symbreak.record import Record, plain
+from symbreak.record import Record, plain, versions
 from symbreak.sample import generate
-from symbreak.start import LateStart, LateStartWarning, late_start, standard_start
+from symbreak.start import LateStart, late_start, standard_start
 
 __all__ = ["Study", "diagnose", "run"]
 
@@ -88,47 +85,32 @@ class Study:
 
     def smoke(self) -> Study:
         """The same study, small enough for a minute."""
-        return Study(
-            **{
-                **asdict(self),
-                "samplers": self.samplers,
-                "calls": self.calls,
-                "samples": 50,
-                "repeats": 5,
-                "selection": 50,
-                "sweep": (0.6, 1.0, 1.7),
-                "micro_batch": 50,
-                "reference_calls": 0,
-                "quick": True,
-            }
+        return replace(
+            self,
+            samples=50,
+            repeats=5,
+            selection=50,
+            sweep=(0.6, 1.0, 1.7),
+            micro_batch=50,
+            reference_calls=0,
+            quick=True,
         )
 
 
-def versions() -> dict[str, str]:
-    """Versions that a result may depend on."""
-    names = ("symbreak", "torch", "diffusers", "numpy", "scipy", "safetensors", "scikit-learn")
-    found = {"python": platform.python_version(), "threads": str(torch.get_num_threads())}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "unknown"
-    return found
-
-
-def diagnose(data: Images, model: Any = None, modes: int = 10) -> Record:
+def diagnose(data: Images, model: Any = None, modes: int = 10, moments: Moments | None = None) -> Record:
     """Critical times of a data set: the spectral speciation time with its interval, in every unit.
 
     Args:
         data: images.
         model: a diffusers pipeline; its own schedule then gives the step.
         modes: rungs of the ladder.
+        moments: of the data, where they are already fitted.
 
     Returns:
         A `Record` of kind ``"phases"``: the times for pixels in [-1, 1] and in [0, 1].
     """
     began = time.perf_counter()
-    moments = Moments.fit(data)
+    moments = Moments.fit(data) if moments is None else moments
     fitted = time.perf_counter()
     name = "ddpm-linear" if model is None else type(model.scheduler).__name__
     steps = schedule("ddpm-linear" if model is None else model.scheduler)
@@ -167,7 +149,7 @@ def diagnose(data: Images, model: Any = None, modes: int = 10) -> Record:
         "modes": modes,
     }
     timings = {"moments": fitted - began, "times": time.perf_counter() - fitted}
-    return Record("phases", settings, content, versions(), timings)
+    return Record("phases", settings, content, versions(torch.get_num_threads()), timings)
 
 
 def _describe(data: Images) -> dict[str, Any]:
@@ -227,9 +209,15 @@ class _Cells:
             self.path.unlink(missing_ok=True)
 
 
-def _steps(sampler: str, calls: int) -> int:
-    """num_inference_steps that cost the given number of network calls."""
-    return calls - 1 if sampler == "pndm" else (calls + 1) // 2 if sampler in ("heun", "kdpm2", "kdpm2-a") else calls
+def _steps(sampler: str, full: Any, calls: int) -> int:
+    """num_inference_steps that cost the given number of network calls, asked of the scheduler itself."""
+    for steps in range(calls, 0, -1):
+        if standard_start(full, steps).calls == calls:
+            return steps
+    raise InputError(
+        f"{sampler} cannot spend exactly {calls} network calls: too few for {sampler}, or between two of its step "
+        "counts. Choose other --calls."
+    )
 
 
 def run(study: Study, out: str | Path | None = None, progress: Progress | None = None) -> Record:
@@ -274,7 +262,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
     spectral = speciation_time(moments)
     if spectral.level is None:
         raise InputError(f"{train.name} has no spectral speciation level: {spectral.reason} A study needs one.")
-    phases = diagnose(train, pipe).content
+    phases = diagnose(train, pipe, moments=moments).content
     lap("moments", mark)
 
     mark = time.perf_counter()
@@ -287,12 +275,9 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
     lap("features", mark)
 
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
-    identity = hashlib.sha256(
-        json.dumps(
-            [settings, train.fingerprint(), held_out.fingerprint(), weights_hash(pipe.unet), versions()],
-            sort_keys=True,
-        ).encode()
-    ).hexdigest()
+    weights, packages = weights_hash(pipe.unet), versions(torch.get_num_threads())
+    whole = [settings, train.fingerprint(), held_out.fingerprint(), weights, packages]
+    identity = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
     cells = _Cells(None if folder is None else folder / "cells.json", identity)
     train_images = train.tensor()
 
@@ -342,17 +327,15 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         spacing, factor = min(standard, key=standard.__getitem__), min(swept, key=swept.__getitem__)
         lap("choosing", mark)
         mark = time.perf_counter()
-        spectral_cell = cell(f"{name}/spectral", plan.spectral, {"factor": 1.0})
-        best = plan.late[factor]
         row = {
             "sampler": plan.sampler,
             "calls": plan.calls,
-            "steps": plan.spectral.steps,
+            "steps": plan.late[1.0].steps,
             "standard": cell(f"{name}/standard", plan.standard[spacing], {"spacing": spacing}),
-            "spectral": spectral_cell,
-            # The sweep holds the speciation level itself: where it wins, the cell is the same.
-            "best": spectral_cell if factor == 1.0 else cell(f"{name}/best", best, {"factor": factor}),
-            "noised": cell(f"{name}/noised", best, {"factor": factor}, noised=True),
+            # Cells are kept by factor: where the speciation level wins the sweep, the two are one.
+            "spectral": cell(f"{name}/late/1.0", plan.late[1.0], {"factor": 1.0}),
+            "best": cell(f"{name}/late/{factor}", plan.late[factor], {"factor": factor}),
+            "noised": cell(f"{name}/noised", plan.late[factor], {"factor": factor}, noised=True),
             "sweep": [
                 {"sigma": plan.late[f].level.sigma, "factor": f, "pooled": v, "samples": study.selection}
                 for f, v in swept.items()
@@ -376,7 +359,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         "held_out": _describe(held_out),
         "network": {
             "source": study.model,
-            "weights": weights_hash(pipe.unet),
+            "weights": weights,
             "parameters": sum(p.numel() for p in pipe.unet.parameters()),
             "prediction": network.prediction,
             "scheduler": type(pipe.scheduler).__name__,
@@ -404,7 +387,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         "smoke": study.quick,
     }
     lap("all", began)
-    record = Record("study", settings, content, versions(), timings)
+    record = Record("study", settings, content, packages, timings)
     if folder is not None:
         record.save(folder)
         cells.close()
@@ -436,33 +419,20 @@ class _Plan:
 
     sampler: str
     calls: int
-    standard: dict[str, LateStart]
-    late: dict[float, LateStart]
-    spectral: LateStart
+    standard: dict[str, LateStart]  # by spacing
+    late: dict[float, LateStart]  # by level, as a multiple of the speciation sigma; 1.0 is always there
 
 
 def _plan(sampler: str, full: Any, calls: int, law: Gaussian, level: NoiseLevel, sweep: tuple[float, ...]) -> _Plan:
-    steps = _steps(sampler, calls)
-    if steps < 1:
-        raise InputError(f"{calls} network calls are too few for {sampler}.")
+    steps = _steps(sampler, full, calls)
     takes = "timestep_spacing" in inspect.signature(type(full).__init__).parameters
     standard = {s: standard_start(full, steps, s) for s in SPACINGS} if takes else {"own": standard_start(full, steps)}
-    late = {f: _quiet(full, law, steps, NoiseLevel(level.sigma * f)) for f in sweep}
-    plan = _Plan(sampler, calls, standard, late, _quiet(full, law, steps, level))
-    spent = {s.calls for s in (*standard.values(), *late.values(), plan.spectral)}
+    # A sweep goes below the spectral level on purpose: no check.
+    late = {f: late_start(full, law, steps, at=NoiseLevel(level.sigma * f), check=False) for f in sorted({1.0, *sweep})}
+    spent = {s.calls for s in (*standard.values(), *late.values())}
     if spent != {calls}:
-        raise InputError(
-            f"{sampler} cannot spend exactly {calls} network calls (it spends {', '.join(map(str, sorted(spent)))}). "
-            "Choose other --calls."
-        )
-    return plan
-
-
-def _quiet(full: Any, law: Gaussian, steps: int, level: NoiseLevel) -> LateStart:
-    """A late start at a level that a sweep tries on purpose: no warning below the spectral level."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", LateStartWarning)
-        return late_start(full, law, steps, at=level)
+        raise InputError(f"{sampler} spends {sorted(spent)} network calls at different levels; expected {calls}.")
+    return _Plan(sampler, calls, standard, late)
 
 
 def _start_dict(start: LateStart) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import metadata, resources
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.speciation import cloning_probability, speciation_time
 from symbreak.phases.stability import FixedPoints, bifurcation, fixed_points, potential
-from symbreak.record import Record
+from symbreak.record import Record, versions
 
 __all__ = [
     "WORLDS",
@@ -450,7 +450,7 @@ def explore_world(name: str, train: bool = False, seed: int = 0, progress: Progr
         content["network"] = _network(scene, content["critical"], seed, tell)
         lap("network")
     settings = {"world": name, "train": train, "seed": seed}
-    return Record("world", settings, content, _versions(), timings)
+    return Record("world", settings, content, versions(torch.get_num_threads()), timings)
 
 
 def _short(values: Any, digits: int = 7) -> list[Any]:
@@ -459,10 +459,6 @@ def _short(values: Any, digits: int = 7) -> list[Any]:
     if array.ndim > 1:
         return [_short(row, digits) for row in array]
     return [None if math.isnan(v) else float(f"{v:.{digits}g}") for v in array]
-
-
-def _versions() -> dict[str, str]:
-    return {p: metadata.version(p) for p in ("torch", "numpy", "scipy")}
 
 
 def _project(scene: _Scene, states: torch.Tensor, alpha: float) -> np.ndarray:
