@@ -13,6 +13,7 @@ FLOORS = [
     {"laws", "denoise"},
     {"phases", "adapters"},
     {"cut"},
+    {"choose"},
     {"start"},
     {"sample", "train", "metrics"},
     {"study", "report", "world"},

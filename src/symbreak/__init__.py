@@ -16,7 +16,7 @@ _HOMES = {
     "data": ("Images", "images"),
     "denoise": ("Denoiser", "score"),
     "files": ("InputError",),
-    "laws": ("Empirical", "Gaussian", "Mixture", "Sphere"),
+    "laws": ("Empirical", "Gaussian", "Mixture", "PrincipalMixture", "Sphere"),
     "metrics": ("evaluate", "extractor"),
     "moments": ("Moments", "frechet_distance"),
     "noise": ("NoiseLevel", "Schedule", "schedule"),
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from symbreak.data import Images, images
     from symbreak.denoise import Denoiser, score
     from symbreak.files import InputError
-    from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
+    from symbreak.laws import Empirical, Gaussian, Mixture, PrincipalMixture, Sphere
     from symbreak.metrics import evaluate, extractor
     from symbreak.moments import Moments, frechet_distance
     from symbreak.noise import NoiseLevel, Schedule, schedule

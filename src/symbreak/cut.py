@@ -57,6 +57,7 @@ class LateStart:
         asked: the level asked for; ``level`` is what the scheduler offers.
         full: the scheduler before it was cut.
         notes: one line each on what was rounded or is outside the theory.
+        choice: why it was chosen, where ``at="auto"`` did.
     """
 
     scheduler: Any
@@ -66,6 +67,7 @@ class LateStart:
     asked: NoiseLevel
     full: Any
     notes: tuple[str, ...] = field(default=())
+    choice: Any | None = None
 
     @property
     def calls(self) -> int:
@@ -102,13 +104,14 @@ class LateStart:
         return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
     def explain(self) -> str:
-        """One paragraph: where it starts, what it costs, what to know."""
+        """Where it starts, what it costs, what to know; after ``at="auto"`` the two curves and their minimum."""
         law = "white noise" if self.law is None else repr(self.law)
         head = (
             f"{type(self.scheduler).__name__}, {self.steps} steps, {self.calls} network calls, from {law} at "
             f"sigma {self.level.sigma:.4g} (OU time {self.level.ou_time:.4g})."
         )
-        return " ".join((head, *self.notes))
+        text = " ".join((head, *self.notes))
+        return text if self.choice is None else f"{text}\n{self.choice.table()}"
 
 
 def check_scheduler(scheduler: Any) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from symbreak.choose import choose
 from symbreak.critical import CriticalTime
 from symbreak.cut import SUPPORTED, LateStart, check_scheduler, check_steps, cut, standard_start
 from symbreak.files import InputError
@@ -30,7 +31,7 @@ def _resolve(at: Any, law: Any, full: Schedule) -> NoiseLevel:
     """The level that ``at`` means."""
     if isinstance(at, str):
         if at != "speciation":
-            raise InputError(f"at={at!r}; expected 'speciation', a level, a CriticalTime or a step.")
+            raise InputError(f"at={at!r}; expected 'speciation', 'auto', a level, a CriticalTime or a step.")
         at = speciation_time(law)
     if isinstance(at, CriticalTime):
         if at.level is None:
@@ -52,36 +53,61 @@ def late_start(
     scheduler: Any,
     law: Any,
     steps: int = 5,
-    at: NoiseLevel | CriticalTime | str | int | float = "speciation",
+    at: NoiseLevel | CriticalTime | str | int | float = "auto",
+    denoiser: Any = None,
+    data: Any = None,
     check: bool = True,
 ) -> LateStart:
     """Cut a scheduler so that it begins at a level, and start there from a law.
 
     Args:
         scheduler: a diffusers scheduler (`SUPPORTED` lists the classes); it is not changed.
-        law: a law with ``.transport(noise, sigma)``, such as `Gaussian`.
+        law: a law with ``.transport(noise, sigma)``, such as `Gaussian`; for ``"auto"`` also a list of laws.
         steps: num_inference_steps below the start; ``.calls`` says how many network calls they cost.
-        at: ``"speciation"`` (spectral), a `NoiseLevel`, a `CriticalTime`, or a step of the schedule.
-        check: warn where the level lies below the spectral speciation level.
+        at: ``"auto"`` weighs what the law costs against what the sampler costs (docs/choosing-a-start.md)
+            and may choose the standard start (``law`` is then ``None``); it needs ``denoiser`` and ``data``,
+            and without them falls back to ``"speciation"`` (spectral). Or a `NoiseLevel`, a `CriticalTime`,
+            or a step of the schedule.
+        denoiser: for ``"auto"``: the network as a `Denoiser`, from `denoiser`.
+        data: for ``"auto"``: at least 16 images, better 256, best ones that neither law nor network saw.
+        check: warn where the level lies below the spectral speciation level, or where ``"auto"`` finds signs
+            that the start is not to be trusted.
 
     Returns:
         A `LateStart`: ``start(noise)`` is the state that ``start.scheduler.step`` expects first.
 
     Raises:
-        InputError: for a scheduler that cannot be cut, a level outside the schedule, or more steps
-            than the cut schedule has.
+        InputError: for a scheduler that cannot be cut, a level outside the schedule, more steps
+            than the cut schedule has, or shapes and ranges that do not fit.
 
     Warns:
-        LateStartWarning: where the start is later than the spectral speciation level.
+        LateStartWarning: where the start is later than the spectral speciation level, or not to be trusted.
 
     Source: arXiv:2305.19693 (Gaussian late start).
     """
     check_scheduler(scheduler)
-    if not hasattr(law, "transport"):
-        raise InputError(f"{type(law).__name__} is no law to start from: it has no .transport(noise, sigma).")
+    laws = list(law) if isinstance(law, (list, tuple)) else [law]
+    if not laws:
+        raise InputError("no law to start from; expected one, or a list of them.")
+    for one in laws:
+        if not hasattr(one, "transport"):
+            raise InputError(f"{type(one).__name__} is no law to start from: it has no .transport(noise, sigma).")
     check_steps(steps)
+    automatic = isinstance(at, str) and at == "auto"
+    if automatic and denoiser is not None and data is not None:
+        start, choice = choose(scheduler, laws, int(steps), denoiser, data)
+        if check:
+            for note in choice.signatures:
+                warnings.warn(note, LateStartWarning, stacklevel=2)
+        return replace(start, notes=(*start.notes, choice.sentence, *choice.signatures), choice=choice)
+    if len(laws) > 1:
+        raise InputError(
+            f"{len(laws)} laws came without what choosing among them needs. Pass at='auto' with denoiser= and data=, "
+            "or one law."
+        )
+    law = laws[0]
     try:
-        asked = _resolve(at, law, schedule(scheduler))
+        asked = _resolve("speciation" if automatic else at, law, schedule(scheduler))
     except InputError:
         raise
     except ValueError as error:
@@ -92,8 +118,8 @@ def late_start(
         if spectral.sigma is not None and start.level.sigma < spectral.sigma * (1 - 0.02):
             note = (
                 f"The start at sigma {start.level.sigma:.4g} lies below the spectral speciation level "
-                f"{spectral.sigma:.4g}: the data are no longer Gaussian there; "
-                "compare non-Gaussianity before you rely on it."
+                f"{spectral.sigma:.4g}: the data are no longer Gaussian there; compare non-Gaussianity before you rely "
+                "on it."
             )
             start = replace(start, notes=(*start.notes, note))
             warnings.warn(note, LateStartWarning, stacklevel=2)

@@ -25,7 +25,7 @@ import torch
 from symbreak.files import InputError
 from symbreak.noise import generator
 
-__all__ = ["Parameters", "column", "flatten", "fresh", "level", "plain", "probability_flow", "top_eigenvalue"]
+__all__ = ["Parameters", "column", "flatten", "fresh", "level", "path", "plain", "probability_flow", "top_eigenvalue"]
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -128,8 +128,8 @@ def top_eigenvalue(product: Product, dim: int, iterations: int = 12) -> float:
     return value
 
 
-def _path(sigma_from: float, sigma: float, c: float, steps: int) -> list[float]:
-    """a = log(sigma / (sigma + c)) at the ends, middles included: 2 steps + 1 values of sigma."""
+def path(sigma_from: float, sigma: float, c: float, steps: int) -> list[float]:
+    """2 steps + 1 levels, middles of the steps included, equally spaced in a = log(sigma / (sigma + c))."""
     ends = [0.0 if math.isinf(s) else -math.log1p(c / s) for s in (sigma_from, sigma)]
     grid = [ends[0] + (ends[1] - ends[0]) * i / (2 * steps) for i in range(2 * steps + 1)]
     # sigma = c e^a / (1 - e^a); the ends exactly as given.
@@ -185,7 +185,7 @@ def probability_flow(
         d = denoise(mu + r * g, s)
         return ((s + c) / c) * (g * (variance / r**2) - (d - mu) / r)
 
-    sigmas = _path(start, float(sigma), c, steps)
+    sigmas = path(start, float(sigma), c, steps)
     ends = [0.0 if math.isinf(s) else -math.log1p(c / s) for s in (start, float(sigma))]
     h = (ends[1] - ends[0]) / steps
     g = x if math.isinf(start) else (x - mu) / radius(start)

@@ -37,6 +37,7 @@ class Gaussian:
         self.moments = moments
         self.shape: tuple[int, ...] = moments.shape
         self.eigenvalues, self.eigenvectors = moments.eigh
+        self.floor = 0.0  # variance of what no eigenvector spans
         self._whole = Parameters(moments.mean.reshape(-1), self.eigenvalues, self.eigenvectors)
 
     @classmethod

@@ -104,6 +104,7 @@ class Mixture:
         self.eigenvalues = values  # [K, r]
         self.floor = floor  # [K]
         self.count = count
+        self.classes: torch.Tensor | None = None  # [K], the class each component belongs to
         self._parameters = Parameters(means, vectors, values, floor, self.weights.log())
 
     @classmethod
@@ -218,6 +219,7 @@ class Mixture:
         classes, code = np.unique(np.asarray(torch.as_tensor(labels).cpu()).reshape(-1), return_inverse=True)
         found = _class_moments(batches, code, classes)
         law = cls(found)
+        law.classes = torch.as_tensor(classes).long() if components is None else None
         d = math.prod(law.shape)
         if kind == "isotropic":
             variance = torch.tensor([float(m.eigh[0].sum()) / d for m in found], dtype=torch.float64)
@@ -232,8 +234,38 @@ class Mixture:
             flat = cls.from_parameters(law.means.reshape(-1, *law.shape), factors, law.weights)
         else:
             return law
-        flat.count = law.count
+        flat.count, flat.classes = law.count, law.classes
         return flat
+
+    def log_weights(self, labels: Any, batch: int) -> torch.Tensor:
+        """Log weights of the components, [1, K], or [B, K] given the class [B] of every sample.
+
+        Raises:
+            InputError: for labels of a mixture without classes, of another number, or of no class of it.
+        """
+        if labels is None:
+            return self.weights.log()[None]
+        if self.classes is None:
+            raise InputError("labels for a mixture without classes. Fit it with labels=, or leave labels out.")
+        y = torch.as_tensor(labels).reshape(-1).cpu()
+        if len(y) != batch:
+            raise InputError(f"{len(y)} labels for {batch} samples; expected one each.")
+        inside = y[:, None] == self.classes
+        bad = y[~inside.any(1)]
+        if len(bad):
+            known = ", ".join(str(c) for c in self.classes.unique().tolist()[:20])
+            raise InputError(f"label {int(bad[0])} is no class of this mixture. Known: {known}.")
+        return torch.where(inside, self.weights.log(), -math.inf).log_softmax(1)
+
+    def given(self, label: int) -> Mixture:
+        """The law of one class: its components, weights summing to one."""
+        chosen = torch.isfinite(self.log_weights([label], 1)[0])
+        law = type(self).__new__(type(self))
+        pi = self.weights[chosen]
+        parts = self.means[chosen], self.vectors[chosen], self.eigenvalues[chosen], self.floor[chosen]
+        law._set(self.shape, *parts, pi / pi.sum(), self.count)
+        law.classes = torch.full((int(chosen.sum()),), int(label))
+        return law
 
     @property
     def dim(self) -> int:
@@ -469,7 +501,12 @@ class Mixture:
         return x.reshape(n, *self.shape), label
 
     def transport(
-        self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None, steps: int = 48
+        self,
+        noise: torch.Tensor,
+        sigma: float,
+        sigma_from: float | None = None,
+        steps: int = 48,
+        labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Carry noise along the law's probability flow to level sigma, deterministically.
 
@@ -478,11 +515,21 @@ class Mixture:
             sigma: target level.
             sigma_from: level of the states given; ``None`` for pure noise (the limit of infinite sigma).
             steps: Runge-Kutta steps; the error falls with their fourth power.
+            labels: class [B] of every sample: each follows the flow of its own class.
 
         Returns:
             VE states [B, *S] at sigma.
         """
         flatten(noise, self.shape)
+        if labels is not None:
+            self.log_weights(labels, len(noise))
+            out = torch.zeros_like(noise)
+            y = torch.as_tensor(labels).reshape(-1).cpu()
+            for label in y.unique().tolist():
+                # The whole batch for every class: no sample's bits depend on the classes of its neighbours.
+                moved = self.given(label).transport(noise, sigma, sigma_from, steps)
+                out[y == label] = moved[y == label]
+            return out
         variance, spread = self._scales
         mean = self._centre.reshape(self.shape)
         return probability_flow(self.denoise, noise, sigma, sigma_from, mean, variance, spread, steps)

@@ -1,0 +1,468 @@
+"""Choosing a start: which law, at which level, on which grid, for a scheduler and a number of network calls.
+
+Everything is put into one unit, the squared error of the final sample in pixel^2, summed over pixels
+(docs/choosing-a-start.md derives it):
+
+    law cost A(sigma)      of using the law's denoiser D_q instead of the network's D_net above sigma:
+                           integral_sigma^inf (loss_q(u) - loss_net(u)) dlog u, both losses of what the
+                           Gaussian's flow carries from level u to the end, (C (C + u^2)^-1)^1/2 (x_0 - D)
+    sampler cost B(sigma)  of the real scheduler's steps below sigma, run with the best law in the network's
+                           place against that law's exact flow: no network call
+
+The least A + B wins; the standard start competes with A = 0 and the B of its whole schedule. Losses are
+denoising losses on given images; no image is sampled from the network, and no distance between images of it
+and data is looked at. Source: derived, from theory of arXiv:2305.19693 and the I-MMSE relation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from symbreak.adapters import as_unet
+from symbreak.cut import LateStart, cut, standard_start
+from symbreak.denoise import as_denoiser
+from symbreak.files import InputError
+from symbreak.laws import Gaussian
+from symbreak.noise import NoiseLevel, generator, schedule
+
+__all__ = ["Candidate", "Choice", "LossGap", "choose", "loss_gaps"]
+
+LEVELS = 12  # start levels that are tried
+LOSSES = 20  # levels at which denoising losses are taken
+IMAGES = 256  # images for the losses
+STATES = 192  # states for the sampler's cost
+NUMBERS = 2**26  # but no more numbers than this in one batch of states
+STOCHASTIC = 2.0  # squared error of paths over squared distance of moments, measured for deterministic samplers
+CHUNK = 64  # images of one call of the network
+LOWEST, HIGHEST = 0.1, 3.0  # start levels that are tried, as multiples of the top standard deviation
+END = 0.02  # where exact flows end, as a share of the lowest start level
+FLOW_STEPS = 24
+WARN_NATS = 1.0
+WARN_NONLINEAR = 0.5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to start, and what it costs.
+
+    Attributes:
+        law: index of the law, ``None`` for the standard start.
+        grid: name of the grid.
+        level: where it begins.
+        law_cost, sampler_cost: squared error of the final sample, pixel^2 summed over pixels.
+    """
+
+    law: int | None
+    grid: str
+    level: NoiseLevel
+    law_cost: float
+    sampler_cost: float
+
+    @property
+    def cost(self) -> float:
+        """Both together."""
+        return self.law_cost + self.sampler_cost
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Why a start was chosen.
+
+    Attributes:
+        laws: their names.
+        candidates: everything that was tried.
+        chosen: the cheapest.
+        nats: lower bound on KL(data || law) at the chosen level and its standard error, from the losses.
+        gaussian_nats: the same for one Gaussian.
+        nonlinear: share of the network's denoiser, in variance, that one Gaussian's does not explain there.
+        images, states: counts behind the two costs.
+        signatures: one line each on what speaks against trusting the start.
+    """
+
+    laws: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    nats: tuple[float, float]
+    gaussian_nats: float
+    nonlinear: float
+    images: int
+    states: int
+    signatures: tuple[str, ...]
+
+    @property
+    def standard(self) -> Candidate:
+        """The best standard start."""
+        return min((c for c in self.candidates if c.law is None), key=lambda c: c.cost)
+
+    @property
+    def sentence(self) -> str:
+        """What was chosen, in one sentence."""
+        best, usual = self.chosen, self.standard
+        against = "Expected squared error of an image, against exact sampling with the network:"
+        if best.law is None:
+            return f"{against} {best.cost:.3g} for the standard start on the grid {best.grid}, and no late start less."
+        return (
+            f"{against} {best.cost:.3g} for {self.laws[best.law]} at sigma {best.level.sigma:.3g} on the grid "
+            f"{best.grid} ({best.law_cost:.2g} for the law, {best.sampler_cost:.2g} for the sampler), {usual.cost:.3g} "
+            "for the standard start."
+        )
+
+    def table(self) -> str:
+        """The two curves of the chosen law and grid, the minimum marked, as text."""
+        best = self.chosen
+        if best.law is None:
+            late = [c for c in self.candidates if c.law is not None]
+            best = min(late, key=lambda c: c.cost) if late else best
+        rows = [c for c in self.candidates if (c.law, c.grid) == (best.law, best.grid)]
+        lines = [f"{'sigma':>8} {'law':>9} {'sampler':>9} {'sum':>9}"]
+        for c in sorted(rows, key=lambda c: -c.level.sigma):
+            mark = " <- least" if c is self.chosen else ""
+            costs = f"{c.law_cost:9.3g} {c.sampler_cost:9.3g} {c.cost:9.3g}"
+            lines.append(f"{c.level.sigma:8.3g} {costs}{mark}")
+        usual = self.standard
+        mark = " <- least" if usual is self.chosen else ""
+        lines.append(f"{'standard':>8} {0.0:9.3g} {usual.sampler_cost:9.3g} {usual.cost:9.3g}{mark}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for records."""
+
+        def one(c: Candidate) -> dict[str, Any]:
+            costs = {"law_cost": c.law_cost, "sampler_cost": c.sampler_cost}
+            return {"law": c.law, "grid": c.grid, "level": c.level.to_dict(), **costs}
+
+        return {
+            "laws": list(self.laws),
+            "candidates": [one(c) for c in self.candidates],
+            "chosen": one(self.chosen),
+            "nats": list(self.nats),
+            "gaussian_nats": self.gaussian_nats,
+            "nonlinear": self.nonlinear,
+            "images": self.images,
+            "states": self.states,
+            "signatures": list(self.signatures),
+            "sentence": self.sentence,
+        }
+
+
+@dataclass(frozen=True)
+class LossGap:
+    """Denoising losses of a law against a network's, on the same noised images.
+
+    Attributes:
+        sigma: rising levels [U].
+        cost: law cost A of a start at every level [U], pixel^2 summed over pixels.
+        nats: integral of (loss_q - loss_net) / u^2 dlog u from every level up [U]: in expectation a lower
+            bound on KL(data || law) at that level; ``error`` [U] is its standard error over images.
+        nonlinear: E|D_net - D_q|^2 / E|D_net - mean|^2 at every level [U].
+        images: number of images.
+    """
+
+    sigma: np.ndarray
+    cost: np.ndarray
+    nats: np.ndarray
+    error: np.ndarray
+    nonlinear: np.ndarray
+    images: int
+
+    def at(self, name: str, sigma: float) -> float:
+        """A curve at a level, linear in log sigma, constant beyond the ends."""
+        return float(np.interp(math.log(sigma), np.log(self.sigma), getattr(self, name)))
+
+
+def _from_above(values: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+    """Trapezoidal integral over log sigma from every level [U, ...] to the top."""
+    width = np.diff(np.log(sigma)).reshape(-1, *[1] * (values.ndim - 1))
+    steps = np.concatenate([0.5 * (values[1:] + values[:-1]) * width, np.zeros_like(values[:1])])
+    return np.flip(np.cumsum(np.flip(steps, 0), 0), 0)
+
+
+def loss_gaps(
+    denoiser: Any, laws: list[Any], data: torch.Tensor, sigma: np.ndarray, gaussian: Gaussian, seed: int = 0
+) -> list[LossGap]:
+    """Denoising losses of laws against those of a network.
+
+    Args:
+        denoiser: network as a `Denoiser`.
+        laws: laws with ``.denoise``.
+        data: images [N, *S], best ones that neither the laws nor the network were fitted on.
+        sigma: rising levels [U] inside the network's range.
+        gaussian: whose flow says how much of an error at a level reaches the end.
+        seed: of the noise, the same at every level.
+
+    Returns:
+        One `LossGap` a law.
+    """
+    eps = torch.randn(data.shape, generator=generator(seed, 21), dtype=data.dtype)
+    mean = gaussian.moments.mean.to(data)
+    end = END * float(sigma[0])
+
+    def energy(r: torch.Tensor) -> np.ndarray:
+        return (r * r).flatten(1).double().sum(1).numpy()
+
+    def reach(r: torch.Tensor, u: float) -> np.ndarray:
+        return energy(gaussian.transport(mean + r, end, sigma_from=u) - mean)
+
+    weighted, plain = (np.zeros((len(laws), len(sigma), len(data))) for _ in range(2))
+    apart, spread = np.zeros((len(laws), len(sigma))), np.zeros(len(sigma))
+    with torch.inference_mode():
+        for j, u in enumerate(map(float, sigma)):
+            x = data + u * eps
+            net = torch.cat([denoiser(part, u) for part in x.split(CHUNK)])
+            own_reach, own = reach(data - net, u), energy(data - net)
+            spread[j] = energy(net - mean).mean()
+            for i, law in enumerate(laws):
+                d = law.denoise(x, u)
+                weighted[i, j] = reach(data - d, u) - own_reach
+                plain[i, j] = energy(data - d) - own
+                apart[i, j] = energy(d - net).mean()
+    out = []
+    for i in range(len(laws)):
+        nats = _from_above(plain[i] / sigma[:, None] ** 2, sigma)
+        out.append(
+            LossGap(
+                sigma,
+                _from_above(weighted[i].mean(1), sigma),
+                nats.mean(1),
+                nats.std(1, ddof=1) / math.sqrt(len(data)),
+                apart[i] / spread,
+                len(data),
+            )
+        )
+    return out
+
+
+def _grids(scheduler: Any) -> dict[str, Any]:
+    """The scheduler on every grid that it offers: its own first."""
+    config = dict(scheduler.config)
+    cls = type(scheduler)
+    signature = inspect.signature(cls.__init__).parameters
+    grids = {"own": scheduler}
+    if "use_karras_sigmas" in signature and not (
+        config.get("use_exponential_sigmas") or config.get("use_beta_sigmas") or config.get("use_lu_lambdas")
+    ):
+        other = not config.get("use_karras_sigmas")
+        grids["Karras" if other else "uniform"] = cls.from_config(config, use_karras_sigmas=other)
+    return grids
+
+
+def _standards(scheduler: Any, steps: int) -> dict[str, LateStart]:
+    """Standard starts by spacing."""
+    if "timestep_spacing" not in inspect.signature(type(scheduler).__init__).parameters:
+        return {"": standard_start(scheduler, steps)}
+    starts = {}
+    for spacing in ("leading", "trailing", "linspace"):
+        try:
+            starts[f", {spacing}"] = standard_start(scheduler, steps, spacing)
+        except InputError:
+            continue  # a spacing that does not fit these steps
+    return starts
+
+
+def _run(start: LateStart, unet: Any, state: torch.Tensor, seed: int) -> torch.Tensor:
+    """Final states of the real scheduler with a law in the network's place."""
+    scheduler = start.fresh()
+    extra = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        extra["generator"] = generator(seed, 23)
+    scales = hasattr(scheduler, "scale_model_input")
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            seen = scheduler.scale_model_input(state, t) if scales else state
+            out = unet(seen, t, return_dict=False)[0]
+            state = scheduler.step(out, t, state, return_dict=False, **extra)[0]
+    return state.clone()
+
+
+def _moments_gap(a: torch.Tensor, b: torch.Tensor, gaussian: Gaussian) -> float:
+    """Squared Wasserstein distance of two samples' Gaussians, mode by mode, both in the Gaussian's own basis."""
+    vectors = gaussian.eigenvectors.to(a.dtype)
+    total = 0.0
+    u, v = a.flatten(1) @ vectors, b.flatten(1) @ vectors
+    total += float(((u.mean(0) - v.mean(0)) ** 2).sum() + ((u.std(0) - v.std(0)) ** 2).sum())
+    return total
+
+
+def choose(
+    scheduler: Any, laws: Iterable[Any], steps: int, denoiser: Any, data: Any, seed: int = 0
+) -> tuple[LateStart, Choice]:
+    """The cheapest start for a scheduler and a number of steps.
+
+    Args:
+        scheduler: a diffusers scheduler; every grid that its class offers is tried.
+        laws: laws to start from.
+        steps: num_inference_steps.
+        denoiser: the network as a `Denoiser`, or a law.
+        data: images: an `Images`, a tensor [N, *S], or batches; the first 256 are used. Best are images that
+            neither the laws nor the network have seen: seen ones flatter whoever has seen them.
+        seed: of all noise.
+
+    Returns:
+        The start, ``law`` ``None`` where the standard start is the cheapest, and the `Choice` behind it.
+
+    Raises:
+        InputError: for shapes that do not fit, or fewer than 16 images.
+    """
+    laws = list(laws)
+    network = as_denoiser(denoiser)
+    images = _first(data, IMAGES)
+    shapes = {tuple(network.shape), tuple(images.shape[1:]), *(tuple(law.shape) for law in laws)}
+    if len(shapes) > 1:
+        raise InputError(
+            f"the network works on samples of shape {tuple(network.shape)}, the laws on "
+            f"{', '.join(str(tuple(law.shape)) for law in laws)}, the data are {tuple(images.shape[1:])}; expected one "
+            "shape. Fit the laws on data of the network's shape and range."
+        )
+    if len(images) < 16:
+        raise InputError(f"{len(images)} images to choose a start with; expected at least 16, better 256.")
+    full = schedule(scheduler)
+    gaussian = next((g for law in laws for g in (law, getattr(law, "gaussian", None)) if isinstance(g, Gaussian)), None)
+    gaussian = Gaussian(laws[0].moments) if gaussian is None else gaussian
+    _check_range(images, gaussian)
+    top = math.sqrt(float(gaussian.eigenvalues[0]))
+    ends = (
+        max(full.sigma_range[0], network.sigma_range[0]),
+        min(full.sigma_range[1], network.sigma_range[1]),
+    )
+    low = max(LOWEST * top, ends[0] * 1.001)
+    high = min(HIGHEST * top, ends[1] * 0.999)
+    if not low < high:
+        raise InputError(
+            f"the data have a top standard deviation of {top:.3g}, the schedule runs from sigma {ends[0]:.3g} to "
+            f"{ends[1]:.3g}: no start level lies in both. Bring the data into the network's range."
+        )
+    sigma = np.geomspace(low, min(20 * top, ends[1] * 0.999), LOSSES)
+    gaps = loss_gaps(network, [*laws, gaussian], images, sigma, gaussian, seed)
+    *gaps, plain = gaps
+    # The world in which samplers are tried: the law that lies nearest to the data.
+    world = laws[int(np.argmin([g.nats[0] for g in gaps]))]
+    count = int(min(STATES, max(16, NUMBERS // max(1, gaussian.dim))))
+    g = generator(seed, 22)
+    clean = world.sample(count, 0.0, g)
+    noise = torch.randn(clean.shape, generator=g, dtype=clean.dtype)
+    end = END * low
+    candidates: list[Candidate] = []
+    starts: dict[Candidate, LateStart] = {}
+
+    def exact(x: torch.Tensor, sigma_from: float | None) -> torch.Tensor:
+        """The world's own flow to the end."""
+        if isinstance(world, Gaussian):
+            return world.transport(x, end, sigma_from)  # in closed form
+        out: torch.Tensor = world.transport(x, end, sigma_from, steps=FLOW_STEPS)
+        return out
+
+    def add(candidate: Candidate, start: LateStart) -> None:
+        candidates.append(candidate)
+        starts[candidate] = start
+
+    truths: dict[float, torch.Tensor] = {}
+    for name, grid in _grids(scheduler).items():
+        unet = as_unet(world, grid)
+        for spacing, start in _standards(grid, steps).items():
+            truth = exact(noise, None)
+            cost = _error(start, unet, start(noise), truth, gaussian, seed)
+            add(Candidate(None, name + spacing, start.level, 0.0, cost), start)
+        tried = set()
+        for s in np.geomspace(low, high, LEVELS):
+            try:
+                begin = cut(grid, laws[0], steps, NoiseLevel(float(s)))
+            except InputError:
+                continue  # more steps than lie below this level
+            at = begin.level.sigma
+            if round(math.log(at), 6) in tried:
+                continue
+            tried.add(round(math.log(at), 6))
+            x = clean + at * noise
+            if at not in truths:
+                truths[at] = exact(x, at)
+            cost = _error(begin, unet, begin.state(x), truths[at], gaussian, seed)
+            for i, law in enumerate(laws):
+                own = replace(begin, law=law)
+                add(Candidate(i, name, begin.level, gaps[i].at("cost", at), cost), own)
+    best = min(candidates, key=lambda c: c.cost)
+    at = best.level.sigma
+    of = plain if best.law is None else gaps[best.law]
+    nats = of.at("nats", at), of.at("error", at)
+    choice = Choice(
+        tuple(repr(law) for law in laws),
+        tuple(candidates),
+        best,
+        nats,
+        plain.at("nats", at),
+        plain.at("nonlinear", at),
+        len(images),
+        count,
+        _signatures(best, nats, plain.at("nonlinear", at), low, high),
+    )
+    return starts[best], choice
+
+
+def _error(
+    start: LateStart, unet: Any, state: torch.Tensor, truth: torch.Tensor, gaussian: Gaussian, seed: int
+) -> float:
+    """Squared error of a sampler's final states against the exact flow, a state, summed over pixels."""
+    found = _run(start, unet, state, seed)
+    if _draws(start.scheduler) and not torch.equal(found, _run(start, unet, state, seed + 1)):
+        # A stochastic sampler's paths are not the flow's: their law is compared instead.
+        half = len(truth) // 2
+        noise_floor = _moments_gap(truth[:half], truth[half:], gaussian) / 2.0
+        return STOCHASTIC * max(0.0, _moments_gap(found, truth, gaussian) - noise_floor)
+    return float(((found - truth) ** 2).flatten(1).sum(1).mean())
+
+
+def _draws(scheduler: Any) -> bool:
+    return "generator" in inspect.signature(scheduler.step).parameters
+
+
+def _first(data: Any, count: int) -> torch.Tensor:
+    """The first images of a data set, [N, *S] float32."""
+    if isinstance(data, torch.Tensor | np.ndarray):
+        data = [data]
+    found: list[torch.Tensor] = []
+    for batch in data:
+        found.append(torch.as_tensor(batch).float())
+        if sum(len(b) for b in found) >= count:
+            break
+    if not found:
+        raise InputError("no images to choose a start with; expected at least 16, better 256.")
+    return torch.cat(found)[:count]
+
+
+def _check_range(images: torch.Tensor, gaussian: Gaussian) -> None:
+    """Refuse laws that were fitted on data of another range than the images to choose with."""
+    own = float(((images - gaussian.moments.mean.to(images)) ** 2).flatten(1).sum(1).mean())
+    fitted = float(gaussian.eigenvalues.sum()) + gaussian.floor * (gaussian.dim - len(gaussian.eigenvalues))
+    if fitted > 0 and not 0.2 < own / fitted < 5:
+        raise InputError(
+            f"the data lie at a mean squared distance of {own:.3g} from the law's mean, the law expects {fitted:.3g}: "
+            "the law was fitted on data of another range or kind. Fit it on data in the network's range."
+        )
+
+
+def _signatures(
+    best: Candidate, nats: tuple[float, float], nonlinear: float, low: float, high: float
+) -> tuple[str, ...]:
+    """What speaks against trusting a start."""
+    notes = []
+    if best.law is None:
+        return ()
+    if nats[0] - 2 * nats[1] > WARN_NATS:
+        notes.append(
+            f"The law is at least {nats[0]:.2g} +- {2 * nats[1]:.1g} nats from the data at this level: outside its "
+            "range; a better law would pay."
+        )
+    if nonlinear > WARN_NONLINEAR:
+        notes.append(
+            f"The network's early dynamics are not linear: one Gaussian misses {nonlinear:.0%} of its denoiser's "
+            "variance here."
+        )
+    if best.level.sigma <= low * 1.05 or best.level.sigma >= high * 0.95:
+        notes.append(f"The level lies at an end of what was tried ({low:.3g} to {high:.3g}).")
+    return tuple(notes)

@@ -1,0 +1,392 @@
+"""A mixture in the leading principal components, one Gaussian in all others: the law of late starts.
+
+    x_0 = mu + V a + rest        a ~ mixture of Gaussians on R^P, V the P leading principal components,
+                                 rest ~ Gaussian with the other eigenvalues, independent of a
+
+Modes whose variance is far below sigma^2 cannot be told from noise, so classes and clusters need only the
+leading ones there; the cost of a denoiser falls from K d^2 to d^2 + K P^2.
+
+Every covariance is shrunk to the pooled one within components, C_k <- (S_k + n_0 C) / (n_k - 1 + n_0) with S_k
+the scatter of its n_k samples: few samples span few directions, and without shrinking a draw would lie on
+them. n_0 is the number of samples that the pooled covariance counts for, chosen by cross-validation.
+
+The flow runs in g = (Lambda + sigma^2)^-1/2 V^T (x - mu), whose slope
+
+    dg / dlog sigma = (Lambda + sigma^2)^-1/2 (D_Gauss - D_mixture)
+
+vanishes where the law is Gaussian, in the time a = log(sigma / (sigma + c)) of `symbreak.laws.flow`, from
+infinite noise: a few Runge-Kutta steps do. All samples take the same steps with the same matrices.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from symbreak.files import InputError
+from symbreak.laws.flow import column, flatten, fresh, level, path
+from symbreak.laws.gaussian import Gaussian
+from symbreak.laws.mixture import Mixture
+from symbreak.moments import Moments
+from symbreak.noise import generator
+
+__all__ = ["PrincipalMixture"]
+
+PRIORS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+FOLDS = 5
+VALIDATED = 4000  # samples that cross-validation looks at
+TABLES = 4  # sets of matrices of the flow that are kept
+EVALUATIONS = 4  # of the slope, a Runge-Kutta step
+
+
+class PrincipalMixture:
+    """A mixture of Gaussians in the leading principal components of a Gaussian law.
+
+    Args:
+        gaussian: the data's Gaussian law, of any sample shape [*S].
+        inner: mixture of sample shape [P] of the coordinates V^T (x_0 - mu), V the Gaussian's P leading
+            eigenvectors. Its ``classes`` [K], if any, say which class each component belongs to.
+
+    Attributes:
+        prior: samples n_0 that the pooled covariance counts for; ``None`` where it was not fitted here.
+
+    Raises:
+        InputError: where the mixture has more coordinates than the Gaussian has eigenvectors.
+    """
+
+    def __init__(self, gaussian: Gaussian, inner: Mixture, prior: float | None = None) -> None:
+        if len(inner.shape) != 1 or inner.dim > gaussian.eigenvectors.shape[1]:
+            raise InputError(
+                f"a mixture of sample shape {inner.shape} in {gaussian.eigenvectors.shape[1]} principal components; "
+                "expected [P] with P at most their number."
+            )
+        self.gaussian, self.inner, self.prior = gaussian, inner, prior
+        self.shape: tuple[int, ...] = gaussian.shape
+        self.dim, self.leading = gaussian.dim, inner.dim
+        self._tables: dict[Any, list[_Stage]] = {}
+
+    @property
+    def moments(self) -> Moments:
+        """Moments of the Gaussian law, which the mixture shares up to shrinkage."""
+        return self.gaussian.moments
+
+    @property
+    def classes(self) -> torch.Tensor | None:
+        """Class [K] of each component, ``None`` for clusters."""
+        return self.inner.classes
+
+    @classmethod
+    def fit(
+        cls,
+        batches: Any,
+        labels: Any = None,
+        components: int | None = None,
+        leading: int | None = None,
+        prior: float | None = None,
+        sigma: float | None = None,
+        gaussian: Gaussian | None = None,
+        seed: int = 0,
+    ) -> PrincipalMixture:
+        """One Gaussian a class, a cluster, or a cluster within a class, in two passes over the data.
+
+        Args:
+            batches: `Images`, a tensor [N, *S], or an iterable of batches [B, *S] that can be walked twice.
+            labels: class of every sample, [N] integers; ``True`` takes ``batches.labels``.
+            components: k-means clusters; with labels, clusters within the classes, shared out by size.
+            leading: principal components P; by default those with a variance above 1 % of the largest, at
+                most 64.
+            prior: samples n_0 that the pooled covariance counts for; by default chosen by 5-fold
+                cross-validation of the noised log-likelihood.
+            sigma: level at which that likelihood is taken; by default half the spectral speciation level.
+            gaussian: the data's Gaussian law, where it is already fitted.
+            seed: of the clustering and of the cross-validation.
+
+        Raises:
+            InputError: for labels that do not fit the samples, neither labels nor components, or a
+                component of fewer than two samples.
+        """
+        if isinstance(batches, torch.Tensor | np.ndarray):
+            batches = [batches]
+        elif iter(batches) is batches:
+            batches = list(batches)
+        if labels is True:
+            labels = getattr(batches, "labels", None)
+            if labels is None:
+                raise InputError("labels=True, but the data have no labels. Pass labels=[N] or components=.")
+        if labels is None and components is None:
+            raise InputError("a mixture is fitted by labels= or by components=; pass at least one of them.")
+        gaussian = Gaussian.fit(batches) if gaussian is None else gaussian
+        variances = gaussian.eigenvalues
+        p = int((variances > 0.01 * float(variances[0])).sum()) if leading is None else int(leading)
+        p = min(p, 64) if leading is None else p
+        if not 1 <= p <= gaussian.eigenvectors.shape[1]:
+            raise InputError(f"{p} principal components; expected 1 to {gaussian.eigenvectors.shape[1]}.")
+        a = _coordinates(gaussian, batches, p)
+        code, classes = _groups(a, labels, components, seed)
+        low = 0.5 * math.sqrt(max(float(variances[0]) - 1.0, 0.25 * float(variances[0])))
+        at = low if sigma is None else float(sigma)
+        n0 = _cross_validated(a, code, at, seed) if prior is None else float(prior)
+        inner = _shrunk(a, code, len(classes), n0)
+        inner.classes = classes if labels is not None else None
+        return cls(gaussian, inner, n0)
+
+    # The principal coordinates, and back
+
+    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x - mu [B, d], the leading coordinates [B, P] and the other ones [B, r - P]."""
+        mean, _, vectors = self.gaussian._parameters(x)
+        y = flatten(x, self.shape) - mean
+        z = y @ vectors
+        return y, z[:, : self.leading], z[:, self.leading :]
+
+    def _rest(self, like: torch.Tensor, s2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Variances of the other modes [r - P] and of what no mode spans, plus sigma^2, float64."""
+        values = self.gaussian.eigenvalues.to(like.device)[self.leading :]
+        return values + s2, torch.as_tensor(self.gaussian.floor, dtype=torch.float64, device=like.device) + s2
+
+    def _join(
+        self,
+        y: torch.Tensor | None,
+        z: torch.Tensor,
+        others: torch.Tensor,
+        outside: torch.Tensor | None,
+        mean: bool,
+        like: torch.Tensor,
+    ) -> torch.Tensor:
+        """V z + rest; ``outside`` scales what of y no mode spans."""
+        mu, _, vectors = self.gaussian._parameters(like)
+        inside = torch.cat([z, others], dim=1).to(like.dtype)
+        if y is None or outside is None or vectors.shape[1] == self.dim:
+            out = inside @ vectors.T
+        else:
+            f = outside.to(like.dtype)
+            out = f * y + (inside - f * (y @ vectors)) @ vectors.T
+        return (out + mu if mean else out).reshape(like.shape)
+
+    # The law
+
+    def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """E[x_0 | x_0 + sigma eps = x], [B, *S]; sigma a float or [B]."""
+        s = level(sigma, x)
+        y, z, others = self._split(x)
+        values, floor = self._rest(x, column(s * s))
+        s2 = column(s * s)
+        return self._join(y, self.inner.denoise(z, s), (1 - s2 / values) * others, 1 - s2 / floor, mean=True, like=x)
+
+    def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Gradient of `log_prob`, [B, *S]."""
+        s = level(sigma, x)
+        y, z, others = self._split(x)
+        values, floor = self._rest(x, column(s * s))
+        return self._join(y, self.inner.score(z, s), -others / values, -1 / floor, mean=False, like=x)
+
+    def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """log density of x_0 + sigma eps at x, [B], nats, float64."""
+        s = level(sigma, x)
+        y, z, others = self._split(x.double())
+        values, floor = self._rest(x, column(s * s))
+        quadratic = (others * others / values).sum(1) + values.log().sum(-1)
+        outside = self.dim - self.gaussian.eigenvectors.shape[1]
+        if outside:
+            norm2 = (y * y).sum(1) - (z * z).sum(1) - (others * others).sum(1)
+            quadratic = quadratic + (norm2.clamp_min(0)[:, None] / floor + outside * floor.log()).reshape(-1)
+        constant = (self.dim - self.leading) * math.log(2 * math.pi)
+        return self.inner.log_prob(z, s) - 0.5 * (quadratic + constant)
+
+    def sample(self, n: int, sigma: float = 0.0, generator: torch.Generator | None = None) -> torch.Tensor:
+        """n draws [n, *S] float64 of x_0 + sigma eps."""
+        g = fresh(generator)
+        a = self.inner.sample(n, sigma, g)
+        noise = torch.randn(n, *self.shape, generator=g, dtype=torch.float64, device=g.device)
+        values, floor = self._rest(noise, torch.tensor(float(sigma) ** 2, dtype=torch.float64))
+        flat = noise.reshape(n, -1)
+        others = (flat @ self.gaussian._parameters(noise)[2])[:, self.leading :]
+        return self._join(flat, a, values.sqrt() * others, floor.sqrt(), mean=True, like=noise)
+
+    def transport(
+        self,
+        noise: torch.Tensor,
+        sigma: float,
+        sigma_from: float | None = None,
+        steps: int = 4,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Carry noise along the law's probability flow to level sigma, deterministically.
+
+        Args:
+            noise: [B, *S]; white noise, or VE states at ``sigma_from``.
+            sigma: target level > 0.
+            sigma_from: level of the states given; ``None`` for pure noise (the limit of infinite sigma).
+            steps: Runge-Kutta steps; the error falls with their fourth power.
+            labels: class [B] of every sample: each follows the flow of its own class.
+
+        Returns:
+            VE states [B, *S] at sigma, in the dtype of the noise.
+        """
+        start = math.inf if sigma_from is None else float(sigma_from)
+        if not (sigma > 0 and start > 0):
+            raise InputError(f"the flow was asked for from sigma {start:g} to {sigma:g}; expected levels > 0.")
+        if steps < 1:
+            raise InputError(f"{steps} steps; expected at least 1.")
+        infinite = math.isinf(start)
+        if infinite:
+            y = flatten(noise, self.shape)
+            z = y @ self.gaussian._parameters(noise)[2]
+            z, others = z[:, : self.leading], z[:, self.leading :]
+        else:
+            y, z, others = self._split(noise)
+        log_pi = self.inner.log_weights(labels, len(noise)).to(noise)
+        a = self._flow(z, start, float(sigma), steps, log_pi)
+        zero = torch.zeros((), dtype=torch.float64)
+        values, floor = self._rest(noise, zero + float(sigma) ** 2)
+        if not infinite:
+            v0, f0 = self._rest(noise, zero + start**2)
+            values, floor = values / v0, floor / f0
+        return self._join(y, a, values.sqrt().to(noise.dtype) * others, floor.sqrt(), mean=True, like=noise)
+
+    def _flow(self, z: torch.Tensor, start: float, end: float, steps: int, log_pi: torch.Tensor) -> torch.Tensor:
+        """Leading coordinates [B, P]: white noise, or states at ``start``, to states at ``end``."""
+        lam = self.gaussian.eigenvalues[: self.leading]
+        c = max(math.sqrt(float(lam[0])), 1e-12 * end)
+        key = (start, end, steps, z.dtype, z.device)
+        if key not in self._tables:
+            while len(self._tables) >= TABLES:
+                self._tables.pop(next(iter(self._tables)))
+            self._tables[key] = [_Stage(self.inner, lam, s, c, z) for s in path(start, end, c, steps)]
+        stages = self._tables[key]
+        ends = [0.0 if math.isinf(s) else -math.log1p(c / s) for s in (start, end)]
+        h = (ends[1] - ends[0]) / steps
+        g = z if math.isinf(start) else z / stages[0].radius
+        for i in range(steps):
+            first, middle, last = stages[2 * i : 2 * i + 3]
+            k1 = first.slope(g, log_pi)
+            k2 = middle.slope(g + (0.5 * h) * k1, log_pi)
+            k3 = middle.slope(g + (0.5 * h) * k2, log_pi)
+            k4 = last.slope(g + h * k3, log_pi)
+            g = g + (h / 6.0) * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
+        return stages[-1].radius * g
+
+    def __repr__(self) -> str:
+        kind = "clusters" if self.classes is None else "components in classes"
+        return f"PrincipalMixture({self.inner.components} {kind}, {self.leading} modes, shape={self.shape})"
+
+
+class _Stage:
+    """Everything that the slope of the flow needs at one level, in the dtype of the states."""
+
+    def __init__(self, inner: Mixture, lam: torch.Tensor, sigma: float, c: float, like: torch.Tensor) -> None:
+        means, vectors, values, floor = inner.means, inner.vectors, inner.eigenvalues, inner.floor
+        self.sigma = sigma
+        self.means = means.to(like)
+        if math.isinf(sigma):
+            # (D_Gauss - D_mixture) / radius (sigma + c) / c -> - mean of the mixture / c
+            self.end = (means / -c).to(like)
+            return
+        s2 = sigma * sigma
+        outside = 1.0 / (floor + s2)
+        inside = 1.0 / (values + s2) - outside[:, None]
+        eye = torch.eye(inner.dim, dtype=torch.float64)
+        precision = (vectors * inside[:, None]) @ vectors.mT + outside[:, None, None] * eye  # [K, P, P]
+        log_det = (values + s2).log().sum(1) + (inner.dim - values.shape[1]) * (floor + s2).log()
+        shift = (precision @ means[:, :, None])[:, :, 0]
+        self.precision = precision.permute(1, 0, 2).reshape(inner.dim, -1).to(like)  # x @ this: [B, K P]
+        self.shift = shift.to(like)
+        self.log_det = (0.5 * log_det).to(like)
+        self.radius = (lam + s2).sqrt().to(like)
+        self.gauss = (1.0 / (lam + s2)).to(like)
+        self.factor = (s2 * (sigma + c) / c / (lam + s2).sqrt()).to(like)
+
+    def slope(self, g: torch.Tensor, log_pi: torch.Tensor) -> torch.Tensor:
+        """dg / da [B, P]; ``log_pi`` [B, K] or [1, K] are the log weights of the components."""
+        if math.isinf(self.sigma):
+            return torch.softmax(log_pi, dim=1) @ self.end + torch.zeros_like(g)
+        x = g * self.radius
+        k, p = self.means.shape
+        u = (x @ self.precision).reshape(len(x), k, p) - self.shift  # C_k^-1 (x - mu_k)
+        quadratic = torch.einsum("bkp,bkp->bk", u, x[:, None] - self.means)
+        w = torch.softmax(log_pi - self.log_det - 0.5 * quadratic, dim=1)
+        pull = torch.einsum("bk,bkp->bp", w, u)
+        return self.factor * (pull - self.gauss * x)
+
+
+def _coordinates(gaussian: Gaussian, batches: Iterable[Any], p: int) -> torch.Tensor:
+    """Leading principal coordinates [N, p] float64 of all samples, batch by batch."""
+    parts = []
+    for batch in batches:
+        x = torch.as_tensor(np.asarray(batch)) if not isinstance(batch, torch.Tensor) else batch
+        x = x.to(gaussian.eigenvectors.dtype) if x.dtype != gaussian.eigenvectors.dtype else x
+        mean, _, vectors = gaussian._parameters(x)
+        parts.append(((flatten(x, gaussian.shape) - mean) @ vectors[:, :p]).double())
+    return torch.cat(parts)
+
+
+def _groups(a: torch.Tensor, labels: Any, components: int | None, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Component [N] of every sample, and the class [K] of every component."""
+    from sklearn.cluster import KMeans
+
+    near = a[:, :20].numpy()
+    if labels is None:
+        y = torch.zeros(len(a), dtype=torch.int64)
+    else:
+        y = torch.as_tensor(np.asarray(torch.as_tensor(labels).cpu())).reshape(-1).long()
+        if len(y) != len(a):
+            raise InputError(f"{len(y):,} labels for {len(a):,} samples; expected one label a sample.")
+    names = y.unique()
+    wanted = len(names) if components is None else int(components)
+    if not len(names) <= wanted <= len(a) // 2:
+        raise InputError(
+            f"{wanted} components for {len(a):,} samples of {len(names)} classes; expected at least one a class, "
+            "and at most one for two samples."
+        )
+    code, classes, used = torch.zeros(len(a), dtype=torch.int64), [], 0
+    for i, name in enumerate(names.tolist()):
+        rows = (y == name).nonzero()[:, 0]
+        # Clusters are shared out by size, rounded so that their sum is what was asked for.
+        before = int((y[:, None] == names[:i]).sum()) if i else 0
+        spare = wanted - len(names)
+        k = 1 + round(spare * (before + len(rows)) / len(a)) - round(spare * before / len(a))
+        k = max(1, min(k, len(rows) // 2))
+        if len(rows) < 2:
+            raise InputError(f"class {name} has {len(rows)} sample; at least 2 are needed. Drop it.")
+        own = torch.zeros(len(rows), dtype=torch.int64)
+        if k > 1:
+            own = torch.as_tensor(KMeans(k, random_state=seed, n_init=4).fit_predict(near[rows])).long()
+        code[rows] = used + own
+        classes += [name] * k
+        used += k
+    return code, torch.tensor(classes)
+
+
+def _shrunk(a: torch.Tensor, code: torch.Tensor, k: int, prior: float) -> Mixture:
+    """The mixture of components with covariances shrunk to the pooled one."""
+    counts = torch.bincount(code, minlength=k).double()
+    means = torch.zeros(k, a.shape[1], dtype=torch.float64).index_add_(0, code, a) / counts.clamp_min(1)[:, None]
+    y = a - means[code]
+    scatter = torch.stack([y[code == i].T @ y[code == i] for i in range(k)])
+    pooled = scatter.sum(0) / max(1, len(a) - k)
+    covariance = (scatter + prior * pooled) / ((counts - 1).clamp_min(0) + prior)[:, None, None]
+    law = Mixture.from_parameters(means, covariance, counts / len(a))
+    law.count = len(a)
+    return law
+
+
+def _cross_validated(a: torch.Tensor, code: torch.Tensor, sigma: float, seed: int) -> float:
+    """The prior count with the largest noised log-likelihood of samples left out."""
+    order = torch.randperm(len(a), generator=generator(seed, 5))
+    k = int(code.max()) + 1
+    total = torch.zeros(len(PRIORS), dtype=torch.float64)
+    eps = torch.randn(a.shape, generator=generator(seed, 6), dtype=torch.float64)
+    for fold in range(FOLDS):
+        out = order[fold::FOLDS]
+        kept = torch.ones(len(a), dtype=torch.bool)
+        kept[out] = False
+        # A component that a fold leaves without samples has weight 0 there.
+        looked = out[: VALIDATED // FOLDS]
+        x = a[looked] + sigma * eps[looked]
+        for i, prior in enumerate(PRIORS):
+            total[i] += _shrunk(a[kept], code[kept], k, prior).log_prob(x, sigma).sum()
+    return PRIORS[int(total.argmax())]

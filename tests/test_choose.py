@@ -1,0 +1,188 @@
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import scipy.integrate
+import torch
+
+from symbreak.adapters import SAMPLERS, scheduler
+from symbreak.choose import loss_gaps
+from symbreak.denoise import as_denoiser
+from symbreak.files import InputError
+from symbreak.laws import Gaussian, Mixture
+from symbreak.moments import Moments
+from symbreak.noise import generator
+from symbreak.start import LateStartWarning, late_start
+from tests.worlds import gaussian_law, two_deltas
+
+SHAPE = (1, 2, 2)
+
+
+def clumps(distance=3.0, spread=0.2):
+    """Two narrow clumps far apart, and the Gaussian with their moments."""
+    mean = torch.zeros(2, *SHAPE, dtype=torch.float64)
+    mean[0, 0, 0, 0], mean[1, 0, 0, 0] = -distance, distance
+    law = Mixture.from_parameters(mean, [spread**2, spread**2])
+    return law, Gaussian(law.moments)
+
+
+def test_the_gap_is_the_divergence_where_it_is_known():
+    law = two_deltas()
+    n = 20_000
+    data = law.sample(n, 0.0, generator(1))
+    sigma = np.geomspace(0.5, 60.0, 60)
+    gaussian = Gaussian(law.moments)
+    gap = loss_gaps(as_denoiser(law), [gaussian, law], data, sigma, gaussian)
+    # KL of the noised two deltas from the Gaussian of their moments, by quadrature.
+    for s, kl in ((0.5, 0.1719987625), (1.0, 0.0097427699)):
+        # Five standard errors, and 1 % for the trapezoid in log sigma.
+        assert gap[0].at("nats", s) == pytest.approx(kl, abs=5 * gap[0].at("error", s) + 0.01 * kl)
+    assert np.abs(gap[1].nats).max() == 0
+    assert np.abs(gap[1].cost).max() == 0
+    # Errors at u reach the end of a Gaussian's flow by a factor C / (C + u^2) in square.
+    flow = gap[0].sigma
+    mmse = np.array([float((data - law.denoise(data + u * _eps(data), u)).square().mean()) for u in flow])
+    weight = 1.0 / (1.0 + flow**2)
+    excess = (flow**2 / (1 + flow**2) - mmse) * weight
+    by_hand = scipy.integrate.trapezoid(excess, np.log(flow))
+    assert gap[0].cost[0] == pytest.approx(float(by_hand), abs=0.003)  # LMMSE in closed form instead of sampled
+
+
+def _eps(data):
+    return torch.randn(data.shape, generator=generator(0, 21), dtype=data.dtype)
+
+
+def test_an_exact_law_starts_as_late_as_pays():
+    law, gaussian = clumps()
+    data = law.sample(256, 0.0, generator(2)).float()
+    start = late_start(scheduler("dpm++2m"), [gaussian, law], 3, denoiser=law, data=data, check=False)
+    choice = start.choice
+    assert start.law is law
+    assert choice.chosen.law == 1
+    assert abs(choice.chosen.law_cost) < 1e-9
+    assert abs(choice.nats[0]) < 1e-9
+    # With an exact law later is always better: the lowest level that was tried, or one as good.
+    least = min(c.cost for c in choice.candidates)
+    assert choice.chosen.cost == least < 0.05 * choice.standard.cost
+    assert "squared error" in start.explain()
+    assert "<- least" in start.explain()
+
+
+def test_one_gaussian_is_kept_above_the_symmetry_breaking():
+    law, gaussian = clumps()
+    data = law.sample(256, 0.0, generator(2)).float()
+    start = late_start(scheduler("dpm++2m"), gaussian, 10, denoiser=law, data=data, check=False)
+    late = [c for c in start.choice.candidates if c.law == 0]
+    by_level = {round(c.level.sigma, 3): c.law_cost for c in late}
+    costs = [by_level[s] for s in sorted(by_level)]
+    # The later, the dearer; far above the separation nothing is left but the noise of 256 images.
+    assert all(a > b - 0.01 for a, b in pairwise(costs))
+    # Below the separation of 3 one Gaussian fills the gap between the clumps: the order of its squared width.
+    assert costs[0] > 0.5
+    if start.law is not None:
+        assert start.level.sigma > 2.0
+
+
+def test_a_wrong_law_loses_to_the_standard_start():
+    law, gaussian = clumps()
+    shifted = Gaussian(Moments(100, gaussian.moments.mean + 1.0, gaussian.moments.cov))
+    data = law.sample(256, 0.0, generator(2)).float()
+    start = late_start(scheduler("dpm++2m-karras"), shifted, 60, denoiser=law, data=data, check=False)
+    assert start.law is None
+    assert start.choice.chosen.law is None
+    assert start.level.sigma > 50
+    assert "standard start" in start.explain()
+    noise = torch.randn(4, *SHAPE, generator=generator(3))
+    assert torch.equal(start(noise), noise)
+
+
+def test_only_losses_are_asked_of_the_network():
+    law, gaussian = clumps()
+    seen = []
+
+    class Counting:
+        shape = SHAPE
+        sigma_range = (0.01, 150.0)
+
+        def __call__(self, x, sigma):
+            seen.append((len(x), float(sigma)))
+            return law.denoise(x, sigma)
+
+    data = law.sample(100, 0.0, generator(2)).float()
+    a = late_start(scheduler("dpm++2m"), gaussian, 5, denoiser=Counting(), data=data, check=False)
+    levels = {s for _, s in seen}
+    # Every image once a level, nothing twice, and no level that depends on what the network said.
+    assert sum(n for n, _ in seen) == 100 * len(levels)
+    assert len(levels) == 20
+    b = late_start(scheduler("dpm++2m"), gaussian, 5, denoiser=Counting(), data=data, check=False)
+    assert a.choice == b.choice
+
+
+@pytest.mark.parametrize("name", sorted(SAMPLERS))
+def test_every_sampler_can_choose(name):
+    law = gaussian_law()
+    settings = {"original_inference_steps": 20} if name == "lcm" else {}
+    base = scheduler(name, **settings)
+    network = as_denoiser(law)
+    network.sigma_range = (0.02, 80.0)
+    data = law.sample(64, 0.0, generator(2)).float()
+    start = late_start(base, law, 4, denoiser=network, data=data, check=False)
+    usual = start.choice.standard
+    # The network's law is the start's law: starting late only takes work away.
+    assert start.choice.chosen.cost <= usual.cost
+    assert start.law is law
+    assert 0 < start.level.sigma < usual.level.sigma
+    assert math.isfinite(usual.cost)
+    assert usual.cost > 0
+
+
+def test_signatures_warn():
+    """One broad Gaussian mode, and 31 that are two points each: fine structure that one Gaussian misses."""
+    g, n, width = generator(5), 256, 0.2
+    x0 = torch.cat([torch.randn(n, 1, generator=g), width * (2.0 * torch.randint(0, 2, (n, 31), generator=g) - 1)], 1)
+
+    class Product:
+        shape = (1, 4, 8)
+
+        def denoise(self, x, sigma):
+            flat, s2 = x.flatten(1), float(sigma) ** 2
+            fine = width * torch.tanh(width * flat[:, 1:] / s2)
+            return torch.cat([flat[:, :1] / (1 + s2), fine], 1).reshape(x.shape)
+
+    variances = torch.diag(torch.tensor([1.0] + [width**2] * 31))
+    law = Gaussian(Moments(1000, torch.zeros(1, 4, 8), variances))
+    with pytest.warns(LateStartWarning, match="nats from the data"):
+        start = late_start(scheduler("dpm++2m"), law, 1, denoiser=Product(), data=x0.reshape(n, 1, 4, 8))
+    # Each mode costs the divergence of two points from their Gaussian, at sigma over width.
+    assert start.choice.nats[0] > 1.0
+    assert start.choice.signatures
+    assert all(s in start.explain() for s in start.choice.signatures)
+
+
+def test_without_a_network_it_is_the_spectral_level():
+    law = gaussian_law()
+    assert (
+        late_start(scheduler("dpm++2m"), law, 5).level
+        == late_start(scheduler("dpm++2m"), law, 5, at="speciation").level
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"data": torch.zeros(64, 1, 3, 3)}, "expected one shape"),
+        ({"data": torch.zeros(4, *SHAPE)}, "at least 16"),
+        ({"data": []}, "no images"),
+        ({"data": 40 * torch.randn(64, *SHAPE, generator=generator(0))}, "another range"),
+        ({"law": []}, "no law"),
+        ({"denoiser": None}, "2 laws came"),
+    ],
+)
+def test_bad_input(change, match):
+    law, gaussian = clumps()
+    data = law.sample(64, 0.0, generator(2)).float()
+    given = {"law": [gaussian, law], "denoiser": law, "data": data, **change}
+    with pytest.raises(InputError, match=match) as caught:
+        late_start(scheduler("dpm++2m"), given.pop("law"), 5, **given)
+    assert "\n" not in str(caught.value)
