@@ -26,7 +26,7 @@ _HOMES = {
     "record": ("Record",),
     "report": ("write_report",),
     "sample": ("generate",),
-    "start": ("LateStart", "LateStartWarning", "late_start", "standard_start"),
+    "start": ("LateStart", "LateStartWarning", "candidate_laws", "fit_start", "late_start", "standard_start"),
     "study": ("Study", "diagnose", "run"),
     "train": ("Recipe", "train_network"),
     "world": ("draw_world",),
@@ -50,7 +50,14 @@ if TYPE_CHECKING:
     from symbreak.record import Record
     from symbreak.report import write_report
     from symbreak.sample import generate
-    from symbreak.start import LateStart, LateStartWarning, late_start, standard_start
+    from symbreak.start import (
+        LateStart,
+        LateStartWarning,
+        candidate_laws,
+        fit_start,
+        late_start,
+        standard_start,
+    )
     from symbreak.study import Study, diagnose, run
     from symbreak.train import Recipe, train_network
     from symbreak.world import draw_world

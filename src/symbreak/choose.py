@@ -37,13 +37,13 @@ __all__ = ["Candidate", "Choice", "LossGap", "choose", "loss_gaps"]
 LEVELS = 12  # start levels that are tried
 LOSSES = 20  # levels at which denoising losses are taken
 IMAGES = 256  # images for the losses
-STATES = 192  # states for the sampler's cost
+STATES = 128  # states for the sampler's cost
 NUMBERS = 2**26  # but no more numbers than this in one batch of states
 STOCHASTIC = 2.0  # squared error of paths over squared distance of moments, measured for deterministic samplers
 CHUNK = 64  # images of one call of the network
 LOWEST, HIGHEST = 0.1, 3.0  # start levels that are tried, as multiples of the top standard deviation
 END = 0.02  # where exact flows end, as a share of the lowest start level
-FLOW_STEPS = 24
+FLOW_STEPS = 6  # between two levels that are tried
 WARN_NATS = 1.0
 WARN_NONLINEAR = 0.5
 
@@ -185,7 +185,13 @@ def _from_above(values: np.ndarray, sigma: np.ndarray) -> np.ndarray:
 
 
 def loss_gaps(
-    denoiser: Any, laws: list[Any], data: torch.Tensor, sigma: np.ndarray, gaussian: Gaussian, seed: int = 0
+    denoiser: Any,
+    laws: list[Any],
+    data: torch.Tensor,
+    sigma: np.ndarray,
+    gaussian: Gaussian,
+    seed: int = 0,
+    labels: torch.Tensor | None = None,
 ) -> list[LossGap]:
     """Denoising losses of laws against those of a network.
 
@@ -196,6 +202,7 @@ def loss_gaps(
         sigma: rising levels [U] inside the network's range.
         gaussian: whose flow says how much of an error at a level reaches the end.
         seed: of the noise, the same at every level.
+        labels: class [N] of every image, for a class-conditional network.
 
     Returns:
         One `LossGap` a law.
@@ -215,11 +222,11 @@ def loss_gaps(
     with torch.inference_mode():
         for j, u in enumerate(map(float, sigma)):
             x = data + u * eps
-            net = torch.cat([denoiser(part, u) for part in x.split(CHUNK)])
+            net = _asked(denoiser, x, u, labels)
             own_reach, own = reach(data - net, u), energy(data - net)
             spread[j] = energy(net - mean).mean()
             for i, law in enumerate(laws):
-                d = law.denoise(x, u)
+                d = _expected(law, x, u, labels)
                 weighted[i, j] = reach(data - d, u) - own_reach
                 plain[i, j] = energy(data - d) - own
                 apart[i, j] = energy(d - net).mean()
@@ -236,6 +243,26 @@ def loss_gaps(
                 len(data),
             )
         )
+    return out
+
+
+def _asked(denoiser: Any, x: torch.Tensor, sigma: float, labels: torch.Tensor | None) -> torch.Tensor:
+    """The network's denoiser, chunk by chunk, each image with its own class."""
+    parts = x.split(CHUNK)
+    if labels is None:
+        return torch.cat([denoiser(part, sigma) for part in parts])
+    return torch.cat([denoiser.bind(class_labels=y)(part, sigma) for part, y in zip(parts, labels.split(CHUNK))])
+
+
+def _expected(law: Any, x: torch.Tensor, sigma: float, labels: torch.Tensor | None) -> torch.Tensor:
+    """The law's denoiser, of every image's own class where there are labels and the law has classes."""
+    if labels is None or getattr(law, "classes", None) is None:
+        out: torch.Tensor = law.denoise(x, sigma)
+        return out
+    out = torch.empty_like(x)
+    for label in labels.unique().tolist():
+        rows = labels == label
+        out[rows] = law.given(label).denoise(x[rows], sigma)
     return out
 
 
@@ -282,16 +309,20 @@ def _run(start: LateStart, unet: Any, state: torch.Tensor, seed: int) -> torch.T
 
 
 def _moments_gap(a: torch.Tensor, b: torch.Tensor, gaussian: Gaussian) -> float:
-    """Squared Wasserstein distance of two samples' Gaussians, mode by mode, both in the Gaussian's own basis."""
+    """Squared Wasserstein distance of the Gaussians of two samples, mode by mode of a Gaussian's basis."""
     vectors = gaussian.eigenvectors.to(a.dtype)
-    total = 0.0
     u, v = a.flatten(1) @ vectors, b.flatten(1) @ vectors
-    total += float(((u.mean(0) - v.mean(0)) ** 2).sum() + ((u.std(0) - v.std(0)) ** 2).sum())
-    return total
+    return float(((u.mean(0) - v.mean(0)) ** 2 + (u.std(0) - v.std(0)) ** 2).sum())
 
 
 def choose(
-    scheduler: Any, laws: Iterable[Any], steps: int, denoiser: Any, data: Any, seed: int = 0
+    scheduler: Any,
+    laws: Iterable[Any],
+    steps: int,
+    denoiser: Any,
+    data: Any,
+    labels: Any = None,
+    seed: int = 0,
 ) -> tuple[LateStart, Choice]:
     """The cheapest start for a scheduler and a number of steps.
 
@@ -302,6 +333,7 @@ def choose(
         denoiser: the network as a `Denoiser`, or a law.
         data: images: an `Images`, a tensor [N, *S], or batches; the first 256 are used. Best are images that
             neither the laws nor the network have seen: seen ones flatter whoever has seen them.
+        labels: class of every image, [N] integers, for a class-conditional network.
         seed: of all noise.
 
     Returns:
@@ -322,6 +354,9 @@ def choose(
         )
     if len(images) < 16:
         raise InputError(f"{len(images)} images to choose a start with; expected at least 16, better 256.")
+    classes = None if labels is None else torch.as_tensor(labels).reshape(-1)[: len(images)].long()
+    if classes is not None and len(classes) != len(images):
+        raise InputError(f"{len(classes)} labels for {len(images)} images to choose with; expected one each.")
     full = schedule(scheduler)
     gaussian = next((g for law in laws for g in (law, getattr(law, "gaussian", None)) if isinstance(g, Gaussian)), None)
     gaussian = Gaussian(laws[0].moments) if gaussian is None else gaussian
@@ -339,53 +374,36 @@ def choose(
             f"{ends[1]:.3g}: no start level lies in both. Bring the data into the network's range."
         )
     sigma = np.geomspace(low, min(20 * top, ends[1] * 0.999), LOSSES)
-    gaps = loss_gaps(network, [*laws, gaussian], images, sigma, gaussian, seed)
+    gaps = loss_gaps(network, [*laws, gaussian], images, sigma, gaussian, seed, classes)
     *gaps, plain = gaps
     # The world in which samplers are tried: the law that lies nearest to the data.
     world = laws[int(np.argmin([g.nats[0] for g in gaps]))]
     count = int(min(STATES, max(16, NUMBERS // max(1, gaussian.dim))))
-    g = generator(seed, 22)
-    clean = world.sample(count, 0.0, g)
-    noise = torch.randn(clean.shape, generator=g, dtype=clean.dtype)
-    end = END * low
+    noise = torch.randn(count, *gaussian.shape, generator=generator(seed, 22), dtype=torch.float64)
     candidates: list[Candidate] = []
     starts: dict[Candidate, LateStart] = {}
-
-    def exact(x: torch.Tensor, sigma_from: float | None) -> torch.Tensor:
-        """The world's own flow to the end."""
-        if isinstance(world, Gaussian):
-            return world.transport(x, end, sigma_from)  # in closed form
-        out: torch.Tensor = world.transport(x, end, sigma_from, steps=FLOW_STEPS)
-        return out
 
     def add(candidate: Candidate, start: LateStart) -> None:
         candidates.append(candidate)
         starts[candidate] = start
 
-    truths: dict[float, torch.Tensor] = {}
-    for name, grid in _grids(scheduler).items():
+    grids = _grids(scheduler)
+    late = {name: _late(grid, laws[0], steps, np.geomspace(low, high, LEVELS)) for name, grid in grids.items()}
+    states = _along(world, noise, {start.level.sigma for some in late.values() for start in some}, END * low)
+    truth = states[END * low]
+    for name, grid in grids.items():
         unet = as_unet(world, grid)
-        for spacing, start in _standards(grid, steps).items():
-            truth = exact(noise, None)
-            cost = _error(start, unet, start(noise), truth, gaussian, seed)
+        usual = _standards(grid, steps)
+        first = next(iter(usual.values()))
+        random = _is_stochastic(first, unet, first(noise[:2]), seed)
+        for spacing, start in usual.items():
+            cost = _error(start, unet, start(noise), truth, gaussian, random, seed)
             add(Candidate(None, name + spacing, start.level, 0.0, cost), start)
-        tried = set()
-        for s in np.geomspace(low, high, LEVELS):
-            try:
-                begin = cut(grid, laws[0], steps, NoiseLevel(float(s)))
-            except InputError:
-                continue  # more steps than lie below this level
-            at = begin.level.sigma
-            if round(math.log(at), 6) in tried:
-                continue
-            tried.add(round(math.log(at), 6))
-            x = clean + at * noise
-            if at not in truths:
-                truths[at] = exact(x, at)
-            cost = _error(begin, unet, begin.state(x), truths[at], gaussian, seed)
+        for start in late[name]:
+            at = start.level.sigma
+            cost = _error(start, unet, start.state(states[at]), truth, gaussian, random, seed)
             for i, law in enumerate(laws):
-                own = replace(begin, law=law)
-                add(Candidate(i, name, begin.level, gaps[i].at("cost", at), cost), own)
+                add(Candidate(i, name, start.level, gaps[i].at("cost", at), cost), replace(start, law=law))
     best = min(candidates, key=lambda c: c.cost)
     at = best.level.sigma
     of = plain if best.law is None else gaps[best.law]
@@ -404,21 +422,53 @@ def choose(
     return starts[best], choice
 
 
+def _late(grid: Any, law: Any, steps: int, sigmas: np.ndarray) -> list[LateStart]:
+    """Late starts at the levels that a scheduler can offer, each once."""
+    found: dict[float, LateStart] = {}
+    for s in sigmas:
+        try:
+            start = cut(grid, law, steps, NoiseLevel(float(s)))
+        except InputError:
+            continue  # more steps than lie below this level
+        found.setdefault(round(math.log(start.level.sigma), 6), start)
+    return list(found.values())
+
+
+def _along(world: Any, noise: torch.Tensor, levels: set[float], end: float) -> dict[float, torch.Tensor]:
+    """States of the world's exact flow from white noise, at every level and at the end: one walk down."""
+    states, x, before = {}, noise, None
+    # In closed form for a Gaussian; others take their Runge-Kutta steps.
+    more = {} if isinstance(world, Gaussian) else {"steps": FLOW_STEPS}
+    for s in sorted({*levels, end}, reverse=True):
+        x = world.transport(x, s, before, **more)
+        states[s], before = x, s
+    return states
+
+
+def _is_stochastic(start: LateStart, unet: Any, state: torch.Tensor, seed: int) -> bool:
+    """Whether the sampler draws noise of its own."""
+    if "generator" not in inspect.signature(start.scheduler.step).parameters:
+        return False
+    return not torch.equal(_run(start, unet, state, seed), _run(start, unet, state, seed + 1))
+
+
 def _error(
-    start: LateStart, unet: Any, state: torch.Tensor, truth: torch.Tensor, gaussian: Gaussian, seed: int
+    start: LateStart,
+    unet: Any,
+    state: torch.Tensor,
+    truth: torch.Tensor,
+    gaussian: Gaussian,
+    random: bool,
+    seed: int,
 ) -> float:
     """Squared error of a sampler's final states against the exact flow, a state, summed over pixels."""
     found = _run(start, unet, state, seed)
-    if _draws(start.scheduler) and not torch.equal(found, _run(start, unet, state, seed + 1)):
-        # A stochastic sampler's paths are not the flow's: their law is compared instead.
+    if random:
+        # A stochastic sampler's paths are not the flow's: their law is compared, less what two halves differ by.
         half = len(truth) // 2
-        noise_floor = _moments_gap(truth[:half], truth[half:], gaussian) / 2.0
-        return STOCHASTIC * max(0.0, _moments_gap(found, truth, gaussian) - noise_floor)
+        chance = _moments_gap(truth[:half], truth[half:], gaussian) / 2.0
+        return STOCHASTIC * max(0.0, _moments_gap(found, truth, gaussian) - chance)
     return float(((found - truth) ** 2).flatten(1).sum(1).mean())
-
-
-def _draws(scheduler: Any) -> bool:
-    return "generator" in inspect.signature(scheduler.step).parameters
 
 
 def _first(data: Any, count: int) -> torch.Tensor:

@@ -7,20 +7,38 @@ steps below (Raya & Ambrogioni 2023, arXiv:2305.19693). Nothing else about the s
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 
+from symbreak.adapters import denoiser as adapted
 from symbreak.choose import choose
 from symbreak.critical import CriticalTime
 from symbreak.cut import SUPPORTED, LateStart, check_scheduler, check_steps, cut, standard_start
+from symbreak.data import Images
 from symbreak.files import InputError
+from symbreak.laws import Gaussian, PrincipalMixture
+from symbreak.moments import Moments
 from symbreak.noise import NoiseLevel, Schedule, schedule
 from symbreak.phases.speciation import speciation_time
 
-__all__ = ["SUPPORTED", "LateStart", "LateStartWarning", "late_start", "standard_start"]
+__all__ = [
+    "SUPPORTED",
+    "LateStart",
+    "LateStartWarning",
+    "candidate_laws",
+    "fit_start",
+    "late_start",
+    "standard_start",
+]
+
+CHOOSERS = 256  # images kept back for choosing
+FULL = 4096  # above this dimension the Gaussian keeps RANK modes
+RANK = 100
 
 
 class LateStartWarning(UserWarning):
@@ -56,6 +74,7 @@ def late_start(
     at: NoiseLevel | CriticalTime | str | int | float = "auto",
     denoiser: Any = None,
     data: Any = None,
+    labels: Any = None,
     check: bool = True,
 ) -> LateStart:
     """Cut a scheduler so that it begins at a level, and start there from a law.
@@ -70,6 +89,7 @@ def late_start(
             or a step of the schedule.
         denoiser: for ``"auto"``: the network as a `Denoiser`, from `denoiser`.
         data: for ``"auto"``: at least 16 images, better 256, best ones that neither law nor network saw.
+        labels: for ``"auto"`` with a class-conditional network: class of every image in ``data``.
         check: warn where the level lies below the spectral speciation level, or where ``"auto"`` finds signs
             that the start is not to be trusted.
 
@@ -95,7 +115,7 @@ def late_start(
     check_steps(steps)
     automatic = isinstance(at, str) and at == "auto"
     if automatic and denoiser is not None and data is not None:
-        start, choice = choose(scheduler, laws, int(steps), denoiser, data)
+        start, choice = choose(scheduler, laws, int(steps), denoiser, data, labels)
         if check:
             for note in choice.signatures:
                 warnings.warn(note, LateStartWarning, stacklevel=2)
@@ -124,3 +144,69 @@ def late_start(
             start = replace(start, notes=(*start.notes, note))
             warnings.warn(note, LateStartWarning, stacklevel=2)
     return start
+
+
+def candidate_laws(data: Images, clusters: int | None = None) -> list[Any]:
+    """Laws worth trying for a data set: one Gaussian, one a class where there are labels, and clusters.
+
+    Args:
+        data: images.
+        clusters: of the last law; by default one for 20 images, at least 2 and at most 60.
+
+    Returns:
+        A `Gaussian` (of rank 100 above 4,096 dimensions) and `PrincipalMixture` laws over it.
+    """
+    d = math.prod(data.shape)
+    gaussian = Gaussian.fit(data) if d <= FULL else Gaussian(Moments.fit(data, rank=RANK))
+    laws: list[Any] = [gaussian]
+    if data.labels is not None:
+        counts = torch.bincount(data.labels.long())
+        counts = counts[counts > 0]
+        if len(counts) > 1 and int(counts.min()) >= 2:
+            laws.append(PrincipalMixture.fit(data, labels=True, gaussian=gaussian))
+    k = min(60, max(2, len(data) // 20)) if clusters is None else clusters
+    if 2 <= k <= len(data) // 2:
+        laws.append(PrincipalMixture.fit(data, components=k, gaussian=gaussian))
+    return laws
+
+
+def fit_start(
+    data: Images,
+    unet: Any,
+    scheduler: Any,
+    steps: int = 5,
+    holdout: Any = None,
+    clusters: int | None = None,
+    check: bool = True,
+) -> LateStart:
+    """From a data set and a network to a start, in one call: fit the laws, choose among them.
+
+    Args:
+        data: images that the laws are fitted to.
+        unet, scheduler: the network and the diffusers scheduler to sample with.
+        steps: num_inference_steps.
+        holdout: images to choose with (`Images` or a tensor); by default up to 256 of ``data``, a fifth at
+            most, are kept back from the fit.
+        clusters: see `candidate_laws`.
+        check: as in `late_start`.
+
+    Raises:
+        InputError: as `late_start`; and for a class-conditional network whose data have no labels.
+    """
+    check_scheduler(scheduler)
+    network = adapted(unet, scheduler)
+    if tuple(data.shape) != network.shape:
+        raise InputError(
+            f"{data.name} has images of {' x '.join(map(str, data.shape))}, the network works on "
+            f"{' x '.join(map(str, network.shape))}. Fit the start on data of the network's shape."
+        )
+    if holdout is None:
+        share = min(0.2, CHOOSERS / len(data))
+        data, holdout = data.split(1 - share)
+    labels = None
+    if unet.config.get("num_class_embeds"):
+        labels = getattr(holdout, "labels", None)
+        if labels is None:
+            raise InputError("the network is class-conditional, but the images to choose with have no labels.")
+    laws = candidate_laws(data, clusters)
+    return late_start(scheduler, laws, steps, denoiser=network, data=holdout, labels=labels, check=check)

@@ -134,6 +134,10 @@ class PrincipalMixture:
         inner.classes = classes if labels is not None else None
         return cls(gaussian, inner, n0)
 
+    def given(self, label: int) -> PrincipalMixture:
+        """The law of one class: its components, and the Gaussian in all other modes."""
+        return PrincipalMixture(self.gaussian, self.inner.given(label), self.prior)
+
     # The principal coordinates, and back
 
     def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
