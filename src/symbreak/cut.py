@@ -108,7 +108,9 @@ class LateStart:
             f"{type(self.scheduler).__name__}, {self.steps} steps, {self.calls} network calls, from {law} at "
             f"sigma {self.level.sigma:.4g} (OU time {self.level.ou_time:.4g})."
         )
-        return " ".join((head, *self.notes))
+        certificate = getattr(self.law, "certificate", lambda sigma: None)(self.level.sigma)
+        low_rank = (certificate.sentence(),) if certificate is not None and certificate.modes else ()
+        return " ".join((head, *low_rank, *self.notes))
 
 
 def check_scheduler(scheduler: Any) -> None:
