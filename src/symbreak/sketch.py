@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,9 @@ OVERSAMPLING = 10
 PROBES = 50  # fewer make S cheap to find and dear to certify: 1 / c is 42 at 10, 3.5 at 50, 2.3 at 100
 FAILURE = 1e-6
 BLOCK = 2**26  # float32 numbers of one block of rows
-PANEL = 2**14  # rows [., r] of a basis handled at a time
+COLUMNS = 2**16  # columns of a block multiplied at a time
+PANEL = 2**12  # rows [., r] of a basis handled at a time
+CACHED = 2**17  # float64 numbers that stay in a processor's cache
 LARGEST_DIM = 20_000  # a full covariance of 3.2 GB
 FAINT = 1e-12  # directions below 1e-6 of the longest are rounding in float32
 
@@ -373,7 +375,7 @@ class _Rows:
         """Rows x - shift [b, d] float32, in one buffer that is filled again; sums are added in float64."""
         size = min(1024, max(1, BLOCK // self.dim))
         buffer = torch.empty(size, self.dim)
-        have = seen = 0
+        have = 0
         for batch in self.batches:
             rows = _tensor(batch)
             if tuple(rows.shape[1:]) != self.shape:
@@ -383,18 +385,14 @@ class _Rows:
             flat = rows.reshape(len(rows), -1)
             while len(flat):
                 now, flat = flat[: size - have], flat[size - have :]
-                step = max(1, 2**22 // len(now))
+                step = max(1, CACHED // len(now))
                 for a in range(0, self.dim, step):
                     part = now[:, a : a + step].double() - self.shift[a : a + step]
                     buffer[have : have + len(now), a : a + step] = part
                     if total is not None and squares is not None:
                         total[a : a + step] += part.sum(0)
                         squares[a : a + step] += part.square_().sum(0)
-                if not math.isfinite(float(buffer[have : have + len(now)].sum(dtype=torch.float64))):
-                    bad = (~torch.isfinite(buffer[have : have + len(now)]).all(1)).nonzero()
-                    if len(bad):
-                        raise InputError(f"sample {seen + int(bad[0])} holds NaN or infinity; expected finite numbers.")
-                have, seen = have + len(now), seen + len(now)
+                have += len(now)
                 if have == size:
                     yield buffer
                     have = 0
@@ -407,14 +405,18 @@ class _Rows:
         coordinates: list[list[torch.Tensor]] = [[] for _ in bases]
         count, energy = 0, 0.0
         for block in self.blocks(total, squares) if sums else self.blocks():
-            count += len(block)
-            for a in range(0, self.dim, 4 * PANEL):
-                energy += float(block[:, a : a + 4 * PANEL].square().sum(dtype=torch.float64))
+            lengths = torch.zeros(len(block), dtype=torch.float64)
+            for a in range(0, self.dim, COLUMNS):
+                lengths += torch.linalg.vector_norm(block[:, a : a + COLUMNS], dim=1).double().square_()
+            bad = (~torch.isfinite(lengths)).nonzero()
+            if len(bad):
+                raise InputError(f"sample {count + int(bad[0])} holds NaN or infinity; expected finite numbers.")
+            count, energy = count + len(block), energy + float(lengths.sum())
             for basis, product, found in zip(bases, products, coordinates):
                 y = torch.zeros(len(block), basis.shape[1], dtype=torch.float64)
                 # A float32 product over millions of columns rounds; panels of it are added in float64.
-                for a in range(0, self.dim, 4 * PANEL):
-                    y += block[:, a : a + 4 * PANEL] @ basis[a : a + 4 * PANEL]
+                for a in range(0, self.dim, COLUMNS):
+                    y += block[:, a : a + COLUMNS] @ basis[a : a + COLUMNS]
                 product.addmm_(block.T, y.float())
                 found.append(y)
         if count < 2:
@@ -423,7 +425,7 @@ class _Rows:
 
 
 def _tensor(batch: Any) -> torch.Tensor:
-    rows = batch.detach().cpu() if isinstance(batch, torch.Tensor) else torch.from_numpy(np.asarray(batch))
+    rows = batch.detach().cpu() if isinstance(batch, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(batch))
     if rows.ndim < 2:
         raise InputError(f"a batch of shape {tuple(rows.shape)}; expected [B, *S] with at least one dimension in S.")
     return rows
@@ -446,20 +448,19 @@ def _inner(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _orthonormalise(y: torch.Tensor, most: int) -> torch.Tensor:
-    """Orthonormal columns with the range of y [d, m], in the memory of y; at most ``most``, without faint ones.
+def _well_conditioned(y: torch.Tensor, most: int) -> torch.Tensor:
+    """A basis of the range of y [d, m], in the memory of y; at most ``most`` columns, none faint.
 
-    CholeskyQR2 with the eigenvectors of the Gram matrix in place of its Cholesky factor, which a range of fewer
-    dimensions than columns would break.
+    CholeskyQR with the eigenvectors of the Gram matrix in place of its Cholesky factor, which a range of fewer
+    dimensions than columns would break. Rounding in float32 leaves the faintest columns orthonormal to a few per
+    cent only, which is enough here: the Ritz problem takes the Gram matrix of the basis into account.
     """
-    for _ in range(2):
-        values, vectors = torch.linalg.eigh(_inner(y, y))
-        keep = min(most, int((values > FAINT * float(values[-1])).sum()))
-        turn = (vectors[:, -keep:] / values[-keep:].sqrt()).to(y.dtype)
-        for rows in _panels(y):
-            y[rows, :keep] = y[rows] @ turn
-        y = y[:, :keep]
-    return y
+    values, vectors = torch.linalg.eigh(_inner(y, y))
+    keep = min(most, int((values > FAINT * float(values[-1])).sum()))
+    turn = (vectors[:, -keep:] / values[-keep:].sqrt()).to(y.dtype)
+    for rows in _panels(y):
+        y[rows, :keep] = y[rows] @ turn
+    return y[:, :keep]
 
 
 def _factors(probes: int, failure: float) -> tuple[float, float]:
@@ -469,35 +470,41 @@ def _factors(probes: int, failure: float) -> tuple[float, float]:
     return theta, 1.0 / c
 
 
-def _probes(q: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gaussian vectors w [d, k] with their part in Q removed, and that part Q^T w [m, k]."""
-    w = torch.randn(len(q), PROBES, generator=generator(seed, 1))
-    inside = _inner(q, w)
-    for rows in _panels(q):
-        w[rows] -= q[rows] @ inside.float()
-    return w, inside
+@dataclass
+class _Basis:
+    """A basis of the range of C, its Gram matrix, and Gaussian vectors without their part in it."""
+
+    q: torch.Tensor  # [d, m]
+    gram: torch.Tensor  # [m, m]
+    probes: list[torch.Tensor]  # P w [d, k], or nothing where q spans everything
+    inside: torch.Tensor | None = None  # Q^T w [m, k]
+
+    @classmethod
+    def of(cls, q: torch.Tensor, whole: bool, seed: int) -> _Basis:
+        gram = _inner(q, q)
+        if whole:
+            return cls(q, gram, [])
+        w = torch.randn(len(q), PROBES, generator=generator(seed, 1))
+        inside = _inner(q, w)
+        part = torch.linalg.solve(gram, inside).float()
+        for rows in _panels(q):
+            w[rows] -= q[rows] @ part
+        return cls(q, gram, [w], inside)
 
 
 def _rayleigh_ritz(
-    rows: _Rows,
-    walk: _Walk,
-    variances: torch.Tensor,
-    mean: torch.Tensor,
-    q: torch.Tensor,
-    inside: torch.Tensor | None,
-    rank: int,
+    rows: _Rows, walk: _Walk, variances: torch.Tensor, mean: torch.Tensor, basis: _Basis, rank: int
 ) -> LowRankMoments:
-    """Ritz pairs of C in the basis q from the walk over [q, probes]; without probes q spans all of C's range."""
+    """Ritz pairs of C from the walk over a basis and its probes; the vectors take the basis's place."""
+    q, inside = basis.q, basis.inside
     y = walk.coordinates[0]
     y = y - y.mean(0)
-    small = (y.T @ y / (walk.count - 1)).numpy()
-    # Q is orthonormal to float32 only. With its true Gram matrix the Ritz values are q^T C q for |q| = 1 exactly.
-    values, turn = scipy.linalg.eigh(small, _inner(q, q).numpy())
-    values, u = torch.from_numpy(values[::-1].copy()).clamp_(min=0.0), torch.from_numpy(turn[:, ::-1].copy())
+    # With the true Gram matrix of Q the Ritz values are q^T C q for |q| = 1, whatever Q lacks in orthonormality.
+    found, turn = scipy.linalg.eigh((y.T @ y / (walk.count - 1)).numpy(), basis.gram.numpy())
+    values, u = torch.from_numpy(found[::-1].copy()).clamp_(min=0.0), torch.from_numpy(turn[:, ::-1].copy())
     rank = min(rank, len(values))
     kept, dropped = u[:, :rank], u[:, rank:]
     products = walk.covariance_products()
-    vectors = torch.empty(len(q), rank)
     residuals = torch.zeros(rank, dtype=torch.float64)
     if inside is not None:
         # M w = P C P w for the kept vectors: the dropped Ritz vectors belong to the complement as well.
@@ -507,20 +514,22 @@ def _rayleigh_ritz(
     turn32, values32 = kept.float(), values[:rank].float()
     for part in _panels(q):
         ritz = q[part] @ turn32
-        vectors[part] = ritz
         residuals += (products[0][part] @ turn32 - ritz * values32).double().square_().sum(0)
         if inside is not None:
             image = products[1][part] + products[0][part] @ back
             norms += image.double().square_().sum(0)
             along += ritz.T @ image
+        q[part, :rank] = ritz
+    products.clear()  # before the copy, which is one only where pairs are dropped
+    vectors = q[:, :rank].contiguous()
     rest = values[rank:]
     if inside is None:
         largest, squares, failure = float(rest[0]) if len(rest) else 0.0, float((rest**2).sum()), 0.0
     else:
-        found = (norms - along.square().sum(0)).clamp_(min=0.0)
+        squared = (norms - along.square().sum(0)).clamp_(min=0.0)
         theta, inflate = _factors(PROBES, 0.5 * FAILURE)
-        squares, failure = inflate * float(found.mean()), FAILURE
-        largest = min(theta * math.sqrt(float(found.max())), math.sqrt(squares))
+        squares, failure = inflate * float(squared.mean()), FAILURE
+        largest = min(theta * math.sqrt(float(squared.max())), math.sqrt(squares))
         largest = min(largest, max(0.0, float(variances.sum() - values[:rank].sum())))
     return LowRankMoments(
         walk.count,
@@ -574,42 +583,39 @@ def sketch_moments(batches: Iterable[Any], rank: int, passes: int = 2, seed: int
     if whole:
         # C has no more directions than this: take them all, from the samples, where none is squared away.
         rows.shift = mean
-        basis = torch.eye(rows.dim) if span == rows.dim else _gathered(rows, count)
+        products = torch.eye(rows.dim) if span == rows.dim else _gathered(rows, count)
     else:
-        basis = walk.covariance_products()[0]
+        products = walk.covariance_products()[0]
         rows.shift = mean
     del walk
-    q = _orthonormalise(basis, span)
+    q = _well_conditioned(products, span)
     for _ in range(0 if whole else passes - 2):
         step = _same(rows.walk([q], sums=False), count, variances)
-        q = _orthonormalise(step.covariance_products()[0], span)
+        q = _well_conditioned(step.covariance_products()[0], span)
         del step
-    probes, inside = ([], None) if whole else _with_probes(q, seed)
-    last = _same(rows.walk([q, *probes], sums=False), count, variances)
-    del probes
-    return _rayleigh_ritz(rows, last, variances, mean, q, inside, rank)
+    basis = _Basis.of(q, whole, seed)
+    last = _same(rows.walk([q, *basis.probes], sums=False), count, variances)
+    basis.probes.clear()
+    return _rayleigh_ritz(rows, last, variances, mean, basis, rank)
 
 
-def project_moments(batches: Iterable[Any], basis: Any, seed: int = 0) -> LowRankMoments:
+def project_moments(
+    batches: Iterable[Any], vectors: Callable[[tuple[int, ...]], torch.Tensor], seed: int = 0
+) -> LowRankMoments:
     """Ritz pairs of the empirical covariance in a given basis: one pass, also over a stream that comes once.
 
     Args:
         batches: tensors or arrays [B, *S].
-        basis: function of S that gives an orthonormal basis [d, r] float32.
+        vectors: function of S that gives the basis [d, r] float32, in columns.
         seed: of the random vectors that bound what lies outside.
     """
     rows = _Rows(batches, again=False)
-    q = basis(rows.shape)
-    probes, inside = ([], None) if q.shape[1] == rows.dim else _with_probes(q, seed)
-    walk = rows.walk([q, *probes])
-    del probes
+    q = vectors(rows.shape)
+    basis = _Basis.of(q, q.shape[1] == rows.dim, seed)
+    walk = rows.walk([q, *basis.probes])
+    basis.probes.clear()
     mean, variances = _mean_and_variances(rows, walk)
-    return _rayleigh_ritz(rows, walk, variances, mean, q, inside, q.shape[1])
-
-
-def _with_probes(q: torch.Tensor, seed: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-    w, inside = _probes(q, seed)
-    return [w], inside
+    return _rayleigh_ritz(rows, walk, variances, mean, basis, q.shape[1])
 
 
 def _gathered(rows: _Rows, count: int) -> torch.Tensor:
