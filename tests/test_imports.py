@@ -8,7 +8,7 @@ import symbreak
 ROOT = Path(symbreak.__file__).parent
 FLOORS = [
     {"files", "noise"},
-    {"critical", "data", "record"},
+    {"critical", "data", "record", "sketch"},
     {"moments"},
     {"laws", "denoise"},
     {"phases", "adapters"},

@@ -26,6 +26,7 @@ _HOMES = {
     "record": ("Record",),
     "report": ("write_report",),
     "sample": ("generate",),
+    "sketch": ("LowRankMoments", "truncation_bound"),
     "start": ("LateStart", "LateStartWarning", "candidate_laws", "fit_start", "late_start", "standard_start"),
     "study": ("Study", "diagnose", "run"),
     "train": ("Recipe", "train_network"),
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from symbreak.record import Record
     from symbreak.report import write_report
     from symbreak.sample import generate
+    from symbreak.sketch import LowRankMoments, truncation_bound
     from symbreak.start import (
         LateStart,
         LateStartWarning,

@@ -37,7 +37,7 @@ __all__ = ["Candidate", "Choice", "LossGap", "choose", "loss_gaps"]
 LEVELS = 12  # start levels that are tried
 LOSSES = 20  # levels at which denoising losses are taken
 IMAGES = 256  # images for the losses
-STATES = 128  # states for the sampler's cost
+STATES = 192  # states for the sampler's cost
 NUMBERS = 2**26  # but no more numbers than this in one batch of states
 STOCHASTIC = 2.0  # squared error of paths over squared distance of moments, measured for deterministic samplers
 CHUNK = 64  # images of one call of the network
@@ -309,10 +309,18 @@ def _run(start: LateStart, unet: Any, state: torch.Tensor, seed: int) -> torch.T
 
 
 def _moments_gap(a: torch.Tensor, b: torch.Tensor, gaussian: Gaussian) -> float:
-    """Squared Wasserstein distance of the Gaussians of two samples, mode by mode of a Gaussian's basis."""
+    """Squared Wasserstein distance of the Gaussians of two paired samples, mode by mode, less what chance adds.
+
+    Of M pairs with correlation rho a difference of means has the variance Var(a - b) / M by chance, one of standard
+    deviations s^2 (1 - rho^2) / M.
+    """
     vectors = gaussian.eigenvectors.to(a.dtype)
     u, v = a.flatten(1) @ vectors, b.flatten(1) @ vectors
-    return float(((u.mean(0) - v.mean(0)) ** 2 + (u.std(0) - v.std(0)) ** 2).sum())
+    du, dv, n = u.std(0), v.std(0), len(u)
+    gap = (u.mean(0) - v.mean(0)) ** 2 + (du - dv) ** 2
+    covariance = ((u - u.mean(0)) * (v - v.mean(0))).sum(0) / (n - 1)
+    chance = (u - v).var(0) + (du * dv - covariance**2 / (du * dv).clamp_min(1e-30)).clamp_min(0)
+    return max(0.0, float((gap - chance / n).sum()))
 
 
 def choose(
@@ -464,10 +472,8 @@ def _error(
     """Squared error of a sampler's final states against the exact flow, a state, summed over pixels."""
     found = _run(start, unet, state, seed)
     if random:
-        # A stochastic sampler's paths are not the flow's: their law is compared, less what two halves differ by.
-        half = len(truth) // 2
-        chance = _moments_gap(truth[:half], truth[half:], gaussian) / 2.0
-        return STOCHASTIC * max(0.0, _moments_gap(found, truth, gaussian) - chance)
+        # A stochastic sampler's paths are not the flow's: their law is compared.
+        return STOCHASTIC * _moments_gap(found, truth, gaussian)
     return float(((found - truth) ** 2).flatten(1).sum(1).mean())
 
 

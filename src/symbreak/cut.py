@@ -110,7 +110,9 @@ class LateStart:
             f"{type(self.scheduler).__name__}, {self.steps} steps, {self.calls} network calls, from {law} at "
             f"sigma {self.level.sigma:.4g} (OU time {self.level.ou_time:.4g})."
         )
-        text = " ".join((head, *self.notes))
+        certificate = getattr(self.law, "certificate", lambda sigma: None)(self.level.sigma)
+        low_rank = (certificate.sentence(),) if certificate is not None and certificate.modes else ()
+        text = " ".join((head, *low_rank, *self.notes))
         return text if self.choice is None else f"{text}\n{self.choice.table()}"
 
 

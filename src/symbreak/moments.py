@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import scipy.linalg
@@ -28,27 +28,15 @@ from scipy.sparse.linalg import eigsh
 
 from symbreak.critical import jackknife
 from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.sketch import FORMAT, LARGEST_DIM, LowRankMoments, Spectrum, sketch_moments
 
-__all__ = ["Moments", "Spectrum", "frechet_distance"]
+__all__ = ["LowRankMoments", "Moments", "Spectrum", "frechet_distance"]
 
 EXACT_ROWS = 1024  # 1,024 products of two numbers up to 128 stay below 2^24
 BUFFER_BYTES = 2**28
 PANEL = 512
 PARTS_BYTES = 2**32  # the jackknife parts together stay below this
 SAVED_PARTS_BYTES = 64 * 2**20
-LARGEST_DIM = 20_000  # a full covariance of 3.2 GB
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """Leading eigenvalues of a covariance, falling, with jackknife intervals (NaN where unknown)."""
-
-    values: np.ndarray
-    low: np.ndarray
-    high: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.values)
 
 
 @dataclass(frozen=True)
@@ -123,17 +111,43 @@ class Moments:
         self._parts = parts
         return self
 
+    @overload
     @classmethod
-    def fit(cls, batches: Iterable[torch.Tensor], parts: int | None = None) -> Moments:
-        """Moments of a stream of batches in one pass; memory does not grow with n.
+    def fit(cls, batches: Iterable[torch.Tensor], rank: None = None, parts: int | None = None) -> Moments: ...
+
+    @overload
+    @classmethod
+    def fit(
+        cls, batches: Iterable[torch.Tensor], rank: int, parts: None = None, passes: int = 2, seed: int = 0
+    ) -> LowRankMoments: ...
+
+    @classmethod
+    def fit(
+        cls,
+        batches: Iterable[torch.Tensor],
+        rank: int | None = None,
+        parts: int | None = None,
+        passes: int = 2,
+        seed: int = 0,
+    ) -> Moments | LowRankMoments:
+        """Moments of a stream of batches in one pass, or leading eigenpairs in two; memory does not grow with n.
 
         Args:
             batches: tensors or arrays [B, *S], or `Images` (8-bit ones take the exact way).
+            rank: eigenpairs to keep of a covariance that is too large to form (`sketch_moments`): the mean and the
+                per-pixel variances stay exact. The batches are then walked ``passes`` times.
             parts: disjoint sub-accumulators for the jackknife; by default 8, 5 above d = 1,024.
+            passes: of a fit with ``rank``, at least 2; one more sharpens the last eigenpairs.
+            seed: of the random vectors of a fit with ``rank``.
 
         Raises:
-            InputError: for fewer than 2 rows, changing shapes, NaN or infinity, or all rows equal.
+            InputError: for fewer than 2 rows, changing shapes, NaN or infinity, or all rows equal; with ``rank``,
+                for batches that can be walked only once.
         """
+        if rank is not None:
+            if parts is not None:
+                raise InputError("parts= came with rank=; a sketch has no parts to leave out. Drop one of them.")
+            return sketch_moments(batches, rank, passes, seed)
         sums: _Sums | None = None
         blocks = getattr(batches, "blocks", None)
         exact = bool(blocks is not None and getattr(batches, "integer", False))
@@ -236,6 +250,25 @@ class Moments:
             found = scipy.linalg.eigvalsh(c)[-k:]
         return np.maximum(np.sort(found)[::-1], 0.0)
 
+    def truncate(self, rank: int) -> LowRankMoments:
+        """The leading eigenpairs, and exactly what the others hold."""
+        if int(rank) != rank or rank < 1:
+            raise InputError(f"rank is {rank}; expected a whole number of at least 1.")
+        values, vectors = self.eigh
+        r = min(int(rank), self.dim)
+        rest = values[r:]
+        return LowRankMoments(
+            self.count,
+            self.mean,
+            self.cov.diagonal().reshape(self.shape),
+            vectors[:, :r].contiguous(),
+            values[:r],
+            torch.zeros(r),
+            float(rest[0]) if len(rest) else 0.0,
+            float((rest**2).sum()),
+            0.0,
+        )
+
     def merge(self, other: Moments) -> Moments:
         """Moments of both samples together; associative and commutative up to rounding.
 
@@ -266,9 +299,11 @@ class Moments:
         return write_tensors(path, tensors, {"format": "symbreak.moments", "version": "1"})
 
     @classmethod
-    def load(cls, path: str | Path) -> Moments:
-        """Read what `save` wrote."""
+    def load(cls, path: str | Path) -> Moments | LowRankMoments:
+        """Read what `Moments.save` or `LowRankMoments.save` wrote."""
         tensors, metadata = read_tensors(path)
+        if metadata.get("format") == FORMAT:
+            return LowRankMoments.from_tensors(path, tensors, metadata)
         if metadata.get("format") != "symbreak.moments" or not {"count", "mean", "cov"} <= set(tensors):
             raise InputError(f"{path} holds no moments. Expected a file that `symbreak fit` wrote.")
         if metadata.get("version") != "1":
@@ -298,7 +333,7 @@ class _Sums:
         if self.d > LARGEST_DIM:
             raise InputError(
                 f"samples of shape {shape} have {self.d:,} elements; a full covariance takes at most {LARGEST_DIM:,}. "
-                "Resize the images."
+                "Pass rank= for the leading eigenpairs, or resize the images."
             )
         # Every part costs d^2 of memory and of finishing touches: fewer for large d.
         self.groups = parts or max(1, min(8 if self.d <= 1024 else 5, PARTS_BYTES // (8 * self.d**2)))

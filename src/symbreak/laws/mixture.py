@@ -26,6 +26,7 @@ import torch
 from symbreak.files import InputError
 from symbreak.laws.flow import Parameters, column, flatten, fresh, level, probability_flow, top_eigenvalue
 from symbreak.moments import Moments, _Sums
+from symbreak.sketch import Certificate, truncation_bound
 
 __all__ = ["Mixture"]
 
@@ -105,6 +106,7 @@ class Mixture:
         self.floor = floor  # [K]
         self.count = count
         self.classes: torch.Tensor | None = None  # [K], the class each component belongs to
+        self._dropped: torch.Tensor | None = None  # [K, d - r], the eigenvalues that `fit` left out
         self._parameters = Parameters(means, vectors, values, floor, self.weights.log())
 
     @classmethod
@@ -235,6 +237,8 @@ class Mixture:
         else:
             return law
         flat.count, flat.classes = law.count, law.classes
+        if kind != "isotropic" and rank is not None:
+            flat._dropped = whole[:, rank:]
         return flat
 
     def log_weights(self, labels: Any, batch: int) -> torch.Tensor:
@@ -276,6 +280,21 @@ class Mixture:
     def components(self) -> int:
         """Number of components K."""
         return len(self.means)
+
+    def certificate(self, sigma: float) -> Certificate | None:
+        """What ``fit(rank=)`` loses at a level against the mixture of full covariances; ``None`` for other mixtures.
+
+        KL is convex in both laws, so the components' truncation bounds are averaged by weight.
+        """
+        if self._dropped is None:
+            return None
+        total, modes = self._dropped.sum(1), self._dropped.shape[1]
+        nats = 0.0
+        for pi, values, r, f in zip(self.weights, self._dropped, total, self.floor):
+            mean = float((values**2).sum() / r) if r > 0 else 0.0
+            nats += float(pi) * truncation_bound(float(r), mean, sigma, float(f), modes)
+        largest, left = float(self._dropped.max()), float(self.weights @ total)
+        return Certificate(nats, float(sigma), self.dim - modes, modes, left, largest, self.count, 0.0)
 
     @cached_property
     def _centre(self) -> torch.Tensor:

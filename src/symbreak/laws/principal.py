@@ -31,7 +31,7 @@ from symbreak.files import InputError
 from symbreak.laws.flow import column, flatten, fresh, level, path
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.mixture import Mixture
-from symbreak.moments import Moments
+from symbreak.moments import LowRankMoments, Moments
 from symbreak.noise import generator
 
 __all__ = ["PrincipalMixture"]
@@ -68,9 +68,10 @@ class PrincipalMixture:
         self.shape: tuple[int, ...] = gaussian.shape
         self.dim, self.leading = gaussian.dim, inner.dim
         self._tables: dict[Any, list[_Stage]] = {}
+        self._basis: dict[Any, torch.Tensor] = {}
 
     @property
-    def moments(self) -> Moments:
+    def moments(self) -> Moments | LowRankMoments:
         """Moments of the Gaussian law, which the mixture shares up to shrinkage."""
         return self.gaussian.moments
 
@@ -138,78 +139,51 @@ class PrincipalMixture:
         """The law of one class: its components, and the Gaussian in all other modes."""
         return PrincipalMixture(self.gaussian, self.inner.given(label), self.prior)
 
-    # The principal coordinates, and back
+    # The Gaussian does everything; in the leading coordinates the mixture's answer takes the place of its own.
 
-    def _split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """x - mu [B, d], the leading coordinates [B, P] and the other ones [B, r - P]."""
-        mean, _, vectors = self.gaussian._parameters(x)
-        y = flatten(x, self.shape) - mean
-        z = y @ vectors
-        return y, z[:, : self.leading], z[:, self.leading :]
+    def _axes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """V [d, P] in the dtype of x and the leading eigenvalues [P] float64, on the device of x."""
+        if (x.dtype, x.device) not in self._basis:
+            self._basis[x.dtype, x.device] = self.gaussian.eigenvectors[:, : self.leading].to(x)
+        return self._basis[x.dtype, x.device], self.gaussian.eigenvalues[: self.leading].to(x.device)
 
-    def _rest(self, like: torch.Tensor, s2: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Variances of the other modes [r - P] and of what no mode spans, plus sigma^2, float64."""
-        values = self.gaussian.eigenvalues.to(like.device)[self.leading :]
-        return values + s2, torch.as_tensor(self.gaussian.floor, dtype=torch.float64, device=like.device) + s2
+    def _leading(self, x: torch.Tensor) -> torch.Tensor:
+        """Leading coordinates [B, P] of x - mu."""
+        return (flatten(x, self.shape) - self.gaussian.moments.mean.reshape(-1).to(x)) @ self._axes(x)[0]
 
-    def _join(
-        self,
-        y: torch.Tensor | None,
-        z: torch.Tensor,
-        others: torch.Tensor,
-        outside: torch.Tensor | None,
-        mean: bool,
-        like: torch.Tensor,
-    ) -> torch.Tensor:
-        """V z + rest; ``outside`` scales what of y no mode spans."""
-        mu, _, vectors = self.gaussian._parameters(like)
-        inside = torch.cat([z, others], dim=1).to(like.dtype)
-        if y is None or outside is None or vectors.shape[1] == self.dim:
-            out = inside @ vectors.T
-        else:
-            f = outside.to(like.dtype)
-            out = f * y + (inside - f * (y @ vectors)) @ vectors.T
-        return (out + mu if mean else out).reshape(like.shape)
+    def _corrected(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+        """x + V by."""
+        return x + (by.to(x.dtype) @ self._axes(x)[0].T).reshape(x.shape)
 
     # The law
 
     def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """E[x_0 | x_0 + sigma eps = x], [B, *S]; sigma a float or [B]."""
         s = level(sigma, x)
-        y, z, others = self._split(x)
-        values, floor = self._rest(x, column(s * s))
-        s2 = column(s * s)
-        return self._join(y, self.inner.denoise(z, s), (1 - s2 / values) * others, 1 - s2 / floor, mean=True, like=x)
+        z, lam = self._leading(x), self._axes(x)[1]
+        own = lam / (lam + column(s * s)) * z
+        return self._corrected(self.gaussian.denoise(x, s), self.inner.denoise(z, s) - own)
 
     def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Gradient of `log_prob`, [B, *S]."""
         s = level(sigma, x)
-        y, z, others = self._split(x)
-        values, floor = self._rest(x, column(s * s))
-        return self._join(y, self.inner.score(z, s), -others / values, -1 / floor, mean=False, like=x)
+        z, lam = self._leading(x), self._axes(x)[1]
+        return self._corrected(self.gaussian.score(x, s), self.inner.score(z, s) + z / (lam + column(s * s)))
 
     def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """log density of x_0 + sigma eps at x, [B], nats, float64."""
         s = level(sigma, x)
-        y, z, others = self._split(x.double())
-        values, floor = self._rest(x, column(s * s))
-        quadratic = (others * others / values).sum(1) + values.log().sum(-1)
-        outside = self.dim - self.gaussian.eigenvectors.shape[1]
-        if outside:
-            norm2 = (y * y).sum(1) - (z * z).sum(1) - (others * others).sum(1)
-            quadratic = quadratic + (norm2.clamp_min(0)[:, None] / floor + outside * floor.log()).reshape(-1)
-        constant = (self.dim - self.leading) * math.log(2 * math.pi)
-        return self.inner.log_prob(z, s) - 0.5 * (quadratic + constant)
+        wide = x.double()
+        z, lam = self._leading(wide), self._axes(wide)[1]
+        total = lam + column(s * s)
+        own = -0.5 * ((z * z / total).sum(-1) + total.log().sum(-1) + self.leading * math.log(2 * math.pi))
+        return self.gaussian.log_prob(wide, s) - own + self.inner.log_prob(z, s)
 
     def sample(self, n: int, sigma: float = 0.0, generator: torch.Generator | None = None) -> torch.Tensor:
         """n draws [n, *S] float64 of x_0 + sigma eps."""
         g = fresh(generator)
-        a = self.inner.sample(n, sigma, g)
-        noise = torch.randn(n, *self.shape, generator=g, dtype=torch.float64, device=g.device)
-        values, floor = self._rest(noise, torch.tensor(float(sigma) ** 2, dtype=torch.float64))
-        flat = noise.reshape(n, -1)
-        others = (flat @ self.gaussian._parameters(noise)[2])[:, self.leading :]
-        return self._join(flat, a, values.sqrt() * others, floor.sqrt(), mean=True, like=noise)
+        x = self.gaussian.sample(n, sigma, g)
+        return self._corrected(x, self.inner.sample(n, sigma, g) - self._leading(x))
 
     def transport(
         self,
@@ -236,21 +210,11 @@ class PrincipalMixture:
             raise InputError(f"the flow was asked for from sigma {start:g} to {sigma:g}; expected levels > 0.")
         if steps < 1:
             raise InputError(f"{steps} steps; expected at least 1.")
-        infinite = math.isinf(start)
-        if infinite:
-            y = flatten(noise, self.shape)
-            z = y @ self.gaussian._parameters(noise)[2]
-            z, others = z[:, : self.leading], z[:, self.leading :]
-        else:
-            y, z, others = self._split(noise)
         log_pi = self.inner.log_weights(labels, len(noise)).to(noise)
-        a = self._flow(z, start, float(sigma), steps, log_pi)
-        zero = torch.zeros((), dtype=torch.float64)
-        values, floor = self._rest(noise, zero + float(sigma) ** 2)
-        if not infinite:
-            v0, f0 = self._rest(noise, zero + start**2)
-            values, floor = values / v0, floor / f0
-        return self._join(y, a, values.sqrt().to(noise.dtype) * others, floor.sqrt(), mean=True, like=noise)
+        moved = self.gaussian.transport(noise, sigma, sigma_from)
+        # Pure noise has no mean to take off.
+        z = flatten(noise, self.shape) @ self._axes(noise)[0] if math.isinf(start) else self._leading(noise)
+        return self._corrected(moved, self._flow(z, start, float(sigma), steps, log_pi) - self._leading(moved))
 
     def _flow(self, z: torch.Tensor, start: float, end: float, steps: int, log_pi: torch.Tensor) -> torch.Tensor:
         """Leading coordinates [B, P]: white noise, or states at ``start``, to states at ``end``."""
@@ -319,12 +283,13 @@ class _Stage:
 
 def _coordinates(gaussian: Gaussian, batches: Iterable[Any], p: int) -> torch.Tensor:
     """Leading principal coordinates [N, p] float64 of all samples, batch by batch."""
-    parts = []
+    axes, parts = gaussian.eigenvectors[:, :p], []
+    mean = gaussian.moments.mean.reshape(-1)
     for batch in batches:
-        x = torch.as_tensor(np.asarray(batch)) if not isinstance(batch, torch.Tensor) else batch
-        x = x.to(gaussian.eigenvectors.dtype) if x.dtype != gaussian.eigenvectors.dtype else x
-        mean, _, vectors = gaussian._parameters(x)
-        parts.append(((flatten(x, gaussian.shape) - mean) @ vectors[:, :p]).double())
+        x = batch if isinstance(batch, torch.Tensor) else torch.as_tensor(np.asarray(batch))
+        # The digits of the eigenvectors: those of a sketch are float32, and a wider copy could fill the memory.
+        rows = flatten(x.float() if x.dtype not in (torch.float32, torch.float64) else x, gaussian.shape)
+        parts.append(((rows.to(axes.dtype) - mean.to(axes.dtype)) @ axes).double())
     return torch.cat(parts)
 
 

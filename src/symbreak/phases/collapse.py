@@ -181,7 +181,8 @@ def _information(law: Any, sigma: np.ndarray, draws: int, seed: int) -> tuple[np
     """I(x_0; x) in nats at levels [G]: value and 95 % interval."""
     s2 = sigma[:, None] ** 2
     if isinstance(law, Gaussian):
-        exact = 0.5 * np.log1p(law.eigenvalues.numpy() / s2).sum(1)
+        along = np.log1p(law.eigenvalues.numpy() / s2).sum(1)
+        exact = 0.5 * (along + (law.dim - len(law.eigenvalues)) * np.log1p(law.floor / s2[:, 0]))
         return exact, exact.copy(), exact.copy()
     if isinstance(law, Mixture):
         w = law.weights.numpy()

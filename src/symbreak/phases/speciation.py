@@ -116,7 +116,7 @@ def speciation_time(
         raise InputError(f"scale is {scale:g}; expected a factor > 0 on the data.")
     if criterion == "free-entropy":
         return _free_entropy(mixture_of(law_or_moments), scale, samples, seed)
-    moments = law_or_moments if isinstance(law_or_moments, Moments) else law_or_moments.moments
+    moments = getattr(law_or_moments, "moments", law_or_moments)
     top = moments.spectrum(1)
     value, low, high = float(top.values[0]), float(top.low[0]), float(top.high[0])
     if criterion == "spectral":
