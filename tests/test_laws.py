@@ -23,6 +23,7 @@ from tests import worlds
 
 LAWS = {
     "gaussian": lambda: Gaussian(worlds.full_mixture().moments),
+    "gaussian of rank 2": lambda: Gaussian(worlds.full_mixture().moments, rank=2),
     "full": worlds.full_mixture,
     "low rank": worlds.low_rank_mixture,
     "isotropic": worlds.isotropic_mixture,

@@ -249,6 +249,8 @@ def test_refusals():
         truncation_bound(1.0, 1.0, 1.0, floor=0.1)
     with pytest.raises(InputError, match="size is 0"):
         Gaussian.low_frequency([digits()], 0)
+    with pytest.raises(InputError, match="smaller size"):
+        Gaussian.low_frequency([torch.ones(2, 3, 128, 128)], 100)
     with pytest.raises(InputError, match="need images"):
         Gaussian.low_frequency([digits().flatten(1)], 2)
 

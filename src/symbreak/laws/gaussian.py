@@ -26,6 +26,7 @@ from symbreak.sketch import Certificate, project_moments
 __all__ = ["Gaussian"]
 
 CHUNK = 2**26  # numbers [B, d] of a low-rank law handled at a time
+LARGEST = 2**30  # numbers of a basis of cosines, 4.3 GB
 PANEL = 2**24  # numbers of Q converted at a time where x has more digits than Q
 
 Gain = Callable[[torch.Tensor], torch.Tensor]
@@ -241,14 +242,20 @@ def _cosines(shape: tuple[int, ...], size: int) -> torch.Tensor:
     if len(shape) < 2:
         raise InputError(f"samples of shape {shape}; low frequencies need images [C, H, W] or [H, W].")
     height, width = shape[-2:]
+    modes = math.prod(shape[:-2]) * min(size, height) * min(size, width)
+    if math.prod(shape) * modes > LARGEST:
+        raise InputError(
+            f"{modes} cosines of {math.prod(shape):,} pixels take {4e-9 * math.prod(shape) * modes:.0f} GB; at most "
+            f"{4e-9 * LARGEST:.0f} GB are held. Ask for a smaller size."
+        )
     # Row j of the inverse transform of the identity is basis function j.
     rows, columns = (
         torch.from_numpy(scipy.fft.idct(torch.eye(min(size, n), n).double().numpy(), axis=1, norm="ortho"))
         for n in (height, width)
     )
     one = torch.einsum("ah,bw->hwab", rows, columns).reshape(height * width, -1).float()
-    channels, modes = math.prod(shape[:-2]), one.shape[1]
-    out = torch.zeros(channels, height * width, channels * modes)
+    channels, own = math.prod(shape[:-2]), one.shape[1]
+    out = torch.zeros(channels, height * width, modes)
     for c in range(channels):
-        out[c, :, c * modes : (c + 1) * modes] = one
+        out[c, :, c * own : (c + 1) * own] = one
     return out.reshape(channels * height * width, -1)
