@@ -15,6 +15,7 @@ FLOORS = [
     {"cut"},
     {"start"},
     {"sample", "train", "metrics"},
+    {"pipeline"},
     {"study", "report", "world"},
     {"cli"},
 ]
