@@ -16,6 +16,7 @@ FLOORS = [
     {"choose"},
     {"start"},
     {"sample", "train", "metrics"},
+    {"pipeline"},
     {"study", "report", "world"},
     {"cli"},
 ]

@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "adapters": ("as_unet", "denoiser", "load_pipeline", "scheduler"),
+    "adapters": ("as_unet", "denoiser", "encode", "load_pipeline", "scheduler"),
     "critical": ("CriticalTime", "Curve"),
+    "cut": ("late_sigmas",),
     "data": ("Images", "images"),
     "denoise": ("Denoiser", "score"),
     "files": ("InputError",),
     "laws": ("Empirical", "Gaussian", "Mixture", "PrincipalMixture", "Sphere"),
     "metrics": ("evaluate", "extractor"),
+    "laws.store": ("load_law", "save_law"),
     "moments": ("Moments", "frechet_distance"),
     "noise": ("NoiseLevel", "Schedule", "schedule"),
     "phases.collapse": ("collapse_time", "excess_entropy"),
     "phases.speciation": ("clone_agreement", "cloning_probability", "speciation_time"),
     "phases.stability": ("bifurcation", "fixed_points", "potential"),
+    "pipeline": ("LateStartPipeline",),
     "record": ("Record",),
     "report": ("write_report",),
     "sample": ("generate",),
@@ -36,18 +39,21 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from symbreak.adapters import as_unet, denoiser, load_pipeline, scheduler
+    from symbreak.adapters import as_unet, denoiser, encode, load_pipeline, scheduler
     from symbreak.critical import CriticalTime, Curve
+    from symbreak.cut import late_sigmas
     from symbreak.data import Images, images
     from symbreak.denoise import Denoiser, score
     from symbreak.files import InputError
     from symbreak.laws import Empirical, Gaussian, Mixture, PrincipalMixture, Sphere
+    from symbreak.laws.store import load_law, save_law
     from symbreak.metrics import evaluate, extractor
     from symbreak.moments import Moments, frechet_distance
     from symbreak.noise import NoiseLevel, Schedule, schedule
     from symbreak.phases.collapse import collapse_time, excess_entropy
     from symbreak.phases.speciation import clone_agreement, cloning_probability, speciation_time
     from symbreak.phases.stability import bifurcation, fixed_points, potential
+    from symbreak.pipeline import LateStartPipeline
     from symbreak.record import Record
     from symbreak.report import write_report
     from symbreak.sample import generate

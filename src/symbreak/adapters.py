@@ -15,9 +15,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import diffusers
 import torch
@@ -27,7 +28,17 @@ from symbreak.denoise import Denoiser, as_denoiser
 from symbreak.files import InputError
 from symbreak.noise import NoiseLevel, schedule
 
-__all__ = ["SAMPLERS", "NetworkDenoiser", "as_unet", "denoiser", "load_pipeline", "scheduler"]
+__all__ = [
+    "SAMPLERS",
+    "Latents",
+    "NetworkDenoiser",
+    "SigmaDenoiser",
+    "as_unet",
+    "denoiser",
+    "encode",
+    "load_pipeline",
+    "scheduler",
+]
 
 # Our sampler names -> diffusers class and the settings that make it that sampler.
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -127,6 +138,8 @@ def load_pipeline(source: str | Path) -> Any:
             parts = json.loads(index.read_text(encoding="utf-8"))
         except ValueError:
             raise InputError(f"{index} is not JSON. Save the pipeline again with save_pretrained.") from None
+        if isinstance(parts, dict) and parts.get("_class_name") == "LateStartPipeline":
+            raise InputError(f"{source} holds a late start. Load it with sb.LateStartPipeline.from_pretrained.")
         if not isinstance(parts, dict) or not {"unet", "scheduler"} <= set(parts):
             raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
     elif str(source).count("/") != 1 or path.parent.exists():
@@ -158,7 +171,7 @@ def refuse_conditional(pipe: Any, source: str) -> None:
     config = pipe.unet.config
     if config.get("num_class_embeds") or config.get("class_embed_type") or config.get("cross_attention_dim"):
         raise InputError(
-            f"the network of {source} needs a condition (class or text). Use sb.generate(..., class_labels=...) or "
+            f"the network of {source} needs a condition (class or text). Use sb.generate(..., labels=...) or "
             "start.latents(noise) with its own pipeline."
         )
 
@@ -244,19 +257,202 @@ def _edm_coefficients(scheduler: Any, sigma: torch.Tensor) -> tuple[torch.Tensor
     return skip, -scale if scheduler.config.prediction_type == "v_prediction" else scale
 
 
-def denoiser(unet: Any, scheduler: Any, **condition: Any) -> NetworkDenoiser:
-    """A diffusers network and its scheduler as d(x, sigma) -> E[x_0 | x].
+class SigmaDenoiser:
+    """A network that is a denoiser already, as EDM's and k-diffusion's are; see `denoiser`."""
+
+    def __init__(
+        self, model: Any, shape: tuple[int, ...], sigma_range: tuple[float, float], condition: dict[str, Any]
+    ) -> None:
+        self.model, self.shape, self.sigma_range, self.condition = model, shape, sigma_range, condition
+
+    def bind(self, **condition: Any) -> SigmaDenoiser:
+        """The same denoiser with a condition fixed, e.g. ``bind(class_labels=y)``."""
+        return SigmaDenoiser(self.model, self.shape, self.sigma_range, {**self.condition, **condition})
+
+    def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        if tuple(x.shape[1:]) != self.shape:
+            raise InputError(f"states of shape {tuple(x.shape)} for a network of {self.shape}. Resize the data.")
+        s = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1)
+        low, high = self.sigma_range
+        # Their own grids are float32: the ends of the range may differ by its rounding.
+        if not (s.numel() and low * (1 - 1e-6) <= float(s.min()) and float(s.max()) <= high * (1 + 1e-6)):
+            raise ValueError(
+                f"sigma from {float(s.min()):.6g} to {float(s.max()):.6g} is outside the network's {low:.6g} to "
+                f"{high:.6g}. Choose a level in that range."
+            )
+        weights = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
+        dtype = next(iter(weights), x).dtype
+        each = s.clamp(low, high).expand(len(x)) if len(s) == 1 else s.clamp(low, high)
+        out = self.model(x.to(dtype), each.to(dtype), **self.condition)
+        if not isinstance(out, torch.Tensor) or out.shape != x.shape:
+            came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise InputError(
+                f"model(x, sigma) gave {came} for states of {tuple(x.shape)}; expected denoised states of the same "
+                "shape. A diffusers network needs its scheduler: sb.denoiser(unet, scheduler)."
+            )
+        return out.to(x.dtype)
+
+
+@overload
+def denoiser(unet: Any, scheduler: Any, **condition: Any) -> NetworkDenoiser: ...
+
+
+@overload
+def denoiser(
+    unet: Any,
+    scheduler: None = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    sigma_range: tuple[float, float] | None = None,
+    **condition: Any,
+) -> SigmaDenoiser: ...
+
+
+def denoiser(
+    unet: Any,
+    scheduler: Any = None,
+    *,
+    shape: tuple[int, ...] | None = None,
+    sigma_range: tuple[float, float] | None = None,
+    **condition: Any,
+) -> NetworkDenoiser | SigmaDenoiser:
+    """A network as d(x, sigma) -> E[x_0 | x].
 
     Args:
-        unet: the network, ``unet(state, t, return_dict=False)[0]`` -> epsilon, v, sample, EDM's F or a
-            velocity, as the scheduler's config says; learned variance channels are dropped.
-        scheduler: diffusers scheduler it was trained with.
+        unet: a diffusers network, ``unet(state, t, return_dict=False)[0]`` -> epsilon, v, sample, EDM's F or a
+            velocity, as the scheduler's config says; learned variance channels are dropped. Without a
+            scheduler: EDM's ``net(x, sigma, class_labels)`` or k-diffusion's ``model(x, sigma)``, which take
+            VE states [B, *S] and sigma [B] and give denoised states.
+        scheduler: diffusers scheduler it was trained with; ``None`` for EDM and k-diffusion.
+        shape: sample shape S, without a scheduler; by default EDM's ``img_channels`` and ``img_resolution``.
+        sigma_range: levels it knows, without a scheduler; by default its ``sigma_min`` and ``sigma_max``.
         **condition: passed on to every call, e.g. ``class_labels``.
 
     Returns:
         A `Denoiser`; outside its ``sigma_range`` it raises ValueError.
+
+    Raises:
+        InputError: where shape or range can neither be read off nor were given.
+
+    Source: EDM, arXiv:2206.00364; k-diffusion's contract is the same.
     """
-    return NetworkDenoiser(unet, scheduler, **condition)
+    if scheduler is not None:
+        if shape is not None or sigma_range is not None:
+            raise InputError("shape and sigma_range came with a scheduler, which says both. Leave them out.")
+        return NetworkDenoiser(unet, scheduler, **condition)
+    if shape is None:
+        channels, size = getattr(unet, "img_channels", None), getattr(unet, "img_resolution", None)
+        if channels is None or size is None:
+            raise InputError(
+                f"{type(unet).__name__} does not say its shape (no img_channels and img_resolution). Pass "
+                "shape=(C, H, W); for a diffusers network pass its scheduler."
+            )
+        shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
+    if sigma_range is None:
+        ends = getattr(unet, "sigma_min", None), getattr(unet, "sigma_max", None)
+        if ends[0] is None or ends[1] is None:
+            raise InputError(
+                f"{type(unet).__name__} does not say its levels (no sigma_min and sigma_max). Pass sigma_range=(a, b)."
+            )
+        sigma_range = float(ends[0]), float(ends[1])
+    low, high = float(sigma_range[0]), float(sigma_range[1])
+    if not 0 <= low < high:
+        raise InputError(f"a sigma_range from {low:g} to {high:g}; expected 0 <= low < high.")
+    return SigmaDenoiser(unet, tuple(int(n) for n in shape), (low, high), condition)
+
+
+class Latents:
+    """The latents of images as a stream that can be walked again and again; see `encode`."""
+
+    def __init__(self, vae: Any, data: Any, batch: int, sample: bool, seed: int) -> None:
+        self.vae, self.data, self.batch, self.sample, self.seed = vae, data, batch, sample, seed
+        self.labels = getattr(data, "labels", None)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        for images in _regroup(self.data, self.batch):
+            yield self._encode(images, generator)
+
+    @torch.no_grad()
+    def _encode(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        channels = getattr(self.vae.config, "in_channels", None)
+        if images.ndim != 4 or (channels is not None and images.shape[1] != channels):
+            raise InputError(
+                f"images of shape {tuple(images.shape)} for an autoencoder of {channels} channels; expected "
+                f"[B, {channels}, H, W]."
+            )
+        if not float(images.abs().max()) <= 1 + 1e-3:
+            raise InputError(
+                f"images from {float(images.min()):g} to {float(images.max()):g}; an autoencoder takes [-1, 1]."
+            )
+        n = len(images)
+        # One fixed size of every call, so that a latent does not depend on its neighbours.
+        padded = torch.cat([images, images[:1].expand(self.batch - n, *images.shape[1:])])
+        weight = next(iter(self.vae.parameters()), padded)
+        out = self.vae.encode(padded.to(weight.device, weight.dtype))
+        law = getattr(out, "latent_dist", None)
+        z = (out.latents if law is None else law.mean)[:n].float().cpu()
+        if self.sample:
+            if law is None:
+                raise InputError(f"{type(self.vae).__name__} has no latent law to draw from. Leave sample out.")
+            z = z + law.std[:n].float().cpu() * torch.randn(z.shape, generator=generator)
+        return _scaled(z, self.vae.config)
+
+
+def _regroup(data: Any, batch: int) -> Iterator[torch.Tensor]:
+    """Batches of any sizes as batches of one size, the last one smaller."""
+    waiting: list[torch.Tensor] = []
+    held = 0
+    for some in data:
+        waiting.append(torch.as_tensor(some).float())
+        held += len(some)
+        if held >= batch:
+            whole = torch.cat(waiting)
+            full = held - held % batch
+            yield from whole[:full].split(batch)
+            waiting, held = [whole[full:]], held - full
+    if held:
+        yield torch.cat(waiting)
+
+
+def _scaled(z: torch.Tensor, config: Any) -> torch.Tensor:
+    """Raw latents -> those that the diffusion network sees."""
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and std is not None:
+        column = [1, -1] + [1] * (z.ndim - 2)
+        z = (z - torch.tensor(mean).reshape(column)) / torch.tensor(std).reshape(column)
+    shift, scale = getattr(config, "shift_factor", None), getattr(config, "scaling_factor", None)
+    return (z - (0.0 if shift is None else shift)) * (1.0 if scale is None else scale)
+
+
+def encode(vae: Any, data: Any, batch: int = 16, sample: bool = False, seed: int = 0) -> Latents:
+    """Images as the latents that a latent diffusion network sees, e.g. to fit a start there.
+
+        z = (mean of q(z | x) - shift_factor) scaling_factor
+
+    Args:
+        vae: a diffusers autoencoder, such as ``pipe.vae``.
+        data: `Images`, a tensor [N, C, H, W] or batches of them that can be walked again, in [-1, 1].
+        batch: fixed size of every call of the autoencoder; the last one is padded.
+        sample: draw from q(z | x), as training does, instead of taking its mean.
+        seed: of these draws.
+
+    Returns:
+        An iterable of batches [B, c, h, w], float32, made as it is walked; it carries the data's ``labels``.
+
+    Raises:
+        InputError: for data that can be walked only once, are not in [-1, 1] or do not have the autoencoder's
+            channels.
+    """
+    if batch < 1:
+        raise InputError(f"a batch of {batch}; expected at least 1.")
+    if isinstance(data, torch.Tensor):
+        data = [data]
+    elif iter(data) is data:
+        raise InputError(
+            "the images come from a generator, which can be walked once. Pass a list, a tensor or sb.images."
+        )
+    return Latents(vae, data, int(batch), sample, seed)
 
 
 class _Posing(torch.nn.Module):

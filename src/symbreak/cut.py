@@ -9,17 +9,25 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import torch
 
-from symbreak.files import InputError
+from symbreak.denoise import Denoiser, LawDenoiser, as_denoiser
+from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.laws.store import law_from_tensors, law_tensors
 from symbreak.noise import NoiseLevel, Schedule, schedule
 
-__all__ = ["SUPPORTED", "LateStart", "check_scheduler", "check_steps", "cut", "standard_start"]
+__all__ = ["SUPPORTED", "LateStart", "check_scheduler", "check_steps", "cut", "late_sigmas", "standard_start"]
+
+FORMAT, VERSION = "symbreak.start", "1"
+LAW = "law."  # prefix of the law's tensors and metadata in the file of a start
 
 # States of these live in the VE frame, x = x_0 + sigma eps; of the other beta-type ones in the VP frame.
 _VE_STATE = {
@@ -88,8 +96,25 @@ class LateStart:
         """
         if self.law is None:
             return noise * self._noise_scale()
+        return self.state(self.ve(noise, labels))
+
+    def ve(self, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """The start as a VE state x = x_0 + sigma eps at ``level.sigma``, for EDM and k-diffusion samplers.
+
+        Args:
+            noise: [B, *S].
+            labels: class [B] of every sample, as in a call.
+
+        Raises:
+            InputError: where the start is pure noise without any signal (sigma infinite).
+        """
+        if self.law is None:
+            if self.level.alpha == 0:
+                raise InputError("this start is pure noise, sigma infinite, and has no VE state. Start below the top.")
+            return self(noise) / self.level.alpha
         given = {} if labels is None or getattr(self.law, "classes", None) is None else {"labels": labels}
-        return self.state(self.law.transport(noise, self.level.sigma, **given))
+        x: torch.Tensor = self.law.transport(noise, self.level.sigma, **given)
+        return x
 
     def state(self, x: torch.Tensor) -> torch.Tensor:
         """A VE state x = x_0 + sigma eps at the start level, in the scheduler's own frame."""
@@ -98,6 +123,118 @@ class LateStart:
     def latents(self, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """The start for pipelines that take ``latents=`` and multiply them by ``init_noise_sigma``."""
         return self(noise, labels) / self._noise_scale()
+
+    def denoiser(self, network: Any) -> Denoiser:
+        """The law's posterior mean above the start level, the network's at and below it.
+
+            D(x, sigma) = D_law(x, sigma)       sigma > level.sigma        (no network call)
+                          D_network(x, sigma)   sigma <= level.sigma
+
+        For samplers of one's own that begin at any level, however noisy. A standard start has no law: its
+        denoiser is the network itself.
+
+        Args:
+            network: a `Denoiser`, such as ``sb.denoiser(unet, scheduler)``, with its condition bound.
+
+        Returns:
+            A `Denoiser`; the upper end of its ``sigma_range`` is infinite.
+
+        Raises:
+            InputError: where the shapes of law and network differ.
+        """
+        below = as_denoiser(network)
+        if self.law is None:
+            return below
+        if tuple(below.shape) != tuple(self.law.shape):
+            raise InputError(
+                f"the start's law has the shape {tuple(self.law.shape)}, the network {tuple(below.shape)}. Fit it on "
+                "such data."
+            )
+        return _Hybrid(LawDenoiser(self.law), below, self.level.sigma)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file: the law, and as JSON the uncut scheduler, the level asked for and the steps.
+
+        Raises:
+            InputError: for a law that is neither a Gaussian nor a mixture, or a scheduler not of diffusers.
+        """
+        name = type(self.full).__name__
+        if getattr(diffusers, name, None) is not type(self.full):
+            raise InputError(f"a start with the scheduler {name} cannot be saved: diffusers has no such class.")
+        # Timesteps and level are not needed to cut again, but to see that it was cut to the same.
+        tensors = {
+            "asked": torch.tensor([self.asked.sigma, self.asked.alpha], dtype=torch.float64),
+            "level": torch.tensor([self.level.sigma, self.level.alpha], dtype=torch.float64),
+            "timesteps": torch.as_tensor(self.scheduler.timesteps).double(),
+        }
+        about: dict[str, Any] = {
+            "scheduler": json.loads(self.full.to_json_string()),
+            "class": name,
+            "steps": self.steps,
+            "notes": list(self.notes),
+            "law": self.law is not None,
+        }
+        metadata = {"format": FORMAT, "version": VERSION, "start": json.dumps(about, sort_keys=True)}
+        if self.law is not None:
+            law, head = law_tensors(self.law)
+            tensors |= {LAW + key: value for key, value in law.items()}
+            metadata |= {LAW + key: text for key, text in head.items()}
+        return write_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LateStart:
+        """Read what `save` wrote and cut the scheduler again: the same timesteps, level and bits.
+
+        Raises:
+            InputError: for a file that is missing, of another format or a newer version, or broken, and where
+                this version of diffusers cuts the scheduler to other timesteps than the file says.
+        """
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise InputError(
+                f"{path} holds no start (format {metadata.get('format')}). Expected one of LateStart.save."
+            )
+        if metadata.get("version") != VERSION:
+            raise InputError(
+                f"{path} is a start saved by a newer symbreak (start version {metadata.get('version')}, this one reads "
+                f"{VERSION}). Update it."
+            )
+        try:
+            about = json.loads(metadata["start"])
+            config, name, steps = about["scheduler"], str(about["class"]), about["steps"]
+            notes, has_law = tuple(map(str, about["notes"])), bool(about["law"])
+            asked, level, timesteps = (tensors[key] for key in ("asked", "level", "timesteps"))
+            asked_level = NoiseLevel(*asked.tolist())
+            check_steps(steps)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} holds a broken start ({' '.join(str(error).split())[:80]}). Save it again."
+            ) from None
+        kind: Any = getattr(diffusers, name, None)
+        known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+        if not known:
+            raise InputError(f"{path} names the scheduler {name}, which diffusers does not have. Update diffusers.")
+        try:
+            full = kind.from_config(config)
+        except Exception as error:
+            what = " ".join(str(error).split())[:80]
+            raise InputError(f"the scheduler {name} of {path} cannot be made ({what}). Save the start again.") from None
+        if has_law:
+            parts = {key.removeprefix(LAW): t for key, t in tensors.items() if key.startswith(LAW)}
+            head = {key.removeprefix(LAW): text for key, text in metadata.items() if key.startswith(LAW)}
+            found = cut(full, law_from_tensors(parts, head, path), steps, asked_level)
+        else:
+            found = standard_start(full, steps)
+        again = torch.as_tensor(found.scheduler.timesteps).double()
+        there = torch.tensor([found.level.sigma, found.level.alpha], dtype=torch.float64)
+        # Another machine's logarithm may differ in the last digits; another rule of diffusers differs in the first.
+        same = again.shape == timesteps.shape and torch.allclose(again, timesteps) and torch.allclose(there, level)
+        if not same:
+            raise InputError(
+                f"{path}: this diffusers {diffusers.__version__} gives {name} other timesteps than the start was saved "
+                f"with (diffusers {config.get('_diffusers_version')}). Use that version, or make the start again."
+            )
+        return replace(found, asked=asked_level, notes=notes)
 
     def _noise_scale(self) -> float:
         # Flow-matching schedulers have no init_noise_sigma: their pipelines start from the noise itself.
@@ -114,6 +251,72 @@ class LateStart:
         low_rank = (certificate.sentence(),) if certificate is not None and certificate.modes else ()
         text = " ".join((head, *low_rank, *self.notes))
         return text if self.choice is None else f"{text}\n{self.choice.table()}"
+
+
+class _Hybrid:
+    """A law's denoiser above a level and a network's at and below it; see `LateStart.denoiser`."""
+
+    def __init__(self, above: Denoiser, below: Denoiser, sigma: float) -> None:
+        self.above, self.below, self.sigma = above, below, sigma
+        self.shape: tuple[int, ...] = tuple(below.shape)
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """From the network's lower end to infinity."""
+        return float(self.below.sigma_range[0]), math.inf
+
+    def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        s = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1)
+        # A grid kept in float32 may begin a hair above the level that it was made of.
+        inside = s <= self.sigma * (1 + 1e-6)
+        if bool(inside.all()):
+            return self.below(x, s.clamp(max=self.sigma) if s.numel() > 1 else min(float(s), self.sigma))
+        if not bool(inside.any()):
+            return self.above(x, sigma)
+        out = torch.empty_like(x)
+        out[inside] = self.below(x[inside], s[inside].clamp(max=self.sigma))
+        out[~inside] = self.above(x[~inside], s[~inside])
+        return out
+
+
+def late_sigmas(level: LateStart | NoiseLevel | float, steps: int, sigma_min: float, rho: float = 7.0) -> torch.Tensor:
+    """The Karras grid from a start level down, for samplers ``sample(model, x, sigmas)`` of EDM and k-diffusion.
+
+        sigma_i = (sigma_0^(1/rho) + i / (steps - 1) (sigma_min^(1/rho) - sigma_0^(1/rho)))^rho,   then 0
+
+    Args:
+        level: where it begins: a start, a level, or sigma itself.
+        steps: intervals of the grid, the last one down to 0.
+        sigma_min: last level above 0.
+        rho: 7 puts more steps at low noise, 1 is an even grid.
+
+    Returns:
+        sigmas [steps + 1], float64, falling; the first is exactly the start's.
+
+    Raises:
+        InputError: for a level that is not finite, or a ``sigma_min`` that does not lie below it.
+
+    Source: Karras et al. 2022, arXiv:2206.00364, equation 5.
+
+    >>> late_sigmas(3.0, steps=3, sigma_min=0.03).tolist()[::3]
+    [3.0, 0.0]
+    """
+    check_steps(steps)
+    if isinstance(level, LateStart):
+        level = level.level
+    top = level.sigma if isinstance(level, NoiseLevel) else float(level)
+    if not 0 < top < math.inf:
+        raise InputError(f"a grid from sigma {top:g}; expected a finite level above 0.")
+    if not (0 < sigma_min <= top and rho > 0):
+        raise InputError(
+            f"a grid from sigma {top:g} to {sigma_min:g} with rho {rho:g}; expected 0 < sigma_min <= {top:g} and "
+            "rho > 0."
+        )
+    ramp = torch.linspace(0, 1, int(steps), dtype=torch.float64)
+    ends = top ** (1 / rho), sigma_min ** (1 / rho)
+    sigmas = torch.cat([(ends[0] + ramp * (ends[1] - ends[0])) ** rho, torch.zeros(1, dtype=torch.float64)])
+    sigmas[0] = top
+    return sigmas
 
 
 def check_scheduler(scheduler: Any) -> None:

@@ -281,8 +281,8 @@ class Moments:
             return self._from_parts(self.shape, [a.merge(b) for a, b in zip(self._parts, other._parts)])
         return self._from_parts(self.shape, [self._total.merge(other._total)])
 
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file: count, mean, covariance, and what the intervals need."""
+    def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Count, mean, covariance and what the intervals need, and the format: the content of a file."""
         tensors: dict[str, torch.Tensor] = {
             "count": torch.tensor(self.count),
             "mean": self.mean,
@@ -296,12 +296,22 @@ class Moments:
             left_out = self._left_out(min(32, self.dim))
             if left_out is not None:
                 tensors["left_out"] = torch.from_numpy(left_out)
-        return write_tensors(path, tensors, {"format": "symbreak.moments", "version": "1"})
+        return tensors, {"format": "symbreak.moments", "version": "1"}
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file."""
+        return write_tensors(path, *self.tensors())
 
     @classmethod
     def load(cls, path: str | Path) -> Moments | LowRankMoments:
         """Read what `Moments.save` or `LowRankMoments.save` wrote."""
-        tensors, metadata = read_tensors(path)
+        return cls.from_tensors(path, *read_tensors(path))
+
+    @classmethod
+    def from_tensors(
+        cls, path: Any, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+    ) -> Moments | LowRankMoments:
+        """Moments of either kind from what ``tensors`` gave; ``path`` names the file in messages."""
         if metadata.get("format") == FORMAT:
             return LowRankMoments.from_tensors(path, tensors, metadata)
         if metadata.get("format") != "symbreak.moments" or not {"count", "mean", "cov"} <= set(tensors):

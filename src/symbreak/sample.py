@@ -43,12 +43,17 @@ def parse_seeds(text: str) -> list[int]:
 
 def check(unet: Any, start: LateStart, seeds: Sequence[int], micro_batch: int) -> tuple[int, int, int]:
     """Refuse what cannot be sampled before anything is done; the shape (C, H, W) of an image."""
-    if micro_batch < 1:
-        raise InputError(f"a micro-batch of {micro_batch}; expected at least 1.")
     if not seeds:
         raise InputError("no seeds; expected at least one.")
     if not 0 <= min(seeds) <= max(seeds) < 2**63:
         raise InputError(f"seeds from {min(seeds)} to {max(seeds)}; expected 0 to 2^63 - 1.")
+    return check_shape(unet, start, micro_batch)
+
+
+def check_shape(unet: Any, start: LateStart, micro_batch: int) -> tuple[int, int, int]:
+    """The shape (C, H, W) of an image; refuse a start whose law has another one."""
+    if micro_batch < 1:
+        raise InputError(f"a micro-batch of {micro_batch}; expected at least 1.")
     size = unet.config.sample_size
     h, w = (size, size) if isinstance(size, int) else tuple(size)
     shape = (int(unet.config.in_channels), int(h), int(w))
@@ -59,11 +64,118 @@ def check(unet: Any, start: LateStart, seeds: Sequence[int], micro_batch: int) -
     return shape
 
 
+def check_labels(unet: Any, labels: Any, count: int) -> torch.Tensor | None:
+    """Class labels [count] that the network knows, or ``None`` for a network without classes.
+
+    Raises:
+        InputError: for labels the network does not have, one too few or too many, none for a network that
+            needs them, or some for a network that has no classes.
+    """
+    classes = getattr(unet.config, "num_class_embeds", None)
+    if labels is None:
+        if classes:
+            raise InputError(f"the network has {classes} classes, but no labels came. Pass one class a sample.")
+        return None
+    if not classes:
+        raise InputError("class labels came for a network without classes. Leave them out.")
+    y = torch.as_tensor(labels).detach().cpu()
+    if y.ndim == 0:
+        y = y.expand(count)
+    if y.is_floating_point() or y.is_complex() or y.dtype == torch.bool:
+        raise InputError(f"class labels of the type {y.dtype}; expected whole numbers.")
+    if tuple(y.shape) != (count,):
+        raise InputError(f"class labels of shape {tuple(y.shape)} for {count} samples; expected one each.")
+    if count and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise InputError(f"class labels from {int(y.min())} to {int(y.max())}; the network knows 0 to {classes - 1}.")
+    return y.long()
+
+
+def precision(unet: Any) -> torch.dtype:
+    """The dtype of states: float64 for a float64 network, else float32."""
+    weight = next(iter(unet.parameters()), None)
+    return torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
+
+
+def _rows(call: Callable[..., torch.Tensor], micro_batch: int, *rows: torch.Tensor | None) -> torch.Tensor:
+    """``call`` over rows, always on ``micro_batch`` of them: the last ones are padded with copies of a row."""
+    parts = []
+    n = len(rows[0])  # type: ignore[arg-type]
+    for first in range(0, n, micro_batch):
+        own = min(micro_batch, n - first)
+        index = torch.arange(first, first + micro_batch)
+        index[own:] = first
+        parts.append(call(*(None if r is None else r[index.to(r.device)] for r in rows))[:own])
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def integrate(
+    unet: Any,
+    start: LateStart,
+    noise: torch.Tensor,
+    generator: Any = None,
+    *,
+    labels: torch.Tensor | None = None,
+    micro_batch: int = 64,
+    clean: torch.Tensor | None = None,
+    each: Callable[[int, Any, torch.Tensor], torch.Tensor] | None = None,
+    **condition: Any,
+) -> torch.Tensor:
+    """The sampler's loop: white noise [n, *S] -> the state after the last step.
+
+    The start and the network run on padded micro-batches; the scheduler, which acts on every number by
+    itself, steps all rows at once.
+
+    Args:
+        unet: the network.
+        start: the start.
+        noise: [n, *S] on the device and in the dtype of the states.
+        generator: for samplers that draw noise: one generator a row, or one for all.
+        labels: classes [n], for the start and the network.
+        micro_batch: fixed size of every network call.
+        clean: images [n, *S] to noise to the start level instead of drawing from the law.
+        each: called after every step with its index, the network's time and the state; returns the state
+            to go on with.
+        **condition: passed to the network.
+    """
+    n, channels = len(noise), noise.shape[1]
+    if labels is not None:
+        labels = labels.to(noise.device)
+    if clean is None:
+        state = _rows(lambda z, y: start(z, y), micro_batch, noise, labels)
+    else:
+        state = start.state(clean.to(noise) + start.level.sigma * noise)
+    scheduler = start.fresh()
+    # A list of generators: every image draws its own noise, whoever runs beside it.
+    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
+    extra = {"generator": generator} if takes_generator else {}
+    scales = hasattr(scheduler, "scale_model_input")  # flow-matching schedulers do not scale
+    weight = next(iter(unet.parameters()), noise)
+
+    def network(seen: torch.Tensor, y: torch.Tensor | None, t: torch.Tensor) -> torch.Tensor:
+        given = condition if y is None else {**condition, "class_labels": y}
+        time = t.to(seen.device).expand(len(seen))
+        out: torch.Tensor = unet(seen.to(weight.dtype), time, return_dict=False, **given)[0]
+        return out.to(state.dtype)
+
+    for i, t in enumerate(scheduler.timesteps):
+        seen = scheduler.scale_model_input(state, t) if scales else state
+        out = _rows(lambda x, y, t=t: network(x, y, t), micro_batch, seen, labels)
+        if out.shape[1] == 2 * channels and type(scheduler).__name__ != "DDPMScheduler":
+            out = out[:, :channels]  # only DDPM steps know what to do with a learned variance
+        state = scheduler.step(out, t, state, return_dict=False, **extra)[0]
+        if each is not None:
+            state = each(i, t, state)
+            if state.shape != noise.shape:
+                raise InputError(f"a step gave states of {tuple(state.shape)}; expected {(n, *noise.shape[1:])}.")
+    return state
+
+
 def batches(
     unet: Any,
     start: LateStart,
     seeds: Sequence[int],
     *,
+    labels: Any = None,
     micro_batch: int = 64,
     clean: torch.Tensor | None = None,
     device: str | torch.device | None = None,
@@ -72,38 +184,33 @@ def batches(
     """Images [b, C, H, W] of the seeds, one micro-batch after the other; see `generate`."""
     seeds = [int(s) for s in seeds]
     shape = check(unet, start, seeds, micro_batch)
+    # Who hands the network its classes directly keeps them from the start, and answers for them.
+    known = None if "class_labels" in condition else check_labels(unet, labels, len(seeds))
     if clean is not None and len(clean) != len(seeds):
         raise InputError(f"{len(clean)} clean images for {len(seeds)} seeds; expected one each.")
     device = device or getattr(unet, "device", "cpu")
-    takes_generator = "generator" in inspect.signature(start.scheduler.step).parameters
-    scales = hasattr(start.scheduler, "scale_model_input")  # flow-matching schedulers do not scale
     for first in range(0, len(seeds), micro_batch):
-        some = seeds[first : first + micro_batch]
-        padded = some + [0] * (micro_batch - len(some))
-        generators = [torch.Generator().manual_seed(s) for s in padded]
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)
-        if clean is None:
-            state = start(noise)
-        else:
-            base = torch.zeros(micro_batch, *shape, device=device)
-            base[: len(some)] = clean[first : first + len(some)].to(device)
-            state = start.state(base + start.level.sigma * noise)
-        scheduler = start.fresh()
-        for t in scheduler.timesteps:
-            seen = scheduler.scale_model_input(state, t) if scales else state
-            out = unet(seen, t.to(seen.device).expand(len(seen)), return_dict=False, **condition)[0]
-            if out.shape[1] == 2 * shape[0] and type(scheduler).__name__ != "DDPMScheduler":
-                out = out[:, : shape[0]]  # only DDPM steps know what to do with a learned variance
-            # A list of generators: every image draws its own noise, whoever runs beside it.
-            extra = {"generator": generators} if takes_generator else {}
-            state = scheduler.step(out, t, state, return_dict=False, **extra)[0]
-        yield state[: len(some)].float().cpu()
+        some = slice(first, first + micro_batch)
+        generators = [torch.Generator().manual_seed(s) for s in seeds[some]]
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        state = integrate(
+            unet,
+            start,
+            noise.to(device, precision(unet)),
+            generators,
+            labels=None if known is None else known[some],
+            micro_batch=micro_batch,
+            clean=None if clean is None else clean[some],
+            **condition,
+        )
+        yield state.float().cpu()
 
 
 def generate(
     unet: Any,
     start: LateStart,
     seeds: Sequence[int],
+    labels: Any = None,
     *,
     micro_batch: int = 64,
     clean: torch.Tensor | None = None,
@@ -118,6 +225,8 @@ def generate(
         unet: diffusers network (or `as_unet`), called on micro-batches.
         start: from `late_start` or `standard_start`; its ``calls`` is the cost of an image.
         seeds: one integer an image.
+        labels: class [N] of every image (or one for all), for class-conditional networks; the start and
+            the network both get them.
         micro_batch: fixed size of every network call; the last one is padded.
         clean: images [N, C, H, W] to noise to the start level instead of drawing from the law
             (the best any law could do there).
@@ -129,12 +238,15 @@ def generate(
         Images [N, C, H, W] float32.
 
     Raises:
-        InputError: where the law's shape is not the network's, or seeds and images do not match.
+        InputError: where the law's shape is not the network's, seeds and images do not match, or labels
+            are missing, too many, or not the network's.
     """
     parts: list[torch.Tensor] = []
     done = 0
     with torch.inference_mode():
-        for part in batches(unet, start, seeds, micro_batch=micro_batch, clean=clean, device=device, **condition):
+        for part in batches(
+            unet, start, seeds, labels=labels, micro_batch=micro_batch, clean=clean, device=device, **condition
+        ):
             parts.append(part.clamp(-1, 1) if clamp else part)
             done += len(part)
             if progress is not None:

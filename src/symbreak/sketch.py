@@ -280,8 +280,8 @@ class LowRankMoments:
         """Refused: what the sketches left out cannot be put together."""
         raise InputError("low-rank moments cannot be merged. Fit all batches together, or merge full Moments.")
 
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file; `Moments.load` reads it."""
+    def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        """Everything, and the format: the content of a file."""
         numbers = [self.largest_dropped, self.squares_dropped, self.failure]
         tensors = {
             "count": torch.tensor(self.count),
@@ -292,7 +292,11 @@ class LowRankMoments:
             "residuals": self.residuals,
             "dropped": torch.tensor(numbers, dtype=torch.float64),
         }
-        return write_tensors(path, tensors, {"format": FORMAT, "version": "1"})
+        return tensors, {"format": FORMAT, "version": "1"}
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file; `Moments.load` reads it."""
+        return write_tensors(path, *self.tensors())
 
     @classmethod
     def load(cls, path: str | Path) -> LowRankMoments:
