@@ -45,6 +45,13 @@ Range = Annotated[
     str | None, typer.Option("--range", metavar="LOW,HIGH", help="value range of float arrays, e.g. 0,255")
 ]
 Classes = Annotated[str | None, typer.Option("--classes", metavar="A,B", help="keep only these classes")]
+Holdout = Annotated[
+    str | None,
+    typer.Option("--holdout", metavar="T", help="images to choose a start with (default: a part of D is kept back)"),
+]
+Clusters = Annotated[int | None, typer.Option("--clusters", metavar="K", help="clusters of a start's mixture law")]
+START = "a file of `symbreak fit` (moments, law or start), auto: fitted to --data and chosen, none: white noise"
+SAMPLER, STEPS = "dpm++2m-karras", 5
 Pad = Annotated[int | None, typer.Option("--pad", metavar="N", help="pad images with black to N x N pixels")]
 
 
@@ -277,27 +284,55 @@ def phases(
     _emit(as_json, record.to_dict(), draw)
 
 
-@app.command(epilog="Example: symbreak fit --data digits --out build/digits.safetensors")
+@app.command(
+    epilog="Examples: symbreak fit --data digits --out build/digits.safetensors; "
+    "symbreak fit --data digits --start --model digits --sampler dpm++2m --steps 3 --out build/start.safetensors"
+)
 def fit(
     data: Data,
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="safetensors file to write")],
+    rank: Annotated[
+        int | None, typer.Option("--rank", metavar="R", help="leading modes only, by a streaming sketch: large images")
+    ] = None,
+    start: Annotated[
+        bool, typer.Option("--start", help="fit laws and choose a start for a network: law, level and grid")
+    ] = False,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="M", help="with --start: digits, a diffusers folder or a hub id")
+    ] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="with --start: ddpm, ddim, dpm++2m, ...")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="with --start: num_inference_steps")] = None,
+    holdout: Holdout = None,
+    clusters: Clusters = None,
     value_range: Range = None,
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
     as_json: Json = False,
 ) -> None:
-    """Mean and covariance of a data set in one pass: what a Gaussian start needs."""
+    """Mean and covariance of a data set in one pass; with --start, a start for a network, ready to sample with."""
     from symbreak.files import output_folder
+    from symbreak.laws import Gaussian
     from symbreak.moments import Moments
     from symbreak.phases.speciation import speciation_time
 
     if out.is_dir():
         raise InputError(f"{out} is a folder; expected a file name such as {out / 'moments.safetensors'}.")
+    if not start and (model, sampler, steps, holdout, clusters) != (None,) * 5:
+        raise InputError("--model, --sampler, --steps, --holdout and --clusters belong to a start. Add --start.")
+    if start and rank is not None:
+        raise InputError("--rank came with --start, which decides on the rank itself. Leave one of them out.")
     output_folder(out.parent)
+    if start:
+        options = (value_range, skip_bad, classes, pad)
+        begin, _ = _fitted(data, holdout, clusters, options, _one(model, "--model"), sampler, steps)
+        begin.save(out)
+        value = {"out": str(out), **_start_dict(begin)}
+        _emit(as_json, value, lambda: _say_start(begin, f"start: {out}"))
+        return
     found = _images(data, value_range, skip_bad, classes, pad)
-    with err.status("one pass over the data"):
-        moments = Moments.fit(found)
+    with err.status("one pass over the data" if rank is None else "two passes over the data"):
+        moments = Moments.fit(found, rank=rank)
     moments.save(out)
     spectrum = moments.spectrum(min(5, moments.dim))
     critical = speciation_time(moments)
@@ -309,6 +344,9 @@ def fit(
         "eigenvalues": spectrum.values.tolist(),
         "speciation": critical.to_dict(),
     }
+    lost = None if rank is None or critical.sigma is None else Gaussian(moments).certificate(critical.sigma)
+    if lost is not None:
+        value["certificate_nats"] = lost.nats
 
     def draw() -> None:
         out_console.print(
@@ -319,9 +357,64 @@ def fit(
         out_console.print(
             "no spectral speciation level" if level is None else f"spectral speciation at sigma {level:.4g}"
         )
+        if lost is not None:
+            out_console.print(lost.sentence(), markup=False)
         sys.stdout.write(f"moments: {out}\n")
 
     _emit(as_json, value, draw)
+
+
+def _fitted(
+    data: str,
+    holdout: str | None,
+    clusters: int | None,
+    options: tuple[Any, ...],
+    model: str,
+    sampler: str | None,
+    steps: int | None,
+) -> tuple[Any, Any]:
+    """A start fitted and chosen for a network, and the network."""
+    from symbreak.adapters import load_pipeline, refuse_conditional, scheduler
+    from symbreak.start import LateStartWarning, fit_start
+
+    pipe = load_pipeline(model)
+    refuse_conditional(pipe, model)
+    base = scheduler(SAMPLER if sampler is None else sampler, like=pipe.scheduler)
+    train = _images(data, *options)
+    kept = None if holdout is None else _images(holdout, *options)
+    with err.status("fitting laws and choosing"), _warnings(LateStartWarning):
+        begin = fit_start(train, pipe.unet, base, STEPS if steps is None else steps, kept, clusters)
+    return begin, pipe.unet
+
+
+@contextmanager
+def _warnings(kind: type[Warning]) -> Iterator[None]:
+    """Warnings of a kind as lines of our own on stderr."""
+    import warnings
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", kind)
+        yield
+    for warning in caught:
+        if issubclass(warning.category, kind):
+            err.print(f"warning: {warning.message}", markup=False)
+
+
+def _start_dict(begin: Any) -> dict[str, Any]:
+    return {
+        "scheduler": type(begin.scheduler).__name__,
+        "steps": begin.steps,
+        "calls": begin.calls,
+        "level": begin.level.to_dict(),
+        "law": None if begin.law is None else repr(begin.law),
+        "notes": list(begin.notes),
+        "choice": None if begin.choice is None else begin.choice.to_dict(),
+    }
+
+
+def _say_start(begin: Any, line: str) -> None:
+    out_console.print(begin.explain(), markup=False, highlight=False)
+    sys.stdout.write(line + "\n")
 
 
 @app.command(
@@ -335,15 +428,21 @@ def sample(
     ] = "digits",
     start: Annotated[
         str,
-        typer.Option("--start", metavar="FILE|none", help="moments written by `symbreak fit`, or none: white noise"),
+        typer.Option("--start", metavar="FILE|auto|none", help=START),
     ] = "none",
     at: Annotated[
-        str, typer.Option("--at", metavar="LEVEL", help="speciation, a step such as 400, sigma=1.5, tau=0.6")
-    ] = "speciation",
+        str | None,
+        typer.Option(
+            "--at", metavar="LEVEL", help="of moments or a law: speciation (default), a step such as 400, sigma=1.5"
+        ),
+    ] = None,
     sampler: Annotated[
-        str, typer.Option("--sampler", help="ddpm, ddim, pndm, dpm++2m, dpm++2m-karras, ...")
-    ] = "dpm++2m-karras",
-    steps: Annotated[int, typer.Option("--steps", help="num_inference_steps")] = 5,
+        str | None, typer.Option("--sampler", help="ddpm, ddim, pndm, dpm++2m, dpm++2m-karras (default), ...")
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="num_inference_steps (default: 5)")] = None,
+    data: Annotated[str | None, typer.Option("--data", metavar="D", help=f"with --start auto: {DATA}")] = None,
+    holdout: Holdout = None,
+    clusters: Clusters = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A-B", help="one image a seed")] = "0-15",
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="fixed size of every network call")] = 64,
     as_json: Json = False,
@@ -355,16 +454,21 @@ def sample(
 
     output_folder(out)
     wanted = parse_seeds(seeds)
-    begin, unet = _plan(model, start, at, sampler, steps)
+    fitting = None if start != "auto" else (_one(data, "--data"), holdout, clusters)
+    if fitting is None and (data, holdout, clusters) != (None,) * 3:
+        raise InputError("--data, --holdout and --clusters belong to --start auto. Add it, or leave them out.")
+    begin, unet = _plan(model, start, at, sampler, steps, fitting)
     check(unet, begin, wanted, micro_batch)
     settings = {
         "model": model,
         "weights": weights_hash(unet),
-        "start": start if start == "none" else _hash(Path(start)),
-        "at": at,
-        "sampler": sampler,
-        "steps": steps,
+        "start": start if start in ("none", "auto") else _hash(Path(start)),
+        "fitted_to": None if fitting is None else list(fitting),
+        "scheduler": type(begin.scheduler).__name__,
+        "timesteps": [float(t) for t in begin.scheduler.timesteps],
+        "law": None if begin.law is None else repr(begin.law),
         "micro_batch": micro_batch,
+        "steps": begin.steps,
         "calls": begin.calls,
         "level": begin.level.to_dict(),
     }
@@ -387,26 +491,54 @@ def sample(
     _emit(as_json, value, draw)
 
 
-def _plan(model: str, start: str, at: str, sampler: str, steps: int) -> tuple[Any, Any]:
+def _plan(
+    model: str,
+    start: str,
+    at: str | None,
+    sampler: str | None,
+    steps: int | None,
+    fitting: tuple[str, str | None, int | None] | None = None,
+    default_steps: int = STEPS,
+) -> tuple[Any, Any]:
     """The start and the network that a command line asks for."""
-    import warnings
-
     from symbreak.adapters import load_pipeline, refuse_conditional, scheduler
+    from symbreak.cut import LateStart
+    from symbreak.files import read_tensors
     from symbreak.laws import Gaussian
+    from symbreak.laws.store import law_from_tensors
     from symbreak.moments import Moments
     from symbreak.start import LateStartWarning, late_start, standard_start
 
+    if at is not None and start in ("none", "auto"):
+        raise InputError(f"--at {at} came with --start {start}, which has no level to give. Leave one of them out.")
+    steps_asked = default_steps if steps is None else steps
+    if fitting is not None:
+        data, holdout, clusters = fitting
+        return _fitted(data, holdout, clusters, (None, False, None, None), model, sampler, steps_asked)
     pipe = load_pipeline(model)
     refuse_conditional(pipe, model)
-    base = scheduler(sampler, like=pipe.scheduler)
+    base = scheduler(SAMPLER if sampler is None else sampler, like=pipe.scheduler)
     if start == "none":
-        return standard_start(base, steps), pipe.unet
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", LateStartWarning)
-        begin = late_start(base, Gaussian(Moments.load(start)), steps, at=_level(at))
-    for warning in caught:
-        if issubclass(warning.category, LateStartWarning):
-            err.print(f"warning: {warning.message}", markup=False)
+        return standard_start(base, steps_asked), pipe.unet
+    if start == "auto":
+        raise InputError("--start auto fits to data, which this command has none for. Pass a file, or none.")
+    _hash(Path(start))  # a missing file is named before anything is read
+    tensors, metadata = read_tensors(start)
+    kind = metadata.get("format", "")
+    if kind == "symbreak.start":
+        if (at, sampler, steps) != (None,) * 3:
+            raise InputError(
+                f"{start} is a start, which brings its own sampler, steps and level. Leave --sampler, --steps and --at "
+                "out, or pass moments or a law."
+            )
+        return LateStart.load(start), pipe.unet
+    law: Any
+    if kind == "symbreak.law":
+        law = law_from_tensors(tensors, metadata, start)
+    else:
+        law = Gaussian(Moments.from_tensors(start, tensors, metadata))
+    with _warnings(LateStartWarning):
+        begin = late_start(base, law, steps_asked, at=_level("speciation" if at is None else at))
     return begin, pipe.unet
 
 
@@ -435,7 +567,7 @@ def _hash(path: Path) -> str:
     from symbreak.files import file_hash
 
     if not path.is_file():
-        raise InputError(f"{path} does not exist. Expected moments written by `symbreak fit`, or none.")
+        raise InputError(f"{path} does not exist. Expected a file of `symbreak fit`, auto or none.")
     return file_hash(path)[:16]
 
 
@@ -472,13 +604,11 @@ def evaluate(
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="parts of the samples, for the interval")] = 5,
     start: Annotated[
-        str, typer.Option("--start", metavar="FILE|none", help="with --model: see `symbreak sample`")
+        str, typer.Option("--start", metavar="FILE|auto|none", help="with --model: see `symbreak sample`")
     ] = "none",
-    at: Annotated[
-        str, typer.Option("--at", metavar="LEVEL", help="with --model: see `symbreak sample`")
-    ] = "speciation",
-    sampler: Annotated[str, typer.Option("--sampler", help="with --model")] = "dpm++2m-karras",
-    steps: Annotated[int, typer.Option("--steps", help="with --model")] = 10,
+    at: Annotated[str | None, typer.Option("--at", metavar="LEVEL", help="with --model: see `symbreak sample`")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="with --model")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="with --model (default: 10)")] = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A-B", help="with --model")] = "0-999",
     value_range: Range = None,
     skip_bad: SkipBad = False,
@@ -498,7 +628,8 @@ def evaluate(
         holdout = "digits:held-out"
     held_out = None if holdout is None else _images(holdout, *options)
     if model is not None:
-        begin, unet = _plan(model, start, at, sampler, steps)
+        fitting = None if start != "auto" else (data, None, None)
+        begin, unet = _plan(model, start, at, sampler, steps, fitting, default_steps=10)
         with _bars() as tell:
             x = generate(unet, begin, parse_seeds(seeds), progress=lambda d, n: tell("images", d, n))
     else:
