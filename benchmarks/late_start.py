@@ -2,6 +2,7 @@
 
     python benchmarks/late_start.py                                    # digits
     python benchmarks/late_start.py --data mnist --model FOLDER        # MNIST, needs SYMBREAK_DATA
+    python benchmarks/late_start.py --page docs/late-start.md          # the page, from what is finished
 
 Every opponent gets its best grid: spacings, levels and laws are selected on seeds and images of their own, and
 all numbers are reported on other seeds. Distances are Fréchet distances in a classifier's 64 features to
@@ -87,8 +88,16 @@ def main():
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
     parser.add_argument("--calls", default="1,3,5,10")
     parser.add_argument("--clusters", type=int, default=None)
+    parser.add_argument("--quick", action="store_true", help="a few cells, for `make bench`")
+    parser.add_argument("--page", type=Path, default=None, help="write the documentation's page and stop")
     parser.add_argument("--no-scan", action="store_true", help="leave the scan over laws and levels out")
     args = parser.parse_args()
+    if args.page is not None:
+        write_page(args.page)
+        return
+    if args.quick:
+        args.samples, args.selection, args.samplers, args.calls, args.no_scan = 40, 40, "dpm++2m", "3", True
+        args.out = args.out or Path("build/late_start/quick")
     if args.data == "mnist" and (args.model is None or not os.environ.get("SYMBREAK_DATA")):
         print("late_start on MNIST: skipped, needs --model FOLDER and SYMBREAK_DATA")
         return
@@ -173,7 +182,7 @@ def main():
     rows = []
     for name in args.samplers.split(","):
         base = sb.scheduler(name, like=pipe.scheduler)
-        for calls in (*map(int, args.calls.split(",")), *MANY):
+        for calls in (*map(int, args.calls.split(",")), *(() if args.quick else MANY)):
             steps = steps_for(base, calls)
             if steps is None:
                 continue
@@ -220,10 +229,161 @@ def main():
     same = keep(
         "floor", lambda: floor(features(extract, [chooser]), ref, args.samples, args.repeats, extract.name).to_dict()
     )
-    noised = features(extract, [train_images[: args.samples * args.repeats]])
-    ideal = keep("train", lambda: distance(noised, ref, args.repeats, extract.name).to_dict())
-    write_json(out / "late_start.json", {"rows": rows, "fitting": fitting, "floor": same, "train": ideal})
+    some = train_images[torch.randperm(len(train_images), generator=torch.Generator().manual_seed(9))]
+    real_ones = features(extract, [some[: args.samples * args.repeats]])
+    ideal = keep("train", lambda: distance(real_ones, ref, args.repeats, extract.name).to_dict())
+    about = {
+        "data": train.name,
+        "images": len(train),
+        "network": sum(p.numel() for p in unet.parameters()),
+        "choosing": len(chooser),
+        "selection": args.selection,
+        "accuracy": extract.accuracy,
+        "real": precision_recall(features(extract, [chooser])[:1000], real[:1000]),
+        "drawing": drawing(laws, unet, train.shape),
+        "threads": torch.get_num_threads(),
+    }
+    whole = {"rows": rows, "fitting": fitting, "floor": same, "train": ideal, "about": about}
+    write_json(out / "late_start.json", whole)
     print(f"training images at the same counts {ideal['mean']:.3g}; fitting the laws took {fitting:.1f} s")
+    for name, d in about["drawing"].items():
+        print(f"drawing 256 starts, {name}: {d['seconds'] * 1e3:.1f} ms, {d['share']:.2%} of one network call")
+
+
+def drawing(laws, unet, shape, batch=256):
+    """Seconds to draw a batch of starts, and their share of one network call on the same batch: medians of 7."""
+    noise = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(3))
+
+    def seconds(work):
+        work()
+        times = []
+        for _ in range(7):
+            began = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began)
+        return float(np.median(times))
+
+    with torch.inference_mode():
+        call = seconds(lambda: unet(noise, torch.tensor(300), return_dict=False))
+        found = {}
+        for name, law in laws.items():
+            sigma = 0.3 * math.sqrt(float(law.moments.eigh[0][0]))
+            took = seconds(lambda law=law, sigma=sigma: law.transport(noise, sigma))
+            found[name] = {"seconds": took, "call": call, "share": took / call}
+    return found
+
+
+def write_page(path):
+    """The documentation's page from the finished runs under build/late_start."""
+    lines = [
+        "# Late starts against the field",
+        "",
+        "Written by `python benchmarks/late_start.py --page docs/late-start.md` from finished runs of the same script.",
+        "How `auto` chooses: [choosing-a-start.md](choosing-a-start.md).",
+    ]
+    for name in ("digits", "mnist"):
+        file = Path("build/late_start") / name / "late_start.json"
+        if file.exists():
+            lines += section(name, json.loads(file.read_text()))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def cell(d):
+    return f"{d['mean']:.2f} [{d['low']:.2f}, {d['high']:.2f}] ({d['pooled']:.2f})"
+
+
+def section(name, whole):
+    rows, about, train = whole["rows"], whole["about"], whole["train"]
+    d = rows[0]["auto"]
+    n = d["samples"] * d["repeats"]
+    out = [
+        "",
+        f"## {name}",
+        "",
+        f"{about['images']:,} training images, network of {about['network']:,} parameters. Fréchet distance in the "
+        f"64 features of `{d['extractor']}` (test accuracy {about['accuracy']:.1%}) to {d['reference']:,} held-out images: "
+        f"mean of {d['repeats']} repeats of {d['samples']} images with the 95 % Student-t interval, in brackets the "
+        f"distance of all {n:,} images at once. Spacings, levels and laws of the opponents and of the scan were "
+        f"selected on {about['selection']} images of other seeds; `auto` saw {about['choosing']} held-out images that are not "
+        f"in the reference, and no image of the network. Training images at the same counts: {cell(train)}.",
+        "",
+        "| sampler | calls | standard start | AFS | Gaussian, scanned | teleported | **auto** | its choice | scan |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in (r for r in rows if "auto" in r):
+        a = row["auto"]
+        choice = "standard" if a["law"] == "standard" else f"{a['law']} at {a['sigma']:.2g}, {a['grid']}"
+        cells = [cell(row[k]) if k in row else "-" for k in ("standard", "afs", "gaussian", "teleported")]
+        scan = f"{cell(row['scan'])}, {row['scan']['law']} at {row['scan']['sigma']:.2g}" if "scan" in row else "-"
+        out.append(f"| {row['sampler']} | {row['calls']} | {' | '.join(cells)} | {cell(a)} | {choice} | {scan} |")
+    out += ["", "Standard starts with more calls:", "", "| sampler | calls | distance |", "|---|---|---|"]
+    out += [f"| {r['sampler']} | {r['calls']} | {cell(r['standard'])} |" for r in rows if "auto" not in r]
+    out += ["", *verdicts(rows), ""]
+    out += [
+        "Diversity and copying, dpm++2m (class entropy of all images of a cell; precision and recall with k = 3 of at "
+        "most 1,000 features; nearest training image in pixels of 500 images):",
+        "",
+        "| start | calls | class entropy, bits | precision | recall | nearest | d1/d2 < 1/3 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in (r for r in rows if r["sampler"] == "dpm++2m"):
+        for key in ("standard", "afs", "gaussian", "auto"):
+            if key in row:
+                v = row[key]
+                out.append(
+                    f"| {key} | {row['calls']} | {v['entropy']:.3f} | {v['precision']:.3f} | {v['recall']:.3f} | "
+                    f"{v['nearest']:.2f} | {v['memorized']:.1%} |"
+                )
+    real = about["real"]
+    out += [f"| held-out images | | | {real['precision']:.3f} | {real['recall']:.3f} | | |", ""]
+    seconds = [r["auto"]["seconds"] for r in rows if "auto" in r]
+    threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
+    out.append(f"Fitting all laws and choosing took {min(seconds):.0f} to {max(seconds):.0f} s ({threads}).")
+    out += [
+        f"Drawing 256 starts, {law}: {v['seconds'] * 1e3:.1f} ms, {v['share'] / 3:.2%} of three network calls."
+        for law, v in about["drawing"].items()
+    ]
+    return out
+
+
+def verdicts(rows):
+    """What was to be shown, measured: by the means and by all images at once."""
+    out = []
+    late = [r for r in rows if "auto" in r]
+    for calls in sorted({r["calls"] for r in late}):
+        own = [r for r in late if r["calls"] == calls]
+        plain = [(r[k], f"{r['sampler']}, {k}") for r in own for k in ("standard", "afs") if k in r]
+        parts = []
+        for value, words in (("mean", "by the means"), ("pooled", "all images at once")):
+            best, who = min(plain, key=lambda p: p[0][value])
+            gauss = min((r["gaussian"] for r in own), key=lambda d: d[value])
+            auto = min((r["auto"] for r in own), key=lambda d: d[value])
+            parts.append(
+                f"{words} the best without a late start has {best[value]:.2f} ({who}), the best scanned Gaussian "
+                f"{gauss[value]:.2f}, the best auto {auto[value]:.2f}, {best[value] / auto[value]:.2f} and "
+                f"{gauss[value] / auto[value]:.2f} times nearer"
+            )
+        out.append(f"- {calls} call{'s' * (calls != 1)}: {'; '.join(parts)}.")
+    inside = [r for r in late if "scan" in r]
+    tenth = [r for r in inside if r["auto"]["mean"] <= 1.1 * r["scan"]["mean"]]
+    near = [r for r in inside if r in tenth or r["auto"]["mean"] <= r["scan"]["high"]]
+    missed = ", ".join(f"{r['sampler']} {r['calls']}" for r in inside if r not in near) or "none"
+    out.append(
+        f"- auto against the full scan over laws and levels: {len(tenth)} of {len(inside)} rows within 10 %, "
+        f"{len(near)} within 10 % or the scan's interval; missed: {missed}."
+    )
+    plain = [(r[k], r, k) for r in rows for k in ("standard", "afs") if k in r]
+    best, row, key = min(plain, key=lambda p: p[0]["mean"])
+    out.append(
+        f"- Best without a late start at any number of calls: {cell(best)}, {row['sampler']}, {key}, "
+        f"{row['calls']} calls."
+    )
+    for calls in (1, 3):
+        own = [r for r in late if r["calls"] == calls]
+        if own:
+            r = min(own, key=lambda r: r["auto"]["mean"])
+            out.append(f"- Best auto with {calls} call{'s' * (calls != 1)}: {cell(r['auto'])}, {r['sampler']}.")
+    return out
 
 
 def line(row):

@@ -5,15 +5,18 @@ import numpy as np
 import pytest
 import scipy.integrate
 import torch
+from diffusers.configuration_utils import FrozenDict
 
-from symbreak.adapters import SAMPLERS, scheduler
+from symbreak.adapters import SAMPLERS, as_unet, load_pipeline, scheduler
 from symbreak.choose import loss_gaps
+from symbreak.data import images
 from symbreak.denoise import as_denoiser
 from symbreak.files import InputError
-from symbreak.laws import Gaussian, Mixture
+from symbreak.laws import Gaussian, Mixture, PrincipalMixture
 from symbreak.moments import Moments
 from symbreak.noise import generator
-from symbreak.start import LateStartWarning, late_start
+from symbreak.sample import generate
+from symbreak.start import LateStartWarning, candidate_laws, fit_start, late_start
 from tests.worlds import gaussian_law, two_deltas
 
 SHAPE = (1, 2, 2)
@@ -186,3 +189,64 @@ def test_bad_input(change, match):
     with pytest.raises(InputError, match=match) as caught:
         late_start(scheduler("dpm++2m"), given.pop("law"), 5, **given)
     assert "\n" not in str(caught.value)
+
+
+class Conditional(torch.nn.Module):
+    """A class-conditional network: each class has a law of its own."""
+
+    def __init__(self, laws, base):
+        super().__init__()
+        self.nets = torch.nn.ModuleList(as_unet(law, base) for law in laws)
+        settings = dict(self.nets[0].config) | {"num_class_embeds": len(laws)}
+        self.config, self.dtype = FrozenDict(settings), torch.float32
+
+    def forward(self, sample, timestep, class_labels=None, return_dict=True):
+        outs = torch.stack([net(sample, timestep, return_dict=False)[0] for net in self.nets])
+        out = outs[class_labels, torch.arange(len(sample))]
+        return (out,)
+
+
+def test_a_class_conditional_network_gets_class_starts(tmp_path):
+    base = scheduler("ddim", clip_sample=False)
+    means = torch.zeros(2, *SHAPE)
+    means[0, 0, 0, 0], means[1, 0, 0, 0] = -0.6, 0.6
+    own = [Mixture.from_parameters(m[None], [0.01]) for m in means]
+    unet = Conditional(own, base)
+    y = torch.arange(2).repeat(400)
+    x = means[y] + 0.1 * torch.randn(800, *SHAPE, generator=generator(3))
+    data = images_of(tmp_path, x.clamp(-1, 1), y)
+    start = fit_start(data, unet, base, 3, check=False)
+    law = start.law
+    assert law.classes.tolist() == [0, 1]
+    # The class of a state is known at once, so the start costs nothing at a level where both classes overlap.
+    assert start.choice.chosen.law_cost < 0.01
+    wanted = torch.tensor([0, 1]).repeat(32)
+    found = generate(unet, start, range(64), labels=wanted, clamp=False)
+    assert torch.equal((found[:, 0, 0, 0] > 0).long(), wanted)
+    assert float((found - means[wanted]).square().mean()) < 0.02  # the spread of a class is 0.01
+    with pytest.raises(InputError, match="have no labels"):
+        fit_start(images_of(tmp_path, x.clamp(-1, 1)), unet, base, 3)
+
+
+def images_of(folder, x, y=None):
+    """Images from arrays, through the loader."""
+    arrays = {"images": x.numpy()} | ({} if y is None else {"labels": y.numpy()})
+    np.savez(folder / "data.npz", **arrays)
+    low, high = float(x.min()), float(x.max())
+    assert low >= -1
+    assert high <= 1
+    return images(str(folder / "data.npz"), value_range=(-1.0, 1.0))
+
+
+def test_fit_start_keeps_images_back_and_checks_shapes(tmp_path):
+    pipe = load_pipeline("digits")
+    with pytest.raises(InputError, match="1 x 2 x 2, the network works on 1 x 8 x 8"):
+        fit_start(images_of(tmp_path, torch.rand(40, *SHAPE, generator=generator(1))), pipe.unet, scheduler("ddim"))
+    data = images("digits")
+    laws = candidate_laws(data, clusters=5)
+    assert [type(law) for law in laws] == [Gaussian, PrincipalMixture, PrincipalMixture]
+    assert laws[1].classes.tolist() == list(range(10))
+    assert laws[2].inner.components == 5
+    start = fit_start(data, pipe.unet, scheduler("dpm++2m", like=pipe.scheduler), 3, clusters=5, check=False)
+    assert start.choice.images == 180  # a fifth of 898, kept back from the fit
+    assert start.law is None or start.law.gaussian.moments.count == 718

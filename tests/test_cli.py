@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from symbreak.adapters import scheduler
 from symbreak.cli import main
+from symbreak.data import images
+from symbreak.files import read_tensors, write_tensors
+from symbreak.laws import Gaussian
+from symbreak.moments import Moments
+from symbreak.start import late_start
 
 
 def symbreak(capsys, *argv):
@@ -21,8 +27,6 @@ def symbreak(capsys, *argv):
 
 
 def digits_folder(path):
-    from symbreak.data import images
-
     data = images("digits")
     for i, (x, y) in enumerate(zip(data.tensor()[:60], data.labels[:60])):
         (path / str(int(y))).mkdir(parents=True, exist_ok=True)
@@ -79,8 +83,6 @@ def test_phases_on_every_kind_of_file(capsys, tmp_path):
     assert (tmp_path / "p" / "report.html").exists()
     level = wanted["speciation"]["[-1, 1]"]["level"]
     assert set(level) >= {"sigma", "ou_time", "log_snr", "step"}
-    from symbreak.data import images
-
     x = images(folder).tensor()
     np.savez(tmp_path / "a.npz", images=x.numpy())
     np.save(tmp_path / "a.npy", x.numpy())
@@ -235,6 +237,69 @@ def test_bad_arguments(capsys, tmp_path, argv, words):
     assert err.count("\n") == 1
     assert words in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_start_is_fitted_saved_and_used(capsys, tmp_path):
+    path = tmp_path / "start.safetensors"
+    fitting = ("--data", "digits", "--model", "digits", "--sampler", "dpm++2m", "--steps", "2", "--clusters", "8")
+    code, out, _ = symbreak(capsys, "fit", "--start", *fitting, "--out", path, "--json")
+    fitted = json.loads(out)
+    assert code == 0
+    assert fitted["calls"] == 2
+    assert {c["law"] for c in fitted["choice"]["candidates"]} == {None, 0, 1, 2}
+    assert fitted["choice"]["chosen"]["law"] is not None
+    code, out, _ = symbreak(capsys, "sample", "--start", path, "--seeds", "0-3", "--out", tmp_path / "a", "--json")
+    used = json.loads(out)
+    assert code == 0
+    assert used["level"] == fitted["level"]
+    assert used["made"] == 4
+    # What is chosen on the spot is the same start, and gives the same images.
+    code, out, _ = symbreak(
+        capsys, "sample", "--start", "auto", *fitting, "--seeds", "0-3", "--out", tmp_path / "b", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["level"] == fitted["level"]
+    for name in ("00000000.png", "00000003.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("sample", "--start", "auto"), "--data is missing"),
+        (("sample", "--start", "none", "--at", "400"), "no level to give"),
+        (("sample", "--start", "none", "--data", "digits"), "belong to --start auto"),
+        (("sample", "--start", "nowhere.safetensors"), "does not exist"),
+        (("fit", "--data", "digits", "--steps", "3"), "Add --start"),
+        (("fit", "--data", "digits", "--start"), "--model is missing"),
+        (("fit", "--data", "digits", "--start", "--model", "digits", "--rank", "3"), "decides on the rank itself"),
+        (("sample", "--start", "SAVED", "--steps", "4"), "brings its own sampler"),
+        (("sample", "--start", "NEWER"), "newer symbreak"),
+    ],
+)
+def test_bad_starts(capsys, tmp_path, argv, words):
+    law = Gaussian(Moments.fit(images("digits")))
+    path = late_start(scheduler("dpm++2m"), law, 3, check=False).save(tmp_path / "saved.safetensors")
+    tensors, metadata = read_tensors(path)
+    newer = write_tensors(tmp_path / "newer.safetensors", tensors, {**metadata, "version": "99"})
+    argv = [{"SAVED": path, "NEWER": newer}.get(a, a) for a in argv]
+    code, out, err = symbreak(capsys, *argv, "--out", tmp_path / "out" / "x")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert words in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sketch_from_the_command_line(capsys, tmp_path):
+    path = tmp_path / "m.safetensors"
+    code, out, _ = symbreak(capsys, "fit", "--data", "digits", "--rank", "12", "--out", path, "--json")
+    fitted = json.loads(out)
+    assert code == 0
+    exact = Gaussian(Moments.fit(images("digits")), rank=12).certificate(fitted["speciation"]["level"]["sigma"])
+    # The certificate bounds what the exact truncation loses, and by little.
+    assert 0.5 * exact.nats < fitted["certificate_nats"] < 10 * exact.nats
+    code, _, _ = symbreak(capsys, "sample", "--start", path, "--steps", "2", "--seeds", "0-1", "--out", tmp_path / "i")
+    assert code == 0
 
 
 def test_an_output_folder_that_is_a_file(capsys, tmp_path):
