@@ -30,6 +30,7 @@ from symbreak.metrics.memorization import nearest_summary
 SAMPLERS = ("dpm++2m", "dpm++2m-karras", "unipc", "ddim", "pndm", "ddpm")
 SPACINGS = ("leading", "trailing", "linspace")
 SELECTION = 10**6  # first seed of those that select
+BEGIN, END = "<!-- late-start:begin, written by benchmarks/late_start.py --page -->", "<!-- late-start:end -->"
 MANY = (20, 50)  # calls of opponents beyond the table
 
 
@@ -281,11 +282,36 @@ def write_page(path):
         "Written by `python benchmarks/late_start.py --page docs/late-start.md` from finished runs of the same script.",
         "How `auto` chooses: [choosing-a-start.md](choosing-a-start.md).",
     ]
+    short = []
     for name in ("digits", "mnist"):
         file = Path("build/late_start") / name / "late_start.json"
         if file.exists():
-            lines += section(name, json.loads(file.read_text()))
+            whole = json.loads(file.read_text())
+            lines += section(name, whole)
+            short += summary(name, whole)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    readme = path.parent.parent / "README.md"
+    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
+    head = [
+        "| images | calls | best without a late start | best Gaussian start, level scanned | chosen by `auto` |",
+        "|---|---|---|---|---|",
+    ]
+    readme.write_text(before + "\n".join([BEGIN, *head, *short, END]) + rest.split(END)[1], encoding="utf-8")
+
+
+def summary(name, whole):
+    """Rows for the README: at every number of calls the best of all samplers, by the mean."""
+    late, out = [r for r in whole["rows"] if "auto" in r], []
+    for calls in sorted({r["calls"] for r in late}):
+        own = [r for r in late if r["calls"] == calls]
+        plain = [(r[k], r["sampler"]) for r in own for k in ("standard", "afs") if k in r]
+        columns = [
+            min(plain, key=lambda p: p[0]["mean"]),
+            min(((r["gaussian"], r["sampler"]) for r in own), key=lambda p: p[0]["mean"]),
+            min(((r["auto"], r["sampler"]) for r in own), key=lambda p: p[0]["mean"]),
+        ]
+        out.append(f"| {name} | {calls} | " + " | ".join(f"{cell(d)}, {who}" for d, who in columns) + " |")
+    return out
 
 
 def cell(d):
@@ -301,11 +327,11 @@ def section(name, whole):
         f"## {name}",
         "",
         f"{about['images']:,} training images, network of {about['network']:,} parameters. Fréchet distance in the "
-        f"64 features of `{d['extractor']}` (test accuracy {about['accuracy']:.1%}) to {d['reference']:,} held-out images: "
-        f"mean of {d['repeats']} repeats of {d['samples']} images with the 95 % Student-t interval, in brackets the "
-        f"distance of all {n:,} images at once. Spacings, levels and laws of the opponents and of the scan were "
-        f"selected on {about['selection']} images of other seeds; `auto` saw {about['choosing']} held-out images that are not "
-        f"in the reference, and no image of the network. Training images at the same counts: {cell(train)}.",
+        f"64 features of `{d['extractor']}` (accuracy {about['accuracy']:.1%}) to {d['reference']:,} held-out "
+        f"images: mean of {d['repeats']} repeats of {d['samples']} images with the 95 % Student-t interval, in brackets "
+        f"the distance of all {n:,} images at once. Spacings, levels and laws of the opponents and of the scan were "
+        f"selected on {about['selection']} images of other seeds; `auto` saw {about['choosing']} held-out images that "
+        f"are not in the reference, and no image of the network. Training images at the same counts: {cell(train)}.",
         "",
         "| sampler | calls | standard start | AFS | Gaussian, scanned | teleported | **auto** | its choice | scan |",
         "|---|---|---|---|---|---|---|---|---|",
