@@ -1,6 +1,7 @@
 """Late starts against the best starts without one, at equal network calls, and against a full scan.
 
-    python benchmarks/late_start.py                                    # digits
+    python benchmarks/late_start.py                                    # a few cells on the digits: a smoke run
+    python benchmarks/late_start.py --data digits                      # the digits
     python benchmarks/late_start.py --data mnist --model FOLDER        # MNIST, needs SYMBREAK_DATA
     python benchmarks/late_start.py --page docs/late-start.md          # the page, from what is finished
 
@@ -80,7 +81,7 @@ def classifier(name, train, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
+    parser.add_argument("--data", choices=("digits", "mnist"), default=None)
     parser.add_argument("--model", default=None)
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--samples", type=int, default=200, help="images a repeat")
@@ -89,14 +90,15 @@ def main():
     parser.add_argument("--samplers", default=",".join(SAMPLERS))
     parser.add_argument("--calls", default="1,3,5,10")
     parser.add_argument("--clusters", type=int, default=None)
-    parser.add_argument("--quick", action="store_true", help="a few cells, for `make bench`")
     parser.add_argument("--page", type=Path, default=None, help="write the documentation's page and stop")
     parser.add_argument("--no-scan", action="store_true", help="leave the scan over laws and levels out")
     args = parser.parse_args()
     if args.page is not None:
         write_page(args.page)
         return
-    if args.quick:
+    quick = args.data is None
+    args.data = args.data or "digits"
+    if quick:
         args.samples, args.selection, args.samplers, args.calls, args.no_scan = 40, 40, "dpm++2m", "3", True
         args.out = args.out or Path("build/late_start/quick")
     if args.data == "mnist" and (args.model is None or not os.environ.get("SYMBREAK_DATA")):
@@ -148,11 +150,13 @@ def main():
             x = images(start, report_seeds, net)
             f = features(extract, [x])
             labels = torch.cat([extract.logits(part).argmax(1) for part in x.split(500)])
+            shared = precision_recall(f[:1000], real[:1000])
             near = nearest_summary(x[:500], train_images, None)["samples"]
             return {
                 **distance(f, ref, args.repeats, extract.name).to_dict(),
                 "entropy": class_entropy(labels, len(extract.classes)),
-                **precision_recall(f[:1000], real[:1000]),
+                "precision": shared["precision"],
+                "recall": shared["recall"],
                 "nearest": near["median_nearest"],
                 "memorized": near["memorized"],
                 "sigma": start.level.sigma,
@@ -183,7 +187,7 @@ def main():
     rows = []
     for name in args.samplers.split(","):
         base = sb.scheduler(name, like=pipe.scheduler)
-        for calls in (*map(int, args.calls.split(",")), *(() if args.quick else MANY)):
+        for calls in (*map(int, args.calls.split(",")), *(() if quick else MANY)):
             steps = steps_for(base, calls)
             if steps is None:
                 continue
@@ -327,8 +331,8 @@ def section(name, whole):
         f"## {name}",
         "",
         f"{about['images']:,} training images, network of {about['network']:,} parameters. Fréchet distance in the "
-        f"64 features of `{d['extractor']}` (accuracy {about['accuracy']:.1%}) to {d['reference']:,} held-out "
-        f"images: mean of {d['repeats']} repeats of {d['samples']} images with the 95 % Student-t interval, in brackets "
+        f"64 features of `{d['extractor']}` (accuracy {about['accuracy']:.1%}) to {d['reference']:,} held-out images: "
+        f"mean of {d['repeats']} repeats of {d['samples']} images with its 95 % Student-t interval, in brackets "
         f"the distance of all {n:,} images at once. Spacings, levels and laws of the opponents and of the scan were "
         f"selected on {about['selection']} images of other seeds; `auto` saw {about['choosing']} held-out images that "
         f"are not in the reference, and no image of the network. Training images at the same counts: {cell(train)}.",
@@ -336,7 +340,7 @@ def section(name, whole):
         "| sampler | calls | standard start | AFS | Gaussian, scanned | teleported | **auto** | its choice | scan |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in (r for r in rows if "auto" in r):
+    for row in sorted((r for r in rows if "auto" in r), key=lambda r: r["calls"]):
         a = row["auto"]
         choice = "standard" if a["law"] == "standard" else f"{a['law']} at {a['sigma']:.2g}, {a['grid']}"
         cells = [cell(row[k]) if k in row else "-" for k in ("standard", "afs", "gaussian", "teleported")]
@@ -352,7 +356,7 @@ def section(name, whole):
         "| start | calls | class entropy, bits | precision | recall | nearest | d1/d2 < 1/3 |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in (r for r in rows if r["sampler"] == "dpm++2m"):
+    for row in sorted((r for r in rows if r["sampler"] == "dpm++2m"), key=lambda r: r["calls"]):
         for key in ("standard", "afs", "gaussian", "auto"):
             if key in row:
                 v = row[key]

@@ -249,7 +249,6 @@ class _Stage:
     def __init__(self, inner: Mixture, lam: torch.Tensor, sigma: float, c: float, like: torch.Tensor) -> None:
         means, vectors, values, floor = inner.means, inner.vectors, inner.eigenvalues, inner.floor
         self.sigma = sigma
-        self.means = means.to(like)
         if math.isinf(sigma):
             # (D_Gauss - D_mixture) / radius (sigma + c) / c -> - mean of the mixture / c
             self.end = (means / -c).to(like)
@@ -262,8 +261,9 @@ class _Stage:
         log_det = (values + s2).log().sum(1) + (inner.dim - values.shape[1]) * (floor + s2).log()
         shift = (precision @ means[:, :, None])[:, :, 0]
         self.precision = precision.permute(1, 0, 2).reshape(inner.dim, -1).to(like)  # x @ this: [B, K P]
-        self.shift = shift.to(like)
-        self.log_det = (0.5 * log_det).to(like)
+        self.shift = shift.to(like)  # C_k^-1 mu_k
+        # log density of a component at x, up to a constant: x.shift - 1/2 x.P x - this
+        self.offset = (0.5 * (log_det + (means * shift).sum(1))).to(like)
         self.radius = (lam + s2).sqrt().to(like)
         self.gauss = (1.0 / (lam + s2)).to(like)
         self.factor = (s2 * (sigma + c) / c / (lam + s2).sqrt()).to(like)
@@ -273,11 +273,10 @@ class _Stage:
         if math.isinf(self.sigma):
             return torch.softmax(log_pi, dim=1) @ self.end + torch.zeros_like(g)
         x = g * self.radius
-        k, p = self.means.shape
-        u = (x @ self.precision).reshape(len(x), k, p) - self.shift  # C_k^-1 (x - mu_k)
-        quadratic = torch.einsum("bkp,bkp->bk", u, x[:, None] - self.means)
-        w = torch.softmax(log_pi - self.log_det - 0.5 * quadratic, dim=1)
-        pull = torch.einsum("bk,bkp->bp", w, u)
+        y = (x @ self.precision).reshape(len(x), *self.shift.shape)  # C_k^-1 x: the one large array, read twice
+        quadratic = torch.bmm(y, x[:, :, None])[:, :, 0]
+        w = torch.softmax(log_pi - self.offset + x @ self.shift.T - 0.5 * quadratic, dim=1)
+        pull = torch.bmm(w[:, None], y)[:, 0] - w @ self.shift
         return self.factor * (pull - self.gauss * x)
 
 
