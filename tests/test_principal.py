@@ -3,11 +3,15 @@ import math
 import pytest
 import torch
 
+from symbreak.adapters import load_pipeline, scheduler
 from symbreak.data import images
 from symbreak.files import InputError
 from symbreak.laws import Gaussian, Mixture, PrincipalMixture
 from symbreak.metrics.memorization import nearest_summary
-from symbreak.noise import generator
+from symbreak.moments import Moments
+from symbreak.noise import NoiseLevel, generator
+from symbreak.sample import generate
+from symbreak.start import late_start
 from tests.worlds import gaussian_moments
 
 SHAPE = (1, 2, 3)
@@ -191,3 +195,54 @@ def test_bad_labels_at_the_start():
         PrincipalMixture.fit(x, components=3).transport(noise, 1.0, labels=[0, 0])
     with pytest.raises(InputError, match="principal components"):
         PrincipalMixture(law.gaussian, Mixture.from_parameters(torch.zeros(1, 7), [1.0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bits_do_not_depend_on_the_place_in_the_batch(dtype):
+    """41 modes and 10 or 37 components: no size that fills a vector register by itself."""
+    data = images("digits")
+    for law in (
+        PrincipalMixture.fit(data, labels=True, leading=41),
+        PrincipalMixture.fit(data, components=37, leading=41),
+    ):
+        noise = torch.randn(64, 1, 8, 8, generator=generator(1), dtype=torch.float64).to(dtype)
+        whole = law.transport(noise, 0.8)
+        for shift in (1, 3, 17):
+            assert torch.equal(law.transport(noise.roll(shift, 0), 0.8).roll(-shift, 0), whole)
+
+
+def test_generated_images_are_their_seeds():
+    pipe = load_pipeline("digits")
+    law = PrincipalMixture.fit(images("digits"), labels=True)
+    start = late_start(scheduler("dpm++2m", like=pipe.scheduler), law, 2, at=NoiseLevel(0.8), check=False)
+    whole = generate(pipe.unet, start, range(20), micro_batch=16)
+    for seed in (0, 1, 7, 13, 19):
+        assert torch.equal(generate(pipe.unet, start, [seed], micro_batch=16)[0], whole[seed])
+
+
+def test_the_posterior_covariance_is_that_of_the_mixture():
+    law, whole = parts()
+    x, v = states(), states(seed=6)
+    for sigma in (0.3, 2.0):
+        exact = whole.posterior_covariance(x, v, sigma)
+        torch.testing.assert_close(law.posterior_covariance(x, v, sigma), exact, rtol=1e-9, atol=1e-9)
+
+
+def test_what_sampling_cached_serves_gradients():
+    law, _ = parts()
+    x = states()
+    with torch.inference_mode():
+        law.transport(x, 0.5)
+        law.denoise(x, 0.5)
+    x.requires_grad_(True)
+    law.transport(x, 0.5).sum().backward()
+    assert float(x.grad.abs().max()) > 0
+    law.denoise(x, 0.5).sum().backward()
+
+
+def test_over_a_sketch_it_keeps_the_certificate():
+    data = images("digits")
+    outer = Gaussian(Moments.fit(data), rank=12)
+    law = PrincipalMixture.fit(data, components=5, leading=8, gaussian=outer)
+    assert law.certificate(1.0) == outer.certificate(1.0)
+    assert law.certificate(1.0).nats > 0

@@ -28,11 +28,12 @@ import numpy as np
 import torch
 
 from symbreak.files import InputError
-from symbreak.laws.flow import column, flatten, fresh, level, path
+from symbreak.laws.flow import Parameters, column, flatten, fresh, level, path
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.mixture import Mixture
 from symbreak.moments import LowRankMoments, Moments
 from symbreak.noise import generator
+from symbreak.sketch import Certificate
 
 __all__ = ["PrincipalMixture"]
 
@@ -40,6 +41,9 @@ PRIORS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FOLDS = 5
 VALIDATED = 4000  # samples that cross-validation looks at
 TABLES = 4  # sets of matrices of the flow that are kept
+# Products of one row with a matrix peel off what is not aligned in memory, so their last bit would depend on the
+# row's place in the batch: coordinates are padded with zeros to a multiple of this.
+ALIGNED = 16
 EVALUATIONS = 4  # of the slope, a Runge-Kutta step
 
 
@@ -68,7 +72,8 @@ class PrincipalMixture:
         self.shape: tuple[int, ...] = gaussian.shape
         self.dim, self.leading = gaussian.dim, inner.dim
         self._tables: dict[Any, list[_Stage]] = {}
-        self._basis: dict[Any, torch.Tensor] = {}
+        axes = torch.nn.functional.pad(gaussian.eigenvectors[:, : self.leading], (0, -self.leading % ALIGNED))
+        self._basis = Parameters(axes)
 
     @property
     def moments(self) -> Moments | LowRankMoments:
@@ -141,40 +146,41 @@ class PrincipalMixture:
 
     # The Gaussian does everything; in the leading coordinates the mixture's answer takes the place of its own.
 
-    def _axes(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """V [d, P] in the dtype of x and the leading eigenvalues [P] float64, on the device of x."""
-        if (x.dtype, x.device) not in self._basis:
-            self._basis[x.dtype, x.device] = self.gaussian.eigenvectors[:, : self.leading].to(x)
-        return self._basis[x.dtype, x.device], self.gaussian.eigenvalues[: self.leading].to(x.device)
+    def _leading(self, x: torch.Tensor, centred: bool = False) -> torch.Tensor:
+        """Leading coordinates of x - mu, padded with zeros: [B, P']."""
+        flat = flatten(x, self.shape)
+        return (flat if centred else flat - self.gaussian.moments.mean.reshape(-1).to(x)) @ self._basis.like(x)[0]
 
-    def _leading(self, x: torch.Tensor) -> torch.Tensor:
-        """Leading coordinates [B, P] of x - mu."""
-        return (flatten(x, self.shape) - self.gaussian.moments.mean.reshape(-1).to(x)) @ self._axes(x)[0]
+    def _variances(self, x: torch.Tensor) -> torch.Tensor:
+        """Leading eigenvalues [P], float64 on the device of x."""
+        return self.gaussian.eigenvalues[: self.leading].to(x.device)
 
     def _corrected(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
-        """x + V by."""
-        return x + (by.to(x.dtype) @ self._axes(x)[0].T).reshape(x.shape)
+        """x + V by, for coordinates [B, P] or padded ones."""
+        (axes,) = self._basis.like(x)
+        padded = torch.nn.functional.pad(by.to(x.dtype), (0, axes.shape[1] - by.shape[1]))
+        return x + (padded @ axes.T).reshape(x.shape)
 
     # The law
 
     def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """E[x_0 | x_0 + sigma eps = x], [B, *S]; sigma a float or [B]."""
         s = level(sigma, x)
-        z, lam = self._leading(x), self._axes(x)[1]
+        z, lam = self._leading(x)[:, : self.leading], self._variances(x)
         own = lam / (lam + column(s * s)) * z
         return self._corrected(self.gaussian.denoise(x, s), self.inner.denoise(z, s) - own)
 
     def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Gradient of `log_prob`, [B, *S]."""
         s = level(sigma, x)
-        z, lam = self._leading(x), self._axes(x)[1]
+        z, lam = self._leading(x)[:, : self.leading], self._variances(x)
         return self._corrected(self.gaussian.score(x, s), self.inner.score(z, s) + z / (lam + column(s * s)))
 
     def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """log density of x_0 + sigma eps at x, [B], nats, float64."""
         s = level(sigma, x)
         wide = x.double()
-        z, lam = self._leading(wide), self._axes(wide)[1]
+        z, lam = self._leading(wide)[:, : self.leading], self._variances(wide)
         total = lam + column(s * s)
         own = -0.5 * ((z * z / total).sum(-1) + total.log().sum(-1) + self.leading * math.log(2 * math.pi))
         return self.gaussian.log_prob(wide, s) - own + self.inner.log_prob(z, s)
@@ -183,7 +189,22 @@ class PrincipalMixture:
         """n draws [n, *S] float64 of x_0 + sigma eps."""
         g = fresh(generator)
         x = self.gaussian.sample(n, sigma, g)
-        return self._corrected(x, self.inner.sample(n, sigma, g) - self._leading(x))
+        return self._corrected(x, self.inner.sample(n, sigma, g) - self._leading(x)[:, : self.leading])
+
+    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x."""
+        s = level(sigma, x)
+        z, lam = self._leading(x)[:, : self.leading], self._variances(x)
+        u = self._leading(v, centred=True)[:, : self.leading]
+        s2 = column(s * s)
+        own = lam * s2 / (lam + s2) * u
+        return self._corrected(
+            self.gaussian.posterior_covariance(x, v, s), self.inner.posterior_covariance(z, u, s) - own
+        )
+
+    def certificate(self, sigma: float) -> Certificate:
+        """What the truncation of the Gaussian loses at a level; 0 for a full one."""
+        return self.gaussian.certificate(sigma)
 
     def transport(
         self,
@@ -212,19 +233,19 @@ class PrincipalMixture:
             raise InputError(f"{steps} steps; expected at least 1.")
         log_pi = self.inner.log_weights(labels, len(noise)).to(noise)
         moved = self.gaussian.transport(noise, sigma, sigma_from)
-        # Pure noise has no mean to take off.
-        z = flatten(noise, self.shape) @ self._axes(noise)[0] if math.isinf(start) else self._leading(noise)
+        z = self._leading(noise, centred=math.isinf(start))  # pure noise has no mean to take off
         return self._corrected(moved, self._flow(z, start, float(sigma), steps, log_pi) - self._leading(moved))
 
     def _flow(self, z: torch.Tensor, start: float, end: float, steps: int, log_pi: torch.Tensor) -> torch.Tensor:
-        """Leading coordinates [B, P]: white noise, or states at ``start``, to states at ``end``."""
+        """Padded leading coordinates [B, P']: white noise, or states at ``start``, to states at ``end``."""
         lam = self.gaussian.eigenvalues[: self.leading]
         c = max(math.sqrt(float(lam[0])), 1e-12 * end)
         key = (start, end, steps, z.dtype, z.device)
         if key not in self._tables:
             while len(self._tables) >= TABLES:
                 self._tables.pop(next(iter(self._tables)))
-            self._tables[key] = [_Stage(self.inner, lam, s, c, z) for s in path(start, end, c, steps)]
+            with torch.inference_mode(False):  # tables made while sampling serve gradients too
+                self._tables[key] = [_Stage(self.inner, lam, s, c, z) for s in path(start, end, c, steps)]
         stages = self._tables[key]
         ends = [0.0 if math.isinf(s) else -math.log1p(c / s) for s in (start, end)]
         h = (ends[1] - ends[0]) / steps
@@ -249,9 +270,15 @@ class _Stage:
     def __init__(self, inner: Mixture, lam: torch.Tensor, sigma: float, c: float, like: torch.Tensor) -> None:
         means, vectors, values, floor = inner.means, inner.vectors, inner.eigenvalues, inner.floor
         self.sigma = sigma
+        extra = like.shape[1] - inner.dim
+
+        def kept(values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+            padded = torch.nn.functional.pad(values, (0, extra), value=fill)
+            return padded.to(like.device, like.dtype)
+
         if math.isinf(sigma):
             # (D_Gauss - D_mixture) / radius (sigma + c) / c -> - mean of the mixture / c
-            self.end = (means / -c).to(like)
+            self.end = kept(means / -c)
             return
         s2 = sigma * sigma
         outside = 1.0 / (floor + s2)
@@ -260,13 +287,14 @@ class _Stage:
         precision = (vectors * inside[:, None]) @ vectors.mT + outside[:, None, None] * eye  # [K, P, P]
         log_det = (values + s2).log().sum(1) + (inner.dim - values.shape[1]) * (floor + s2).log()
         shift = (precision @ means[:, :, None])[:, :, 0]
-        self.precision = precision.permute(1, 0, 2).reshape(inner.dim, -1).to(like)  # x @ this: [B, K P]
-        self.shift = shift.to(like)  # C_k^-1 mu_k
+        rows = torch.nn.functional.pad(precision, (0, 0, 0, extra)).permute(1, 0, 2)
+        self.precision = kept(rows).reshape(like.shape[1], -1)  # x @ this: [B, K P']
+        self.shift = kept(shift)  # C_k^-1 mu_k
         # log density of a component at x, up to a constant: x.shift - 1/2 x.P x - this
-        self.offset = (0.5 * (log_det + (means * shift).sum(1))).to(like)
-        self.radius = (lam + s2).sqrt().to(like)
-        self.gauss = (1.0 / (lam + s2)).to(like)
-        self.factor = (s2 * (sigma + c) / c / (lam + s2).sqrt()).to(like)
+        self.offset = (0.5 * (log_det + (means * shift).sum(1))).to(like.device, like.dtype)
+        self.radius = kept((lam + s2).sqrt(), 1.0)
+        self.gauss = kept(1.0 / (lam + s2))
+        self.factor = kept(s2 * (sigma + c) / c / (lam + s2).sqrt())
 
     def slope(self, g: torch.Tensor, log_pi: torch.Tensor) -> torch.Tensor:
         """dg / da [B, P]; ``log_pi`` [B, K] or [1, K] are the log weights of the components."""
@@ -288,6 +316,8 @@ def _coordinates(gaussian: Gaussian, batches: Iterable[Any], p: int) -> torch.Te
         x = batch if isinstance(batch, torch.Tensor) else torch.as_tensor(np.asarray(batch))
         # The digits of the eigenvectors: those of a sketch are float32, and a wider copy could fill the memory.
         rows = flatten(x.float() if x.dtype not in (torch.float32, torch.float64) else x, gaussian.shape)
+        if not bool(torch.isfinite(rows).all()):
+            raise InputError("the samples hold NaN or infinity; expected finite numbers.")
         parts.append(((rows.to(axes.dtype) - mean.to(axes.dtype)) @ axes).double())
     return torch.cat(parts)
 
