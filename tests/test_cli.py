@@ -275,6 +275,9 @@ def test_a_start_is_fitted_saved_and_used(capsys, tmp_path):
         (("fit", "--data", "digits", "--start", "--model", "digits", "--rank", "3"), "decides on the rank itself"),
         (("sample", "--start", "SAVED", "--steps", "4"), "brings its own sampler"),
         (("sample", "--start", "NEWER"), "newer symbreak"),
+        (("sample", "--start", "OTHER"), "Fit a start for it"),
+        (("sample", "--start", "FOLDER"), "is a folder"),
+        (("fit", "--start", "--data", "digits", "--model", "digits", "--clusters", "5000"), "5000 clusters"),
     ],
 )
 def test_bad_starts(capsys, tmp_path, argv, words):
@@ -282,12 +285,23 @@ def test_bad_starts(capsys, tmp_path, argv, words):
     path = late_start(scheduler("dpm++2m"), law, 3, check=False).save(tmp_path / "saved.safetensors")
     tensors, metadata = read_tensors(path)
     newer = write_tensors(tmp_path / "newer.safetensors", tensors, {**metadata, "version": "99"})
-    argv = [{"SAVED": path, "NEWER": newer}.get(a, a) for a in argv]
+    other = late_start(scheduler("dpm++2m", prediction_type="v_prediction"), law, 3, check=False)
+    other_path = other.save(tmp_path / "other.safetensors")
+    names = {"SAVED": path, "NEWER": newer, "OTHER": other_path, "FOLDER": tmp_path}
+    argv = [names.get(a, a) for a in argv]
     code, out, err = symbreak(capsys, *argv, "--out", tmp_path / "out" / "x")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert words in err
     assert not (tmp_path / "out").exists()
+
+
+def test_images_of_two_samplers_do_not_mix(capsys, tmp_path):
+    common = ("--steps", "2", "--out", tmp_path / "i")
+    assert symbreak(capsys, "sample", "--sampler", "dpm++2m", "--seeds", "0-1", *common)[0] == 0
+    code, _, err = symbreak(capsys, "sample", "--sampler", "sde-dpm++2m", "--seeds", "0-3", *common)
+    assert code == 2
+    assert "other settings" in err
 
 
 def test_a_sketch_from_the_command_line(capsys, tmp_path):

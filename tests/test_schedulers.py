@@ -46,8 +46,7 @@ class Consistency:
 
     def __call__(self, x, sigma):
         s = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1, 1)
-        values = self.law.eigenvalues
-        return self.law._map(x, (values / (values + s * s)).sqrt())
+        return self.law._map(x, lambda values: (values / (values + s * s)).sqrt())
 
 
 def recovered(name, law, start, unet):

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 
 from symbreak.adapters import as_unet
-from symbreak.cut import LateStart, cut, standard_start
+from symbreak.cut import LateStart, cut, schedule_of, standard_start
 from symbreak.denoise import as_denoiser
 from symbreak.files import InputError
 from symbreak.laws import Gaussian
-from symbreak.noise import NoiseLevel, generator, schedule
+from symbreak.noise import NoiseLevel, generator
+from symbreak.record import plain
 
 __all__ = ["Candidate", "Choice", "LossGap", "choose", "loss_gaps"]
 
@@ -56,7 +57,9 @@ class Candidate:
         law: index of the law, ``None`` for the standard start.
         grid: name of the grid.
         level: where it begins.
-        law_cost, sampler_cost: squared error of the final sample, pixel^2 summed over pixels.
+        law_cost: squared error of the final sample that the law adds above the level, less the network's own there
+            (negative where the network is the worse one), pixel^2 summed over pixels.
+        sampler_cost: squared error of the steps below, in the same unit.
     """
 
     law: int | None
@@ -105,7 +108,7 @@ class Choice:
     def sentence(self) -> str:
         """What was chosen, in one sentence."""
         best, usual = self.chosen, self.standard
-        against = "Expected squared error of an image, against exact sampling with the network:"
+        against = "Squared error of an image that the start adds, less the network's own where a law takes its place:"
         if best.law is None:
             return f"{against} {best.cost:.3g} for the standard start on the grid {best.grid}, and no late start less."
         return (
@@ -121,7 +124,8 @@ class Choice:
             late = [c for c in self.candidates if c.law is not None]
             best = min(late, key=lambda c: c.cost) if late else best
         rows = [c for c in self.candidates if (c.law, c.grid) == (best.law, best.grid)]
-        lines = [f"{'sigma':>8} {'law':>9} {'sampler':>9} {'sum':>9}"]
+        name = "no law" if best.law is None else self.laws[best.law]
+        lines = [f"{name}, grid {best.grid}:", f"{'sigma':>8} {'law':>9} {'sampler':>9} {'sum':>9}"]
         for c in sorted(rows, key=lambda c: -c.level.sigma):
             mark = " <- least" if c is self.chosen else ""
             costs = f"{c.law_cost:9.3g} {c.sampler_cost:9.3g} {c.cost:9.3g}"
@@ -138,7 +142,7 @@ class Choice:
             costs = {"law_cost": c.law_cost, "sampler_cost": c.sampler_cost}
             return {"law": c.law, "grid": c.grid, "level": c.level.to_dict(), **costs}
 
-        return {
+        whole = {
             "laws": list(self.laws),
             "candidates": [one(c) for c in self.candidates],
             "chosen": one(self.chosen),
@@ -150,6 +154,8 @@ class Choice:
             "signatures": list(self.signatures),
             "sentence": self.sentence,
         }
+        found: dict[str, Any] = plain(whole)
+        return found
 
 
 @dataclass(frozen=True)
@@ -162,6 +168,7 @@ class LossGap:
         nats: integral of (loss_q - loss_net) / u^2 dlog u from every level up [U]: in expectation a lower
             bound on KL(data || law) at that level; ``error`` [U] is its standard error over images.
         nonlinear: E|D_net - D_q|^2 / E|D_net - mean|^2 at every level [U].
+        useless: whether the network's loss at a level [U] is above that of the mean or of x itself.
         images: number of images.
     """
 
@@ -170,6 +177,7 @@ class LossGap:
     nats: np.ndarray
     error: np.ndarray
     nonlinear: np.ndarray
+    useless: np.ndarray
     images: int
 
     def at(self, name: str, sigma: float) -> float:
@@ -219,12 +227,14 @@ def loss_gaps(
 
     weighted, plain = (np.zeros((len(laws), len(sigma), len(data))) for _ in range(2))
     apart, spread = np.zeros((len(laws), len(sigma))), np.zeros(len(sigma))
+    useless = np.zeros(len(sigma), dtype=bool)
     with torch.inference_mode():
         for j, u in enumerate(map(float, sigma)):
             x = data + u * eps
             net = _asked(denoiser, x, u, labels)
             own_reach, own = reach(data - net, u), energy(data - net)
             spread[j] = energy(net - mean).mean()
+            useless[j] = own.mean() > min(energy(data - mean).mean(), energy(x - data).mean())
             for i, law in enumerate(laws):
                 d = _expected(law, x, u, labels)
                 weighted[i, j] = reach(data - d, u) - own_reach
@@ -240,6 +250,7 @@ def loss_gaps(
                 nats.mean(1),
                 nats.std(1, ddof=1) / math.sqrt(len(data)),
                 apart[i] / spread,
+                useless,
                 len(data),
             )
         )
@@ -247,11 +258,15 @@ def loss_gaps(
 
 
 def _asked(denoiser: Any, x: torch.Tensor, sigma: float, labels: torch.Tensor | None) -> torch.Tensor:
-    """The network's denoiser, chunk by chunk, each image with its own class."""
-    parts = x.split(CHUNK)
-    if labels is None:
-        return torch.cat([denoiser(part, sigma) for part in parts])
-    return torch.cat([denoiser.bind(class_labels=y)(part, sigma) for part, y in zip(parts, labels.split(CHUNK))])
+    """The network's denoiser, chunk by chunk on its own device, each image with its own class."""
+    weight = next(iter(getattr(denoiser, "unet", torch.nn.Identity()).parameters()), x)
+    done = []
+    for i in range(0, len(x), CHUNK):
+        own = denoiser
+        if labels is not None:
+            own = denoiser.bind(class_labels=labels[i : i + CHUNK].to(weight.device))
+        done.append(own(x[i : i + CHUNK].to(weight.device), sigma).to(x))
+    return torch.cat(done)
 
 
 def _expected(law: Any, x: torch.Tensor, sigma: float, labels: torch.Tensor | None) -> torch.Tensor:
@@ -267,9 +282,14 @@ def _expected(law: Any, x: torch.Tensor, sigma: float, labels: torch.Tensor | No
 
 
 def _grids(scheduler: Any) -> dict[str, Any]:
-    """The scheduler on every grid that it offers: its own first."""
+    """The scheduler on its own grid and, where its class offers both, on the Karras and the uniform one."""
     config = dict(scheduler.config)
     cls = type(scheduler)
+    if str(config.get("variance_type", "")).startswith("learned"):
+        raise InputError(
+            f"{cls.__name__} with the variance_type {config['variance_type']!r} cannot be tried without its network. "
+            "Set variance_type='fixed_small' or use another sampler; at= with a level works."
+        )
     signature = inspect.signature(cls.__init__).parameters
     grids = {"own": scheduler}
     if "use_karras_sigmas" in signature and not (
@@ -282,12 +302,11 @@ def _grids(scheduler: Any) -> dict[str, Any]:
 
 def _standards(scheduler: Any, steps: int) -> dict[str, LateStart]:
     """Standard starts by spacing."""
-    if "timestep_spacing" not in inspect.signature(type(scheduler).__init__).parameters:
-        return {"": standard_start(scheduler, steps)}
+    spaced = "timestep_spacing" in inspect.signature(type(scheduler).__init__).parameters
     starts = {}
-    for spacing in ("leading", "trailing", "linspace"):
+    for spacing in ("leading", "trailing", "linspace") if spaced else (None,):
         try:
-            starts[f", {spacing}"] = standard_start(scheduler, steps, spacing)
+            starts[f", {spacing}" if spacing else ""] = standard_start(scheduler, steps, spacing)
         except InputError:
             continue  # a spacing that does not fit these steps
     return starts
@@ -304,7 +323,10 @@ def _run(start: LateStart, unet: Any, state: torch.Tensor, seed: int) -> torch.T
         for t in scheduler.timesteps:
             seen = scheduler.scale_model_input(state, t) if scales else state
             out = unet(seen, t, return_dict=False)[0]
-            state = scheduler.step(out, t, state, return_dict=False, **extra)[0]
+            try:
+                state = scheduler.step(out, t, state, return_dict=False, **extra)[0]
+            except (AssertionError, IndexError, ValueError):
+                return torch.full_like(state, math.nan)  # more steps than diffusers can make: this start is none
     return state.clone()
 
 
@@ -335,12 +357,12 @@ def choose(
     """The cheapest start for a scheduler and a number of steps.
 
     Args:
-        scheduler: a diffusers scheduler; every grid that its class offers is tried.
+        scheduler: a diffusers scheduler; its own grid is tried, and Karras and uniform where its class has them.
         laws: laws to start from.
         steps: num_inference_steps.
         denoiser: the network as a `Denoiser`, or a law.
-        data: images: an `Images`, a tensor [N, *S], or batches; the first 256 are used. Best are images that
-            neither the laws nor the network have seen: seen ones flatter whoever has seen them.
+        data: images: an `Images`, a tensor [N, *S], or batches; up to 256 of them, drawn by ``seed``, are used. Best
+            are images that neither the laws nor the network have seen: seen ones flatter whoever has seen them.
         labels: class of every image, [N] integers, for a class-conditional network.
         seed: of all noise.
 
@@ -351,8 +373,15 @@ def choose(
         InputError: for shapes that do not fit, or fewer than 16 images.
     """
     laws = list(laws)
-    network = as_denoiser(denoiser)
-    images = _first(data, IMAGES)
+    for law in laws:
+        if not (hasattr(law, "denoise") and hasattr(law, "moments")):
+            name = type(law).__name__
+            raise InputError(f"{name} has no .denoise and .moments, which choosing needs. Pass at= with a level.")
+    try:
+        network = as_denoiser(denoiser)
+    except TypeError as error:
+        raise InputError(str(error)) from None
+    images, classes = _some(data, labels, IMAGES, seed)
     shapes = {tuple(network.shape), tuple(images.shape[1:]), *(tuple(law.shape) for law in laws)}
     if len(shapes) > 1:
         raise InputError(
@@ -361,11 +390,12 @@ def choose(
             "shape. Fit the laws on data of the network's shape and range."
         )
     if len(images) < 16:
-        raise InputError(f"{len(images)} images to choose a start with; expected at least 16, better 256.")
-    classes = None if labels is None else torch.as_tensor(labels).reshape(-1)[: len(images)].long()
-    if classes is not None and len(classes) != len(images):
-        raise InputError(f"{len(classes)} labels for {len(images)} images to choose with; expected one each.")
-    full = schedule(scheduler)
+        raise InputError(
+            f"{len(images)} images to choose a start with; expected at least 16, better 256. Give more with data= or "
+            "holdout=."
+        )
+    _check_classes(network, classes, laws)
+    full = schedule_of(scheduler)
     gaussian = next((g for law in laws for g in (law, getattr(law, "gaussian", None)) if isinstance(g, Gaussian)), None)
     gaussian = Gaussian(laws[0].moments) if gaussian is None else gaussian
     _check_range(images, gaussian)
@@ -383,7 +413,8 @@ def choose(
         )
     sigma = np.geomspace(low, min(20 * top, ends[1] * 0.999), LOSSES)
     gaps = loss_gaps(network, [*laws, gaussian], images, sigma, gaussian, seed, classes)
-    *gaps, plain = gaps
+    *gaps, single = gaps
+    _check_network(single)
     # The world in which samplers are tried: the law that lies nearest to the data.
     world = laws[int(np.argmin([g.nats[0] for g in gaps]))]
     count = int(min(STATES, max(16, NUMBERS // max(1, gaussian.dim))))
@@ -398,12 +429,14 @@ def choose(
     grids = _grids(scheduler)
     late = {name: _late(grid, laws[0], steps, np.geomspace(low, high, LEVELS)) for name, grid in grids.items()}
     states = _along(world, noise, {start.level.sigma for some in late.values() for start in some}, END * low)
-    truth = states[END * low]
+    truth = world.denoise(states[END * low], END * low)
     for name, grid in grids.items():
         unet = as_unet(world, grid)
         usual = _standards(grid, steps)
-        first = next(iter(usual.values()))
-        random = _is_stochastic(first, unet, first(noise[:2]), seed)
+        anyone = next(iter((*usual.values(), *late[name])), None)
+        if anyone is None:
+            continue  # no start of so many steps on this grid
+        random = _is_stochastic(anyone, unet, noise[:2], seed)
         for spacing, start in usual.items():
             cost = _error(start, unet, start(noise), truth, gaussian, random, seed)
             add(Candidate(None, name + spacing, start.level, 0.0, cost), start)
@@ -412,20 +445,23 @@ def choose(
             cost = _error(start, unet, start.state(states[at]), truth, gaussian, random, seed)
             for i, law in enumerate(laws):
                 add(Candidate(i, name, start.level, gaps[i].at("cost", at), cost), replace(start, law=law))
+    candidates = [c for c in candidates if math.isfinite(c.cost)]
+    if not candidates:
+        raise InputError(f"{type(scheduler).__name__} has no start of {steps} steps here. Ask for fewer.")
     best = min(candidates, key=lambda c: c.cost)
     at = best.level.sigma
-    of = plain if best.law is None else gaps[best.law]
+    of = single if best.law is None else gaps[best.law]
     nats = of.at("nats", at), of.at("error", at)
     choice = Choice(
         tuple(repr(law) for law in laws),
         tuple(candidates),
         best,
         nats,
-        plain.at("nats", at),
-        plain.at("nonlinear", at),
+        single.at("nats", at),
+        single.at("nonlinear", at),
         len(images),
         count,
-        _signatures(best, nats, plain.at("nonlinear", at), low, high),
+        _signatures(best, nats, single.at("nonlinear", at), low, high),
     )
     return starts[best], choice
 
@@ -477,25 +513,68 @@ def _error(
     return float(((found - truth) ** 2).flatten(1).sum(1).mean())
 
 
-def _first(data: Any, count: int) -> torch.Tensor:
-    """The first images of a data set, [N, *S] float32."""
+def _some(data: Any, labels: Any, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Up to ``count`` images of a data set [N, *S] float32 drawn by the seed, and their classes [N]."""
+    if isinstance(data, str):
+        raise InputError(f"data={data!r} is a name; expected images. Pass sb.images({data!r}).")
     if isinstance(data, torch.Tensor | np.ndarray):
         data = [data]
-    found: list[torch.Tensor] = []
-    for batch in data:
-        found.append(torch.as_tensor(batch).float())
-        if sum(len(b) for b in found) >= count:
-            break
-    if not found:
+    batches = [torch.as_tensor(batch).float() for batch in data]
+    if not batches:
         raise InputError("no images to choose a start with; expected at least 16, better 256.")
-    return torch.cat(found)[:count]
+    whole = torch.cat(batches)
+    order = torch.randperm(len(whole), generator=generator(seed, 24))[:count].sort().values
+    if labels is None:
+        return whole[order], None
+    try:
+        y = torch.as_tensor(np.asarray(labels)).reshape(-1)
+    except TypeError:
+        raise InputError("labels that are no numbers; expected one whole number an image.") from None
+    if len(y) != len(whole) or y.is_floating_point():
+        raise InputError(f"{len(y)} labels for {len(whole)} images to choose with; expected one whole number each.")
+    return whole[order], y[order].long()
+
+
+def _check_classes(network: Any, classes: torch.Tensor | None, laws: list[Any]) -> None:
+    """Refuse labels that the network or a law does not have, or that are missing."""
+    config = getattr(getattr(network, "unet", None), "config", {})
+    known = config.get("num_class_embeds")
+    bound = "class_labels" in getattr(network, "condition", {})
+    if classes is None:
+        if known and not bound:
+            raise InputError(f"the network has {known} classes, but no labels came. Pass labels=, one an image.")
+        return
+    if not known:
+        raise InputError("labels came for a network without classes. Leave them out.")
+    if not 0 <= int(classes.min()) <= int(classes.max()) < known:
+        raise InputError(
+            f"labels from {int(classes.min())} to {int(classes.max())}; the network knows 0 to {known - 1}."
+        )
+    for law in laws:
+        own = getattr(law, "classes", None)
+        missing = [] if own is None else sorted(set(classes.tolist()) - set(own.tolist()))
+        if missing:
+            raise InputError(
+                f"the images to choose with have the class {missing[0]}, {type(law).__name__} has no component for it. "
+                "Fit the law on data of all classes."
+            )
+
+
+def _check_network(gap: LossGap) -> None:
+    """Refuse data that the network cannot denoise at all: they are not in the range it was trained on."""
+    if gap.useless.all():
+        raise InputError(
+            f"at every level from sigma {gap.sigma[0]:.3g} to {gap.sigma[-1]:.3g} the network's answer is further from "
+            "the data than the data's mean or the noised image itself: the data are not in the network's range, "
+            "[-1, 1] for images, or the network is not trained."
+        )
 
 
 def _check_range(images: torch.Tensor, gaussian: Gaussian) -> None:
     """Refuse laws that were fitted on data of another range than the images to choose with."""
     own = float(((images - gaussian.moments.mean.to(images)) ** 2).flatten(1).sum(1).mean())
     fitted = float(gaussian.eigenvalues.sum()) + gaussian.floor * (gaussian.dim - len(gaussian.eigenvalues))
-    if fitted > 0 and not 0.2 < own / fitted < 5:
+    if fitted > 0 and not 0.35 < own / fitted < 3:
         raise InputError(
             f"the data lie at a mean squared distance of {own:.3g} from the law's mean, the law expects {fitted:.3g}: "
             "the law was fitted on data of another range or kind. Fit it on data in the network's range."
@@ -516,8 +595,8 @@ def _signatures(
         )
     if nonlinear > WARN_NONLINEAR:
         notes.append(
-            f"The network's early dynamics are not linear: one Gaussian misses {nonlinear:.0%} of its denoiser's "
-            "variance here."
+            "The network's early dynamics are not linear: the mean square of its denoiser's distance from one "
+            f"Gaussian's is {nonlinear:.0%} of its own variance here."
         )
     if best.level.sigma <= low * 1.05 or best.level.sigma >= high * 0.95:
         notes.append(f"The level lies at an end of what was tried ({low:.3g} to {high:.3g}).")

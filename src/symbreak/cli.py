@@ -444,29 +444,33 @@ def sample(
     holdout: Holdout = None,
     clusters: Clusters = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A-B", help="one image a seed")] = "0-15",
+    value_range: Range = None,
+    skip_bad: SkipBad = False,
+    classes: Classes = None,
+    pad: Pad = None,
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="fixed size of every network call")] = 64,
     as_json: Json = False,
 ) -> None:
     """Sample images, one a seed, from white noise or from a late start."""
     from symbreak.adapters import weights_hash
     from symbreak.files import output_folder, read_json, write_json
+    from symbreak.laws.store import law_hash
     from symbreak.sample import check, parse_seeds
 
     output_folder(out)
     wanted = parse_seeds(seeds)
-    fitting = None if start != "auto" else (_one(data, "--data"), holdout, clusters)
-    if fitting is None and (data, holdout, clusters) != (None,) * 3:
-        raise InputError("--data, --holdout and --clusters belong to --start auto. Add it, or leave them out.")
+    options = (value_range, skip_bad, classes, pad)
+    fitting = None if start != "auto" else (_one(data, "--data"), holdout, clusters, options)
+    if fitting is None and (data, holdout, clusters, *options) != (None, None, None, None, False, None, None):
+        raise InputError("--data and its options, --holdout and --clusters belong to --start auto. Add it.")
     begin, unet = _plan(model, start, at, sampler, steps, fitting)
     check(unet, begin, wanted, micro_batch)
     settings = {
         "model": model,
         "weights": weights_hash(unet),
         "start": start if start in ("none", "auto") else _hash(Path(start)),
-        "fitted_to": None if fitting is None else list(fitting),
-        "scheduler": type(begin.scheduler).__name__,
-        "timesteps": [float(t) for t in begin.scheduler.timesteps],
-        "law": None if begin.law is None else repr(begin.law),
+        "scheduler": json.loads(begin.full.to_json_string()),
+        "law": None if begin.law is None else law_hash(begin.law),
         "micro_batch": micro_batch,
         "steps": begin.steps,
         "calls": begin.calls,
@@ -497,12 +501,12 @@ def _plan(
     at: str | None,
     sampler: str | None,
     steps: int | None,
-    fitting: tuple[str, str | None, int | None] | None = None,
+    fitting: tuple[Any, ...] | None = None,
     default_steps: int = STEPS,
 ) -> tuple[Any, Any]:
     """The start and the network that a command line asks for."""
     from symbreak.adapters import load_pipeline, refuse_conditional, scheduler
-    from symbreak.cut import LateStart
+    from symbreak.cut import LateStart, check_same_network
     from symbreak.files import read_tensors
     from symbreak.laws import Gaussian
     from symbreak.laws.store import law_from_tensors
@@ -513,15 +517,15 @@ def _plan(
         raise InputError(f"--at {at} came with --start {start}, which has no level to give. Leave one of them out.")
     steps_asked = default_steps if steps is None else steps
     if fitting is not None:
-        data, holdout, clusters = fitting
-        return _fitted(data, holdout, clusters, (None, False, None, None), model, sampler, steps_asked)
+        data, holdout, clusters, options = fitting
+        return _fitted(data, holdout, clusters, options, model, sampler, steps_asked)
     pipe = load_pipeline(model)
     refuse_conditional(pipe, model)
     base = scheduler(SAMPLER if sampler is None else sampler, like=pipe.scheduler)
     if start == "none":
         return standard_start(base, steps_asked), pipe.unet
     if start == "auto":
-        raise InputError("--start auto fits to data, which this command has none for. Pass a file, or none.")
+        raise InputError("--start auto is for sample. Fit one with symbreak fit --start, and pass the file.")
     _hash(Path(start))  # a missing file is named before anything is read
     tensors, metadata = read_tensors(start)
     kind = metadata.get("format", "")
@@ -531,7 +535,9 @@ def _plan(
                 f"{start} is a start, which brings its own sampler, steps and level. Leave --sampler, --steps and --at "
                 "out, or pass moments or a law."
             )
-        return LateStart.load(start), pipe.unet
+        saved = LateStart.load(start)
+        check_same_network(saved, pipe.scheduler, start)
+        return saved, pipe.unet
     law: Any
     if kind == "symbreak.law":
         law = law_from_tensors(tensors, metadata, start)
@@ -566,6 +572,8 @@ def _level(text: str) -> Any:
 def _hash(path: Path) -> str:
     from symbreak.files import file_hash
 
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; expected a file of `symbreak fit`, auto or none.")
     if not path.is_file():
         raise InputError(f"{path} does not exist. Expected a file of `symbreak fit`, auto or none.")
     return file_hash(path)[:16]
@@ -604,7 +612,7 @@ def evaluate(
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="parts of the samples, for the interval")] = 5,
     start: Annotated[
-        str, typer.Option("--start", metavar="FILE|auto|none", help="with --model: see `symbreak sample`")
+        str, typer.Option("--start", metavar="FILE|none", help="with --model: see `symbreak sample`")
     ] = "none",
     at: Annotated[str | None, typer.Option("--at", metavar="LEVEL", help="with --model: see `symbreak sample`")] = None,
     sampler: Annotated[str | None, typer.Option("--sampler", help="with --model")] = None,
@@ -628,8 +636,7 @@ def evaluate(
         holdout = "digits:held-out"
     held_out = None if holdout is None else _images(holdout, *options)
     if model is not None:
-        fitting = None if start != "auto" else (data, None, None)
-        begin, unet = _plan(model, start, at, sampler, steps, fitting, default_steps=10)
+        begin, unet = _plan(model, start, at, sampler, steps, default_steps=10)
         with _bars() as tell:
             x = generate(unet, begin, parse_seeds(seeds), progress=lambda d, n: tell("images", d, n))
     else:

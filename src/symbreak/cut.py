@@ -24,7 +24,17 @@ from symbreak.files import InputError, read_tensors, write_tensors
 from symbreak.laws.store import law_from_tensors, law_tensors
 from symbreak.noise import NoiseLevel, Schedule, schedule
 
-__all__ = ["SUPPORTED", "LateStart", "check_scheduler", "check_steps", "cut", "late_sigmas", "standard_start"]
+__all__ = [
+    "SUPPORTED",
+    "LateStart",
+    "check_same_network",
+    "check_scheduler",
+    "check_steps",
+    "cut",
+    "late_sigmas",
+    "schedule_of",
+    "standard_start",
+]
 
 FORMAT, VERSION = "symbreak.start", "1"
 LAW = "law."  # prefix of the law's tensors and metadata in the file of a start
@@ -219,12 +229,19 @@ class LateStart:
         except Exception as error:
             what = " ".join(str(error).split())[:80]
             raise InputError(f"the scheduler {name} of {path} cannot be made ({what}). Save the start again.") from None
-        if has_law:
-            parts = {key.removeprefix(LAW): t for key, t in tensors.items() if key.startswith(LAW)}
-            head = {key.removeprefix(LAW): text for key, text in metadata.items() if key.startswith(LAW)}
-            found = cut(full, law_from_tensors(parts, head, path), steps, asked_level)
-        else:
-            found = standard_start(full, steps)
+        try:
+            if has_law:
+                parts = {key.removeprefix(LAW): t for key, t in tensors.items() if key.startswith(LAW)}
+                head = {key.removeprefix(LAW): text for key, text in metadata.items() if key.startswith(LAW)}
+                found = cut(full, law_from_tensors(parts, head, path), steps, asked_level)
+            else:
+                found = standard_start(full, steps)
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(
+                f"{path} holds a broken start ({' '.join(str(error).split())[:80]}). Save it again."
+            ) from None
         again = torch.as_tensor(found.scheduler.timesteps).double()
         there = torch.tensor([found.level.sigma, found.level.alpha], dtype=torch.float64)
         # Another machine's logarithm may differ in the last digits; another rule of diffusers differs in the first.
@@ -329,6 +346,28 @@ def check_scheduler(scheduler: Any) -> None:
         raise InputError(f"{name} with use_flow_sigmas cannot be cut; use FlowMatchEulerDiscreteScheduler.")
 
 
+def schedule_of(scheduler: Any) -> Schedule:
+    """The scheduler's own schedule; one that falls nowhere or stands still is one line of `InputError`."""
+    try:
+        return schedule(scheduler)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{type(scheduler).__name__} cannot be cut: {error}") from None
+
+
+def check_same_network(start: LateStart, scheduler: Any, name: Any) -> None:
+    """Refuse a start whose scheduler speaks of other noise, or of another prediction, than a network's own."""
+    own, other = schedule_of(start.full), schedule_of(scheduler)
+    kinds = [str(s.config.get("prediction_type", "flow")) for s in (start.full, scheduler)]
+    times = np.linspace(max(own.t_min, other.t_min), min(own.t_max, other.t_max), 8)
+    same = (own.t_min, own.t_max) == (other.t_min, other.t_max) and kinds[0] == kinds[1]
+    if not same or not np.allclose([own.level(t).alpha_bar for t in times], [other.level(t).alpha_bar for t in times]):
+        raise InputError(
+            f"{name} is a start for networks with the prediction {kinds[0]} over sigma {own.sigma_range[0]:.3g} to "
+            f"{own.sigma_range[1]:.3g}; this network predicts {kinds[1]} over {other.sigma_range[0]:.3g} to "
+            f"{other.sigma_range[1]:.3g}. Fit a start for it."
+        )
+
+
 def check_steps(steps: int) -> None:
     """Refuse a number of steps that is no whole number of at least 1."""
     if int(steps) != steps or steps < 1:
@@ -338,7 +377,7 @@ def check_steps(steps: int) -> None:
 def _set(scheduler: Any, steps: int) -> Any:
     try:
         scheduler.set_timesteps(steps)
-    except (ValueError, IndexError) as error:
+    except Exception as error:  # diffusers refuses in many ways
         what = " ".join(str(error).split())[:160]
         raise InputError(
             f"{type(scheduler).__name__} cannot make {steps} steps here ({what}). Ask for fewer."
@@ -424,7 +463,7 @@ def cut(scheduler: Any, law: Any, steps: int, level: NoiseLevel) -> LateStart:
     """
     check_scheduler(scheduler)
     check_steps(steps)
-    full = schedule(scheduler)
+    full = schedule_of(scheduler)
     ready = _cut(scheduler, level, int(steps), full)
     begins = _begins_at(ready, full)
     notes: tuple[str, ...] = ()

@@ -10,20 +10,28 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from symbreak.adapters import denoiser as adapted
 from symbreak.choose import choose
 from symbreak.critical import CriticalTime
-from symbreak.cut import SUPPORTED, LateStart, check_scheduler, check_steps, cut, standard_start
+from symbreak.cut import (
+    SUPPORTED,
+    LateStart,
+    check_scheduler,
+    check_steps,
+    cut,
+    schedule_of,
+    standard_start,
+)
 from symbreak.data import Images
 from symbreak.files import InputError
 from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.moments import Moments
-from symbreak.noise import NoiseLevel, Schedule, schedule
+from symbreak.noise import NoiseLevel, Schedule
 from symbreak.phases.speciation import speciation_time
 
 __all__ = [
@@ -37,6 +45,7 @@ __all__ = [
 ]
 
 CHOOSERS = 256  # images kept back for choosing
+FEWEST = 16  # images to choose with
 FULL = 4096  # above this dimension the Gaussian keeps RANK modes
 RANK = 100
 
@@ -58,10 +67,16 @@ def _resolve(at: Any, law: Any, full: Schedule) -> NoiseLevel:
             )
         at = at.level
     if isinstance(at, (int, float, np.integer, np.floating)) and not isinstance(at, bool):
-        at = full.level(float(at))
+        try:
+            at = full.level(float(at))
+        except ValueError as error:
+            raise InputError(str(error)) from None
     if not isinstance(at, NoiseLevel):
         raise InputError(f"at={at!r}; expected 'speciation', a NoiseLevel, a CriticalTime or a step.")
-    full.time(at)  # raises outside the schedule
+    try:
+        full.time(at)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     if not 0 < at.sigma < float("inf"):
         raise InputError(f"a late start at sigma {at.sigma:g}; expected a finite level above 0.")
     return at
@@ -114,7 +129,10 @@ def late_start(
             raise InputError(f"{type(one).__name__} is no law to start from: it has no .transport(noise, sigma).")
     check_steps(steps)
     automatic = isinstance(at, str) and at == "auto"
-    if automatic and denoiser is not None and data is not None:
+    if automatic and (denoiser is None) != (data is None):
+        came, wanted = ("data", "denoiser") if denoiser is None else ("denoiser", "data")
+        raise InputError(f"at='auto' came with {came}= but without {wanted}=. Pass both, or neither.")
+    if automatic and denoiser is not None:
         start, choice = choose(scheduler, laws, int(steps), denoiser, data, labels)
         if check:
             for note in choice.signatures:
@@ -126,12 +144,7 @@ def late_start(
             "or one law."
         )
     law = laws[0]
-    try:
-        asked = _resolve("speciation" if automatic else at, law, schedule(scheduler))
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    asked = _resolve("speciation" if automatic else at, law, schedule_of(scheduler))
     start = cut(scheduler, law, steps, asked)
     if check and hasattr(law, "moments"):
         spectral = speciation_time(law)
@@ -160,12 +173,13 @@ def candidate_laws(data: Images, clusters: int | None = None) -> list[Any]:
     gaussian = Gaussian.fit(data) if d <= FULL else Gaussian(Moments.fit(data, rank=RANK))
     laws: list[Any] = [gaussian]
     if data.labels is not None:
-        counts = torch.bincount(data.labels.long())
-        counts = counts[counts > 0]
+        _, counts = data.labels.unique(return_counts=True)
         if len(counts) > 1 and int(counts.min()) >= 2:
             laws.append(PrincipalMixture.fit(data, labels=True, gaussian=gaussian))
-    k = min(60, max(2, len(data) // 20)) if clusters is None else clusters
-    if 2 <= k <= len(data) // 2:
+    k = min(60, max(2, len(data) // 20)) if clusters is None else int(clusters)
+    if clusters is not None and not 2 <= k <= len(data) // 2:
+        raise InputError(f"{k} clusters for {len(data):,} images; expected 2 to {len(data) // 2:,}.")
+    if k <= len(data) // 2:
         laws.append(PrincipalMixture.fit(data, components=k, gaussian=gaussian))
     return laws
 
@@ -194,6 +208,13 @@ def fit_start(
         InputError: as `late_start`; and for a class-conditional network whose data have no labels.
     """
     check_scheduler(scheduler)
+    for name, value in (("data", data), ("holdout", holdout)):
+        if isinstance(value, (str, Path)):
+            raise InputError(f"{name}={str(value)!r} is a name; expected images. Pass sb.images({str(value)!r}).")
+    if not isinstance(data, Images):
+        raise InputError(f"data of the type {type(data).__name__}; expected images. Pass sb.images(...).")
+    if unet.config.get("cross_attention_dim"):
+        raise InputError("the network needs a text condition. Use late_start with sb.denoiser(unet, ..., **condition).")
     network = adapted(unet, scheduler)
     if tuple(data.shape) != network.shape:
         raise InputError(
@@ -202,6 +223,11 @@ def fit_start(
         )
     if holdout is None:
         share = min(0.2, CHOOSERS / len(data))
+        if len(data) * share < FEWEST:
+            raise InputError(
+                f"{len(data)} images, of which a fifth would be kept back to choose with; expected at least "
+                f"{5 * FEWEST}. Pass holdout=, images to choose with."
+            )
         data, holdout = data.split(1 - share)
     labels = None
     if unet.config.get("num_class_embeds"):

@@ -8,6 +8,7 @@ not written.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from symbreak.laws.mixture import Mixture
 from symbreak.laws.principal import PrincipalMixture
 from symbreak.moments import Moments
 
-__all__ = ["law_from_tensors", "law_tensors", "load_law", "save_law"]
+__all__ = ["law_from_tensors", "law_hash", "law_tensors", "load_law", "save_law"]
 
 FORMAT, VERSION = "symbreak.law", "1"
 MOMENTS, OUTER, INNER = "moments.", "gaussian.", "inner."  # prefixes of the tensors of a part
@@ -57,6 +58,15 @@ def load_law(path: str | Path) -> Law:
             not make a law.
     """
     return law_from_tensors(*read_tensors(path), path)
+
+
+def law_hash(law: Any) -> str:
+    """SHA-256 of everything that a file of the law would hold, first 16 hex digits."""
+    tensors, metadata = law_tensors(law)
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def law_tensors(law: Any) -> tuple[Tensors, dict[str, str]]:
