@@ -20,14 +20,19 @@ def main() -> None:
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.25))
     for i, name in enumerate(("one Gaussian", "classes", "clusters")):
         curve = sorted((c for c in choice.candidates if (c.law, c.grid) == (i, "Karras")), key=lambda c: c.level.sigma)
-        left.plot([c.level.sigma for c in curve], [max(c.law_cost, 1e-3) for c in curve], color=f"C{i}", label=name)
+        left.plot(
+            [c.level.sigma for c in curve],
+            [c.law_cost if c.law_cost > 0 else float("nan") for c in curve],
+            color=f"C{i}",
+            label=name,
+        )
     left.plot([c.level.sigma for c in curve], [c.sampler_cost for c in curve], "k--", label=f"sampler, {CALLS} calls")
     total = [c.cost for c in curve]
     left.plot([c.level.sigma for c in curve], total, color="C2", lw=3, alpha=0.35, label="clusters + sampler")
     left.plot(choice.chosen.level.sigma, choice.chosen.cost, "o", color="C3", label="chosen")
     left.axhline(choice.standard.cost, color="0.6", lw=1, label="standard start")
     left.set(xscale="log", yscale="log", xlabel="start level sigma", ylabel="squared error of an image, pixel²")
-    left.set(title="what a start costs", ylim=(5e-3, None))
+    left.set(title="what a start costs (negative law costs left out)", ylim=(5e-3, None))
     left.set_xticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
     left.minorticks_off()
     left.legend(fontsize=7)
