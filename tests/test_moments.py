@@ -207,3 +207,11 @@ def test_peak_memory_does_not_grow_with_n(exact):
         tracemalloc.stop()
     # the rows are 4 times as many; buffers and sums are the same
     assert peaks[1] < 1.2 * peaks[0]
+
+
+def test_one_array_is_one_batch():
+    x = torch.randn(20, 2, 3, generator=torch.Generator().manual_seed(0))
+    for alone in (x, x.numpy()):
+        m = Moments.fit(alone)
+        assert m.shape == (2, 3)
+        assert torch.equal(m.cov, Moments.fit([x]).cov)

@@ -165,6 +165,8 @@ class LateStart:
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: the law, and as JSON the uncut scheduler, the level asked for and the steps.
 
+        Of a ``choice`` its sentence is kept, in ``notes``, not its curves.
+
         Raises:
             InputError: for a law that is neither a Gaussian nor a mixture, or a scheduler not of diffusers.
         """

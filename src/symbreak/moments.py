@@ -133,7 +133,7 @@ class Moments:
         """Moments of a stream of batches in one pass, or leading eigenpairs in two; memory does not grow with n.
 
         Args:
-            batches: tensors or arrays [B, *S], or `Images` (8-bit ones take the exact way).
+            batches: tensors or arrays [B, *S], one of them alone, or `Images` (8-bit ones take the exact way).
             rank: eigenpairs to keep of a covariance that is too large to form (`sketch_moments`): the mean and the
                 per-pixel variances stay exact. The batches are then walked ``passes`` times.
             parts: disjoint sub-accumulators for the jackknife; by default 8, 5 above d = 1,024.
@@ -144,6 +144,8 @@ class Moments:
             InputError: for fewer than 2 rows, changing shapes, NaN or infinity, or all rows equal; with ``rank``,
                 for batches that can be walked only once.
         """
+        if isinstance(batches, torch.Tensor | np.ndarray) and batches.ndim > 1:
+            batches = [batches]  # type: ignore[list-item]  # one batch, not a walk over its rows
         if rank is not None:
             if parts is not None:
                 raise InputError("parts= came with rank=; a sketch has no parts to leave out. Drop one of them.")
