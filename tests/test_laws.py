@@ -123,7 +123,7 @@ def test_draws_have_the_moments(law):
 def test_draws_repeat_and_leave_the_global_generator_alone(law):
     before = torch.get_rng_state()
     assert torch.equal(draws(law, 5, 1.0, seed=3), draws(law, 5, 1.0, seed=3))
-    assert not torch.equal(law.sample(5), law.sample(5))
+    assert not torch.equal(law.sample(64), law.sample(64))  # two points: equal by chance once in 2^64
     assert torch.equal(torch.get_rng_state(), before)
 
 
