@@ -211,7 +211,9 @@ def _spectrum_figure(phases: dict[str, Any]) -> str:
     if low is not None:
         high = [float("nan") if v is None else v for v in phases["eigenvalues_high"]]
         left.fill_between(rank, low, high, color=COLORS[0], alpha=0.2, linewidth=0)
-    left.set_ylim(bottom=max(1e-6, 0.5 * min((v for v in values if v > 1e-9), default=1e-6)))
+    # Intervals of eigenvalues next to zero reach far beyond every eigenvalue: the values set the scale.
+    bottom = max(1e-6, 0.5 * min((v for v in values if v > 1e-9), default=1e-6))
+    left.set_ylim(bottom, 5 * max(1.0, *values))
     left.axhline(1.0, color="#888", linestyle="--", linewidth=1)
     left.annotate(
         "Lambda = 1: modes above have a speciation time",
