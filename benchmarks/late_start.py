@@ -76,7 +76,12 @@ def classifier(name, train, out):
     path = out / "classifier.safetensors"
     if not path.exists():
         save_classifier(train_classifier(train, epochs=2), path, "mnist-classifier")
-    return load_classifier(path)
+    model = load_classifier(path)
+    test = sb.images(str(Path(os.environ["SYMBREAK_DATA"]) / "mnist-test.parquet"))
+    with torch.inference_mode():
+        hits = torch.cat([model.logits(batch).argmax(1) for batch in test]) == test.labels
+    model.accuracy = float(hits.double().mean())
+    return model
 
 
 def main():
