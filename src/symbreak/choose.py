@@ -27,7 +27,7 @@ import torch
 
 from symbreak.adapters import as_unet
 from symbreak.cut import LateStart, cut, schedule_of, standard_start
-from symbreak.denoise import as_denoiser
+from symbreak.denoise import as_denoiser, ask
 from symbreak.files import InputError
 from symbreak.laws import Gaussian
 from symbreak.noise import NoiseLevel, generator
@@ -41,7 +41,6 @@ IMAGES = 256  # images for the losses
 STATES = 192  # states for the sampler's cost
 NUMBERS = 2**26  # but no more numbers than this in one batch of states
 STOCHASTIC = 2.0  # squared error of paths over squared distance of moments, measured for deterministic samplers
-CHUNK = 64  # images of one call of the network
 LOWEST, HIGHEST = 0.1, 3.0  # start levels that are tried, as multiples of the top standard deviation
 END = 0.02  # where exact flows end, as a share of the lowest start level
 FLOW_STEPS = 6  # between two levels that are tried
@@ -231,7 +230,7 @@ def loss_gaps(
     with torch.inference_mode():
         for j, u in enumerate(map(float, sigma)):
             x = data + u * eps
-            net = _asked(denoiser, x, u, labels)
+            net = ask(denoiser, x, u, labels)
             own_reach, own = reach(data - net, u), energy(data - net)
             spread[j] = energy(net - mean).mean()
             useless[j] = own.mean() > min(energy(data - mean).mean(), energy(x - data).mean())
@@ -255,18 +254,6 @@ def loss_gaps(
             )
         )
     return out
-
-
-def _asked(denoiser: Any, x: torch.Tensor, sigma: float, labels: torch.Tensor | None) -> torch.Tensor:
-    """The network's denoiser, chunk by chunk on its own device, each image with its own class."""
-    weight = next(iter(getattr(denoiser, "unet", torch.nn.Identity()).parameters()), x)
-    done = []
-    for i in range(0, len(x), CHUNK):
-        own = denoiser
-        if labels is not None:
-            own = denoiser.bind(class_labels=labels[i : i + CHUNK].to(weight.device))
-        done.append(own(x[i : i + CHUNK].to(weight.device), sigma).to(x))
-    return torch.cat(done)
 
 
 def _expected(law: Any, x: torch.Tensor, sigma: float, labels: torch.Tensor | None) -> torch.Tensor:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from symbreak.files import InputError
 from symbreak.noise import NoiseLevel
 
 __all__ = [
@@ -19,7 +21,9 @@ __all__ = [
     "Curve",
     "bootstrap",
     "crossing",
+    "curve",
     "jackknife",
+    "levels",
     "mean_interval",
 ]
 
@@ -93,6 +97,28 @@ class Curve:
             "low": self.low.tolist(),
             "high": self.high.tolist(),
         }
+
+
+def levels(sigma: Any) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Levels [G] float64 and the shape they came in, () for a single one.
+
+    Raises:
+        InputError: for no levels, more than one axis, or levels that are not finite and > 0.
+    """
+    s = np.asarray(sigma.detach().cpu() if hasattr(sigma, "detach") else sigma, dtype=np.float64)
+    if s.ndim > 1 or s.size == 0:
+        raise InputError(f"sigma of shape {s.shape}; expected a level or levels [G].")
+    if not (np.isfinite(s).all() and (s > 0).all()):
+        raise InputError(f"sigma is {float(s.min()):g}; expected finite noise levels > 0.")
+    return np.atleast_1d(s), s.shape
+
+
+def curve(
+    sigma: np.ndarray, shape: tuple[int, ...], value: np.ndarray, low: np.ndarray, high: np.ndarray, name: str
+) -> Curve:
+    """A `Curve` in the shape its levels came in: for a single one float(curve.value) works."""
+    s, v, below, above = (np.asarray(a).reshape(shape) for a in (sigma, value, low, high))
+    return Curve(s, v, below, above, name)
 
 
 def crossing(sigma: np.ndarray, value: np.ndarray, threshold: float) -> float | None:

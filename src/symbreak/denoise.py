@@ -8,11 +8,14 @@ are adapted to one (`symbreak.adapters.denoiser`). x is a VE state [B, *S], sigm
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-__all__ = ["Denoiser", "LawDenoiser", "as_denoiser", "score"]
+__all__ = ["Denoiser", "LawDenoiser", "as_denoiser", "ask", "posterior_step", "score"]
+
+CHUNK = 64  # states of one call: a fixed size, so that results do not depend on how many are asked about
 
 
 @runtime_checkable
@@ -62,6 +65,52 @@ def as_denoiser(law_or_denoiser: Any) -> Denoiser:
         f"{type(law_or_denoiser).__name__} is neither a law (it has no .denoise) nor a denoiser (d(x, sigma) with "
         ".shape and .sigma_range). Adapt a network with sb.denoiser(unet, scheduler)."
     )
+
+
+def ask(
+    denoiser: Any,
+    x: torch.Tensor,
+    sigma: float,
+    labels: torch.Tensor | None = None,
+    rows: int = CHUNK,
+) -> torch.Tensor:
+    """D(x, sigma) [B, *S] in pieces of ``rows``, on the network's own device, answered in the dtype of x.
+
+    Args:
+        denoiser: a `Denoiser`.
+        x: VE states [B, *S].
+        sigma: level.
+        labels: class [B] of every state, for a class-conditional network.
+        rows: states of one call; the last call may have fewer.
+    """
+    weight = next(iter(getattr(denoiser, "unet", torch.nn.Identity()).parameters()), x)
+    done = []
+    for i in range(0, len(x), rows):
+        own = denoiser
+        if labels is not None:
+            own = denoiser.bind(class_labels=labels[i : i + rows].to(weight.device))
+        done.append(own(x[i : i + rows].to(weight.device), sigma).to(x))
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def posterior_step(
+    mean: torch.Tensor, x: torch.Tensor, sigma: float, below: float, noise: torch.Tensor
+) -> torch.Tensor:
+    """One step of the reverse SDE from level sigma to the level below it,
+
+        x' = D + (sigma'/sigma)^2 (x - D) + sigma' sqrt(1 - sigma'^2 / sigma^2) z,
+
+    exact for a constant D: the posterior of x' given x and x_0 = D (DDPM's ancestral step with its smaller variance;
+    Ho, Jain, Abbeel 2020, arXiv:2006.11239).
+
+    Args:
+        mean: D(x, sigma) [B, *S].
+        x: VE states [B, *S] at sigma.
+        sigma, below: the two levels, sigma > below > 0.
+        noise: white noise z [B, *S].
+    """
+    ratio = (below / sigma) ** 2
+    return torch.lerp(mean, x, ratio).add_(noise, alpha=below * math.sqrt(1 - ratio))
 
 
 def score(law_or_denoiser: Any, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:

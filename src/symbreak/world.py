@@ -30,7 +30,7 @@ from scipy.optimize import brentq
 
 from symbreak.critical import CriticalTime
 from symbreak.data import images
-from symbreak.denoise import as_denoiser
+from symbreak.denoise import as_denoiser, posterior_step
 from symbreak.files import InputError, write_whole
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.moments import Moments
@@ -532,9 +532,8 @@ def _trajectories(scene: _Scene, source: Any, seed: int) -> dict[str, Any]:
             rows.append(_project(scene, x, NoiseLevel(float(s)).alpha))
         mean = d(x, float(s))
         if i + 1 < len(fine):
-            ratio = float(fine[i + 1] / s) ** 2
             noise = torch.randn(x.shape, generator=g, dtype=torch.float64)
-            x = mean + ratio * (x - mean) + float(fine[i + 1]) * math.sqrt(1 - ratio) * noise
+            x = posterior_step(mean, x, float(s), float(fine[i + 1]), noise)
     return {
         "x": _short(np.stack(rows).T, 5),
         "end": scene.ends(mean).tolist(),

@@ -25,7 +25,19 @@ import torch
 from symbreak.files import InputError
 from symbreak.noise import generator
 
-__all__ = ["Parameters", "column", "flatten", "fresh", "level", "path", "plain", "probability_flow", "top_eigenvalue"]
+__all__ = [
+    "Parameters",
+    "column",
+    "first_level",
+    "flatten",
+    "fresh",
+    "level",
+    "path",
+    "plain",
+    "probability_flow",
+    "runge_kutta",
+    "top_eigenvalue",
+]
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -128,13 +140,47 @@ def top_eigenvalue(product: Product, dim: int, iterations: int = 12) -> float:
     return value
 
 
+def first_level(sigma: float, sigma_from: float | None, steps: int) -> float:
+    """The level a flow starts from, infinite for white noise.
+
+    Raises:
+        InputError: for levels or step counts that are not positive.
+    """
+    start = math.inf if sigma_from is None else float(sigma_from)
+    if not (sigma > 0 and start > 0):
+        raise InputError(f"the flow was asked for from sigma {start:g} to {sigma:g}; expected levels > 0.")
+    if steps < 1:
+        raise InputError(f"{steps} steps; expected at least 1.")
+    return start
+
+
+def _coordinate(sigma: float, c: float) -> float:
+    """a = log(sigma / (sigma + c))."""
+    return 0.0 if math.isinf(sigma) else -math.log1p(c / sigma)
+
+
 def path(sigma_from: float, sigma: float, c: float, steps: int) -> list[float]:
     """2 steps + 1 levels, middles of the steps included, equally spaced in a = log(sigma / (sigma + c))."""
-    ends = [0.0 if math.isinf(s) else -math.log1p(c / s) for s in (sigma_from, sigma)]
+    ends = [_coordinate(s, c) for s in (sigma_from, sigma)]
     grid = [ends[0] + (ends[1] - ends[0]) * i / (2 * steps) for i in range(2 * steps + 1)]
     # sigma = c e^a / (1 - e^a); the ends exactly as given.
     inner = [math.inf if a == 0 else -c * math.exp(a) / math.expm1(a) for a in grid]
     return [sigma_from, *inner[1:-1], sigma]
+
+
+def runge_kutta(
+    slope: Callable[[torch.Tensor, int], torch.Tensor], g: torch.Tensor, sigmas: Sequence[float], c: float
+) -> torch.Tensor:
+    """Carry g along dg/da = slope(g, i), i the index in ``sigmas`` (a `path`), by the classical rule."""
+    steps = (len(sigmas) - 1) // 2
+    h = (_coordinate(sigmas[-1], c) - _coordinate(sigmas[0], c)) / steps
+    for i in range(0, 2 * steps, 2):
+        k1 = slope(g, i)
+        k2 = slope(g + (0.5 * h) * k1, i + 1)
+        k3 = slope(g + (0.5 * h) * k2, i + 1)
+        k4 = slope(g + h * k3, i + 2)
+        g = g + (h / 6.0) * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
+    return g
 
 
 def probability_flow(
@@ -165,11 +211,7 @@ def probability_flow(
     Raises:
         InputError: for levels or step counts that are not positive.
     """
-    start = math.inf if sigma_from is None else float(sigma_from)
-    if not (sigma > 0 and start > 0):
-        raise InputError(f"the flow was asked for from sigma {start:g} to {sigma:g}; expected levels > 0.")
-    if steps < 1:
-        raise InputError(f"{steps} steps; expected at least 1.")
+    start = first_level(sigma, sigma_from, steps)
     mu = mean.to(x.device, x.dtype)
     # A law without spread (one point) moves on straight lines whatever c is.
     c = spread if spread > 0 else float(sigma)
@@ -177,23 +219,16 @@ def probability_flow(
     def radius(s: float) -> float:
         return math.hypot(s, math.sqrt(variance))
 
-    def slope(g: torch.Tensor, s: float) -> torch.Tensor:
+    sigmas = path(start, float(sigma), c, steps)
+
+    def slope(g: torch.Tensor, i: int) -> torch.Tensor:
         """dg/da = (s + c) / c (g v / r^2 - (D - mu) / r), 0 at infinite sigma."""
+        s = sigmas[i]
         if math.isinf(s):
             return torch.zeros_like(g)
         r = radius(s)
         d = denoise(mu + r * g, s)
         return ((s + c) / c) * (g * (variance / r**2) - (d - mu) / r)
 
-    sigmas = path(start, float(sigma), c, steps)
-    ends = [0.0 if math.isinf(s) else -math.log1p(c / s) for s in (start, float(sigma))]
-    h = (ends[1] - ends[0]) / steps
     g = x if math.isinf(start) else (x - mu) / radius(start)
-    for i in range(steps):
-        s0, s1, s2 = sigmas[2 * i : 2 * i + 3]
-        k1 = slope(g, s0)
-        k2 = slope(g + (0.5 * h) * k1, s1)
-        k3 = slope(g + (0.5 * h) * k2, s1)
-        k4 = slope(g + h * k3, s2)
-        g = g + (h / 6.0) * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
-    return mu + radius(float(sigma)) * g
+    return mu + radius(float(sigma)) * runge_kutta(slope, g, sigmas, c)

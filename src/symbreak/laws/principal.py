@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from symbreak.files import InputError
-from symbreak.laws.flow import Parameters, column, flatten, fresh, level, path
+from symbreak.laws.flow import Parameters, column, first_level, flatten, fresh, level, path, runge_kutta
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.mixture import Mixture
 from symbreak.moments import LowRankMoments, Moments
@@ -211,26 +211,16 @@ class PrincipalMixture:
         noise: torch.Tensor,
         sigma: float,
         sigma_from: float | None = None,
-        steps: int = 4,
+        steps: int = 3,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Carry noise along the law's probability flow to level sigma, deterministically.
 
-        Args:
-            noise: [B, *S]; white noise, or VE states at ``sigma_from``.
-            sigma: target level > 0.
-            sigma_from: level of the states given; ``None`` for pure noise (the limit of infinite sigma).
-            steps: Runge-Kutta steps; the error falls with their fourth power.
-            labels: class [B] of every sample: each follows the flow of its own class.
-
-        Returns:
-            VE states [B, *S] at sigma, in the dtype of the noise.
+        As `Mixture.transport`, in the leading coordinates only; the others follow the Gaussian's closed form. In
+        these coordinates the flow is smooth: 3 Runge-Kutta steps, 12 slopes, leave a squared error far below what
+        a law costs (``docs/choosing-a-start.md``).
         """
-        start = math.inf if sigma_from is None else float(sigma_from)
-        if not (sigma > 0 and start > 0):
-            raise InputError(f"the flow was asked for from sigma {start:g} to {sigma:g}; expected levels > 0.")
-        if steps < 1:
-            raise InputError(f"{steps} steps; expected at least 1.")
+        start = first_level(sigma, sigma_from, steps)
         log_pi = self.inner.log_weights(labels, len(noise)).to(noise)
         moved = self.gaussian.transport(noise, sigma, sigma_from)
         z = self._leading(noise, centred=math.isinf(start))  # pure noise has no mean to take off
@@ -247,16 +237,8 @@ class PrincipalMixture:
             with torch.inference_mode(False):  # tables made while sampling serve gradients too
                 self._tables[key] = [_Stage(self.inner, lam, s, c, z) for s in path(start, end, c, steps)]
         stages = self._tables[key]
-        ends = [0.0 if math.isinf(s) else -math.log1p(c / s) for s in (start, end)]
-        h = (ends[1] - ends[0]) / steps
         g = z if math.isinf(start) else z / stages[0].radius
-        for i in range(steps):
-            first, middle, last = stages[2 * i : 2 * i + 3]
-            k1 = first.slope(g, log_pi)
-            k2 = middle.slope(g + (0.5 * h) * k1, log_pi)
-            k3 = middle.slope(g + (0.5 * h) * k2, log_pi)
-            k4 = last.slope(g + h * k3, log_pi)
-            g = g + (h / 6.0) * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
+        g = runge_kutta(lambda g, i: stages[i].slope(g, log_pi), g, path(start, end, c, steps), c)
         return stages[-1].radius * g
 
     def __repr__(self) -> str:
@@ -302,7 +284,7 @@ class _Stage:
             return torch.softmax(log_pi, dim=1) @ self.end + torch.zeros_like(g)
         x = g * self.radius
         y = (x @ self.precision).reshape(len(x), *self.shift.shape)  # C_k^-1 x: the one large array, read twice
-        quadratic = torch.bmm(y, x[:, :, None])[:, :, 0]
+        quadratic = (y * x[:, None]).sum(-1)  # 3 times faster than 256 products of a matrix and a vector
         w = torch.softmax(log_pi - self.offset + x @ self.shift.T - 0.5 * quadratic, dim=1)
         pull = torch.bmm(w[:, None], y)[:, 0] - w @ self.shift
         return self.factor * (pull - self.gauss * x)

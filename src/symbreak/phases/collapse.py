@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from scipy.optimize import brentq, least_squares
 
-from symbreak.critical import CriticalTime, Curve, jackknife
+from symbreak.critical import CriticalTime, Curve, curve, jackknife, levels
 from symbreak.files import InputError
 from symbreak.laws.classes import posterior_average
 from symbreak.laws.empirical import Empirical
@@ -76,12 +76,7 @@ def excess_entropy(
     >>> round(float(excess_entropy(law, 1.0, samples=100).value), 6)              # (log 100 - log 2) / 2
     1.956012
     """
-    s = np.asarray(sigma.detach().cpu() if isinstance(sigma, torch.Tensor) else sigma, dtype=np.float64)
-    if s.ndim > 1 or s.size == 0:
-        raise InputError(f"sigma of shape {s.shape}; expected a level or levels [G].")
-    if not (np.isfinite(s).all() and (s > 0).all()):
-        raise InputError(f"sigma is {float(s.min()):g}; expected finite noise levels > 0.")
-    grid = s.reshape(-1)
+    grid, shape = levels(sigma)
     if isinstance(law, Empirical):
         _own_count(law, samples)
         values = _measured(law, grid, queries, seed)
@@ -92,8 +87,7 @@ def excess_entropy(
         nats = math.log(_count(samples))
         told, less, more = _information(law, grid, draws, seed)
         value, low, high = (np.maximum(0.0, nats - i) / law.dim for i in (told, more, less))
-    shape = s.shape
-    return Curve(s, value.reshape(shape), low.reshape(shape), high.reshape(shape), name="excess entropy")
+    return curve(grid, shape, value, low, high, "excess entropy")
 
 
 def collapse_time(

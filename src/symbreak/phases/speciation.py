@@ -17,7 +17,7 @@ Achilli, Benedetti, Biroli, Mézard, arXiv:2602.04404 (free entropy); phi of any
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -27,8 +27,8 @@ import torch
 from scipy import stats
 from scipy.optimize import brentq
 
-from symbreak.critical import CriticalTime, Curve, jackknife
-from symbreak.denoise import as_denoiser
+from symbreak.critical import CriticalTime, Curve, curve, jackknife, levels
+from symbreak.denoise import as_denoiser, posterior_step
 from symbreak.files import InputError
 from symbreak.laws.classes import class_draws, mixture_of, posterior_average
 from symbreak.laws.mixture import Mixture
@@ -248,22 +248,6 @@ def _against_rest(
     return root, root * math.exp(low), root * math.exp(high)
 
 
-def _levels(sigma: Any) -> tuple[np.ndarray, bool]:
-    """Levels [G] and whether a single one was meant."""
-    s = np.asarray(sigma.detach().cpu() if isinstance(sigma, torch.Tensor) else sigma, dtype=np.float64)
-    if s.ndim > 1 or s.size == 0:
-        raise InputError(f"sigma of shape {s.shape}; expected a level or levels [G].")
-    if not (np.isfinite(s).all() and (s > 0).all()):
-        raise InputError(f"sigma is {float(s.min()):g}; expected finite noise levels > 0.")
-    return np.atleast_1d(s), s.ndim == 0
-
-
-def _curve(sigma: np.ndarray, scalar: bool, values: Sequence[np.ndarray], name: str) -> Curve:
-    """A `Curve`; for a single level its arrays have no axis, so that float(curve.value) works."""
-    s, value, low, high = (v.reshape(()) if scalar else v for v in (sigma, *values))
-    return Curve(s, value, low, high, name=name)
-
-
 def cloning_probability(law: Any, sigma: Any, samples: int = 20000, seed: int = 0) -> Curve:
     """The probability that two clones which part at sigma end in the same class.
 
@@ -289,10 +273,11 @@ def cloning_probability(law: Any, sigma: Any, samples: int = 20000, seed: int = 
     0.7752002454
     """
     mixture = mixture_of(law)
-    s, scalar = _levels(sigma)
+    s, shape = levels(sigma)
     values = posterior_average(mixture, s, lambda log_p: (2 * log_p).exp().sum(-1), samples, seed)
     # Quadrature rounds: a certain agreement is 1, not 1 + 2e-16.
-    return _curve(s, scalar, [np.clip(v, 0.0, 1.0) for v in values], "cloning probability")
+    value, low, high = (np.clip(v, 0.0, 1.0) for v in values)
+    return curve(s, shape, value, low, high, "cloning probability")
 
 
 def clone_agreement(
@@ -310,12 +295,8 @@ def clone_agreement(
 
     One trajectory a pair, the trunk, runs down all levels; at every branch level a clone leaves it and goes
     on with noise of its own. Trunk and clones advance together in one growing batch, so each stretch of
-    a trunk is computed once whatever the number of branch levels. Each step is the posterior step
-
-        x' = D + (sigma'/sigma)^2 (x - D) + sigma' sqrt(1 - sigma'^2 / sigma^2) z
-
-    which solves the reverse SDE exactly for a constant D, on levels even in log sigma, with the branch
-    levels among them.
+    a trunk is computed once whatever the number of branch levels. Steps are `posterior_step` on levels even in
+    log sigma, with the branch levels among them.
 
     Args:
         law_or_denoiser: a law, or a denoiser d(x, sigma).
@@ -339,7 +320,7 @@ def clone_agreement(
 
     Source: arXiv:2402.18491.
     """
-    s, scalar = _levels(sigma)
+    s, shape = levels(sigma)
     d = as_denoiser(law_or_denoiser)
     is_law = hasattr(law_or_denoiser, "denoise")
     if pairs < 1 or steps < 1:
@@ -373,7 +354,7 @@ def clone_agreement(
     share, z = agree / pairs, float(stats.norm.ppf(0.975))
     middle = (share + z * z / (2 * pairs)) / (1 + z * z / pairs)
     half = z * np.sqrt(share * (1 - share) / pairs + z * z / (4 * pairs**2)) / (1 + z * z / pairs)
-    return _curve(s, scalar, (share, middle - half, middle + half), "clone agreement")
+    return curve(s, shape, share, middle - half, middle + half, "clone agreement")
 
 
 @torch.no_grad()
@@ -403,9 +384,8 @@ def _clones(
         mean = d(x, float(level))
         if i + 1 == len(grid):
             break
-        ratio = float(grid[i + 1] / level) ** 2
         noise = torch.randn(x.shape, generator=g, dtype=dtype)
-        x = torch.lerp(mean, x, ratio).add_(noise, alpha=float(grid[i + 1]) * math.sqrt(1 - ratio))
+        x = posterior_step(mean, x, float(level), float(grid[i + 1]), noise)
     label = classify(mean).reshape(-1, n)
     agree = np.zeros(branches)
     for row, branch in enumerate(owners, start=1):

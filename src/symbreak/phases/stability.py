@@ -29,7 +29,7 @@ from scipy.optimize import brentq
 from scipy.sparse.linalg import LinearOperator, eigs, eigsh, gmres
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from symbreak.critical import CriticalTime
+from symbreak.critical import CriticalTime, levels
 from symbreak.denoise import as_denoiser
 from symbreak.files import InputError
 from symbreak.noise import NoiseLevel, generator
@@ -116,13 +116,6 @@ def _checked(flow: str, frame: str) -> None:
         raise InputError(f"unknown frame {frame!r}. Pass frame='vp' or frame='ve'.")
 
 
-def _positive(sigma: float) -> float:
-    s = float(sigma)
-    if not (s > 0 and math.isfinite(s)):
-        raise InputError(f"sigma is {s:g}; expected a finite noise level > 0.")
-    return s
-
-
 def _rates(flow: str, frame: str, sigma: float) -> tuple[float, float]:
     """kappa and gain of the module docstring."""
     s2 = sigma * sigma
@@ -152,7 +145,7 @@ def drift(law_or_denoiser: Any, x: torch.Tensor, sigma: float, flow: str = "sde"
     Source: arXiv:2305.19693 (VP, reverse SDE).
     """
     _checked(flow, frame)
-    s = _positive(sigma)
+    s = float(levels(sigma)[0][0])
     d = as_denoiser(law_or_denoiser)
     if tuple(x.shape[1:]) != tuple(d.shape):
         raise InputError(f"states of shape {tuple(x.shape)}; expected [B, {', '.join(map(str, d.shape))}].")
@@ -201,7 +194,7 @@ def potential(
     [0.0, 1.0]
     """
     _checked(flow, frame)
-    s = _positive(sigma)
+    s = float(levels(sigma)[0][0])
     shape = tuple(as_denoiser(law_or_denoiser).shape)
     states = torch.as_tensor(path)
     states = states if states.is_floating_point() else states.double()
@@ -860,7 +853,7 @@ def fixed_points(
     if grid.ndim != 1 or len(grid) == 0:
         raise InputError("sigma is empty; expected a level or levels [G].")
     for s in grid:
-        _positive(float(s))
+        levels(s)
     system = _System(law_or_denoiser, flow, frame, x0)
     seeds = _starts(system, starts) if starts is not None or system.is_law else system.centre[None]
     lams = np.log(grid)
