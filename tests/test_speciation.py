@@ -243,3 +243,24 @@ def test_bad_input_is_one_line(call, message):
     with pytest.raises(InputError, match=message) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+def test_a_labelled_data_set_agrees_with_the_mixture_of_its_points():
+    """Classes of points are sub-mixtures of narrow Gaussians: p(c | x) adds up, phi is the same to Monte Carlo error."""
+    g = torch.Generator().manual_seed(3)
+    y = torch.arange(400) % 2
+    points = torch.randn(400, 3, generator=g, dtype=torch.float64) + torch.where(y == 0, -1.2, 1.2)[:, None]
+    sigma = np.array([0.05, 1.0, 3.0, 200.0])
+    found = cloning_probability(Empirical(points), sigma, labels=y)
+    per_point = Mixture.from_parameters(points, 1e-12)
+    x = points[:, None] + torch.as_tensor(sigma)[:, None] * torch.randn(400, 4, 3, generator=g, dtype=torch.float64)
+    for i, s in enumerate(sigma):
+        p = per_point.responsibilities(x[:, i], float(s)).double()
+        phi = torch.stack([p[:, y == c].sum(1) for c in (0, 1)], 1).square().sum(1)
+        # 4 standard errors of 400 independent draws; the interval of the curve is 1.96 of its own
+        error = 4 * float(phi.std()) / 20 + (found.high[i] - found.low[i])
+        assert abs(found.value[i] - float(phi.mean())) <= error + 1e-12
+    assert found.value[0] > 0.95
+    assert abs(found.value[-1] - 0.5) < 1e-3
+    with pytest.raises(InputError, match="3 labels for 400 points"):
+        cloning_probability(Empirical(points), 1.0, labels=y[:3])

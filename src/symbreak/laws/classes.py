@@ -6,7 +6,7 @@ difference of the means, the log odds of a state drawn from either class are Gau
     log p(1 | x) / p(2 | x) ~ N(log(w_1 / w_2) +- 2 z^2, 4 z^2),
 
 and averages are quadratures. Any other mixture is averaged over draws, class by class, with the same draws
-at every level. Source: derived; for equal weights arXiv:2402.18491.
+at every level; a labelled data set over its own noised samples. Source: derived; for equal weights arXiv:2402.18491.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from symbreak.files import InputError
+from symbreak.laws.empirical import Empirical
 from symbreak.laws.mixture import Mixture
 from symbreak.noise import generator
 
@@ -66,17 +67,29 @@ def class_draws(law: Mixture, k: int, samples: int, seed: int) -> list[tuple[tor
 
 
 def posterior_average(
-    law: Mixture, sigma: np.ndarray, value: Callable[[torch.Tensor], torch.Tensor], samples: int, seed: int
+    law: Any,
+    sigma: np.ndarray,
+    value: Callable[[torch.Tensor], torch.Tensor],
+    samples: int,
+    seed: int,
+    labels: torch.Tensor | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """E value(log p(. | x)) over the noised mixture: mean and 95 % interval at levels [G].
+    """E value(log p(. | x)) over the noised law: mean and 95 % interval at levels [G].
 
     Args:
-        law: the mixture.
+        law: a mixture, one component a class, or an `Empirical` law with labels.
         sigma: levels [G].
         value: log posteriors [..., K] -> [...].
         samples: draws in all, shared out by weight (at least 16 a class); unused by the quadrature.
         seed: of the draws, which every level shares: its errors are correlated with its neighbours'.
+        labels: class [N] of every point of an `Empirical` law.
+
+    Raises:
+        InputError: for a law without classes, or labels that do not fit it.
     """
+    if isinstance(law, Empirical) and labels is not None:
+        return _labelled_average(law, labels, sigma, value, samples, seed)
+    law = mixture_of(law)
     w = law.weights.numpy()
     z = separation(law, sigma)
     if z is not None and (w > 0).all():
@@ -97,6 +110,35 @@ def posterior_average(
         mean += w[k] * average
         variance += w[k] ** 2 * np.maximum(sums[1] / n - average**2, 0.0) / (n - 1)
     half = 1.959963984540054 * np.sqrt(variance)
+    return mean, mean - half, mean + half
+
+
+def _labelled_average(
+    law: Empirical,
+    labels: torch.Tensor,
+    sigma: np.ndarray,
+    value: Callable[[torch.Tensor], torch.Tensor],
+    samples: int,
+    seed: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """p(c | x) is the posterior weight of all points of class c; x are noised points, no more than there are."""
+    y = torch.as_tensor(labels).reshape(-1)
+    if len(y) != len(law):
+        raise InputError(f"{len(y):,} labels for {len(law):,} points; expected one label a point.")
+    names, code = y.unique(return_inverse=True)
+    member = torch.nn.functional.one_hot(code, len(names)).double()
+    g = generator(seed, 17)
+    chosen = torch.randperm(len(law), generator=g)[:samples]
+    clean = law.points.reshape(len(law), *law.shape)[chosen].double()
+    noise = torch.randn(clean.shape, generator=g, dtype=torch.float64)
+    block, found = max(1, NUMBERS // len(law)), np.zeros((len(sigma), len(chosen)))
+    for i in range(0, len(chosen), block):
+        part = slice(i, i + block)
+        for j, s in enumerate(sigma):
+            weights = law.posterior_weights(clean[part] + float(s) * noise[part], float(s)).double()
+            found[j, part] = value((weights @ member).clamp_min(1e-300).log()).numpy()
+    mean = found.mean(1)
+    half = 1.959963984540054 * found.std(1, ddof=1) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.nan
     return mean, mean - half, mean + half
 
 

@@ -248,16 +248,20 @@ def _against_rest(
     return root, root * math.exp(low), root * math.exp(high)
 
 
-def cloning_probability(law: Any, sigma: Any, samples: int = 20000, seed: int = 0) -> Curve:
+def cloning_probability(
+    law: Any, sigma: Any, samples: int = 20000, seed: int = 0, labels: torch.Tensor | None = None
+) -> Curve:
     """The probability that two clones which part at sigma end in the same class.
 
         phi(sigma) = E_x sum_c p(c | x)^2        two Gaussians +-m: 1/2 + 1/2 E tanh^2(z (z + Y))
 
     Args:
-        law: a `Mixture`, one component a class.
+        law: a `Mixture`, one component a class, or an `Empirical` law with labels.
         sigma: a level, or levels [G].
-        samples: draws in all (at least 16 a class), where there is no quadrature.
+        samples: draws in all (at least 16 a class), where there is no quadrature; at most one a point of an
+            `Empirical` law.
         seed: of the draws; every level shares them, so errors of neighbouring levels are correlated.
+        labels: class [N] of every point of an `Empirical` law.
 
     Returns:
         A `Curve` with 95 % intervals (for a single level its arrays have no axis). Two components with a
@@ -272,9 +276,8 @@ def cloning_probability(law: Any, sigma: Any, samples: int = 20000, seed: int = 
     >>> round(float(cloning_probability(law, 1.0).value), 10)                    # z = 1
     0.7752002454
     """
-    mixture = mixture_of(law)
     s, shape = levels(sigma)
-    values = posterior_average(mixture, s, lambda log_p: (2 * log_p).exp().sum(-1), samples, seed)
+    values = posterior_average(law, s, lambda log_p: (2 * log_p).exp().sum(-1), samples, seed, labels)
     # Quadrature rounds: a certain agreement is 1, not 1 + 2e-16.
     value, low, high = (np.clip(v, 0.0, 1.0) for v in values)
     return curve(s, shape, value, low, high, "cloning probability")
