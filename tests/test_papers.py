@@ -13,8 +13,9 @@ import torch
 
 from symbreak.laws import Empirical, Mixture
 from symbreak.noise import generator
+from symbreak.phases.clones import clone_agreement
 from symbreak.phases.collapse import excess_entropy
-from symbreak.phases.speciation import clone_agreement, cloning_probability
+from symbreak.phases.speciation import cloning_probability
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))
 CLONING = PUBLISHED["two_gaussians_cloning"]["d"]

@@ -12,9 +12,9 @@ from symbreak.files import InputError
 from symbreak.laws import Empirical, Mixture
 from symbreak.moments import Moments
 from symbreak.noise import generator
+from symbreak.phases.clones import clone_agreement
 from symbreak.phases.speciation import (
     SpeciationTime,
-    clone_agreement,
     cloning_probability,
     ladder,
     speciation_time,

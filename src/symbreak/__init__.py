@@ -23,7 +23,8 @@ _HOMES = {
     "moments": ("Moments", "frechet_distance"),
     "noise": ("NoiseLevel", "Schedule", "schedule"),
     "phases.collapse": ("collapse_time", "excess_entropy"),
-    "phases.speciation": ("clone_agreement", "cloning_probability", "speciation_time"),
+    "phases.clones": ("clone_agreement", "clones", "opportunity", "u_turns"),
+    "phases.speciation": ("cloning_probability", "speciation_time"),
     "phases.stability": ("bifurcation", "fixed_points", "potential"),
     "pipeline": ("LateStartPipeline",),
     "record": ("Record",),
@@ -50,8 +51,9 @@ if TYPE_CHECKING:
     from symbreak.metrics import evaluate, extractor
     from symbreak.moments import Moments, frechet_distance
     from symbreak.noise import NoiseLevel, Schedule, schedule
+    from symbreak.phases.clones import clone_agreement, clones, opportunity, u_turns
     from symbreak.phases.collapse import collapse_time, excess_entropy
-    from symbreak.phases.speciation import clone_agreement, cloning_probability, speciation_time
+    from symbreak.phases.speciation import cloning_probability, speciation_time
     from symbreak.phases.stability import bifurcation, fixed_points, potential
     from symbreak.pipeline import LateStartPipeline
     from symbreak.record import Record

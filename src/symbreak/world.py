@@ -26,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
 
 from symbreak.critical import CriticalTime
 from symbreak.data import images
@@ -36,7 +35,7 @@ from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.moments import Moments
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.collapse import collapse_time
-from symbreak.phases.speciation import cloning_probability, speciation_time
+from symbreak.phases.speciation import cloning_probability, cloning_time, speciation_time
 from symbreak.phases.stability import FixedPoints, bifurcation, fixed_points, potential
 from symbreak.record import Record, versions
 
@@ -551,7 +550,7 @@ def _critical(scene: _Scene, found: FixedPoints, tell: Progress) -> list[dict[st
     if scene.classes is not None:
         draws = 50_000 if scene.classes.dim < 10 else 5000
         rows.append(("free-entropy", partial(speciation_time, scene.classes, "free-entropy", samples=draws)))
-        rows.append(("cloning", partial(_cloning_level, scene.classes, scene.sigma)))
+        rows.append(("cloning", partial(cloning_time, scene.classes, scene.sigma, samples=4000)))
     if scene.samples:
         law = scene.law if scene.classes is None else scene.classes
         rows.append(("collapse", partial(collapse_time, law, scene.samples, draws=4000)))
@@ -575,22 +574,6 @@ def _first_wells(scene: _Scene, found: FixedPoints) -> CriticalTime:
         return CriticalTime(None, reason=reason, **about)
     vp = NoiseLevel(max(folds))
     return CriticalTime(vp if scene.frame == "vp" else NoiseLevel(vp.sigma, alpha=1.0), **about)
-
-
-def _cloning_level(classes: Mixture, sigma: np.ndarray) -> CriticalTime:
-    """The level at which clones agree halfway between their floor sum_c pi_c^2 and certainty."""
-    half = 0.5 * (1.0 + float((classes.weights * classes.weights).sum()))
-
-    def excess(log_sigma: float) -> float:
-        return float(cloning_probability(classes, math.exp(log_sigma), samples=4000).value) - half
-
-    low, high = math.log(sigma.min()), math.log(sigma.max())
-    if not excess(high) < 0 < excess(low):
-        level, reason = None, f"agreement of clones does not pass {half:.3g} on the levels drawn"
-    else:
-        level = NoiseLevel(math.exp(brentq(excess, low, high, xtol=1e-10)))
-        reason = f"agreement of clones at {half:.3g}, halfway from its floor to certainty"
-    return CriticalTime(level, criterion="cloning", flow="sde", source="arXiv:2402.18491", reason=reason)
 
 
 def _row(name: str, found: CriticalTime) -> dict[str, Any]:

@@ -24,18 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy import stats
 from scipy.optimize import brentq
 
 from symbreak.critical import CriticalTime, Curve, curve, jackknife, levels
-from symbreak.denoise import as_denoiser, posterior_step
 from symbreak.files import InputError
 from symbreak.laws.classes import class_draws, mixture_of, posterior_average
 from symbreak.laws.mixture import Mixture
 from symbreak.moments import Moments
-from symbreak.noise import NoiseLevel, generator
+from symbreak.noise import NoiseLevel
 
-__all__ = ["SpeciationTime", "clone_agreement", "cloning_probability", "ladder", "speciation_time"]
+__all__ = ["SpeciationTime", "cloning_probability", "cloning_time", "ladder", "speciation_time"]
 
 SPECTRAL = "arXiv:2402.18491, Lambda exp(-2 tau) = 1"
 SIGNAL_TO_NOISE = "sigma^2 = Lambda (derived)"
@@ -283,114 +281,49 @@ def cloning_probability(
     return curve(s, shape, value, low, high, "cloning probability")
 
 
-def clone_agreement(
-    law_or_denoiser: Any,
-    sigma: Any,
-    classify: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    pairs: int = 1000,
-    steps: int = 200,
-    seeds: int = 0,
-    sigma_start: float | None = None,
-    sigma_end: float | None = None,
-    dtype: torch.dtype = torch.float64,
-) -> Curve:
-    """Measured cloning: the share of pairs of reverse trajectories that part at sigma and end in one class.
+def cloning_time(law: Any, sigma: Any = None, samples: int = 20000, seed: int = 0) -> CriticalTime:
+    """The level at which the clones of a mixture agree halfway between their floor and certainty.
 
-    One trajectory a pair, the trunk, runs down all levels; at every branch level a clone leaves it and goes
-    on with noise of its own. Trunk and clones advance together in one growing batch, so each stretch of
-    a trunk is computed once whatever the number of branch levels. Steps are `posterior_step` on levels even in
-    log sigma, with the branch levels among them.
+        phi(sigma) = (1 + sum_c pi_c^2) / 2
 
     Args:
-        law_or_denoiser: a law, or a denoiser d(x, sigma).
-        sigma: a branch level, or branch levels [G].
-        classify: final images [B, *S] -> integer classes [B]; by default a `Mixture`'s likeliest.
-        pairs: number of trunks.
-        steps: steps from ``sigma_start`` to ``sigma_end``.
-        seeds: every block of pairs (its size depends on d only) draws from a generator of its own, keyed by
-            this and the block's number.
-        sigma_start: where trunks start; by default the largest branch level for a law, which is sampled
-            there exactly, and the top of its range for a denoiser, from pure noise.
-        sigma_end: last level before the final denoising; by default 1 % of a law's standard deviation, or
-            the bottom of the range.
-        dtype: of the states.
+        law: a `Mixture`, one component a class.
+        sigma: levels between whose ends it is looked for; by default from far inside to far outside the data.
+        samples, seed: as for `cloning_probability`, which all levels share.
 
     Returns:
-        A `Curve` with 95 % Wilson intervals. Levels share their trunks: their errors are correlated.
+        A `CriticalTime`; with a reason and no level where the range does not hold it. Its interval covers the
+        Monte Carlo error only and has no width where there is none.
 
     Raises:
-        InputError: for sigma <= 0 or outside the range, fewer than 1 pair or step, or no way to classify.
+        InputError: for a law without classes, or sigma <= 0.
 
-    Source: arXiv:2402.18491.
+    Source: arXiv:2402.18491 (phi); halfway from the floor is derived.
+
+    >>> law = Mixture.from_parameters([[-1.0], [1.0]], 0.0)
+    >>> round(float(cloning_probability(law, cloning_time(law).sigma).value), 9)
+    0.75
     """
-    s, shape = levels(sigma)
-    d = as_denoiser(law_or_denoiser)
-    is_law = hasattr(law_or_denoiser, "denoise")
-    if pairs < 1 or steps < 1:
-        raise InputError(f"{pairs} pairs and {steps} steps; expected at least 1 of each.")
-    if is_law:
-        end = sigma_end or 0.01 * float(law_or_denoiser.sample(256, 0.0, generator(0, 256)).double().std(0).mean())
-        start = sigma_start or float(s.max())
+    mixture = mixture_of(law)
+    half = 0.5 * (1.0 + float((mixture.weights * mixture.weights).sum()))
+    if sigma is None:
+        size = math.sqrt(float(mixture.moments.eigh[0].sum()))
+        ends = np.array([1e-5, 1e3]) * size if size > 0 else np.array([1.0])
     else:
-        end, start = sigma_end or d.sigma_range[0], sigma_start or d.sigma_range[1]
-    if classify is None:
-        mixture = mixture_of(law_or_denoiser)
+        ends = levels(sigma)[0]
 
-        def classify(images: torch.Tensor) -> torch.Tensor:
-            return mixture.responsibilities(images, end).argmax(1)
+    def excess(log_sigma: float) -> float:
+        return float(cloning_probability(mixture, math.exp(log_sigma), samples, seed).value) - half
 
-    if not 0 < end < s.min() or s.max() > start:
-        raise InputError(
-            f"branch levels from {s.min():.4g} to {s.max():.4g}; expected them between the last level "
-            f"{end:.4g} and the first, {start:.4g}. Choose others or pass sigma_start and sigma_end."
-        )
-    grid = np.unique(np.concatenate([np.geomspace(end, start, steps + 1)[1:-1], [end, start], s]))[::-1]
-    # Levels that are one up to rounding make no step.
-    grid = grid[np.append(True, grid[1:] < grid[:-1] * (1 - 1e-12))]
-    leaves = [np.flatnonzero(np.abs(np.log(s / g)) < 1e-11) for g in grid]
-    agree = np.zeros(len(s))
-    # Small blocks: all clones of a block together should stay in the processor's cache.
-    size = max(16, min(2000, 2**14 // math.prod(d.shape)))
-    for block, first in enumerate(range(0, pairs, size)):
-        n = min(size, pairs - first)
-        agree += _clones(law_or_denoiser, d, is_law, grid, leaves, n, generator(seeds, block), classify, dtype, len(s))
-    share, z = agree / pairs, float(stats.norm.ppf(0.975))
-    middle = (share + z * z / (2 * pairs)) / (1 + z * z / pairs)
-    half = z * np.sqrt(share * (1 - share) / pairs + z * z / (4 * pairs**2)) / (1 + z * z / pairs)
-    return curve(s, shape, share, middle - half, middle + half, "clone agreement")
-
-
-@torch.no_grad()
-def _clones(
-    source: Any,
-    d: Any,
-    is_law: bool,
-    grid: np.ndarray,
-    leaves: list[np.ndarray],
-    n: int,
-    g: torch.Generator,
-    classify: Callable[[torch.Tensor], torch.Tensor],
-    dtype: torch.dtype,
-    branches: int,
-) -> np.ndarray:
-    """How many of n pairs agree at each branch level."""
-    shape = tuple(d.shape)
-    if is_law:
-        x = source.sample(n, float(grid[0]), g).to(dtype)
-    else:
-        x = float(grid[0]) * torch.randn(n, *shape, generator=g, dtype=dtype)
-    owners: list[int] = []
-    for i, level in enumerate(grid):
-        for branch in leaves[i]:
-            x = torch.cat([x, x[:n]])
-            owners.append(int(branch))
-        mean = d(x, float(level))
-        if i + 1 == len(grid):
-            break
-        noise = torch.randn(x.shape, generator=g, dtype=dtype)
-        x = posterior_step(mean, x, float(level), float(grid[i + 1]), noise)
-    label = classify(mean).reshape(-1, n)
-    agree = np.zeros(branches)
-    for row, branch in enumerate(owners, start=1):
-        agree[branch] = float((label[row] == label[0]).sum())
-    return agree
+    about: dict[str, Any] = {"criterion": "cloning", "flow": "sde", "source": "arXiv:2402.18491"}
+    low, high = math.log(ends.min()), math.log(ends.max())
+    if not excess(high) < 0 < excess(low):
+        reason = f"agreement of clones does not pass {half:.3g} from sigma {ends.min():.4g} to {ends.max():.4g}"
+        return CriticalTime(None, reason=reason, **about)
+    root = brentq(excess, low, high, xtol=1e-10)
+    reason = f"agreement of clones at {half:.3g}, halfway from its floor to certainty"
+    h = 0.02
+    near = cloning_probability(mixture, np.exp(root + np.array([-h, 0.0, h])), samples, seed)
+    error = 0.5 * float(near.high[1] - near.low[1]) * 2 * h / float(near.value[0] - near.value[2])
+    below, above = (NoiseLevel(math.exp(root + e)) for e in (-error, error))
+    return CriticalTime(NoiseLevel(math.exp(root)), below, above, reason=reason, **about)
