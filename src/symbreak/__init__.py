@@ -25,6 +25,7 @@ _HOMES = {
     "phases.collapse": ("collapse_time", "excess_entropy"),
     "phases.clones": ("clone_agreement", "clones", "opportunity", "u_turns"),
     "phases.speciation": ("cloning_probability", "speciation_time"),
+    "phases.information": ("entropy_rate", "loss_curve", "non_gaussianity"),
     "phases.stability": ("bifurcation", "fixed_points", "potential"),
     "pipeline": ("LateStartPipeline",),
     "record": ("Record",),
@@ -32,7 +33,8 @@ _HOMES = {
     "sample": ("generate",),
     "sketch": ("LowRankMoments", "truncation_bound"),
     "start": ("LateStart", "LateStartWarning", "candidate_laws", "fit_start", "late_start", "standard_start"),
-    "study": ("Study", "diagnose", "run"),
+    "diagnosis": ("Effort", "diagnose"),
+    "study": ("Study", "run"),
     "train": ("Recipe", "train_network"),
     "world": ("draw_world",),
 }
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from symbreak.cut import late_sigmas
     from symbreak.data import Images, images
     from symbreak.denoise import Denoiser, score
+    from symbreak.diagnosis import Effort, diagnose
     from symbreak.files import InputError
     from symbreak.laws import Empirical, Gaussian, Mixture, PrincipalMixture, Sphere
     from symbreak.laws.store import load_law, save_law
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from symbreak.noise import NoiseLevel, Schedule, schedule
     from symbreak.phases.clones import clone_agreement, clones, opportunity, u_turns
     from symbreak.phases.collapse import collapse_time, excess_entropy
+    from symbreak.phases.information import entropy_rate, loss_curve, non_gaussianity
     from symbreak.phases.speciation import cloning_probability, speciation_time
     from symbreak.phases.stability import bifurcation, fixed_points, potential
     from symbreak.pipeline import LateStartPipeline
@@ -68,7 +72,7 @@ if TYPE_CHECKING:
         late_start,
         standard_start,
     )
-    from symbreak.study import Study, diagnose, run
+    from symbreak.study import Study, run
     from symbreak.train import Recipe, train_network
     from symbreak.world import draw_world
 

@@ -27,10 +27,11 @@ import torch
 
 from symbreak.adapters import as_unet
 from symbreak.cut import LateStart, cut, schedule_of, standard_start
-from symbreak.denoise import as_denoiser, ask
+from symbreak.denoise import as_denoiser
 from symbreak.files import InputError
 from symbreak.laws import Gaussian
 from symbreak.noise import NoiseLevel, generator
+from symbreak.phases.information import integral_above, loss_curve
 from symbreak.record import plain
 
 __all__ = ["Candidate", "Choice", "LossGap", "choose", "loss_gaps"]
@@ -184,13 +185,6 @@ class LossGap:
         return float(np.interp(math.log(sigma), np.log(self.sigma), getattr(self, name)))
 
 
-def _from_above(values: np.ndarray, sigma: np.ndarray) -> np.ndarray:
-    """Trapezoidal integral over log sigma from every level [U, ...] to the top."""
-    width = np.diff(np.log(sigma)).reshape(-1, *[1] * (values.ndim - 1))
-    steps = np.concatenate([0.5 * (values[1:] + values[:-1]) * width, np.zeros_like(values[:1])])
-    return np.flip(np.cumsum(np.flip(steps, 0), 0), 0)
-
-
 def loss_gaps(
     denoiser: Any,
     laws: list[Any],
@@ -214,57 +208,31 @@ def loss_gaps(
     Returns:
         One `LossGap` a law.
     """
-    eps = torch.randn(data.shape, generator=generator(seed, 21), dtype=data.dtype)
     mean = gaussian.moments.mean.to(data)
     end = END * float(sigma[0])
 
-    def energy(r: torch.Tensor) -> np.ndarray:
-        return (r * r).flatten(1).double().sum(1).numpy()
+    def reach(r: torch.Tensor, u: float) -> torch.Tensor:
+        return gaussian.transport(mean + r, end, sigma_from=u) - mean
 
-    def reach(r: torch.Tensor, u: float) -> np.ndarray:
-        return energy(gaussian.transport(mean + r, end, sigma_from=u) - mean)
-
-    weighted, plain = (np.zeros((len(laws), len(sigma), len(data))) for _ in range(2))
-    apart, spread = np.zeros((len(laws), len(sigma))), np.zeros(len(sigma))
-    useless = np.zeros(len(sigma), dtype=bool)
-    with torch.inference_mode():
-        for j, u in enumerate(map(float, sigma)):
-            x = data + u * eps
-            net = ask(denoiser, x, u, labels)
-            own_reach, own = reach(data - net, u), energy(data - net)
-            spread[j] = energy(net - mean).mean()
-            useless[j] = own.mean() > min(energy(data - mean).mean(), energy(x - data).mean())
-            for i, law in enumerate(laws):
-                d = _expected(law, x, u, labels)
-                weighted[i, j] = reach(data - d, u) - own_reach
-                plain[i, j] = energy(data - d) - own
-                apart[i, j] = energy(d - net).mean()
+    names = [str(i) for i in range(len(laws))]
+    losses = loss_curve(denoiser, data, sigma, dict(zip(names, laws)), labels, seed, centre=mean, through=reach)
+    around = float((data - mean).flatten(1).double().square().sum(1).mean())
+    useless = losses.network.mean(1) > np.minimum(around, losses.state.mean(1))
     out = []
-    for i in range(len(laws)):
-        nats = _from_above(plain[i] / sigma[:, None] ** 2, sigma)
+    for name in names:
+        nats = integral_above((losses.laws[name] - losses.network) / sigma[:, None] ** 2, sigma, order=1)
+        cost = (losses.through[name] - losses.through[None]).mean(1)
         out.append(
             LossGap(
                 sigma,
-                _from_above(weighted[i].mean(1), sigma),
+                integral_above(cost, sigma, order=1),
                 nats.mean(1),
                 nats.std(1, ddof=1) / math.sqrt(len(data)),
-                apart[i] / spread,
+                losses.apart[name].mean(1) / losses.spread.mean(1),
                 useless,
                 len(data),
             )
         )
-    return out
-
-
-def _expected(law: Any, x: torch.Tensor, sigma: float, labels: torch.Tensor | None) -> torch.Tensor:
-    """The law's denoiser, of every image's own class where there are labels and the law has classes."""
-    if labels is None or getattr(law, "classes", None) is None:
-        out: torch.Tensor = law.denoise(x, sigma)
-        return out
-    out = torch.empty_like(x)
-    for label in labels.unique().tolist():
-        rows = labels == label
-        out[rows] = law.given(label).denoise(x[rows], sigma)
     return out
 
 

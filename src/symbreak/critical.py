@@ -25,6 +25,7 @@ __all__ = [
     "jackknife",
     "levels",
     "mean_interval",
+    "resampled",
 ]
 
 
@@ -163,3 +164,12 @@ def bootstrap(
     means = np.array([x[rng.integers(0, len(x), len(x))].mean() for _ in range(resamples)])
     low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return float(low), float(high)
+
+
+def resampled(values: np.ndarray, seed: int = 0, resamples: int = 1000) -> np.ndarray:
+    """Bootstrap means [R, G] of G quantities of the same items: rows of ``values`` [G, N] are resampled together."""
+    x = np.asarray(values, dtype=np.float64)
+    n = x.shape[1]
+    rng, block = np.random.default_rng(seed), max(1, 2**22 // n)
+    sizes = [min(block, resamples - i) for i in range(0, resamples, block)]
+    return np.concatenate([rng.multinomial(n, np.full(n, 1 / n), k) @ x.T for k in sizes]) / n
