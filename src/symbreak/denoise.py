@@ -11,9 +11,12 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 
-__all__ = ["Denoiser", "LawDenoiser", "as_denoiser", "ask", "posterior_step", "score"]
+from symbreak.files import InputError
+
+__all__ = ["Denoiser", "LawDenoiser", "as_denoiser", "ask", "images_for", "posterior_step", "score"]
 
 CHUNK = 64  # states of one call: a fixed size, so that results do not depend on how many are asked about
 
@@ -65,6 +68,43 @@ def as_denoiser(law_or_denoiser: Any) -> Denoiser:
         f"{type(law_or_denoiser).__name__} is neither a law (it has no .denoise) nor a denoiser (d(x, sigma) with "
         ".shape and .sigma_range). Adapt a network with sb.denoiser(unet, scheduler)."
     )
+
+
+def images_for(denoiser: Denoiser, data: Any, sigma: np.ndarray, least: int = 2) -> torch.Tensor:
+    """Images [N, *S] to noise and to ask a denoiser about, float32 unless they are float64.
+
+    Args:
+        denoiser: a `Denoiser`.
+        data: a tensor or array [N, *S], an `Images` or batches.
+        sigma: levels it will be asked at.
+        least: smallest number of images.
+
+    Raises:
+        InputError: for no images, too few, another shape than the denoiser's, NaN, or levels outside its range.
+    """
+    if isinstance(data, str):
+        raise InputError(f"data={data!r} is a name; expected images. Pass sb.images({data!r}).")
+    if isinstance(data, torch.Tensor | np.ndarray):
+        whole = torch.as_tensor(data)
+    else:
+        batches = [torch.as_tensor(batch) for batch in data]
+        whole = torch.cat(batches) if batches else torch.zeros(0)
+    if len(whole) < least:
+        raise InputError(f"{len(whole)} images; expected at least {least}, better 256.")
+    if tuple(whole.shape[1:]) != tuple(denoiser.shape):
+        raise InputError(
+            f"images of shape {tuple(whole.shape[1:])} for a network of {tuple(denoiser.shape)}; expected one shape."
+        )
+    whole = whole if whole.dtype == torch.float64 else whole.float()
+    if not bool(torch.isfinite(whole).all()):
+        raise InputError("the images hold NaN or infinity; expected finite numbers.")
+    low, high = denoiser.sigma_range
+    if sigma.min() < low * (1 - 1e-9) or sigma.max() > high * (1 + 1e-9):
+        raise InputError(
+            f"levels from sigma {sigma.min():.4g} to {sigma.max():.4g}; the network knows {low:.4g} to {high:.4g}. "
+            "Choose levels in that range."
+        )
+    return whole
 
 
 def ask(

@@ -19,6 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from scipy.interpolate import make_interp_spline
 from scipy.optimize import brentq
 
 from symbreak.critical import CriticalTime, Curve, crossing, levels, mean_interval, resampled
-from symbreak.denoise import CHUNK, LawDenoiser, as_denoiser, ask
+from symbreak.denoise import CHUNK, LawDenoiser, as_denoiser, ask, images_for
 from symbreak.files import InputError
 from symbreak.laws.classes import mixture_of, posterior_average
 from symbreak.laws.flow import top_eigenvalue
@@ -161,11 +163,9 @@ def loss_curve(
     >>> bool(losses.mmse.low[0] < 0.4495995 < losses.mmse.high[0])
     True
     """
-    data = _tensor(images)
-    laws = dict(laws or {})
-    s = np.unique(levels(sigma)[0])
-    network = as_denoiser(denoiser)
-    _check(network, data, s, laws)
+    s, laws, network = np.unique(levels(sigma)[0]), dict(laws or {}), as_denoiser(denoiser)
+    data = images_for(network, images, s)
+    _same_shape(network, laws)
     classes = None if labels is None else _labels(labels, len(data), network)
     if draws < 1:
         raise InputError(f"{draws} noise draws an image; expected at least 1.")
@@ -200,7 +200,7 @@ def loss_curve(
 
     found = []
     for j, u in enumerate(map(float, s)):
-        found.append(_kept(keep, f"loss/{j}", lambda u=u: level(u)))  # type: ignore[misc]
+        found.append(_kept(keep, f"loss/{j}", partial(level, u)))
         if progress is not None:
             progress(j + 1, len(s))
     errors, apart, around, far = (
@@ -249,7 +249,8 @@ def entropy_rate(losses: Losses, rescaled: bool = False) -> Curve:
     """
     power, name = (2, "rescaled entropy rate") if rescaled else (3, "entropy rate")
     c = losses.mmse
-    return Curve(c.sigma, *(v / c.sigma**power for v in (c.value, c.low, c.high)), name)
+    unit = c.sigma**power
+    return Curve(c.sigma, c.value / unit, c.low / unit, c.high / unit, name)
 
 
 def conditional_entropy(losses: Losses, at_lowest: float = 0.0) -> Curve:
@@ -361,9 +362,9 @@ def divergence_bound(losses: Losses, law: str, sigma: Any = None) -> NonGaussian
     # Every second level, the top one among them; the error of the finer rule is a part of the difference.
     half = np.unique(np.append(np.arange(len(losses.sigma) - 1, -1, -2), 0))
     coarse = integral_above(gap[half].mean(1), losses.sigma[half], at=s)
-    arrays = (a.reshape(shape) for a in (s, c.value, c.low, c.high))
+    at, value, lower, upper = (a.reshape(shape) for a in (s, c.value, c.low, c.high))
     error = np.abs(coarse - c.value).reshape(shape)
-    return NonGaussianity(*arrays, c.name, indicator.reshape(shape), error, losses, law)
+    return NonGaussianity(at, value, lower, upper, c.name, indicator.reshape(shape), error, losses, law)
 
 
 def non_gaussianity(
@@ -406,10 +407,8 @@ def non_gaussianity(
 
     Source: derived, from the I-MMSE relation.
     """
-    images = _tensor(data)
-    s, _ = levels(sigma)
-    network = as_denoiser(denoiser)
-    _check(network, images, s, {"law": law})
+    (s, _), network = levels(sigma), as_denoiser(denoiser)
+    images = images_for(network, data, s)
     if top is None:
         y = (images - images.mean(0)).flatten(1)
         variance = top_eigenvalue(lambda v: ((v.to(y) @ y.T) @ y / len(y)).double(), y.shape[1])
@@ -419,7 +418,7 @@ def non_gaussianity(
             f"an integral from sigma {s.max():.4g} to {top:.4g} in steps of {spacing:g}; expected it to rise."
         )
     ends = [*np.unique(s), top]
-    parts = [np.geomspace(a, b, 1 + math.ceil(math.log(b / a) / spacing))[:-1] for a, b in zip(ends, ends[1:]) if b > a]
+    parts = [np.geomspace(a, b, 1 + math.ceil(math.log(b / a) / spacing))[:-1] for a, b in pairwise(ends) if b > a]
     grid = np.append(np.concatenate(parts), top) if parts else np.array([top])
     losses = loss_curve(network, images, grid, {"law": law}, labels, seed, progress=progress, keep=keep)
     return divergence_bound(losses, "law", sigma)
@@ -446,7 +445,8 @@ class ClassEntropy(Curve):
     @property
     def bits(self) -> Curve:
         """The curve in bits."""
-        return Curve(self.sigma, *(v / math.log(2) for v in (self.value, self.low, self.high)), f"{self.name} (bits)")
+        bit = math.log(2)
+        return Curve(self.sigma, self.value / bit, self.low / bit, self.high / bit, f"{self.name} (bits)")
 
     def time(self, share: float = 0.5, resamples: int = 1000) -> CriticalTime:
         """The level where it passes a share of H[c]: above it the class is open, below it is decided.
@@ -556,14 +556,12 @@ def class_entropy(
         total = float(_entropy((mixture.weights @ _membership(mixture)).numpy()))
         if not total > 0:
             raise InputError("all components are of a single class; expected at least two classes.")
-        arrays = (a.reshape(shape) for a in (s, *_exact_entropy(mixture, s, samples, seed)))
-        return ClassEntropy(*arrays, "class entropy", total, law=mixture, samples=samples, seed=seed)
+        at, value, low, high = (a.reshape(shape) for a in (s, *_exact_entropy(mixture, s, samples, seed)))
+        return ClassEntropy(at, value, low, high, "class entropy", total, law=mixture, samples=samples, seed=seed)
     if labels is None or fit_images is None or fit_labels is None:
         raise InputError("images came without labels=, fit_images= or fit_labels=; the bound needs all of them.")
     network = as_denoiser(law_or_denoiser)
-    held, train = _tensor(images), _tensor(fit_images)
-    _check(network, held, s, {})
-    _check(network, train, s, {})
+    held, train = (images_for(network, v, s) for v in (images, fit_images))
     classes, code, own = _codes(labels, len(held), fit_labels, len(train))
     features = features or _principal(train)
     target = np.tile(own, draws)
@@ -582,51 +580,26 @@ def class_entropy(
 
     found = []
     for j, u in enumerate(map(float, s)):
-        found.append(_kept(keep, f"class-entropy/{j}", lambda u=u: level(u))["scores"])  # type: ignore[misc]
+        found.append(_kept(keep, f"class-entropy/{j}", partial(level, u))["scores"])
         if progress is not None:
             progress(j + 1, len(s))
     scores = np.stack(found)
     c = _mean_curve(s, scores, "class entropy (upper bound)")
     total = float(_entropy(np.bincount(code, minlength=len(classes)) / len(code)))
-    arrays = (a.reshape(shape) for a in (s, c.value, c.low, c.high))
-    return ClassEntropy(*arrays, c.name, total, scores, code, seed=seed)
+    at, value, low, high = (a.reshape(shape) for a in (s, c.value, c.low, c.high))
+    return ClassEntropy(at, value, low, high, c.name, total, scores, code, seed=seed)
 
 
 # Denoising
 
 
-def _tensor(data: Any) -> torch.Tensor:
-    """Images [N, *S], float32 unless they are float64."""
-    if isinstance(data, str):
-        raise InputError(f"data={data!r} is a name; expected images. Pass sb.images({data!r}).")
-    if isinstance(data, torch.Tensor | np.ndarray):
-        whole = torch.as_tensor(data)
-    else:
-        batches = [torch.as_tensor(batch) for batch in data]
-        whole = torch.cat(batches) if batches else torch.zeros(0)
-    if len(whole) < 2 or whole.ndim < 2:
-        raise InputError(f"images of shape {tuple(whole.shape)}; expected [N, *S] with at least 2 images.")
-    whole = whole if whole.dtype == torch.float64 else whole.float()
-    if not bool(torch.isfinite(whole).all()):
-        raise InputError("the images hold NaN or infinity; expected finite numbers.")
-    return whole
-
-
-def _check(network: Any, data: torch.Tensor, s: np.ndarray, laws: Mapping[str, Any]) -> None:
-    """Refuse shapes that do not fit and levels that the network does not know."""
-    shapes = {tuple(network.shape), tuple(data.shape[1:]), *(tuple(law.shape) for law in laws.values())}
-    if len(shapes) > 1:
-        named = "".join(f", {name} on {tuple(law.shape)}" for name, law in laws.items())
-        raise InputError(
-            f"the network works on samples of shape {tuple(network.shape)}{named}, the images are "
-            f"{tuple(data.shape[1:])}; expected one shape."
-        )
-    low, high = network.sigma_range
-    if s.min() < low * (1 - 1e-9) or s.max() > high * (1 + 1e-9):
-        raise InputError(
-            f"levels from sigma {s.min():.4g} to {s.max():.4g}; the network knows {low:.4g} to {high:.4g}. Choose levels "
-            "in that range."
-        )
+def _same_shape(network: Any, laws: Mapping[str, Any]) -> None:
+    for name, law in laws.items():
+        if tuple(law.shape) != tuple(network.shape):
+            raise InputError(
+                f"the law {name!r} has samples of shape {tuple(law.shape)}, the network of {tuple(network.shape)}; "
+                "expected one shape."
+            )
 
 
 def _labels(labels: Any, count: int, network: Any) -> torch.Tensor:
@@ -676,7 +649,8 @@ def _kept(keep: Keep, key: str, make: Callable[[], dict[str, np.ndarray]]) -> di
 
 def _mean_curve(sigma: np.ndarray, values: np.ndarray, name: str) -> Curve:
     """Means over images [G, N] with Student-t intervals."""
-    return Curve(sigma, *np.array([mean_interval(v) for v in values]).T, name)
+    mean, low, high = np.array([mean_interval(v) for v in values]).T
+    return Curve(sigma, mean, low, high, name)
 
 
 def _excess(losses: Losses, law: str) -> np.ndarray:
@@ -718,7 +692,10 @@ def _passing(
     criterion: str,
     source: str,
 ) -> CriticalTime:
-    """The largest level where a curve [A] passes a threshold; interval from resampled curves [R, A] and thresholds [R]."""
+    """The largest level where a curve [A] passes a threshold.
+
+    Its interval is that of resampled curves [R, A], each with its own threshold [R].
+    """
     found = crossing(sigma, value, threshold)
     if found is None:
         return _nowhere(sigma, value, threshold, criterion, source)
@@ -730,7 +707,7 @@ def _passing(
         beyond = 0.0 if (curve[-1] > limit) == rising else math.inf
         ends.append(beyond if at is None else at)
     low, high = np.quantile(ends, [0.025, 0.975], method="inverted_cdf")
-    missing = [f"below {sigma[0]:.4g}"] * (low == 0) + [f"above {sigma[-1]:.4g}"] * bool(np.isinf(high))
+    missing = [f"below {sigma[0]:.4g}"] * bool(low == 0) + [f"above {sigma[-1]:.4g}"] * bool(np.isinf(high))
     return CriticalTime(
         NoiseLevel(found),
         NoiseLevel(float(low)) if low > 0 else None,

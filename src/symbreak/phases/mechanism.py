@@ -1,0 +1,424 @@
+"""The mechanism behind a late start, checked: early fluctuations revert, and the early dynamics are linear.
+
+    reversion     correlation of a reverse trajectory's state with its start at level T, centred, over all pixels.
+                  Exact reverse dynamics have the joint law of the forward process, x_T = x_s + sqrt(T^2 - s^2) z:
+                      rho(s) = sqrt(tr(C + s^2) / tr(C + T^2)),     C the data's covariance
+    linearity     share of the variance of D(x, sigma) over noised images that an affine map explains. The Gaussian
+                  law's own map is the best one for a perfect network, whose share is then
+                      1 - (LMMSE - MMSE) / (tr C - MMSE),          LMMSE = sum_i lambda_i sigma^2 / (lambda_i + sigma^2)
+
+A correlation does not depend on the frame: it is the same for VP and VE states. The share tends to 1 at small sigma
+as well, where D(x) is nearly x: it speaks about the mechanism only at and above the level of a start.
+
+Source: derived; the mechanism is that of arXiv:2305.19693.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from symbreak.critical import CriticalTime, Curve, crossing, curve, levels, resampled
+from symbreak.denoise import CHUNK, as_denoiser, ask, images_for, posterior_step
+from symbreak.files import InputError
+from symbreak.laws.gaussian import Gaussian
+from symbreak.moments import LowRankMoments, Moments
+from symbreak.noise import NoiseLevel, generator
+
+__all__ = ["Check", "LinearShare", "Reversion", "linear_share", "linearity_check", "reversion", "reversion_check"]
+
+Progress = Callable[[int, int], None] | None
+Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]] | None
+
+NUMBERS = 2**18  # numbers of one block of trajectories
+FOLDS = 5
+LEADING = 64  # principal coordinates that the linear map is corrected in, at most
+PENALTIES = np.geomspace(1e-8, 10.0, 10)  # of the correction, in units of a coordinate's own variance
+REVERTED = 0.5
+LINEAR = 0.9
+DENSE = 1024  # up to this dimension a law's covariance is formed
+
+
+@dataclass(frozen=True)
+class Check:
+    """One of the mechanism's signatures.
+
+    Attributes:
+        name: what was looked at.
+        holds: whether it holds; ``None`` where that cannot be said.
+        value: the number measured, NaN where there is none.
+        expected: the number it is held against.
+        sentence: both in words.
+    """
+
+    name: str
+    holds: bool | None
+    value: float
+    expected: float
+    sentence: str
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records."""
+        return {k: getattr(self, k) for k in ("name", "holds", "value", "expected", "sentence")}
+
+
+@dataclass(frozen=True)
+class Reversion(Curve):
+    """Correlation of reverse trajectories with their start, a `Curve` with 95 % bootstrap intervals over paths.
+
+    Attributes:
+        start: level T of the start.
+        exact: the correlation under exact dynamics at the same levels, ``None`` without moments.
+        products: of every path and level, centred: x_s . x_T, |x_s|^2 and |x_T|^2, [3, G, N].
+        seed: of the bootstrap.
+    """
+
+    start: float = math.inf
+    exact: Curve | None = None
+    products: np.ndarray = field(default_factory=lambda: np.zeros((3, 0, 0)))
+    seed: int = 0
+
+    def time(self, threshold: float = REVERTED, resamples: int = 1000) -> CriticalTime:
+        """The level where the correlation falls below a threshold, e.g. 1/2 or 1/e, with its bootstrap interval."""
+        criterion, source = f"correlation with the start at {threshold:.4g}", "derived"
+        sigma, value = np.append(np.atleast_1d(self.sigma), self.start), np.append(np.atleast_1d(self.value), 1.0)
+        if not 0 < threshold < 1:
+            raise InputError(f"a threshold of {threshold:g}; expected a correlation between 0 and 1.")
+        found = _passes(sigma, value, threshold)
+        if found is None:
+            reason = (
+                f"the correlation is {value.min():.3g} at the least, from sigma {self.start:.4g} down to "
+                f"{sigma.min():.4g}, and does not pass {threshold:.3g}; the range to try is below that"
+            )
+            return CriticalTime(None, criterion=criterion, source=source, reason=reason)
+        again = _correlations(self.products, self.seed, resamples)
+        ends = [_passes(sigma, np.append(v, 1.0), threshold) or 0.0 for v in again]
+        low, high = np.quantile(ends, [0.025, 0.975], method="inverted_cdf")
+        return CriticalTime(
+            NoiseLevel(found),
+            NoiseLevel(float(low)) if low > 0 else None,
+            NoiseLevel(float(high)) if high > 0 else None,
+            criterion=criterion,
+            source=source,
+            reason=None if low > 0 else f"the interval ends below {sigma.min():.4g}, outside the levels measured",
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records."""
+        return {
+            **super().to_dict(),
+            "start": self.start,
+            "paths": self.products.shape[2],
+            "exact": self.exact and self.exact.to_dict(),
+            "half": self.time(0.5).to_dict(),
+            "1/e": self.time(math.exp(-1)).to_dict(),
+        }
+
+
+def reversion(
+    law_or_denoiser: Any,
+    sigma: Any,
+    paths: int = 256,
+    steps: int = 40,
+    seeds: int = 0,
+    moments: Any = None,
+    sigma_start: float | None = None,
+    progress: Progress = None,
+    keep: Keep = None,
+) -> Reversion:
+    """How a reverse trajectory forgets its start: correlation of its state with the start, by level.
+
+        rho(s) = E (x_s - m_s).(x_T - m_T) / sqrt(E|x_s - m_s|^2 E|x_T - m_T|^2)
+
+    under the reverse SDE, in steps of `posterior_step` on levels even in log sigma, the levels asked for among them.
+
+    Args:
+        law_or_denoiser: a law, or a denoiser d(x, sigma).
+        sigma: a level, or levels [G], at most the start's.
+        paths: number of trajectories.
+        steps: steps from the start to the lowest level; each asks the network once a path.
+        seeds: every block of paths draws from a generator keyed by this and its number.
+        moments: `Moments` of the data (or anything with ``.moments``) for the exact curve; a law of up to 1,024
+            dimensions has its own.
+        sigma_start: level T of the start; by default the top of a network's range, from pure noise, or, for a
+            law, which is sampled there exactly, the largest level.
+        progress, keep: called as progress(done, blocks) and keep("reversion/<block>", make).
+
+    Returns:
+        A `Reversion`.
+
+    Raises:
+        InputError: for levels outside the range, fewer than 2 paths or 1 step, or moments of another dimension.
+
+    Source: derived.
+    """
+    s, shape = levels(sigma)
+    d = as_denoiser(law_or_denoiser)
+    is_law = hasattr(law_or_denoiser, "denoise")
+    if paths < 2 or steps < 1:
+        raise InputError(f"{paths} paths and {steps} steps; expected at least 2 paths and 1 step.")
+    low, high = d.sigma_range
+    start = float(sigma_start or (s.max() if is_law else high))
+    if s.min() < low * (1 - 1e-9) or s.max() > start * (1 + 1e-9) or start > high * (1 + 1e-9):
+        raise InputError(
+            f"levels from sigma {s.min():.4g} to {s.max():.4g}, a start at {start:.4g}, a range from {low:.4g} to "
+            f"{high:.4g}; expected levels in the range and not above the start."
+        )
+    dim = math.prod(d.shape)
+    if moments is None and is_law and dim <= DENSE:
+        moments = getattr(law_or_denoiser, "moments", None)
+    exact = None
+    if moments is not None:
+        total, count = _trace(moments)
+        if count != dim:
+            raise InputError(f"moments of {count} dimensions for samples of {dim}; expected the data's own.")
+        rho = np.sqrt((total + dim * s**2) / (total + dim * start**2))
+        exact = curve(s, shape, rho, rho, rho, "exact correlation with the start")
+    bottom = min(float(s.min()), start)
+    grid = np.unique(np.concatenate([np.geomspace(bottom, start, steps + 1)[1:-1], [start], s]))[::-1]
+    grid = grid[np.append(True, grid[1:] < grid[:-1] * (1 - 1e-12))]  # levels that are one up to rounding make no step
+    at = [int(np.abs(np.log(grid / v)).argmin()) for v in s]
+    # Blocks as even as they can be: each is centred by itself.
+    sizes = [len(part) for part in np.array_split(np.arange(paths), max(1, -(-paths // _block(dim))))]
+
+    def block(i: int) -> dict[str, np.ndarray]:
+        g, dtype = generator(seeds, 41, i), torch.float64 if is_law else torch.float32
+        if is_law:
+            x = law_or_denoiser.sample(sizes[i], start, g).to(dtype)
+        else:
+            x = start * torch.randn(sizes[i], *d.shape, generator=g, dtype=dtype)
+        first = (x - x.mean(0)).flatten(1).double()
+        found = np.zeros((3, len(s), sizes[i]))
+        for j, (u, below) in enumerate(pairwise([*map(float, grid), 0.0])):
+            centred = (x - x.mean(0)).flatten(1).double()
+            for k in np.flatnonzero(np.equal(at, j)):
+                pairs = ((centred, first), (centred, centred), (first, first))
+                found[:, k] = np.stack([(a * b).sum(1).numpy() for a, b in pairs])
+            if below > 0:
+                noise = torch.randn(x.shape, generator=g, dtype=dtype)
+                x = posterior_step(ask(d, x, u), x, u, below, noise)
+        if not np.isfinite(found).all():
+            raise InputError("the network answers NaN or infinity; expected denoised images.")
+        return {"products": found}
+
+    parts = []
+    for i in range(len(sizes)):
+        with torch.inference_mode():
+            parts.append((block(i) if keep is None else keep(f"reversion/{i}", partial(block, i)))["products"])
+        if progress is not None:
+            progress(i + 1, len(sizes))
+    products = np.concatenate(parts, axis=2)
+    value = _correlation(products.mean(2))
+    ends = np.quantile(_correlations(products, seeds), [0.025, 0.975], axis=0)
+    at_level, rho, below, above = (a.reshape(shape) for a in (s, value, ends[0], ends[1]))
+    return Reversion(at_level, rho, below, above, "correlation with the start", start, exact, products, seeds)
+
+
+def reversion_check(found: Reversion, at: Any) -> Check:
+    """Early fluctuations revert: below 0.5 is the correlation with the start at the level of speciation.
+
+    Args:
+        found: of `reversion`, started far above that level.
+        at: the level: sigma, a `NoiseLevel` or a `CriticalTime`.
+    """
+    name = "early fluctuations revert"
+    level, why = _sigma_of(at)
+    sigma, value = np.append(np.atleast_1d(found.sigma), found.start), np.append(np.atleast_1d(found.value), 1.0)
+    if level is None or not sigma.min() <= level <= found.start:
+        why = why or f"sigma {level:.4g} is outside {sigma.min():.4g} to {found.start:.4g}, where it was measured"
+        return Check(name, None, math.nan, REVERTED, f"Cannot be said: {why}.")
+    order = np.argsort(sigma)
+    rho = float(np.interp(math.log(level), np.log(sigma[order]), value[order]))
+    holds = rho < REVERTED
+    sentence = (
+        f"The state at sigma {level:.3g} has a correlation of {rho:.2g} with the start at sigma {found.start:.3g}: "
+        f"{'below' if holds else 'not below'} {REVERTED:g}."
+    )
+    return Check(name, holds, rho, REVERTED, sentence)
+
+
+@dataclass(frozen=True)
+class LinearShare(Curve):
+    """Share of the variance of D(x, sigma) explained by an affine map of x, a `Curve` with 95 % bootstrap intervals.
+
+    Out of sample: an estimate from below of what the best affine map explains.
+
+    Attributes:
+        gaussian: the same for the Gaussian law's own map, with the data's moments.
+    """
+
+    gaussian: Curve | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records."""
+        return {**super().to_dict(), "gaussian": self.gaussian and self.gaussian.to_dict()}
+
+
+def linear_share(
+    denoiser: Any,
+    images: Any,
+    sigma: Any,
+    gaussian: Gaussian | None = None,
+    leading: int | None = None,
+    seed: int = 0,
+    progress: Progress = None,
+    keep: Keep = None,
+) -> LinearShare:
+    """How linear a network's denoiser is at every level.
+
+        1 - E|D - A x - b|^2 / E|D - E D|^2,    x = x_0 + sigma eps
+
+    The map is the Gaussian law's denoiser plus a ridge regression of what it leaves on the leading principal
+    coordinates of x. Five folds of the images: fitted on four, the penalty chosen there by leaving one out, and
+    measured on the fifth.
+
+    Args:
+        denoiser: network as a `Denoiser`, or a law.
+        images: [N, *S], an `Images` or batches, at least 20.
+        sigma: a level, or levels [G].
+        gaussian: the Gaussian of the data; best fitted on other and more images. By default fitted in every fold.
+        leading: principal coordinates of the regression; by default a quarter of the images fitted on, at most 64.
+        seed: of the noise, the same at every level, and of the folds.
+        progress, keep: called as progress(done, levels) and keep("linear/<level number>", make).
+
+    Returns:
+        A `LinearShare`.
+
+    Raises:
+        InputError: for shapes that do not fit, fewer than 20 images or levels outside the network's range.
+
+    Source: derived.
+    """
+    s, shape = levels(sigma)
+    d = as_denoiser(denoiser)
+    x0 = images_for(d, images, s, 4 * FOLDS)
+    n = len(x0)
+    order = torch.randperm(n, generator=generator(seed, 51))
+    fold = torch.empty(n, dtype=torch.long)
+    fold[order] = torch.arange(n) % FOLDS
+    eps = torch.randn(x0.shape, generator=generator(seed, 52), dtype=x0.dtype)
+    laws = [gaussian or Gaussian(Moments.fit([x0[fold != f]])) for f in range(FOLDS)]
+    if tuple(laws[0].shape) != tuple(d.shape):
+        raise InputError(f"a Gaussian of shape {tuple(laws[0].shape)} for a network of {tuple(d.shape)}; expected one.")
+    p = min(LEADING, n * (FOLDS - 1) // FOLDS // 4) if leading is None else int(leading)
+    p = min(p, *(law.rank for law in laws))
+
+    def level(u: float) -> dict[str, np.ndarray]:
+        x = x0 + u * eps
+        answer = ask(d, x, u).flatten(1).double()
+        if not bool(torch.isfinite(answer).all()):
+            raise InputError(f"the network answers NaN or infinity at sigma {u:.4g}; expected denoised images.")
+        energy = np.zeros((3, n))
+        for f, law in enumerate(laws):
+            train, test = fold != f, fold == f
+            left = answer - law.denoise(x.double(), u).flatten(1)
+            flat = x.flatten(1).double() - law.moments.mean.reshape(-1)
+            z = flat @ law.eigenvectors[:, :p].double() / (law.eigenvalues[:p] + u * u).sqrt()
+            rest = left[test] - _ridge(z[train], left[train], z[test])
+            for k, r in enumerate((rest, left[test], answer[test] - answer[train].mean(0))):
+                energy[k, test.numpy()] = (r * r).sum(1).numpy()
+        return {"energy": energy}
+
+    found = []
+    for j, u in enumerate(map(float, s)):
+        with torch.inference_mode():
+            found.append((level(u) if keep is None else keep(f"linear/{j}", partial(level, u)))["energy"])
+        if progress is not None:
+            progress(j + 1, len(s))
+    best, own, total = np.stack(found, axis=1)
+
+    def share(left: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        again = resampled(np.concatenate([left, total]), seed)
+        low, high = np.quantile(1 - again[:, : len(s)] / again[:, len(s) :], [0.025, 0.975], axis=0)
+        return 1 - left.mean(1) / total.mean(1), low, high
+
+    value, low, high = (a.reshape(shape) for a in share(best))
+    law_curve = curve(s, shape, *share(own), name="share explained by the Gaussian's map")
+    return LinearShare(s.reshape(shape), value, low, high, "share explained by a linear map", law_curve)
+
+
+def linearity_check(found: LinearShare, at: Any) -> Check:
+    """The early dynamics are linear: at and above the level of a start an affine map explains at least 0.9 of D.
+
+    Args:
+        found: of `linear_share`, on levels around and above that level.
+        at: the start's level: sigma, a `NoiseLevel` or a `CriticalTime`.
+    """
+    name = "early dynamics are linear"
+    level, why = _sigma_of(at)
+    order = np.argsort(np.atleast_1d(found.sigma))
+    sigma, value = np.atleast_1d(found.sigma)[order], np.atleast_1d(found.value)[order]
+    if level is None or not sigma[0] <= level <= sigma[-1]:
+        why = why or f"sigma {level:.4g} is outside {sigma[0]:.4g} to {sigma[-1]:.4g}, where it was measured"
+        return Check(name, None, math.nan, LINEAR, f"Cannot be said: {why}.")
+    here = float(np.interp(math.log(level), np.log(sigma), value))
+    above = sigma > level
+    where, least = min(zip([level, *sigma[above]], [here, *value[above]]), key=lambda pair: pair[1])
+    holds = least >= LINEAR
+    sentence = (
+        f"From sigma {level:.3g} up a linear map explains at least {least:.1%} of the variance of the network's "
+        f"denoiser (least at {where:.3g}): {'not below' if holds else 'below'} {LINEAR:.0%}."
+    )
+    return Check(name, bool(holds), float(least), LINEAR, sentence)
+
+
+def _ridge(z: torch.Tensor, left: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Ridge regression with a free constant, fitted on rows z [n, p] -> left [n, d] and read at rows ``at``.
+
+    The penalty is the one with the least squared error on rows left out one at a time; no slope at all is tried too.
+    """
+    n, offset, centre = len(z), left.mean(0), z.mean(0)
+    y, target = z - centre, left - offset
+    values, vectors = torch.linalg.eigh(y.T @ y / n)
+    y, values = y @ vectors, values.clamp_min(0.0)
+    slopes = y.T @ target / n
+    best, gain = ((target / (1 - 1 / n)) ** 2).sum(), torch.zeros_like(values)
+    for penalty in PENALTIES:
+        shrunk = 1 / (values + penalty)
+        leverage = 1 / n + (y * y) @ shrunk / n
+        error = (((target - (y * shrunk) @ slopes) / (1 - leverage).clamp_min(1e-6)[:, None]) ** 2).sum()
+        if error < best:
+            best, gain = error, shrunk
+    found: torch.Tensor = offset + ((at - centre) @ vectors * gain) @ slopes
+    return found
+
+
+def _correlation(products: np.ndarray) -> np.ndarray:
+    """Correlations [...] of mean products [3, ...]."""
+    out: np.ndarray = products[0] / np.sqrt(np.maximum(products[1] * products[2], 1e-300))
+    return out
+
+
+def _correlations(products: np.ndarray, seed: int, resamples: int = 1000) -> np.ndarray:
+    """Bootstrap correlations [R, G] of products [3, G, N]."""
+    again = resampled(products.reshape(-1, products.shape[2]), seed, resamples)
+    return _correlation(again.reshape(resamples, 3, -1).transpose(1, 0, 2))
+
+
+def _passes(sigma: np.ndarray, value: np.ndarray, threshold: float) -> float | None:
+    # In log the correlation of pure noise, s / T, is a straight line.
+    return crossing(sigma, np.log(np.maximum(value, 1e-6)), math.log(threshold))
+
+
+def _block(dim: int) -> int:
+    return max(1, NUMBERS // dim // CHUNK) * CHUNK
+
+
+def _trace(moments: Any) -> tuple[float, int]:
+    """Total variance and dimension."""
+    m = getattr(moments, "moments", moments)
+    return (m.trace if isinstance(m, LowRankMoments) else float(torch.trace(m.cov))), m.dim
+
+
+def _sigma_of(at: Any) -> tuple[float | None, str | None]:
+    """sigma of a level in any form, or why there is none."""
+    if isinstance(at, CriticalTime):
+        return at.sigma, at.reason or "there is no level"
+    return (at.sigma if isinstance(at, NoiseLevel) else float(at)), None
