@@ -17,7 +17,8 @@ FLOORS = [
     {"start"},
     {"sample", "train", "metrics"},
     {"pipeline"},
-    {"study", "report", "world"},
+    {"diagnosis", "world"},
+    {"study", "report"},
     {"cli"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -224,64 +225,109 @@ def _study_table(record: Any, path: Path) -> None:
     sys.stdout.write(f"report: {path}\n")
 
 
-@app.command(epilog="Example: symbreak phases --data digits")
+@app.command(
+    epilog="Examples: symbreak phases --data digits; symbreak phases --data digits --model digits --out build/phases"
+)
 def phases(
     data: Data,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="M", help="network whose schedule gives the steps")
+        str | None,
+        typer.Option("--model", metavar="M", help="digits, a diffusers folder or a hub id; with it the network"),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="also write record.json and report.html")
+        Path | None, typer.Option("--out", metavar="DIR", help="also write record.json and report.html; resumable")
     ] = None,
+    holdout: Annotated[
+        str | None, typer.Option("--holdout", metavar="T", help="images for losses and U-turns (default: a part of D)")
+    ] = None,
+    classify: Annotated[
+        str | None,
+        typer.Option(
+            "--classify",
+            help="digits-classifier, classifier (trained on the labels), FILE.safetensors, module:callable",
+        ),
+    ] = None,
+    clusters: Annotated[
+        int | None,
+        typer.Option("--clusters", metavar="K", help="classes are K clusters of the images (no labels needed)"),
+    ] = None,
+    pairs: Annotated[int | None, typer.Option("--pairs", help="pairs of clones (default 300)")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="sampler steps of a trajectory (default 40)")] = None,
+    branches: Annotated[int | None, typer.Option("--branches", help="branch levels of the clones (default 12)")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="of all noise")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="about a minute on the digits: wider intervals")] = False,
     value_range: Range = None,
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
     as_json: Json = False,
 ) -> None:
-    """When does it decide? The spectral speciation time of a data set, in every unit; needs no network."""
+    """When does it decide? Every criterion on one sigma axis, of a data set and, with --model, of a network."""
     from symbreak.adapters import load_pipeline
+    from symbreak.diagnosis import Effort, diagnose
     from symbreak.files import output_folder
+    from symbreak.metrics import extractor
     from symbreak.report import write_report
-    from symbreak.study import diagnose
 
     if out is not None:
         output_folder(out)
     found = _images(data, value_range, skip_bad, classes, pad)
+    kept = None if holdout is None else _images(holdout, value_range, skip_bad, classes, pad)
     pipe = None if model is None else load_pipeline(model)
-    with err.status("fitting the moments"):
-        record = diagnose(found, pipe)
+    given = None if classify in (None, "classifier") else extractor(classify)
+    effort = Effort().quick() if quick else Effort()
+    asked = {k: v for k, v in (("pairs", pairs), ("steps", steps), ("branches", branches)) if v is not None}
+    with _bars() as tell:
+        record = diagnose(
+            found,
+            pipe,
+            holdout=kept,
+            classify=given,
+            clusters=clusters,
+            effort=replace(effort, **asked),
+            seed=seed,
+            out=out,
+            progress=tell,
+        )
     if out is not None:
-        record.save(out)
         write_report(record, out / "report.html")
+    _emit(as_json, record.to_dict(), lambda: _phases_table(record, out))
 
-    def draw() -> None:
-        content = record.content
-        table = Table(title=f"Spectral speciation time of {found.name}, {content['data']['count']:,} images")
-        for name in ("pixels in", "Lambda", "sigma", "OU time", "log-SNR", f"step ({content['schedule']})"):
-            table.add_column(name, justify="right")
-        top = content["eigenvalues"][0]
-        for scale, c in content["speciation"].items():
-            value = top * (1.0 if scale == "[-1, 1]" else 0.25)
-            if c["level"] is None:
-                table.add_row(scale, f"{value:.4g}", "none", "", "", "")
-                continue
-            cells = []
-            for key in ("sigma", "ou_time", "log_snr", "step"):
-                ends = [c[w] and c[w].get(key) for w in ("low", "high")]
-                ends = sorted(e for e in ends if e is not None)
-                middle = c["level"].get(key)
-                text = "-" if middle is None else f"{middle:.4g}"
-                cells.append(text + (f" [{ends[0]:.4g}, {ends[1]:.4g}]" if len(ends) == 2 else ""))
-            table.add_row(scale, f"{value:.4g}", *cells)
-        out_console.print(table)
-        for scale, c in content["speciation"].items():
-            if c["reason"]:
-                out_console.print(f"{scale}: {c['reason']}", markup=False)
-        if out is not None:
-            sys.stdout.write(f"report: {out / 'report.html'}\n")
 
-    _emit(as_json, record.to_dict(), draw)
+def _phases_table(record: Any, out: Path | None) -> None:
+    content = record.content
+    top = content["eigenvalues"][0]
+    table = Table(
+        title=f"When {content['data']['name']} decides ({content['data']['count']:,} images, pixels in [-1, 1])"
+    )
+    for name in ("criterion", "of", "flow, frame", "sigma", "OU time", f"step ({content['schedule']})", "s"):
+        table.add_column(name, justify="left" if name in ("criterion", "of", "flow, frame") else "right")
+    reasons = []
+    for row in content["criteria"]:
+        cells = []
+        for key in ("sigma", "ou_time", "step"):
+            value, low, high = (None if row[w] is None else row[w].get(key) for w in ("level", "low", "high"))
+            text = "none" if row["level"] is None else "-" if value is None else f"{value:.3g}"
+            cells.append(text + (f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else ""))
+        where = ", ".join(w.upper() for w in (row["flow"], row["frame"]) if w)
+        table.add_row(row["name"], row["of"], where, *cells, f"{row['seconds']:.1f}")
+        if row["level"] is None and row["reason"]:
+            reasons.append(f"{row['name']} ({row['of']}): {row['reason']}")
+    out_console.print(table)
+    small = content["speciation"]["[0, 1]"]
+    said = (
+        "none"
+        if small["level"] is None
+        else f"sigma {small['level']['sigma']:.3g}, tau {small['level']['ou_time']:.3g}"
+    )
+    out_console.print(f"top eigenvalue {top:.4g}; with pixels in [0, 1] {top / 4:.4g}, spectral: {said}", markup=False)
+    for check in content["checks"]:
+        verdict = {True: "holds", False: "does not hold", None: "cannot be said"}[check["holds"]]
+        out_console.print(f"{check['name']}: {verdict}. {check['sentence']}", markup=False)
+    for line in (*reasons, *content["notes"]):
+        out_console.print(line, markup=False)
+    if out is not None:
+        sys.stdout.write(f"report: {out / 'report.html'}\n")
 
 
 @app.command(

@@ -11,7 +11,7 @@ from typing import Any
 from symbreak.files import InputError, write_whole
 from symbreak.record import Record, plain
 
-__all__ = ["sweep_axes", "verdict", "write_report"]
+__all__ = ["phases_figure", "sweep_axes", "verdict", "write_report"]
 
 COLUMNS = (("standard", "standard start"), ("spectral", "late, at speciation"), ("best", "late, best of sweep"))
 COLORS = ("#1f6fb4", "#d9822b", "#3a9a5b", "#b3424a", "#7a5ba6", "#7f6a5a", "#c2649a", "#5f6b7a")
@@ -77,8 +77,11 @@ def _values(record: Record) -> dict[str, Any]:
         "distance_sentence": "",
         "table_note": "",
     }
+    values |= dict.fromkeys(("phases", "criteria", "checks", "pictures", "notes"), "")
     if record.kind == "study":
         values |= _study_values(content, record.settings)
+    elif content.get("criteria"):
+        values |= _phases_values(content)
     return values
 
 
@@ -104,6 +107,113 @@ def _speciation_sentence(c: dict[str, Any], top: float, total: float) -> str:
         f"{share} Above sigma = {c['level']['sigma']:.3g}{step} the noise hides every mode of the data; below it they "
         "are decided one after the other."
     )
+
+
+PANELS = {
+    "clones": ("probability", "Clones and U-turns: is the class decided?"),
+    "information": ("nats", "What is still open, and how far from a Gaussian"),
+    "loss": ("squared error", "Denoising loss on held-out images"),
+    "rate": ("MMSE / sigma^2, nats", "Entropy rate, rescaled: the noise levels that decide most"),
+    "stability": ("eigenvalue / threshold", "Stability of the central fixed point"),
+    "mechanism": ("share", "Early dynamics: do fluctuations revert, is the denoiser linear?"),
+    "opportunity": ("gain", "Window of opportunity: what a kick at this level changes in the end"),
+}
+SOURCES = {"network": COLORS[0], "class mixture": COLORS[1], "data": COLORS[2], "Gaussian": COLORS[4]}
+
+
+def _phases_values(content: dict[str, Any]) -> dict[str, Any]:
+    """Everything of a diagnosis beyond the spectrum."""
+    rows = []
+    for c in content["criteria"]:
+        cells = []
+        for key in ("sigma", "ou_time", "step"):
+            views = [None if c[w] is None else c[w].get(key) for w in ("level", "low", "high")]
+            cells.append({"value": _number(views[0], 3), "interval": _interval(views[1], views[2])})
+        where = ", ".join(w.upper() for w in (c["flow"], c["frame"]) if w)
+        rows.append(
+            {
+                "name": c["name"],
+                "of": c["of"],
+                "where": where,
+                "cells": cells,
+                "source": c["source"],
+                "seconds": _number(c["seconds"], 2),
+                "note": c["reason"] or "",
+            }
+        )
+    return {
+        "phases": _svg(phases_figure(content)),
+        "criteria": rows,
+        "checks": content["checks"],
+        "pictures": [{**p, "png": _base64(p["png"])} for p in content["pictures"]],
+        "notes": content["notes"],
+    }
+
+
+def phases_figure(content: dict[str, Any]) -> Any:
+    """All criteria and curves on one sigma axis, the model's own step on a second one."""
+    import math
+
+    from matplotlib.figure import Figure
+
+    found = [c for c in content["criteria"] if c["level"] is not None and c["level"]["sigma"] > 0]
+    panels = [p for p in PANELS if any(c["panel"] == p for c in content["curves"])]
+    heights = [0.6 + 0.2 * max(1, len(found)), *[2.2] * len(panels)]
+    figure = Figure(figsize=(10.5, sum(heights) + 0.8), layout="constrained")
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    top = axes[0]
+    ordered = sorted(found, key=lambda c: -c["level"]["sigma"])
+    for i, c in enumerate(ordered):
+        color = SOURCES.get(c["of"], COLORS[5])
+        low, high = ((c[w] or c["level"])["sigma"] for w in ("low", "high"))
+        if isinstance(high, float) and math.isfinite(high):
+            top.plot([max(low, 1e-3), high], [i, i], color=color, linewidth=4, alpha=0.35, solid_capstyle="butt")
+        top.plot(c["level"]["sigma"], i, "o", color=color, markersize=5)
+    names = [f"{c['name']} ({c['of']})" for c in ordered]
+    top.set_yticks(range(len(names)), names, fontsize=8)
+    top.set_ylim(len(names) - 0.4, -0.6)
+    sigmas = [s for c in content["curves"] for s in c["sigma"]] + [c["level"]["sigma"] for c in found]
+    for ax, panel in zip(axes[1:], panels):
+        unit, title = PANELS[panel]
+        own = [c for c in content["curves"] if c["panel"] == panel]
+        for i, c in enumerate(own):
+            color = c.get("color") or SOURCES.get(c["of"], COLORS[i % len(COLORS)])
+            order = sorted(range(len(c["sigma"])), key=c["sigma"].__getitem__)
+            s = [c["sigma"][j] for j in order]
+            v, low, high = ([math.nan if c[k][j] is None else c[k][j] for j in order] for k in ("value", "low", "high"))
+            ax.plot(s, v, c.get("line", "-"), color=color, linewidth=1.4, markersize=3, label=c["label"])
+            ax.fill_between(s, low, high, color=color, alpha=0.15, linewidth=0)
+        for line in content["lines"]:
+            if line["panel"] == panel:
+                ax.axhline(line["value"], color="#888", linestyle=":", linewidth=1, label=line["label"])
+        if panel == "loss":
+            ax.set_yscale("log")
+        ax.set_ylabel(unit, fontsize=8)
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    for ax in axes:
+        ax.set_xscale("log")
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(True, which="major", color="#e6eaf0", linewidth=0.8)
+        ax.set_axisbelow(True)
+    if sigmas:
+        top.set_xlim(1.15 * max(sigmas), 0.87 * min(sigmas))
+    ticks = [t for t in content["step_ticks"] if sigmas and min(sigmas) <= t["sigma"] <= max(sigmas)]
+    if ticks:
+        above = top.twiny()
+        above.set_xscale("log")
+        above.set_xlim(top.get_xlim())
+        from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+
+        above.xaxis.set_major_locator(FixedLocator([t["sigma"] for t in ticks]))
+        above.xaxis.set_minor_locator(NullLocator())
+        above.xaxis.set_minor_formatter(NullFormatter())
+        above.set_xticklabels([f"{t['step']:.0f}" for t in ticks], fontsize=8)
+        above.set_xlabel(f"step of {content['schedule']}", fontsize=8)
+        above.spines[["right"]].set_visible(False)
+    _plain_ticks(axes[-1].xaxis, [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)])
+    axes[-1].set_xlabel("sigma (noise falls to the right, as in generation)")
+    return figure
 
 
 def _study_values(content: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:

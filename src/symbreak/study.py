@@ -10,10 +10,8 @@ those reported), and training images noised to that level, the best any law coul
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import inspect
-import io
 import json
 import time
 from collections.abc import Callable
@@ -26,18 +24,19 @@ import torch
 
 from symbreak.adapters import denoiser, load_pipeline, refuse_conditional, scheduler, weights_hash
 from symbreak.data import Images, images
+from symbreak.diagnosis import describe, png_row, spectral_times
 from symbreak.files import InputError, output_folder, read_json, write_json
 from symbreak.laws import Gaussian
 from symbreak.metrics import default_extractor, distance, extractor, features, floor
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.moments import Moments
 from symbreak.noise import NoiseLevel, generator, schedule
-from symbreak.phases.speciation import ladder, speciation_time
+from symbreak.phases.speciation import speciation_time
 from symbreak.record import Record, plain, versions
 from symbreak.sample import generate
 from symbreak.start import LateStart, late_start, standard_start
 
-__all__ = ["Study", "diagnose", "run"]
+__all__ = ["Study", "run"]
 
 SAMPLERS = ("ddpm", "ddim", "pndm", "dpm++2m", "dpm++2m-karras")
 SPACINGS = ("leading", "linspace", "trailing")
@@ -95,92 +94,6 @@ class Study:
             reference_calls=0,
             quick=True,
         )
-
-
-def diagnose(data: Images, model: Any = None, modes: int = 10, moments: Moments | None = None) -> Record:
-    """Critical times of a data set: the spectral speciation time with its interval, in every unit.
-
-    Args:
-        data: images.
-        model: a diffusers pipeline; its own schedule then gives the step.
-        modes: rungs of the ladder.
-        moments: of the data, where they are already fitted.
-
-    Returns:
-        A `Record` of kind ``"phases"``: the times for pixels in [-1, 1] and in [0, 1].
-    """
-    began = time.perf_counter()
-    moments = Moments.fit(data) if moments is None else moments
-    fitted = time.perf_counter()
-    name = "ddpm-linear" if model is None else type(model.scheduler).__name__
-    steps = schedule("ddpm-linear" if model is None else model.scheduler)
-
-    def view(critical: Any) -> dict[str, Any]:
-        found: dict[str, Any] = critical.to_dict()
-        for key in ("level", "low", "high"):
-            level = getattr(critical, key)
-            if level is not None:
-                try:
-                    found[key]["step"] = steps.time(level)
-                except ValueError:
-                    found[key]["step"] = None  # below the schedule's first step
-        return found
-
-    spectrum = moments.spectrum(min(256, moments.dim))
-    content = {
-        "data": _describe(data),
-        "schedule": name,
-        "eigenvalues": spectrum.values.tolist(),
-        "eigenvalues_low": spectrum.low.tolist(),
-        "eigenvalues_high": spectrum.high.tolist(),
-        "total_variance": float(torch.trace(moments.cov)),
-        "speciation": {
-            "[-1, 1]": view(speciation_time(moments)),
-            "[0, 1]": view(speciation_time(moments, scale=0.5)),
-        },
-        "ladder": [view(c) for c in ladder(moments, modes)],
-    }
-    settings = {
-        "data": data.name,
-        "selection": list(data.history),
-        "pad": data.pad,
-        "value_range": [-data.scale - data.offset, data.scale - data.offset],
-        "network": None if model is None else weights_hash(model.unet),
-        "modes": modes,
-    }
-    timings = {"moments": fitted - began, "times": time.perf_counter() - fitted}
-    return Record("phases", settings, content, versions(torch.get_num_threads()), timings)
-
-
-def _describe(data: Images) -> dict[str, Any]:
-    labels = None if data.labels is None else torch.bincount(data.labels, minlength=len(data.classes)).tolist()
-    return {
-        "name": data.name,
-        "count": len(data),
-        "shape": list(data.shape),
-        "fingerprint": data.fingerprint(),
-        "classes": list(data.classes)[:1000],
-        "class_counts": labels,
-        "selection": list(data.history),
-        "skipped": list(data.skipped)[:100],
-    }
-
-
-def _png(grid: torch.Tensor) -> str:
-    """A row of images [N, C, H, W] in [-1, 1] as one PNG, base64."""
-    from PIL import Image
-
-    small = grid
-    side = max(grid.shape[2:])
-    if side > 64:
-        scale = 64 / side
-        small = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="area")
-    pixels = ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=0)
-    row = torch.cat(list(pixels), dim=2).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 class _Cells:
@@ -262,7 +175,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
     spectral = speciation_time(moments)
     if spectral.level is None:
         raise InputError(f"{train.name} has no spectral speciation level: {spectral.reason} A study needs one.")
-    phases = diagnose(train, pipe, moments=moments).content
+    phases = {"schedule": type(pipe.scheduler).__name__, **spectral_times(train, schedule(pipe.scheduler), moments)}
     lap("moments", mark)
 
     mark = time.perf_counter()
@@ -297,7 +210,13 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         def make() -> dict[str, Any]:
             measured, x = measure(start, range(study.samples), study.repeats, noised)
             copies = nearest_summary(x, train_images, None)["samples"]
-            return {**choice, **_start_dict(start), "distance": measured, "neighbours": copies, "grid": _png(x[:GRID])}
+            return {
+                **choice,
+                **_start_dict(start),
+                "distance": measured,
+                "neighbours": copies,
+                "grid": png_row(x[:GRID]),
+            }
 
         result: dict[str, Any] = cells.get(key, make)
         return result
@@ -355,8 +274,8 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         lap("reference", mark)
 
     content = {
-        "data": _describe(train),
-        "held_out": _describe(held_out),
+        "data": describe(train),
+        "held_out": describe(held_out),
         "network": {
             "source": study.model,
             "weights": weights,
@@ -383,7 +302,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         "floor_neighbours": nearest_summary(held_out.tensor(), train_images, None)["samples"],
         "reference": best_network,
         "rows": rows,
-        "real_grid": _png(held_out.tensor()[:GRID]),
+        "real_grid": png_row(held_out.tensor()[:GRID]),
         "smoke": study.quick,
     }
     lap("all", began)

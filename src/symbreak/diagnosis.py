@@ -1,0 +1,673 @@
+"""When does it decide? Every criterion on one sigma axis: data set (and network) -> `Record` of kind "phases".
+
+    data alone     spectrum and ladder of modes, class mixture (free entropy, clones, class entropy, stability),
+                   the labelled data set itself, loss curves of the laws
+    with a network its clones and U-turns, stability, denoising losses and what follows from them, and the checks
+                   of the mechanism
+
+Every criterion keeps its own name, interval, source and seconds; nothing is averaged into one "critical time".
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from symbreak.adapters import denoiser, refuse_conditional, weights_hash
+from symbreak.critical import CriticalTime, Curve, crossing
+from symbreak.data import Images, images
+from symbreak.files import InputError, output_folder, read_tensors, write_tensors
+from symbreak.laws import Empirical, Gaussian, PrincipalMixture
+from symbreak.laws.classes import posterior_average
+from symbreak.metrics.features import Classifier, extractor, train_classifier
+from symbreak.moments import Moments
+from symbreak.noise import NoiseLevel, Schedule, generator, schedule
+from symbreak.phases.clones import clones, opportunity, u_turns
+from symbreak.phases.information import class_entropy, divergence_bound, entropy_rate, loss_curve
+from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
+from symbreak.phases.speciation import cloning_probability, cloning_time, ladder, speciation_time
+from symbreak.record import Record, plain, versions
+
+__all__ = ["Effort", "describe", "diagnose", "png_row", "spectral_times"]
+
+Progress = Callable[[str, int, int], None]
+CLUSTERS = 10  # classes of a network where neither labels nor a number were given
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a diagnosis spends.
+
+    Attributes:
+        pairs: pairs of clones, and real images of the U-turns.
+        steps: sampler steps of a whole trajectory.
+        branches: branch levels of the clones.
+        turns: levels of the U-turns.
+        stability: levels at which the network's Jacobian is looked at.
+        losses: levels of the loss curves.
+        images: images of the loss curves.
+        points: training images of the empirical law.
+    """
+
+    pairs: int = 300
+    steps: int = 40
+    branches: int = 12
+    turns: int = 8
+    stability: int = 8
+    losses: int = 20
+    images: int = 256
+    points: int = 4000
+
+    def check(self) -> None:
+        """Refuse numbers that give nothing."""
+        low = {"pairs": 10, "steps": 4, "branches": 3, "turns": 2, "stability": 2, "losses": 4, "images": 16}
+        for name, least in low.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; expected at least {least}.")
+
+    def quick(self) -> Effort:
+        """Small enough for a minute on the digits."""
+        return replace(self, pairs=100, steps=24, branches=8, turns=5, stability=5, losses=12, images=128)
+
+
+class Store:
+    """Finished blocks, kept in a folder so that an interrupted diagnosis goes on where it was."""
+
+    def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
+        text = json.dumps(plain(identity), sort_keys=True)
+        self.folder = None if folder is None else folder / f"blocks-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+    def keep(self, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays of a block, from the folder or fresh."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"{key.replace('/', '-')}.safetensors"
+        if path.exists():
+            try:
+                return {k: v.numpy() for k, v in read_tensors(path)[0].items()}
+            except InputError:
+                pass  # a damaged block is made again
+        arrays = make()
+        write_tensors(path, {k: torch.as_tensor(np.ascontiguousarray(v)) for k, v in arrays.items()})
+        return arrays
+
+    def close(self) -> None:
+        """Blocks are of no use once the record is written."""
+        if self.folder is not None and self.folder.exists():
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
+
+
+class _Findings:
+    """What has been found so far: rows, curves, checks, pictures, and the seconds of every stage."""
+
+    def __init__(self, steps: Schedule, progress: Progress | None) -> None:
+        self.steps, self.tell = steps, progress or (lambda stage, done, total: None)
+        self.criteria: list[dict[str, Any]] = []
+        self.curves: list[dict[str, Any]] = []
+        self.lines: list[dict[str, Any]] = []
+        self.checks: list[dict[str, Any]] = []
+        self.pictures: list[dict[str, str]] = []
+        self.notes: list[str] = []
+        self.timings: dict[str, float] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
+        """Times a stage and gives its progress callback; the rows it adds get its seconds."""
+        began, first = time.perf_counter(), len(self.criteria)
+        self.tell(name, 0, 1)
+        seen = [0, 1]
+
+        def tell(done: int, total: int) -> None:
+            seen[:] = [done, total]
+            self.tell(name, done, total)
+
+        yield tell
+        self.tell(name, seen[1], seen[1])
+        self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - began
+        for row in self.criteria[first:]:
+            row["seconds"] = self.timings[name]
+
+    def add(self, name: str, of: str, critical: CriticalTime) -> None:
+        self.criteria.append({"name": name, "of": of, "seconds": None, **_view(critical, self.steps)})
+
+    def draw(self, panel: str, label: str, of: str, curve: Curve, line: str = "-", color: str | None = None) -> None:
+        self.curves.append({**curve.to_dict(), "panel": panel, "label": label, "of": of, "line": line, "color": color})
+
+    def check(self, check: Check) -> None:
+        self.checks.append(
+            {**check.to_dict(), "value_text": f"{check.value:.3g}", "expected_text": f"{check.expected:.3g}"}
+        )
+
+    def show(self, title: str, caption: str, grid: torch.Tensor) -> None:
+        self.pictures.append({"title": title, "caption": caption, "png": png_row(grid)})
+
+
+def describe(data: Images) -> dict[str, Any]:
+    """What a record says of a data set."""
+    labels = None if data.labels is None else torch.bincount(data.labels, minlength=len(data.classes)).tolist()
+    return {
+        "name": data.name,
+        "count": len(data),
+        "shape": list(data.shape),
+        "fingerprint": data.fingerprint(),
+        "classes": list(data.classes)[:1000],
+        "class_counts": labels,
+        "selection": list(data.history),
+        "skipped": list(data.skipped)[:100],
+    }
+
+
+def png_row(grid: torch.Tensor) -> str:
+    """A row of images [N, C, H, W] in [-1, 1] as one PNG, base64."""
+    from PIL import Image
+
+    small = grid
+    side = max(grid.shape[2:])
+    if side > 64:
+        scale = 64 / side
+        small = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="area")
+    pixels = ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=0)
+    row = torch.cat(list(pixels), dim=2).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _view(critical: CriticalTime, steps: Schedule) -> dict[str, Any]:
+    """A critical time as plain values, with the model's step of each level."""
+    found: dict[str, Any] = critical.to_dict()
+    for key in ("level", "low", "high"):
+        level = getattr(critical, key)
+        if level is not None:
+            try:
+                found[key]["step"] = float(steps.time(level))
+            except ValueError:
+                found[key]["step"] = None  # outside the schedule
+    return found
+
+
+def spectral_times(data: Images, steps: Schedule, moments: Moments, modes: int = 10) -> dict[str, Any]:
+    """Spectrum, ladder and the spectral times at both scales of the pixels, as plain values."""
+    spectrum = moments.spectrum(min(256, moments.dim))
+    return {
+        "data": describe(data),
+        "eigenvalues": spectrum.values.tolist(),
+        "eigenvalues_low": spectrum.low.tolist(),
+        "eigenvalues_high": spectrum.high.tolist(),
+        "total_variance": float(torch.trace(moments.cov)),
+        "speciation": {
+            "[-1, 1]": _view(speciation_time(moments), steps),
+            "[0, 1]": _view(speciation_time(moments, scale=0.5), steps),
+        },
+        "ladder": [_view(c, steps) for c in ladder(moments, modes)],
+    }
+
+
+def diagnose(
+    data: Images,
+    model: Any = None,
+    modes: int = 10,
+    moments: Moments | None = None,
+    *,
+    holdout: Images | None = None,
+    classify: Any = None,
+    clusters: int | None = None,
+    effort: Effort | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """When does it decide? Every criterion, for a data set and, where one is given, a network.
+
+    Args:
+        data: images; their labels give the classes.
+        model: a diffusers pipeline with ``.unet`` and ``.scheduler``; its own schedule gives the steps.
+        modes: rungs of the ladder, and pictures of modes.
+        moments: of the data, where they are already fitted.
+        holdout: images for losses and U-turns that neither laws nor network have seen; by default the other half of
+            the digits, else a fifth of ``data`` is kept back from the laws. A network may know those: it is said.
+        classify: images [B, C, H, W] -> classes [B] or logits [B, K]; by default a small classifier is trained
+            on the labels.
+        clusters: without labels and classifier: classes are this many k-means clusters, of the data and of the
+            network's own images.
+        effort: how much to spend; `Effort` counts.
+        seed: of all noise.
+        out: folder for ``record.json``, and for finished blocks while it runs: the same call goes on after an
+            interruption and finds the same numbers.
+        progress: called with (stage, done, total).
+
+    Returns:
+        A `Record` of kind ``"phases"``; `write_report` draws it.
+
+    Raises:
+        InputError: for data, networks, labels and classifiers that do not fit each other.
+    """
+    effort = effort or Effort()
+    effort.check()
+    folder = None if out is None else output_folder(out)
+    name = "ddpm-linear" if model is None else type(model.scheduler).__name__
+    found = _Findings(schedule("ddpm-linear" if model is None else model.scheduler), progress)
+    network = None
+    if model is not None:
+        refuse_conditional(model, "the network")
+        network = denoiser(model.unet, model.scheduler)
+        if tuple(network.shape) != data.shape:
+            raise InputError(
+                f"the network makes images of {tuple(network.shape)}, but the data are {data.shape}. Resize the data "
+                "(--pad) or choose another network."
+            )
+    fit, held, note = _held_out(data, holdout, clusters)
+    found.notes += note
+    settings = {
+        "data": data.name,
+        "content": data.fingerprint(),
+        "holdout": None if holdout is None else holdout.fingerprint(),
+        "selection": list(data.history),
+        "pad": data.pad,
+        "value_range": [-data.scale - data.offset, data.scale - data.offset],
+        "network": None if model is None else weights_hash(model.unet),
+        "classify": None
+        if classify is None
+        else str(getattr(classify, "name", getattr(classify, "__name__", "given"))),
+        "clusters": clusters,
+        "modes": modes,
+        "seed": seed,
+        **asdict(effort),
+    }
+    packages = versions(torch.get_num_threads())
+    store = Store(folder, {**settings, "versions": packages})
+    with found.stage("spectrum"):
+        moments = Moments.fit(data) if moments is None else moments
+        content = {"schedule": name, **spectral_times(data, found.steps, moments, modes)}
+        found.add("spectral", "data", speciation_time(moments))
+        found.add("signal-to-noise", "data", speciation_time(moments, "signal-to-noise"))
+        found.show(
+            "leading modes",
+            "Eigenvectors of the data's covariance, largest variance first: what is decided first.",
+            _pictures(moments.eigh[1][:, :modes].T, data.shape),
+        )
+    scale = math.sqrt(max(content["eigenvalues"][0], 1e-12))
+    if not content["eigenvalues"][0] > 0:
+        raise InputError(f"all {len(data):,} images of {data.name} are equal: nothing is decided. Choose other data.")
+    if network is not None:
+        judge = _judge(found, store, fit, held, classify, clusters, seed)  # what is wrong with it is said at once
+    with found.stage("laws"):
+        laws = _laws(found, fit, held, network is None, clusters, effort, scale, seed)
+    if network is not None:
+        _network(found, store, network, fit, held, moments, laws, judge, effort, scale, seed)
+        content["network"] = {
+            "parameters": sum(p.numel() for p in model.unet.parameters()),
+            "prediction": network.prediction,
+            "sigma_range": list(network.sigma_range),
+        }
+    content |= {
+        "criteria": found.criteria,
+        "curves": found.curves,
+        "lines": found.lines,
+        "checks": found.checks,
+        "pictures": found.pictures,
+        "notes": found.notes,
+        "step_ticks": _ticks(found),
+    }
+    record = Record("phases", settings, content, packages, found.timings)
+    if folder is not None:
+        record.save(folder)
+        store.close()
+    return record
+
+
+def _held_out(data: Images, holdout: Images | None, clusters: int | None) -> tuple[Images, Images, list[str]]:
+    """Images that laws are fitted to, images they are asked about, and what a reader must know of them."""
+    if holdout is not None:
+        if holdout.shape != data.shape:
+            raise InputError(f"the data are {data.shape}, the held-out images {holdout.shape}. Resize one of them.")
+        return data, holdout, [f"Losses and U-turns on {len(holdout):,} held-out images of {holdout.name}."]
+    if data.name == "digits" and not data.history:
+        held = images("digits:held-out")
+        return data, held, [f"Losses and U-turns on the {len(held):,} digits of the held-out half."]
+    if len(data) < 10:
+        raise InputError(f"{len(data)} images; expected at least 10, a fifth of which is kept back from the laws.")
+    fit, held = data.split(0.8)
+    return (
+        fit,
+        held,
+        [
+            f"Losses and U-turns on {len(held):,} images kept back from the laws; a network may have been trained on "
+            "them. Pass --holdout with images it has not seen."
+        ],
+    )
+
+
+def _name(classify: Any) -> str:
+    return str(getattr(classify, "name", getattr(classify, "__name__", "a callable")))
+
+
+def _pictures(rows: np.ndarray | torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Directions [N, *S] as images: each scaled so that its largest entry is white or black."""
+    x = torch.as_tensor(rows).float().reshape(-1, *shape)
+    return x / x.abs().flatten(1).amax(1).clamp_min(1e-30).reshape(-1, 1, 1, 1)
+
+
+def _classes(data: Images) -> bool:
+    """Whether the labels tell at least two classes of two images apart."""
+    if data.labels is None:
+        return False
+    counts = torch.bincount(data.labels)
+    return int((counts > 0).sum()) > 1 and int(counts[counts > 0].min()) >= 2
+
+
+def _ticks(found: _Findings) -> list[dict[str, float]]:
+    """Levels of round steps, for the second axis."""
+    out = []
+    for step in (10, 20, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500, 550, 600, 700, 800, 900, 999):
+        try:
+            out.append({"sigma": found.steps.level(step).sigma, "step": float(step)})
+        except ValueError:
+            continue
+    return out
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """What says the class of an image.
+
+    Attributes:
+        classify: images -> classes or scores, ``None`` for clusters.
+        features: images -> features, from which classes are predicted.
+        clusters: number of clusters, ``None`` with a classifier.
+        labelled: whether the labels of the data are the classifier's classes.
+    """
+
+    classify: Any
+    features: Any
+    clusters: int | None
+    labelled: bool
+
+
+def _judge(
+    found: _Findings, store: Store, fit: Images, held: Images, classify: Any, clusters: int | None, seed: int
+) -> _Judge:
+    """The user's classifier, the bundled one, one trained on the labels, or clusters."""
+    if classify is not None:
+        scores = getattr(classify, "logits", classify)
+        found.notes.append(f"Classes of images: {_name(classify)}.")
+        return _Judge(scores, None, None, False)
+    if clusters is None and fit.labels is not None and not _classes(fit):
+        raise InputError(
+            f"the labels of {fit.name} tell no two classes of at least 2 images apart. Pass --clusters K to find "
+            "classes, or --classify with a classifier."
+        )
+    if clusters is not None or fit.labels is None:
+        k = CLUSTERS if clusters is None else clusters
+        found.notes.append(
+            f"Classes are {k} k-means clusters: of the data for the laws, of its own images for the network."
+        )
+        return _Judge(None, None, k, False)
+    with found.stage("classifier") as tell:
+        judge = _trained(store, fit, held, tell, seed)
+    found.notes.append(
+        f"Classes of images: a classifier of {', '.join(judge.classes[:12])}"
+        + (f", right on {judge.accuracy:.1%} of the held-out images." if judge.accuracy is not None else ".")
+    )
+    return _Judge(judge.logits, judge.logits, None, True)
+
+
+def _trained(store: Store, fit: Images, held: Images, tell: Callable[[int, int], None], seed: int) -> Any:
+    """The bundled classifier for the digits, else one trained on the labels; its weights are kept."""
+    if fit.name == "digits" and fit.pad is None:
+        return extractor("digits-classifier")
+    epochs = max(2, min(60, 200_000 // len(fit)))
+    fresh: list[Classifier] = []
+
+    def make() -> dict[str, np.ndarray]:
+        fresh.append(train_classifier(fit, epochs=epochs, seed=seed, progress=tell))
+        return {k: v.numpy() for k, v in fresh[0].state_dict().items()}
+
+    weights = store.keep("classifier", make)
+    model = fresh[0] if fresh else Classifier(fit.shape, fit.classes)
+    model.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
+    model.eval().requires_grad_(False)
+    if held.labels is not None:
+        with torch.inference_mode():
+            hits = torch.cat([model.logits(b).argmax(1) for b in held]) == held.labels
+        model.accuracy = float(hits.double().mean())
+    return model
+
+
+@dataclass(frozen=True)
+class _Laws:
+    gaussian: Gaussian
+    classes: PrincipalMixture | None
+    empirical: Empirical
+
+
+def _some(data: Images, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Up to ``count`` images and their labels, the same ones for the same seed."""
+    index = torch.randperm(len(data), generator=generator(seed, 31))[:count].sort().values
+    part = data.take(index.numpy(), "some")
+    return part.tensor(), part.labels
+
+
+def _passes(curve: Curve, threshold: float, criterion: str, source: str) -> CriticalTime:
+    """Where a curve and the ends of its interval pass a threshold."""
+    at, *ends = (crossing(curve.sigma, v, threshold) for v in (curve.value, curve.low, curve.high))
+    if at is None:
+        ends_of = f"sigma {curve.sigma.min():.3g} and {curve.sigma.max():.3g}"
+        reason = f"{curve.name} does not pass {threshold:.3g} between {ends_of}"
+        return CriticalTime(None, criterion=criterion, source=source, reason=reason)
+    known = sorted(e for e in ends if e is not None)
+    low, high = (NoiseLevel(known[0]), NoiseLevel(known[-1])) if len(known) == 2 else (None, None)
+    return CriticalTime(NoiseLevel(at), low, high, criterion=criterion, source=source)
+
+
+def _laws(
+    found: _Findings,
+    fit: Images,
+    held: Images,
+    alone: bool,
+    clusters: int | None,
+    effort: Effort,
+    scale: float,
+    seed: int,
+) -> _Laws:
+    """Everything that the data alone can say."""
+    gaussian = Gaussian.fit(fit)
+    points, labels = _some(fit, effort.points, seed)
+    empirical = Empirical(points)
+    classes = None
+    if clusters is not None:
+        classes = PrincipalMixture.fit(fit, components=clusters, gaussian=gaussian, seed=seed)
+    elif _classes(fit):
+        classes = PrincipalMixture.fit(fit, labels=True, gaussian=gaussian, seed=seed)
+    sigma = scale * np.geomspace(0.05, 4.0, 24)
+    if classes is not None:
+        mixture = classes.inner
+        free = speciation_time(mixture, "free-entropy")
+        found.add("free entropy", "class mixture", free)
+        found.add("cloning", "class mixture", cloning_time(mixture))
+        found.draw("clones", "clones, class mixture", "class mixture", cloning_probability(mixture, sigma))
+        open_ = class_entropy(mixture, sigma)
+        found.add("class entropy", "class mixture", open_.time())
+        found.draw("information", "H[c | x], class mixture", "class mixture", open_, "--")
+        if len({int(c) for c in labels.tolist()} if labels is not None and clusters is None else ()) > 1:
+            _labelled(found, empirical, labels, sigma, seed)
+    if alone:
+        images, _ = _some(held, effort.images, seed)
+        losses = loss_curve(gaussian, images, sigma, laws={"class mixture": classes} if classes else None, seed=seed)
+        found.draw("loss", "Gaussian", "Gaussian", losses.mmse)
+        if classes is not None:
+            found.draw("loss", "class mixture", "class mixture", losses.law("class mixture"))
+        found.draw(
+            "loss", f"{len(points):,} training images", "data", loss_curve(empirical, images, sigma, seed=seed).mmse
+        )
+    return _Laws(gaussian, classes, empirical)
+
+
+def _labelled(found: _Findings, empirical: Empirical, labels: Any, sigma: np.ndarray, seed: int) -> None:
+    """Clones and class entropy of the labelled data set itself."""
+    shares = torch.bincount(labels).double() / len(labels)
+    total = float(-(shares * shares.clamp_min(1e-300).log()).sum())
+    phi = cloning_probability(empirical, sigma, samples=1000, seed=seed, labels=labels)
+    half = 0.5 * (1.0 + float((shares * shares).sum()))
+    found.draw("clones", "clones, the data set itself", "data", phi)
+    found.add("cloning", "data", _passes(phi, half, "cloning", "arXiv:2402.18491, phi halfway from sum_c pi_c^2 to 1"))
+    rest = posterior_average(empirical, sigma, lambda p: -(p.exp() * p).sum(-1), 1000, seed, labels)
+    open_ = Curve(sigma, *rest, name="class entropy")
+    found.draw("information", "H[c | x], the data set itself", "data", open_, "--")
+    found.add("class entropy", "data", _passes(open_, 0.5 * total, "class entropy at 0.5 H[c]", "derived"))
+
+
+def _network(
+    found: _Findings,
+    store: Store,
+    network: Any,
+    fit: Images,
+    held: Images,
+    moments: Moments,
+    laws: _Laws,
+    judge: _Judge,
+    effort: Effort,
+    scale: float,
+    seed: int,
+) -> None:
+    """Everything that needs the network."""
+    low, high = network.sigma_range
+
+    def span(least: float, most: float, count: int) -> np.ndarray:
+        """Levels even in log sigma, as multiples of the data's largest standard deviation, inside the range."""
+        return np.geomspace(max(1.05 * low, least * scale), min(0.95 * high, most * scale), count)
+
+    shared: dict[str, Any] = {"steps": effort.steps, "seeds": seed, "keep": store.keep}
+    with found.stage("clones") as tell:
+        pairs = clones(
+            network,
+            span(0.07, 2.5, effort.branches),
+            judge.classify,
+            pairs=effort.pairs,
+            clusters=judge.clusters,
+            progress=tell,
+            **shared,
+        )
+        found.add("cloning", "network", pairs.crossing)
+        found.draw("clones", "clones, network", "network", pairs.curve, "o-")
+        found.lines.append({"panel": "clones", "value": pairs.floor, "label": "floor, sum of squared class shares"})
+        found.show("samples", "Final images of the clones' trunks.", torch.as_tensor(pairs.ends[:16]))
+    judged = judge.classify if judge.clusters is None else _nearest(pairs)
+    images, labels = _some(held, effort.images, seed)
+    with found.stage("U-turns") as tell:
+        turns = u_turns(network, images[: effort.pairs], span(0.07, 2.5, effort.turns), judged, progress=tell, **shared)
+        found.add("U-turn, class", "network", turns.crossing)
+        found.draw("clones", "U-turns: class changed", "network", turns.classes, "s--")
+        found.draw("clones", "U-turns: pixels changed", "network", turns.features, ":")
+    with found.stage("losses") as tell:
+        own = {"Gaussian": laws.gaussian} | ({} if laws.classes is None else {"class mixture": laws.classes})
+        levels = span(0.05, 6.0, effort.losses)
+        losses = loss_curve(network, images, levels, laws=own, seed=seed, progress=tell, keep=store.keep)
+        found.draw("loss", "network", "network", losses.mmse)
+        rate = entropy_rate(losses, rescaled=True)
+        found.draw("rate", "entropy rate, rescaled", "network", rate)
+        for law in own:
+            found.draw("loss", law, law, losses.law(law))
+            bound = divergence_bound(losses, law)
+            found.draw("information", f"network against {law}, nats", law, bound)
+            found.add("non-Gaussianity" if law == "Gaussian" else "distance from the mixture", "network", bound.time())
+        empirical = loss_curve(laws.empirical, images, levels, seed=seed).mmse
+        found.draw("loss", f"{len(laws.empirical):,} training images", "data", empirical)
+    if judge.labelled and labels is not None:
+        with found.stage("class entropy") as tell:
+            some, known = _some(fit, 2 * effort.images, seed)
+            open_ = class_entropy(
+                network,
+                span(0.07, 2.5, effort.turns),
+                images,
+                labels,
+                some,
+                known,
+                features=judge.features,
+                seed=seed,
+                progress=tell,
+                keep=store.keep,
+            )
+            found.add("class entropy", "network", open_.time())
+            found.draw("information", "H[c | x], network", "network", open_, "o-")
+    early = losses.sigma[losses.sigma > 0.3 * scale]
+    with found.stage("mechanism") as tell:
+        # Paths start where the noise hides everything, or as high as the network goes.
+        paths = reversion(
+            network,
+            span(0.07, 6.0, effort.branches),
+            paths=effort.pairs,
+            steps=effort.steps,
+            seeds=seed,
+            moments=moments,
+            keep=store.keep,
+        )
+        linear = linear_share(network, images, early, gaussian=laws.gaussian, seed=seed, progress=tell, keep=store.keep)
+        found.draw("mechanism", "correlation with the start", "network", paths, "o-")
+        if paths.exact is not None:
+            found.draw("mechanism", "the same, exact dynamics", "data", paths.exact, "--")
+        found.draw("mechanism", "share of the denoiser that is linear", "Gaussian", linear)
+        found.check(reversion_check(paths, speciation_time(moments)))
+        found.check(linearity_check(linear, speciation_time(moments)))
+    with found.stage("opportunity") as tell:
+        window = opportunity(
+            network, span(0.07, 2.5, effort.branches), judged, samples=effort.pairs, progress=tell, **shared
+        )
+        found.draw("opportunity", "change of the final image per unit of kick", "network", window.change, "o-")
+        found.add("window of opportunity, image", "network", window.peak)
+        if window.classes is not None and window.class_peak is not None:
+            found.draw("clones", "kicks: class changed", "network", window.classes, "^:")
+            found.add("window of opportunity, class", "network", window.class_peak)
+        found.check(_window_check(pairs, window))
+
+
+def _nearest(pairs: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The cluster of an image: the nearest mean of the clusters that the clones' trunks were sorted into."""
+    ends, names = torch.as_tensor(pairs.ends).flatten(1).float(), torch.as_tensor(pairs.labels)
+    centres = torch.stack([ends[names == k].mean(0) for k in names.unique()])
+
+    def classify(x: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(x.flatten(1).float(), centres).argmin(1)
+
+    return classify
+
+
+def _window_check(pairs: Any, window: Any) -> Check:
+    """Whether kicks carry furthest where the classes are decided.
+
+    Holds where the window's peak lies between the levels at which phi is 10 % and 90 % of the way from its floor
+    to certainty.
+    """
+    name = "a window of opportunity at the decision"
+    way = (pairs.curve.value - pairs.floor) / max(1e-12, 1.0 - pairs.floor)
+    ends = [crossing(pairs.curve.sigma, way, share) for share in (0.9, 0.1)]
+    peak = window.class_peak if window.class_peak is not None else window.peak
+    if peak.sigma is None or None in ends:
+        why = (
+            peak.reason
+            if peak.sigma is None
+            else "the clones' agreement does not run from 10 % to 90 % on these levels"
+        )
+        return Check(name, None, math.nan, math.nan, f"Cannot be said: {why}.")
+    low, high = (float(e) for e in ends if e is not None)
+    holds = low <= peak.sigma <= high
+    sentence = (
+        f"Kicks change most at sigma {peak.sigma:.3g}; the classes are decided between {high:.3g} and {low:.3g} "
+        f"(phi 10 % and 90 % of the way to certainty)."
+    )
+    return Check(name, bool(holds), float(peak.sigma), float(high), sentence)

@@ -1,0 +1,168 @@
+"""A whole diagnosis: of data alone, of an exact mixture posing as a network, interrupted, and of bad input."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from symbreak.adapters import as_unet, load_pipeline, scheduler
+from symbreak.data import images
+from symbreak.diagnosis import Effort, diagnose
+from symbreak.files import InputError
+from symbreak.laws import Mixture
+from symbreak.phases.speciation import cloning_time, speciation_time
+from symbreak.report import write_report
+
+TINY = Effort(pairs=64, steps=16, branches=8, turns=3, stability=3, losses=14, images=48, points=500)
+
+
+def rows(record, of=None):
+    return {c["name"]: c for c in record.content["criteria"] if of is None or c["of"] == of}
+
+
+def two_classes(tmp_path, n=400, seed=0, weights=(0.5, 0.5)):
+    """Images 1 x 2 x 2 of two narrow Gaussians at +-m, their law, and the law posing as a pipeline's network."""
+    rng = np.random.default_rng(seed)
+    m = np.array([[0.6, -0.6], [0.5, 0.1]])
+    y = (rng.random(n) >= weights[0]).astype(np.int64)
+    x = np.where(y == 0, -1.0, 1.0)[:, None, None] * m + 0.15 * rng.normal(size=(n, 2, 2))
+    path = tmp_path / "two.npz"
+    np.savez(path, images=x[:, None].astype(np.float32), labels=y)
+    means = torch.as_tensor(m).reshape(1, 1, 2, 2)
+    law = Mixture.from_parameters(torch.cat([-means, means]), 0.15**2, weights)
+    base = scheduler("ddpm")
+    pipe = SimpleNamespace(unet=as_unet(law, base), scheduler=base)
+    return images(str(path), value_range=(-1, 1)), law, pipe
+
+
+def nearest_sign(x):
+    m = torch.tensor([0.6, -0.6, 0.5, 0.1])
+    return (x.flatten(1).float() @ m > 0).long()
+
+
+def test_data_alone_with_and_without_labels(tmp_path):
+    data, law, _ = two_classes(tmp_path)
+    found = diagnose(data, effort=TINY)
+    own = rows(found, "class mixture")
+    # One draw of 320 images: moments are known to 3 / sqrt(320), levels to half of that; 15 % is 2 to 3 errors.
+    assert own["free entropy"]["level"]["sigma"] == pytest.approx(speciation_time(law, "free-entropy").sigma, rel=0.15)
+    assert own["cloning"]["level"]["sigma"] == pytest.approx(cloning_time(law).sigma, rel=0.15)
+    assert rows(found, "data")["cloning"]["level"]["sigma"] == pytest.approx(cloning_time(law).sigma, rel=0.15)
+    assert "network" not in {c["of"] for c in found.content["criteria"]}
+    assert all(c["seconds"] is not None for c in found.content["criteria"])
+    html = write_report(found, tmp_path / "r.html").read_text()
+    assert "Every criterion on one axis" in html
+    assert html.count("<svg") == 2
+    bare = np.load(tmp_path / "two.npz")["images"]
+    plain = diagnose(images(bare, value_range=(-1, 1)), effort=TINY)
+    assert {c["name"] for c in plain.content["criteria"]} == {"spectral", "signal-to-noise"}
+    sorted_ = diagnose(images(bare, value_range=(-1, 1)), clusters=2, effort=TINY)
+    assert rows(sorted_, "class mixture")["cloning"]["level"]["sigma"] == pytest.approx(
+        cloning_time(law).sigma, rel=0.15
+    )
+
+
+def test_a_mixture_posing_as_a_network(tmp_path):
+    data, law, pipe = two_classes(tmp_path, weights=(0.7, 0.3))
+    found = diagnose(data, pipe, classify=nearest_sign, effort=TINY, out=tmp_path / "out")
+    network = rows(found, "network")
+    exact = cloning_time(law).sigma
+    low, high = (network["cloning"][k]["sigma"] for k in ("low", "high"))
+    # 64 pairs: the interval is wide; a third beyond it would be more than three standard errors.
+    assert low / 1.3 < exact < high * 1.3
+    assert (
+        network["VE, loses stability"]["level"] is None or network["VE, loses stability"]["level"]["sigma"] < 2 * exact
+    )
+    phi = next(c for c in found.content["curves"] if c["label"] == "clones, network")
+    assert phi["value"][0] == 1.0
+    checks = {c["name"]: c for c in found.content["checks"]}
+    assert checks["early fluctuations revert"]["holds"] is True
+    assert "a window of opportunity at the decision" in checks
+    assert (tmp_path / "out" / "record.json").exists()
+    assert not list((tmp_path / "out").glob("blocks-*"))
+    write_report(found, tmp_path / "r.html")
+
+
+def test_an_interrupted_diagnosis_goes_on_and_finds_the_same(tmp_path):
+    data, _, pipe = two_classes(tmp_path)
+    whole = diagnose(data, pipe, classify=nearest_sign, effort=TINY)
+
+    class Stop(Exception):
+        pass
+
+    def stop_in(stage):
+        def tell(name, done, total):
+            if name == stage and done > 0:
+                raise Stop
+
+        return tell
+
+    out = tmp_path / "out"
+    for stage in ("clones", "losses", "opportunity"):
+        with pytest.raises(Stop):
+            diagnose(data, pipe, classify=nearest_sign, effort=TINY, out=out, progress=stop_in(stage))
+        assert list(out.glob("blocks-*/*.safetensors"))
+        assert not (out / "record.json").exists()
+    again = diagnose(data, pipe, classify=nearest_sign, effort=TINY, out=out)
+
+    def timeless(record):
+        content = dict(record.content)
+        content["criteria"] = [{k: v for k, v in c.items() if k != "seconds"} for c in content["criteria"]]
+        return content
+
+    assert timeless(again) == timeless(whole)
+
+
+def test_clusters_of_a_network_without_labels(tmp_path):
+    data, law, pipe = two_classes(tmp_path)
+    bare = images(np.load(tmp_path / "two.npz")["images"], value_range=(-1, 1))
+    found = diagnose(bare, pipe, clusters=2, effort=TINY)
+    low, high = (rows(found, "network")["cloning"][k]["sigma"] for k in ("low", "high"))
+    assert low / 1.3 < cloning_time(law).sigma < high * 1.3
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"classify": lambda x: torch.full((len(x), 2), torch.nan)}, "NaN"),
+        ({"classify": lambda x: torch.zeros(3)}, "3"),
+        ({"effort": Effort(pairs=3)}, "pairs is 3"),
+        ({"effort": Effort(branches=1)}, "branches is 1"),
+    ],
+)
+def test_bad_settings(tmp_path, options, match):
+    data, _, pipe = two_classes(tmp_path)
+    with pytest.raises(InputError, match=match):
+        diagnose(data, pipe, **{"effort": TINY, **options})
+
+
+def test_bad_data(tmp_path):
+    data, _, pipe = two_classes(tmp_path)
+    with pytest.raises(InputError, match=r"the network makes images of \(1, 8, 8\), but the data are \(1, 2, 2\)"):
+        diagnose(data, load_pipeline("digits"))
+    with pytest.raises(InputError, match="tell no two classes"):
+        diagnose(data.only(data.classes[:1]), pipe, effort=TINY)
+    with pytest.raises(InputError, match=r"the held-out images \(1, 8, 8\)"):
+        diagnose(data, holdout=images("digits"))
+    same = images(np.zeros((30, 1, 2, 2), np.float32), value_range=(-1, 1))
+    with pytest.raises(InputError, match="are equal"):
+        diagnose(same)
+
+
+def test_classes_that_differ_in_covariance_only(tmp_path):
+    """The spectrum knows nothing of them (its top eigenvalue is below 1); free entropy and clones find them."""
+    rng = np.random.default_rng(4)
+    y = np.arange(3000) % 2
+    x = np.sqrt(np.where(y == 0, 0.04, 0.16))[:, None, None, None] * rng.normal(size=(3000, 1, 8, 8))
+    np.savez(tmp_path / "c.npz", images=x.astype(np.float32), labels=y)
+    data = images(str(tmp_path / "c.npz"), value_range=(-1, 1))
+    found = diagnose(data, effort=TINY)
+    assert found.content["speciation"]["[-1, 1]"]["level"] is None
+    exact = Mixture.from_parameters(
+        torch.zeros(2, 64), torch.stack([0.04 * torch.eye(64), 0.16 * torch.eye(64)]).double()
+    )
+    own = rows(found, "class mixture")
+    # 1,200 images a class fix a variance to 0.5 %; the mixture's shrinkage and its noisy directions cost more.
+    assert own["free entropy"]["level"]["sigma"] == pytest.approx(speciation_time(exact, "free-entropy").sigma, rel=0.1)
+    assert own["cloning"]["level"]["sigma"] == pytest.approx(cloning_time(exact).sigma, rel=0.1)
