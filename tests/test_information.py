@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.integrate import quad
+from scipy.integrate import quad, trapezoid
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -173,7 +173,7 @@ def test_the_integral_is_that_of_a_spline():
     np.testing.assert_allclose(integral_above(u**3, sigma), exact, atol=1e-12)  # a cubic is its own spline
     straight = integral_above(np.stack([u**3, u], 1), sigma, order=1)
     np.testing.assert_allclose(straight[:, 1], (u[-1] ** 2 - u**2) / 2, atol=1e-12)
-    assert straight[0, 0] == pytest.approx(np.trapezoid(u**3, u), abs=1e-12)
+    assert straight[0, 0] == pytest.approx(trapezoid(u**3, u), abs=1e-12)
     assert integral_above(np.ones((1, 3)), np.ones(1)).tolist() == [[0.0, 0.0, 0.0]]
 
 
@@ -204,12 +204,12 @@ def test_non_gaussianity_of_exact_losses(step):
 def test_non_gaussianity_of_two_points():
     law = points(-1.0, 1.0)
     gaussian = Gaussian(law.moments)
-    data = law.sample(4000, 0.0, generator(7))
+    data = law.sample(2000, 0.0, generator(7))
     found = non_gaussianity(as_network(law), gaussian, data, list(NATS))
     for i, wanted in enumerate(NATS.values()):
         spread = (found.high[i] - found.low[i]) / 3.92
         assert found.value[i] == pytest.approx(wanted, abs=4 * spread + found.quadrature[i])
-        # The distance has far less noise than the difference of losses: 10 % for 4,000 images.
+        # The distance has far less noise than the difference of losses: 10 % for 2,000 images.
         assert found.indicator[i] == pytest.approx(wanted, rel=0.1, abs=found.quadrature[i])
     assert found.losses.sigma[-1] == pytest.approx(20.0, rel=1e-2)
     one = non_gaussianity(law, gaussian, data, 0.5)
@@ -357,15 +357,15 @@ def bound(network, sigma, seed, features=barycentric, fit=2000, held=500):
 
 def test_a_classifier_bounds_the_class_entropy():
     sigma, network = np.array([0.4, 0.7, 1.0, 1.6]), as_network(triangle())
-    exact = class_entropy(triangle(), sigma, samples=100_000)
-    tight = bound(network, sigma, 12, held=4000)
+    exact = class_entropy(triangle(), sigma, samples=60_000)
+    tight = bound(network, sigma, 12, held=2000)
     # The features are sufficient; 8 coefficients fitted to 2,000 images cost 8 / 4,000 nats on others.
     within(tight, dict(zip(sigma, exact.value + 0.002)))
     # Principal coordinates of D are not log odds: the bound is looser where classes are told apart.
-    loose = bound(network, sigma, 12, features=None, held=4000)
-    assert (loose.value > exact.value - 0.02).all()  # two standard errors
+    loose = bound(network, sigma, 12, features=None, held=2000)
+    assert (loose.value > exact.value - 0.03).all()  # two standard errors
     assert loose.value[1] < 1.3 * exact.value[1]
-    assert tight.total == pytest.approx(exact.total, abs=0.02)
+    assert tight.total == pytest.approx(exact.total, abs=0.03)
     half = tight.time()
     assert half.low.sigma < half.sigma < half.high.sigma
     assert half.source.startswith("derived")
@@ -452,12 +452,13 @@ def test_coverage_of_the_level_of_a_tenth_of_a_nat():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # 100 times 6 levels of a fitted classifier
 def test_coverage_of_the_half_level_of_the_class_entropy():
     exact = class_entropy(triangle(), [0.3, 1.5], samples=2_000_000).time().sigma
     network = as_network(triangle())
     held = 0
     for seed in range(100):
-        found = bound(network, np.geomspace(0.3, 1.2, 8), 200 + seed).time()
+        found = bound(network, np.geomspace(0.4, 1.0, 6), 200 + seed, fit=1000).time()
         held += found.low is not None and found.low.sigma <= exact <= found.high.sigma
     print(f"class entropy: {held} of 100")  # noqa: T201
     assert held >= 90

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.integrate import trapezoid
 
 from symbreak.critical import CriticalTime, Curve, crossing, curve, levels, resampled
 from symbreak.denoise import CHUNK, as_denoiser, ask, images_for, posterior_step
@@ -248,17 +249,23 @@ def reversion_check(found: Reversion, at: Any) -> Check:
 class LinearShare(Curve):
     """Share of the variance of D(x, sigma) explained by an affine map of x, a `Curve` with 95 % bootstrap intervals.
 
-    Out of sample: an estimate from below of what the best affine map explains.
+    Out of sample: an estimate from below of what the best affine map explains. Far above the data D hardly varies, and
+    what varies is a network's error as much as its answer: a small share there is a small matter, see ``remainder``.
 
     Attributes:
         gaussian: the same for the Gaussian law's own map, with the data's moments.
+        remainder: E|D - A x - b|^2 at every level [G].
+        spread: E|D - E D|^2 [G].
     """
 
     gaussian: Curve | None = None
+    remainder: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    spread: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for records."""
-        return {**super().to_dict(), "gaussian": self.gaussian and self.gaussian.to_dict()}
+        own = {k: np.atleast_1d(getattr(self, k)).tolist() for k in ("remainder", "spread")}
+        return {**super().to_dict(), "gaussian": self.gaussian and self.gaussian.to_dict(), **own}
 
 
 def linear_share(
@@ -341,11 +348,17 @@ def linear_share(
 
     value, low, high = (a.reshape(shape) for a in share(best))
     law_curve = curve(s, shape, *share(own), name="share explained by the Gaussian's map")
-    return LinearShare(s.reshape(shape), value, low, high, "share explained by a linear map", law_curve)
+    name = "share explained by a linear map"
+    return LinearShare(s.reshape(shape), value, low, high, name, law_curve, best.mean(1), total.mean(1))
 
 
 def linearity_check(found: LinearShare, at: Any) -> Check:
-    """The early dynamics are linear: at and above the level of a start an affine map explains at least 0.9 of D.
+    """The early dynamics are linear: from the level of a start up an affine map explains at least 0.9 of D.
+
+        1 - (integral of E|D - A x - b|^2 / u^3 du) / (integral of E|D - E D|^2 / u^3 du),    u from that level up
+
+    Levels count as they do for the divergence: by what a wrong denoiser there costs in nats. The least share of all
+    levels would speak of a network's error far above the data, where D hardly varies.
 
     Args:
         found: of `linear_share`, on levels around and above that level.
@@ -354,19 +367,23 @@ def linearity_check(found: LinearShare, at: Any) -> Check:
     name = "early dynamics are linear"
     level, why = _sigma_of(at)
     order = np.argsort(np.atleast_1d(found.sigma))
-    sigma, value = np.atleast_1d(found.sigma)[order], np.atleast_1d(found.value)[order]
-    if level is None or not sigma[0] <= level <= sigma[-1]:
+    sigma = np.atleast_1d(found.sigma)[order]
+    if level is None or not sigma[0] <= level < sigma[-1]:
         why = why or f"sigma {level:.4g} is outside {sigma[0]:.4g} to {sigma[-1]:.4g}, where it was measured"
         return Check(name, None, math.nan, LINEAR, f"Cannot be said: {why}.")
-    here = float(np.interp(math.log(level), np.log(sigma), value))
-    above = sigma > level
-    where, least = min(zip([level, *sigma[above]], [here, *value[above]]), key=lambda pair: pair[1])
-    holds = least >= LINEAR
-    sentence = (
-        f"From sigma {level:.3g} up a linear map explains at least {least:.1%} of the variance of the network's "
-        f"denoiser (least at {where:.3g}): {'not below' if holds else 'below'} {LINEAR:.0%}."
+    u = np.log(np.append(level, sigma[sigma > level]))
+    left, whole = (
+        trapezoid(np.interp(u, np.log(sigma), energy[order]) * np.exp(-2 * u), u)
+        for energy in (found.remainder, found.spread)
     )
-    return Check(name, bool(holds), float(least), LINEAR, sentence)
+    share = float(1 - left / whole)
+    here = float(np.interp(math.log(level), np.log(sigma), np.atleast_1d(found.value)[order]))
+    holds = share >= LINEAR
+    sentence = (
+        f"From sigma {level:.3g} up a linear map explains {share:.0%} of the network's denoiser, {here:.0%} at that "
+        f"level: {'not below' if holds else 'below'} {LINEAR:.0%}."
+    )
+    return Check(name, holds, share, LINEAR, sentence)
 
 
 def _ridge(z: torch.Tensor, left: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
