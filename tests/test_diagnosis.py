@@ -24,20 +24,20 @@ def rows(record, of=None):
 def two_classes(tmp_path, n=400, seed=0, weights=(0.5, 0.5)):
     """Images 1 x 2 x 2 of two narrow Gaussians at +-m, their law, and the law posing as a pipeline's network."""
     rng = np.random.default_rng(seed)
-    m = np.array([[0.6, -0.6], [0.5, 0.1]])
+    m = np.array([[0.3, -0.3], [0.25, 0.05]])
     y = (rng.random(n) >= weights[0]).astype(np.int64)
-    x = np.where(y == 0, -1.0, 1.0)[:, None, None] * m + 0.15 * rng.normal(size=(n, 2, 2))
+    x = np.where(y == 0, -1.0, 1.0)[:, None, None] * m + 0.075 * rng.normal(size=(n, 2, 2))
     path = tmp_path / "two.npz"
     np.savez(path, images=x[:, None].astype(np.float32), labels=y)
     means = torch.as_tensor(m).reshape(1, 1, 2, 2)
-    law = Mixture.from_parameters(torch.cat([-means, means]), 0.15**2, weights)
+    law = Mixture.from_parameters(torch.cat([-means, means]), 0.075**2, weights)
     base = scheduler("ddpm")
     pipe = SimpleNamespace(unet=as_unet(law, base), scheduler=base)
     return images(str(path), value_range=(-1, 1)), law, pipe
 
 
 def nearest_sign(x):
-    m = torch.tensor([0.6, -0.6, 0.5, 0.1])
+    m = torch.tensor([0.3, -0.3, 0.25, 0.05])
     return (x.flatten(1).float() @ m > 0).long()
 
 
@@ -154,13 +154,13 @@ def test_classes_that_differ_in_covariance_only(tmp_path):
     """The spectrum knows nothing of them (its top eigenvalue is below 1); free entropy and clones find them."""
     rng = np.random.default_rng(4)
     y = np.arange(3000) % 2
-    x = np.sqrt(np.where(y == 0, 0.04, 0.16))[:, None, None, None] * rng.normal(size=(3000, 1, 8, 8))
+    x = np.sqrt(np.where(y == 0, 0.01, 0.04))[:, None, None, None] * rng.normal(size=(3000, 1, 8, 8))
     np.savez(tmp_path / "c.npz", images=x.astype(np.float32), labels=y)
     data = images(str(tmp_path / "c.npz"), value_range=(-1, 1))
     found = diagnose(data, effort=TINY)
     assert found.content["speciation"]["[-1, 1]"]["level"] is None
     exact = Mixture.from_parameters(
-        torch.zeros(2, 64), torch.stack([0.04 * torch.eye(64), 0.16 * torch.eye(64)]).double()
+        torch.zeros(2, 64), torch.stack([0.01 * torch.eye(64), 0.04 * torch.eye(64)]).double()
     )
     own = rows(found, "class mixture")
     # 1,200 images a class fix a variance to 0.5 %; the mixture's shrinkage and its noisy directions cost more.

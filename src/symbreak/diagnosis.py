@@ -43,6 +43,7 @@ from symbreak.record import Record, plain, versions
 __all__ = ["Effort", "describe", "diagnose", "png_row", "spectral_times"]
 
 Progress = Callable[[str, int, int], None]
+DRAWS = 5000  # of a class mixture, where nothing is exact
 CLUSTERS = 10  # classes of a network where neither labels nor a number were given
 
 
@@ -306,8 +307,7 @@ def diagnose(
         raise InputError(f"all {len(data):,} images of {data.name} are equal: nothing is decided. Choose other data.")
     if network is not None:
         judge = _judge(found, store, fit, held, classify, clusters, seed)  # what is wrong with it is said at once
-    with found.stage("laws"):
-        laws = _laws(found, fit, held, network is None, clusters, effort, scale, seed)
+    laws = _laws(found, fit, held, network is None, clusters, effort, scale, seed)
     if network is not None:
         _network(found, store, network, fit, held, moments, laws, judge, effort, scale, seed)
         content["network"] = {
@@ -337,7 +337,7 @@ def _held_out(data: Images, holdout: Images | None, clusters: int | None) -> tup
         if holdout.shape != data.shape:
             raise InputError(f"the data are {data.shape}, the held-out images {holdout.shape}. Resize one of them.")
         return data, holdout, [f"Losses and U-turns on {len(holdout):,} held-out images of {holdout.name}."]
-    if data.name == "digits" and not data.history:
+    if data.name == "digits" and data.history == images("digits").history:
         held = images("digits:held-out")
         return data, held, [f"Losses and U-turns on the {len(held):,} digits of the held-out half."]
     if len(data) < 10:
@@ -486,35 +486,43 @@ def _laws(
     seed: int,
 ) -> _Laws:
     """Everything that the data alone can say."""
-    gaussian = Gaussian.fit(fit)
-    points, labels = _some(fit, effort.points, seed)
-    empirical = Empirical(points)
-    classes = None
-    if clusters is not None:
-        classes = PrincipalMixture.fit(fit, components=clusters, gaussian=gaussian, seed=seed)
-    elif _classes(fit):
-        classes = PrincipalMixture.fit(fit, labels=True, gaussian=gaussian, seed=seed)
+    with found.stage("laws"):
+        gaussian = Gaussian.fit(fit)
+        points, labels = _some(fit, effort.points, seed)
+        empirical = Empirical(points)
+        classes = None
+        if clusters is not None:
+            classes = PrincipalMixture.fit(fit, components=clusters, gaussian=gaussian, seed=seed)
+        elif _classes(fit):
+            classes = PrincipalMixture.fit(fit, labels=True, gaussian=gaussian, seed=seed)
     sigma = scale * np.geomspace(0.05, 4.0, 24)
     if classes is not None:
         mixture = classes.inner
-        free = speciation_time(mixture, "free-entropy")
-        found.add("free entropy", "class mixture", free)
-        found.add("cloning", "class mixture", cloning_time(mixture))
-        found.draw("clones", "clones, class mixture", "class mixture", cloning_probability(mixture, sigma))
-        open_ = class_entropy(mixture, sigma)
-        found.add("class entropy", "class mixture", open_.time())
-        found.draw("information", "H[c | x], class mixture", "class mixture", open_, "--")
-        if len({int(c) for c in labels.tolist()} if labels is not None and clusters is None else ()) > 1:
-            _labelled(found, empirical, labels, sigma, seed)
+        with found.stage("free entropy"):
+            found.add(
+                "free entropy", "class mixture", speciation_time(mixture, "free-entropy", samples=DRAWS, seed=seed)
+            )
+        with found.stage("class mixture"):
+            found.add("cloning", "class mixture", cloning_time(mixture, samples=DRAWS, seed=seed))
+            phi = cloning_probability(mixture, sigma, samples=DRAWS, seed=seed)
+            found.draw("clones", "clones, class mixture", "class mixture", phi)
+            open_ = class_entropy(mixture, sigma, samples=DRAWS, seed=seed)
+            found.add("class entropy", "class mixture", open_.time())
+            found.draw("entropy", "class mixture", "class mixture", open_, "--")
+        if labels is not None and clusters is None and len(labels.unique()) > 1:
+            with found.stage("data set"):
+                _labelled(found, empirical, labels, sigma, seed)
     if alone:
-        images, _ = _some(held, effort.images, seed)
-        losses = loss_curve(gaussian, images, sigma, laws={"class mixture": classes} if classes else None, seed=seed)
-        found.draw("loss", "Gaussian", "Gaussian", losses.mmse)
-        if classes is not None:
-            found.draw("loss", "class mixture", "class mixture", losses.law("class mixture"))
-        found.draw(
-            "loss", f"{len(points):,} training images", "data", loss_curve(empirical, images, sigma, seed=seed).mmse
-        )
+        with found.stage("losses"):
+            images, _ = _some(held, effort.images, seed)
+            losses = loss_curve(
+                gaussian, images, sigma, laws={"class mixture": classes} if classes else None, seed=seed
+            )
+            found.draw("loss", "Gaussian", "Gaussian", losses.mmse)
+            if classes is not None:
+                found.draw("loss", "class mixture", "class mixture", losses.law("class mixture"))
+            own = loss_curve(empirical, images, sigma, seed=seed).mmse
+            found.draw("loss", f"{len(points):,} training images", "data", own)
     return _Laws(gaussian, classes, empirical)
 
 
@@ -528,7 +536,7 @@ def _labelled(found: _Findings, empirical: Empirical, labels: Any, sigma: np.nda
     found.add("cloning", "data", _passes(phi, half, "cloning", "arXiv:2402.18491, phi halfway from sum_c pi_c^2 to 1"))
     rest = posterior_average(empirical, sigma, lambda p: -(p.exp() * p).sum(-1), 1000, seed, labels)
     open_ = Curve(sigma, *rest, name="class entropy")
-    found.draw("information", "H[c | x], the data set itself", "data", open_, "--")
+    found.draw("entropy", "the data set itself", "data", open_, "--")
     found.add("class entropy", "data", _passes(open_, 0.5 * total, "class entropy at 0.5 H[c]", "derived"))
 
 
@@ -584,7 +592,7 @@ def _network(
         for law in own:
             found.draw("loss", law, law, losses.law(law))
             bound = divergence_bound(losses, law)
-            found.draw("information", f"network against {law}, nats", law, bound)
+            found.draw("information", f"network against {law}", law, bound)
             found.add("non-Gaussianity" if law == "Gaussian" else "distance from the mixture", "network", bound.time())
         empirical = loss_curve(laws.empirical, images, levels, seed=seed).mmse
         found.draw("loss", f"{len(laws.empirical):,} training images", "data", empirical)
@@ -604,7 +612,7 @@ def _network(
                 keep=store.keep,
             )
             found.add("class entropy", "network", open_.time())
-            found.draw("information", "H[c | x], network", "network", open_, "o-")
+            found.draw("entropy", "network, upper bound", "network", open_, "o-")
     early = losses.sigma[losses.sigma > 0.3 * scale]
     with found.stage("mechanism") as tell:
         # Paths start where the noise hides everything, or as high as the network goes.
@@ -615,6 +623,7 @@ def _network(
             steps=effort.steps,
             seeds=seed,
             moments=moments,
+            sigma_start=min(0.95 * high, 8.0 * scale),
             keep=store.keep,
         )
         linear = linear_share(network, images, early, gaussian=laws.gaussian, seed=seed, progress=tell, keep=store.keep)

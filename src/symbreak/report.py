@@ -111,7 +111,8 @@ def _speciation_sentence(c: dict[str, Any], top: float, total: float) -> str:
 
 PANELS = {
     "clones": ("probability", "Clones and U-turns: is the class decided?"),
-    "information": ("nats", "What is still open, and how far from a Gaussian"),
+    "entropy": ("nats", "Class entropy H[c | x]: what is still open"),
+    "information": ("nats", "How far from a Gaussian, by denoising losses (a lower bound)"),
     "loss": ("squared error", "Denoising loss on held-out images"),
     "rate": ("MMSE / sigma^2, nats", "Entropy rate, rescaled: the noise levels that decide most"),
     "stability": ("eigenvalue / threshold", "Stability of the central fixed point"),
@@ -186,8 +187,10 @@ def phases_figure(content: dict[str, Any]) -> Any:
         for line in content["lines"]:
             if line["panel"] == panel:
                 ax.axhline(line["value"], color="#888", linestyle=":", linewidth=1, label=line["label"])
-        if panel == "loss":
+        if panel in ("loss", "information"):
             ax.set_yscale("log")
+        if panel == "information":
+            ax.set_ylim(bottom=1e-2)
         ax.set_ylabel(unit, fontsize=8)
         ax.set_title(title, fontsize=9, loc="left")
         ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -1,0 +1,96 @@
+"""The page docs/when-it-decides.md: tables and figures from finished diagnoses.
+
+    symbreak phases --data digits --model digits --out build/phases/digits
+    python examples/classes_by_covariance.py build/phases/covariance
+    symbreak phases --data mnist-train.parquet --classes 1,8 --pad 32 --model build/mnist-1-8 \\
+        --holdout mnist-test.parquet --pairs 150 --out build/phases/mnist
+    python scripts/compare_mnist_1_8.py ...          # build/phases/mnist-1-8/clones.json
+    python scripts/draw_phases.py
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from symbreak.record import Record
+from symbreak.report import phases_figure
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "when-it-decides.md"
+
+
+def span(row: dict, key: str) -> str:
+    value, low, high = (None if row[w] is None else row[w].get(key) for w in ("level", "low", "high"))
+    if value is None:
+        return "none" if row["level"] is None else "-"
+    inside = low is not None and high is not None and low != high
+    return f"{value:.3g}" + (f" [{low:.3g}, {high:.3g}]" if inside else "")
+
+
+def table(content: dict) -> list[str]:
+    out = [
+        f"| criterion | of | flow, frame | sigma | tau | step ({content['schedule']}) | seconds |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in content["criteria"]:
+        where = ", ".join(w.upper() for w in (row["flow"], row["frame"]) if w)
+        cells = " | ".join(span(row, k) for k in ("sigma", "ou_time", "step"))
+        out.append(f"| {row['name']} | {row['of']} | {where} | {cells} | {row['seconds']:.1f} |")
+    missing = [c for c in content["criteria"] if c["level"] is None]
+    out += ["", *(f"- {c['name']} ({c['of']}): {c['reason']}" for c in missing)]
+    if content["checks"]:
+        out += ["", "| check | verdict | in words |", "|---|---|---|"]
+        word = {True: "holds", False: "does not hold", None: "cannot be said"}
+        out += [f"| {c['name']} | {word[c['holds']]} | {c['sentence']} |" for c in content["checks"]]
+    return out
+
+
+def comparison(found: dict) -> list[str]:
+    tau = found["tau"]
+    low, high = tau["interval"]
+    rows = [
+        f"| {g['step']} | {g['published']:.3f} | {g['ours']:.3f} |"
+        for g in found["gap at the published levels"]
+    ]
+    inside = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
+    return [
+        f"- phi passes its halfway level at tau {tau['ours']:.3f}{inside} ({found['pairs']:,} pairs, "
+        f"{found['steps_of_sampler']} ancestral steps, classifier {found['accuracy']:.2%} on held-out images).",
+        f"- The published curve passes .75 at tau {tau['published']:.3f} for pixels in [0, 1], which is "
+        f"tau {tau['published, pixels in [-1, 1]']:.3f} for pixels in [-1, 1] (twice the sigma; ln 2 where sigma is "
+        f"large): ours is {tau['ours'] - tau['published, pixels in [-1, 1]']:+.3f} of that, and "
+        f"{tau['ours'] - tau['published']:+.3f} of the curve as given.",
+        "",
+        "| published step | published phi | this network at that signal-to-noise ratio |",
+        "|---|---|---|",
+        *rows,
+    ]
+
+
+def main() -> None:
+    figures = ROOT / "docs" / "figures"
+    text = PAGE.read_text(encoding="utf-8")
+    for name in ("digits", "covariance", "mnist"):
+        folder = ROOT / "build" / "phases" / name
+        if not (folder / "record.json").exists():
+            continue
+        content = Record.load(folder).content
+        phases_figure(content).savefig(figures / f"phases-{name}.png", dpi=80, metadata={"Software": None})
+        text = between(text, name, table(content))
+    clones = ROOT / "build" / "phases" / "mnist-1-8"
+    if (clones / "clones.json").exists():
+        shutil.copy(clones / "clones.png", figures / "mnist-1-8-clones.png")
+        text = between(text, "mnist-1-8", comparison(json.loads((clones / "clones.json").read_text())))
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def between(text: str, name: str, lines: list[str]) -> str:
+    begin, end = f"<!-- {name}:begin, written by scripts/draw_phases.py -->", f"<!-- {name}:end -->"
+    before, rest = text.split(begin)
+    return before + "\n".join([begin, *lines, end]) + rest.split(end)[1]
+
+
+if __name__ == "__main__":
+    main()
