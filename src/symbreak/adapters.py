@@ -485,7 +485,8 @@ class _Posing(torch.nn.Module):
         self, sample: torch.Tensor, timestep: Any, class_labels: Any = None, return_dict: bool = True, **_: Any
     ) -> Any:
         times = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1).tolist()
-        levels = [self._level(t) for t in times]
+        known = {t: self._level(t) for t in set(times)}
+        levels = [known[t] for t in times]
         column = [-1] + [1] * (sample.ndim - 1)
         sigma = torch.tensor([v.sigma for v in levels], dtype=torch.float64, device=sample.device).reshape(column)
         alpha = torch.tensor([v.alpha for v in levels], dtype=torch.float64, device=sample.device).reshape(column)

@@ -12,10 +12,12 @@ network has learnt changes its class with probability 1 - phi. Crossings are the
 All trajectories of a block advance together in one batch that grows as sigma falls: the trunk runs once whatever
 the number of levels, it is one of the two clones itself, and a clone leaves after the network has been asked
 about the state that both share. N steps and levels at steps k_j cost N + sum_j (N - 1 - k_j) evaluations a pair.
-Reverse steps are `posterior_step`, steps along the flow are DDIM's, x' = D + (sigma' / sigma) (x - D).
+Reverse steps are `posterior_step` with D extrapolated to the middle of the step (SDE-DPM-Solver++ 2M, one call a
+step, of second order); steps along the flow are DDIM's, x' = D + (sigma' / sigma) (x - D).
 
 Sources: Biroli, Bonnaire, de Bortoli, Mézard 2024, arXiv:2402.18491 (clones); Sclocchi, Favero, Wyart 2024,
-arXiv:2402.16991 (U-turns); DDIM: Song, Meng, Ermon 2020, arXiv:2010.02502; the monotone form is derived.
+arXiv:2402.16991 (U-turns); Lu et al. 2022, arXiv:2211.01095 (SDE-DPM-Solver++); Song, Meng, Ermon 2020,
+arXiv:2010.02502 (DDIM); the monotone form is derived.
 """
 
 from __future__ import annotations
@@ -209,6 +211,7 @@ class _Sampler:
                 which leave it once the network has been asked about the state that both share.
         """
         n, order = len(x), np.argsort(self.at, kind="stable")
+        before = x[:0]
         for i, level in enumerate(self.grid):
             here = [int(j) for j in order if self.at[j] == i]
             if join is not None:
@@ -217,13 +220,18 @@ class _Sampler:
             tell(len(x))
             if i + 1 == len(self.grid):
                 break
+            below, ahead = float(self.grid[i + 1]), mean
+            if not self.flow and i:
+                # D where the step is half done, going on as it came; states that have just begun have no past.
+                old, far = len(before), min(1.0, 0.5 * math.log(level / below) / math.log(self.grid[i - 1] / level))
+                ahead = torch.cat([mean[:old] + far * (mean[:old] - before), mean[old:]])
             if join is None:
-                x, mean = (torch.cat([a] + [a[:n]] * len(here)) for a in (x, mean))
-            below = float(self.grid[i + 1])
+                x, mean, ahead = (torch.cat([a] + [a[:n]] * len(here)) for a in (x, mean, ahead))
+            before = mean
             if self.flow:
                 x = torch.lerp(mean, x, below / float(level))
             else:
-                x = posterior_step(mean, x, float(level), below, torch.randn(x.shape, generator=g, dtype=self.dtype))
+                x = posterior_step(ahead, x, float(level), below, torch.randn(x.shape, generator=g, dtype=self.dtype))
         if not bool(torch.isfinite(mean).all()):
             raise InputError("final images hold NaN or infinity. Check the network, or pass a smaller sigma_start.")
         images = mean.reshape(1 + len(order), n, *mean.shape[1:])
@@ -259,7 +267,7 @@ def _sampler(
         block = max(16, min(2000, 2**14 // math.prod(d.shape)))  # all clones of a block stay in the cache
     else:
         start, end = sigma_start or (high if high < math.inf else HIGHEST), sigma_end or low or LOWEST
-        block = PAIRS
+        block = max(PAIRS, min(2000, 2**12 // math.prod(d.shape)))
     if not (low <= end < s.min() and s.max() <= start <= high):
         raise InputError(
             f"branch levels from {s.min():.4g} to {s.max():.4g}; expected them between the last level {end:.4g} and "
