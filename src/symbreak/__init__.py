@@ -23,6 +23,7 @@ _HOMES = {
     "moments": ("Moments", "frechet_distance"),
     "noise": ("NoiseLevel", "Schedule", "schedule"),
     "phases.collapse": ("collapse_time", "excess_entropy"),
+    "phases.landscape": ("arc_potential", "network_stability"),
     "phases.speciation": ("clone_agreement", "cloning_probability", "speciation_time"),
     "phases.stability": ("bifurcation", "fixed_points", "potential"),
     "pipeline": ("LateStartPipeline",),
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from symbreak.moments import Moments, frechet_distance
     from symbreak.noise import NoiseLevel, Schedule, schedule
     from symbreak.phases.collapse import collapse_time, excess_entropy
+    from symbreak.phases.landscape import arc_potential, network_stability
     from symbreak.phases.speciation import clone_agreement, cloning_probability, speciation_time
     from symbreak.phases.stability import bifurcation, fixed_points, potential
     from symbreak.pipeline import LateStartPipeline
