@@ -26,6 +26,7 @@ _HOMES = {
     "phases.clones": ("clone_agreement", "clones", "opportunity", "u_turns"),
     "phases.speciation": ("cloning_probability", "speciation_time"),
     "phases.information": ("entropy_rate", "loss_curve", "non_gaussianity"),
+    "phases.landscape": ("arc_potential", "network_stability"),
     "phases.stability": ("bifurcation", "fixed_points", "potential"),
     "pipeline": ("LateStartPipeline",),
     "record": ("Record",),
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from symbreak.phases.collapse import collapse_time, excess_entropy
     from symbreak.phases.information import entropy_rate, loss_curve, non_gaussianity
     from symbreak.phases.speciation import cloning_probability, speciation_time
+    from symbreak.phases.landscape import arc_potential, network_stability
     from symbreak.phases.stability import bifurcation, fixed_points, potential
     from symbreak.pipeline import LateStartPipeline
     from symbreak.record import Record

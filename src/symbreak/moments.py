@@ -30,7 +30,7 @@ from symbreak.critical import jackknife
 from symbreak.files import InputError, read_tensors, write_tensors
 from symbreak.sketch import FORMAT, LARGEST_DIM, LowRankMoments, Spectrum, sketch_moments
 
-__all__ = ["LowRankMoments", "Moments", "Spectrum", "frechet_distance"]
+__all__ = ["LowRankMoments", "Moments", "Spectrum", "frechet_distance", "mode_images"]
 
 EXACT_ROWS = 1024  # 1,024 products of two numbers up to 128 stay below 2^24
 BUFFER_BYTES = 2**28
@@ -239,6 +239,14 @@ class Moments:
                 rows.append(self._top(rest, k))
             cache[k] = np.stack(rows)
         return cache[k]
+
+    def leading_vectors(self, k: int) -> torch.Tensor:
+        """Eigenvectors of the k largest eigenvalues in columns [d, k], their signs undefined."""
+        if "eigh" in self.__dict__ or self.dim <= 256 or k >= self.dim // 8:
+            return self.eigh[1][:, :k]
+        start = np.random.default_rng(0).standard_normal(self.dim)
+        values, vectors = eigsh(self.cov.numpy(), k=k, which="LA", v0=start, tol=1e-12)
+        return torch.from_numpy(vectors[:, np.argsort(-values)].copy())
 
     @staticmethod
     def _top(part: _Part, k: int) -> np.ndarray:
@@ -468,3 +476,32 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum() if min(r.shape[1] for r in roots) else 0.0
     value = gap @ gap + torch.trace(a.cov) + torch.trace(b.cov) - 2 * cross
     return max(0.0, float(value))
+
+
+def mode_images(moments: Moments | LowRankMoments, modes: int = 8) -> torch.Tensor:
+    """The leading eigenvectors of the covariance as images.
+
+        C v_i = lambda_i v_i, |v_i| = 1, the entry of largest size positive
+
+    Args:
+        moments: `Moments` or `LowRankMoments`.
+        modes: how many; fewer come where the dimension or the rank is smaller.
+
+    Returns:
+        [modes, *S] float64, by falling eigenvalue.
+
+    Raises:
+        InputError: for fewer than one mode.
+
+    >>> mode_images(Moments(2, [0.0, 0.0], [[1.0, 0.0], [0.0, 4.0]]), 1).tolist()
+    [[0.0, 1.0]]
+    """
+    if int(modes) != modes or modes < 1:
+        raise InputError(f"{modes} modes asked for; expected a whole number of at least 1.")
+    if isinstance(moments, LowRankMoments):
+        columns = moments.vectors[:, :modes].double()
+    else:
+        columns = moments.leading_vectors(min(int(modes), moments.dim))
+    rows = columns.T.contiguous()
+    largest = rows.gather(1, rows.abs().argmax(1, keepdim=True))
+    return (rows * largest.sign()).reshape(-1, *moments.shape)

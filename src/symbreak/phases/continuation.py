@@ -22,10 +22,11 @@ import torch
 from scipy.optimize import brentq
 from scipy.sparse.linalg import LinearOperator, eigs, eigsh, gmres
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from symbreak.denoise import as_denoiser
 from symbreak.files import InputError
-from symbreak.noise import generator
+from symbreak.noise import NoiseLevel, generator
 
 __all__ = [
     "CentralBranch",
@@ -35,6 +36,8 @@ __all__ = [
     "checked_flow",
     "distinct",
     "fold_between",
+    "follow",
+    "level_at",
     "loss_of_stability",
     "march",
     "polished",
@@ -62,6 +65,20 @@ def rates(flow: str, frame: str, sigma: float) -> tuple[float, float]:
     return 1.0 / (1.0 + s2), 0.5 * (1.0 + s2) / s2
 
 
+def level_at(lam: float, frame: str) -> NoiseLevel:
+    """The level sigma = e^lam of a frame."""
+    return NoiseLevel(math.exp(lam), None if frame == "vp" else 1.0)  # type: ignore[arg-type]
+
+
+class _Contiguous(TorchFunctionMode):
+    """Group norm's forward-mode derivative refuses a strided input, such as attention gives."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.group_norm:
+            args = (args[0].contiguous(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
 class System:
     """F(w, lam) = D(w / kappa, e^lam) - w as numpy vectors [d], with its Jacobian J / kappa - 1.
 
@@ -69,12 +86,15 @@ class System:
     the state itself grows like sigma^2 for the probability flow of data that are not centred.
     """
 
-    def __init__(self, law_or_denoiser: Any, flow: str, frame: str, guess: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, law_or_denoiser: Any, flow: str, frame: str, guess: torch.Tensor | None = None, dense: int = DENSE
+    ) -> None:
         checked_flow(flow, frame)
         self.source, self.flow, self.frame = law_or_denoiser, flow, frame
         self.denoiser = as_denoiser(law_or_denoiser)
         self.shape = tuple(self.denoiser.shape)
         self.dim = math.prod(self.shape)
+        self.dense = self.dim <= dense
         self.is_law = hasattr(law_or_denoiser, "denoise")
         weights = getattr(getattr(law_or_denoiser, "unet", None), "parameters", None)
         self.device = next((p.device for p in weights()), torch.device("cpu")) if weights else torch.device("cpu")
@@ -149,8 +169,8 @@ class System:
             if hasattr(self.source, "posterior_covariance"):
                 jv = self.source.posterior_covariance(at, rows, sigma) / sigma**2
             else:
-                # Flash attention has no forward-mode derivative.
-                with sdpa_kernel(SDPBackend.MATH):
+                # Flash attention has no forward-mode derivative; weights need none.
+                with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Contiguous():
                     jv = torch.func.jvp(lambda z: self.denoiser(z, sigma), (at,), (rows,))[1]
             out.append(jv.detach().double().cpu().numpy().reshape(len(rows), self.dim))
         return np.concatenate(out) / kappa
@@ -171,7 +191,7 @@ class System:
 
     def top(self, x: np.ndarray, lam: float) -> float:
         """Top eigenvalue (real part) of J / kappa; above `DENSE` by Lanczos (laws) or Arnoldi."""
-        if self.dim <= DENSE:
+        if self.dense:
             j = self.jacobian(x, lam)
             if not self.is_law:
                 return float(scipy.linalg.eigvals(j).real.max())
@@ -182,13 +202,32 @@ class System:
             return float(eigsh(a, k=1, which="LA", v0=start, tol=1e-13, return_eigenvectors=False)[0])
         return float(eigs(a, k=1, which="LR", v0=start, tol=1e-5, return_eigenvectors=False)[0].real)
 
+    def leading(self, w: np.ndarray, lam: float, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k eigenvalues of J = dD/dx of largest real part [k], falling, and unit eigenvectors in rows [k, d]."""
+        kappa = self.kappa(lam)
+        if self.is_law and self.dense:
+            values, vectors = scipy.linalg.eigh(self.jacobian(w, lam), driver="evd")
+        elif self.dense or k >= self.dim - 1:
+            values, vectors = scipy.linalg.eig(self.jacobian(w, lam))
+        else:
+            start = np.random.default_rng(0).standard_normal(self.dim)
+            ncv = min(self.dim, max(40, 2 * k + 1))
+            a = self._operator(w, lam)
+            if self.is_law:
+                values, vectors = eigsh(a, k=k, which="LA", v0=start, ncv=ncv, tol=1e-13)
+            else:
+                # float32 networks know the matrix to about 1e-6.
+                values, vectors = eigs(a, k=k, which="LR", v0=start, ncv=ncv, tol=1e-12 if self.exact else 1e-5)
+        order = np.argsort(-values.real, kind="stable")[:k]
+        return kappa * values.real[order], np.stack([_real(vectors[:, i]) for i in order])
+
     def excess(self, x: np.ndarray, lam: float) -> float:
         """Top eigenvalue of J over kappa, minus one: above zero is unstable."""
         return self.top(x, lam) - 1.0
 
     def asymmetry(self, x: np.ndarray, lam: float) -> float:
         """|J - J^T| / |J + J^T| (Frobenius), from the matrix or from random bilinear forms."""
-        if self.dim <= DENSE:
+        if self.dense:
             j = self.jacobian(x, lam)
             return float(np.linalg.norm(j - j.T) / max(float(np.linalg.norm(j + j.T)), 1e-300))
         v = np.random.default_rng(2).standard_normal((32, self.dim))
@@ -207,7 +246,7 @@ class System:
 
         Directions along which the matrix vanishes (a ring of fixed points, a pitchfork) are left alone.
         """
-        if self.dim <= DENSE:
+        if self.dense:
             a = self.jacobian(x, lam) - np.eye(self.dim)
             if border is not None:
                 a = np.block([[a, border[0][:, None]], [border[1][None, :], np.array([[border[2]]])]])
@@ -226,6 +265,24 @@ class System:
         rtol = 1e-12 if self.exact else 1e-4
         found, _ = gmres(LinearOperator((n, n), matvec=apply, dtype=np.float64), rhs, rtol=rtol, restart=60, maxiter=4)
         return np.asarray(found)
+
+    def contract(self, w: np.ndarray, lam: float, iterations: int = 100) -> np.ndarray | None:
+        """The limit of w <- D(w / kappa) where every step is shorter than the one before by a fixed factor.
+
+        Such a limit lies in the basin of the start, and the branch through it cannot have jumped.
+        """
+        size = math.inf
+        for _ in range(iterations):
+            new = self._denoised(w / self.kappa(lam), math.exp(lam))
+            step = float(np.linalg.norm(new - w))
+            if not math.isfinite(step):
+                return None
+            if step <= self.tolerance(new):
+                return new
+            if step > 0.75 * size:
+                return new if step <= 30 * self.tolerance(new) else None  # rounding stops the descent, or nothing
+            w, size = new, step
+        return None
 
     def tolerance(self, x: np.ndarray) -> float:
         """|F| below which a point counts as fixed."""
@@ -250,10 +307,40 @@ class System:
             x = x + step * min(1.0, 2.0 * self.scale * math.sqrt(self.dim) / max(reach, 1e-300))
         return x if float(np.linalg.norm(self.residual(x, lam))) <= 1e3 * self.tolerance(x) else None
 
+    def near(self, x: np.ndarray, lam: float) -> np.ndarray | None:
+        """The fixed point next to x, within half the scale, or ``None``: Newton with few Jacobians.
+
+        A Jacobian serves as long as each step at least halves the residual; for a network it costs tens of calls.
+        """
+        start = at = x
+        f = self.residual(x, lam)
+        now, fresh = float(np.linalg.norm(f)), True
+        for _ in range(30):
+            if not math.isfinite(now):
+                return None
+            if now <= self.tolerance(x):
+                return x
+            step = self.solve(at, lam, -f)
+            new = x + step * min(1.0, 0.25 * self.scale / max(float(np.linalg.norm(step)), 1e-300))
+            if np.linalg.norm(new - start) > 0.5 * self.scale:
+                return None
+            f_new = self.residual(new, lam)
+            size = float(np.linalg.norm(f_new))
+            if size <= 0.5 * now:
+                x, f, now, fresh = new, f_new, size, False
+            elif fresh:
+                # Rounding stops the descent, or nothing is there.
+                return x if now <= 30 * self.tolerance(x) else None
+            else:
+                at, fresh = x, True
+        return None
+
     def settle(self, x: np.ndarray, lam: float, iterations: int = 200) -> np.ndarray:
         """Iterate w <- D(w / kappa) on rows [n, d], towards stable points; diverging rows are dropped."""
         kappa, sigma = self.kappa(lam), math.exp(lam)
         for _ in range(iterations):
+            if not len(x):
+                break
             new = self._denoised(x / kappa, sigma)
             moved = np.abs(new - x).max(initial=0.0)
             size = np.linalg.norm(new - self.centre, axis=1)
@@ -262,6 +349,13 @@ class System:
             if moved < max(1e-9, 10 * self.noise) * self.scale:
                 break
         return x
+
+
+def _real(v: np.ndarray) -> np.ndarray:
+    """A unit vector along a complex one, turned so that its largest entry is positive."""
+    turned = v / v[np.argmax(np.abs(v))]
+    real = np.asarray(turned.real, dtype=np.float64)
+    return real / np.linalg.norm(real)
 
 
 @dataclass(frozen=True)
@@ -388,6 +482,36 @@ def central_point(system: System, high: float) -> np.ndarray | None:
     if first is None and len(x := system.settle(system.centre[None], lam, 50)):
         first = system.newton(x[0], lam)
     return first
+
+
+def follow(system: System, w: np.ndarray, lam: float, to: float) -> tuple[np.ndarray | None, float | None]:
+    """A fixed point at a lower level, followed from (w, lam) in steps of at most a factor 1.25 in sigma.
+
+    Cheaper than `march` and good for networks, whose maps contract at high noise: each step iterates
+    w <- D(w / kappa) while that contracts and calls Newton where it does not. A step that moves too far is
+    halved; where even short ones do, the branch has ended, and the iteration says where it falls to.
+
+    Returns:
+        The point, ``None`` where it was lost, and log sigma of the highest jump, ``None`` without one.
+    """
+    longest, jumped = math.log(1.25), None
+    h = longest
+    while abs(lam - to) > 1e-12:
+        below = max(lam - h, to)
+        new = system.contract(w, below)
+        if new is None:
+            new = system.near(w, below)
+        if new is None and h > longest / 8:
+            h = 0.5 * min(h, lam - to)
+            continue
+        if new is None:
+            jumped = below if jumped is None else jumped
+            fallen = system.settle(w[None], below)
+            new = system.near(fallen[0], below) if len(fallen) else None
+            if new is None:
+                return None, jumped
+        w, lam, h = new, below, min(2 * h, longest)
+    return w, jumped
 
 
 def loss_of_stability(system: System, p: Point, q: Point) -> tuple[float, np.ndarray]:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from symbreak.critical import CriticalTime, levels
-from symbreak.denoise import as_denoiser
+from symbreak.denoise import as_denoiser, ask
 from symbreak.files import InputError
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.continuation import (
@@ -36,6 +36,7 @@ from symbreak.phases.continuation import (
     checked_flow,
     distinct,
     fold_between,
+    level_at,
     loss_of_stability,
     march,
     polished,
@@ -141,7 +142,8 @@ def drift(law_or_denoiser: Any, x: torch.Tensor, sigma: float, flow: str = "sde"
     kappa, gain = rates(flow, frame, s)
     alpha = NoiseLevel(s).alpha if frame == "vp" else 1.0
     ve = x / alpha
-    return alpha * gain * (d(ve, s) - kappa * ve)
+    mean = d(ve, s) if hasattr(law_or_denoiser, "denoise") else ask(d, ve, s)
+    return alpha * gain * (mean - kappa * ve)
 
 
 def potential(
@@ -200,6 +202,7 @@ def potential(
     t = torch.as_tensor(0.5 * (nodes + 1.0), device=states.device)
     w = torch.as_tensor(0.5 * weights, device=states.device)
 
+    @torch.no_grad()
     def rule(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """-integral of drift . dx over segments a -> b, [M]."""
         out = []
@@ -336,10 +339,6 @@ def bifurcation(
     return _centre_crossing(system, first, about)
 
 
-def _level(lam: float, frame: str) -> NoiseLevel:
-    return NoiseLevel(math.exp(lam), None if frame == "vp" else 1.0)  # type: ignore[arg-type]
-
-
 def _centre_crossing(system: System, first: np.ndarray, about: dict[str, Any]) -> CriticalTime:
     """The first level, from high noise down, at which the central fixed point loses its stability."""
     threshold = max(1e-11, 3 * system.noise)
@@ -356,12 +355,12 @@ def _centre_crossing(system: System, first: np.ndarray, about: dict[str, Any]) -
         if before is not None and p.tl >= 0:
             fold = fold_between(system, before, p)
             reason = "the central fixed point ends here in a fold (saddle-node), stable until then"
-            return CriticalTime(_level(fold.lam, system.frame), reason=reason, **about)
+            return CriticalTime(level_at(fold.lam, system.frame), reason=reason, **about)
         if before is not None and last <= threshold < value:
             # Between the ends of the step the branch may touch zero within rounding: take the end then.
             start = system.excess(before.x, before.lam)
             lam, x = loss_of_stability(system, before, p) if start < 0 else (before.lam, before.x)
-            return CriticalTime(_level(lam, system.frame), reason=limits(x, lam), **about)
+            return CriticalTime(level_at(lam, system.frame), reason=limits(x, lam), **about)
         before = p
     reached = math.exp(before.lam) if before is not None else system.high
     span = f"from sigma = {system.high:.4g} down to {reached:.4g}"
@@ -412,7 +411,7 @@ def _wells(system: System, first: np.ndarray, starts: np.ndarray, about: dict[st
             f"down to {system.low:.4g}, from {len(starts)} starts"
         )
         return CriticalTime(None, reason=reason, **about)
-    return CriticalTime(_level(best, system.frame), **about)
+    return CriticalTime(level_at(best, system.frame), **about)
 
 
 def fixed_points(
