@@ -58,8 +58,8 @@ if TYPE_CHECKING:
     from symbreak.phases.clones import clone_agreement, clones, opportunity, u_turns
     from symbreak.phases.collapse import collapse_time, excess_entropy
     from symbreak.phases.information import entropy_rate, loss_curve, non_gaussianity
-    from symbreak.phases.speciation import cloning_probability, speciation_time
     from symbreak.phases.landscape import arc_potential, network_stability
+    from symbreak.phases.speciation import cloning_probability, speciation_time
     from symbreak.phases.stability import bifurcation, fixed_points, potential
     from symbreak.pipeline import LateStartPipeline
     from symbreak.record import Record

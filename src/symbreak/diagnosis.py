@@ -32,12 +32,14 @@ from symbreak.files import InputError, output_folder, read_tensors, write_tensor
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.classes import posterior_average
 from symbreak.metrics.features import Classifier, extractor, train_classifier
-from symbreak.moments import Moments
+from symbreak.moments import Moments, mode_images
 from symbreak.noise import NoiseLevel, Schedule, generator, schedule
 from symbreak.phases.clones import clones, opportunity, u_turns
 from symbreak.phases.information import class_entropy, divergence_bound, entropy_rate, loss_curve
+from symbreak.phases.landscape import arc_potential, network_stability
 from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
 from symbreak.phases.speciation import cloning_probability, cloning_time, ladder, speciation_time
+from symbreak.phases.stability import bifurcation
 from symbreak.record import Record, plain, versions
 
 __all__ = ["Effort", "describe", "diagnose", "png_row", "spectral_times"]
@@ -123,6 +125,7 @@ class _Findings:
         self.checks: list[dict[str, Any]] = []
         self.pictures: list[dict[str, str]] = []
         self.notes: list[str] = []
+        self.arcs: dict[str, Any] | None = None
         self.timings: dict[str, float] = {}
 
     @contextmanager
@@ -300,7 +303,7 @@ def diagnose(
         found.show(
             "leading modes",
             "Eigenvectors of the data's covariance, largest variance first: what is decided first.",
-            _pictures(moments.eigh[1][:, :modes].T, data.shape),
+            _pictures(mode_images(moments, modes), data.shape),
         )
     scale = math.sqrt(max(content["eigenvalues"][0], 1e-12))
     if not content["eigenvalues"][0] > 0:
@@ -322,6 +325,7 @@ def diagnose(
         "checks": found.checks,
         "pictures": found.pictures,
         "notes": found.notes,
+        "arc": found.arcs,
         "step_ticks": _ticks(found),
     }
     record = Record("phases", settings, content, packages, found.timings)
@@ -509,6 +513,10 @@ def _laws(
             open_ = class_entropy(mixture, sigma, samples=DRAWS, seed=seed)
             found.add("class entropy", "class mixture", open_.time())
             found.draw("entropy", "class mixture", "class mixture", open_, "--")
+        with found.stage("wells"):
+            # Beyond the leading modes the class mixture is one Gaussian, which has no wells.
+            found.add("centre loses stability", "class mixture", bifurcation(mixture, "sde", "ve"))
+            found.add("second well", "class mixture", bifurcation(mixture, "sde", "ve", criterion="wells"))
         if labels is not None and clusters is None and len(labels.unique()) > 1:
             with found.stage("data set"):
                 _labelled(found, empirical, labels, sigma, seed)
@@ -613,6 +621,7 @@ def _network(
             )
             found.add("class entropy", "network", open_.time())
             found.draw("entropy", "network, upper bound", "network", open_, "o-")
+    _stability(found, store, network, judged, fit.shape, span(0.15, 3.0, effort.stability)[::-1], seed)
     early = losses.sigma[losses.sigma > 0.3 * scale]
     with found.stage("mechanism") as tell:
         # Paths start where the noise hides everything, or as high as the network goes.
@@ -643,6 +652,48 @@ def _network(
             found.draw("clones", "kicks: class changed", "network", window.classes, "^:")
             found.add("window of opportunity, class", "network", window.class_peak)
         found.check(_window_check(pairs, window))
+
+
+def _stability(
+    found: _Findings, store: Store, network: Any, judged: Any, shape: tuple[int, ...], sigma: np.ndarray, seed: int
+) -> None:
+    """The network's central fixed point and its potential between two trajectories, from high noise down."""
+    for frame in ("ve", "vp"):
+        with found.stage(f"stability, {frame.upper()}") as tell:
+            centre = network_stability(network, sigma, "sde", frame, seed=seed, progress=tell, keep=store.keep)
+            found.add("centre loses stability", "network", centre.critical)
+            found.add("second well", "network", centre.splitting)
+            ratio = centre.eigenvalues[:, 0] / centre.threshold
+            label = f"top eigenvalue of dD/dx over its threshold, {frame.upper()}"
+            color = "network" if frame == "ve" else "class mixture"
+            found.draw("stability", label, color, Curve(sigma, ratio, ratio, ratio), "o-")
+            if frame == "ve":
+                most = int(np.nanargmax(np.where(np.isfinite(ratio), ratio, -np.inf)))
+                found.notes.append(
+                    f"Jacobian of the network at the centre, VE: asymmetry {np.nanmin(centre.asymmetry):.1%} to "
+                    f"{np.nanmax(centre.asymmetry):.1%}."
+                )
+                found.show(
+                    "least stable direction",
+                    f"Eigenvector of the network's Jacobian at the centre (sigma {sigma[most]:.3g}); then the centre.",
+                    torch.cat(
+                        [
+                            _pictures(centre.directions[most, :1], shape),
+                            torch.as_tensor(centre.states[most])[None].float(),
+                        ]
+                    ),
+                )
+    found.lines.append({"panel": "stability", "value": 1.0, "label": "unstable above"})
+    with found.stage("arc") as tell:
+        arc = arc_potential(network, sigma, seeds=seed, classify=judged, progress=tell, keep=store.keep)
+        found.add("two wells on an arc", "network", arc.critical)
+        found.arcs = {
+            "sigma": arc.sigma.tolist(),
+            "angle": arc.angle.tolist(),
+            "value": arc.value.tolist(),
+            "wells": arc.wells.tolist(),
+        }
+        found.show("ends of the arc", "Final images of the two trajectories.", torch.as_tensor(arc.ends).float())
 
 
 def _nearest(pairs: Any) -> Callable[[torch.Tensor], torch.Tensor]:

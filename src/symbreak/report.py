@@ -11,7 +11,7 @@ from typing import Any
 from symbreak.files import InputError, write_whole
 from symbreak.record import Record, plain
 
-__all__ = ["phases_figure", "sweep_axes", "verdict", "write_report"]
+__all__ = ["arc_figure", "phases_figure", "sweep_axes", "verdict", "write_report"]
 
 COLUMNS = (("standard", "standard start"), ("spectral", "late, at speciation"), ("best", "late, best of sweep"))
 COLORS = ("#1f6fb4", "#d9822b", "#3a9a5b", "#b3424a", "#7a5ba6", "#7f6a5a", "#c2649a", "#5f6b7a")
@@ -77,7 +77,7 @@ def _values(record: Record) -> dict[str, Any]:
         "distance_sentence": "",
         "table_note": "",
     }
-    values |= dict.fromkeys(("phases", "criteria", "checks", "pictures", "notes"), "")
+    values |= dict.fromkeys(("phases", "arc", "criteria", "checks", "pictures", "notes"), "")
     if record.kind == "study":
         values |= _study_values(content, record.settings)
     elif content.get("criteria"):
@@ -144,6 +144,7 @@ def _phases_values(content: dict[str, Any]) -> dict[str, Any]:
         )
     return {
         "phases": _svg(phases_figure(content)),
+        "arc": _svg(arc_figure(content["arc"])) if content["arc"] else "",
         "criteria": rows,
         "checks": content["checks"],
         "pictures": [{**p, "png": _base64(p["png"])} for p in content["pictures"]],
@@ -216,6 +217,29 @@ def phases_figure(content: dict[str, Any]) -> Any:
         above.spines[["right"]].set_visible(False)
     _plain_ticks(axes[-1].xaxis, [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)])
     axes[-1].set_xlabel("sigma (noise falls to the right, as in generation)")
+    return figure
+
+
+def arc_figure(arc: dict[str, Any]) -> Any:
+    """The potential along the arcs, one line a level, from high noise to low."""
+    import math
+
+    figure, axes = _figure(7.5, 3.6)
+    ax = axes[0]
+    order = sorted(range(len(arc["sigma"])), key=lambda i: -arc["sigma"][i])
+    for place, i in enumerate(order):
+        u = [math.nan if v is None else v for v in arc["value"][i]]
+        # Wells deepen by orders of magnitude from level to level: every line has a scale of its own.
+        height = max((v for v in u if math.isfinite(v)), default=1.0) or 1.0
+        wells = arc["wells"][i]
+        label = f"sigma {arc['sigma'][i]:.3g}: {wells} well{'s' * (wells != 1)}"
+        shade = 0.25 + 0.65 * place / max(1, len(order) - 1)
+        color = (0.85 * (1 - shade) + 0.12, 0.2 + 0.3 * (1 - shade), shade)
+        ax.plot([a / math.pi for a in arc["angle"]], [v / height for v in u], color=color, linewidth=1.3, label=label)
+    for at in (0.0, 0.5):
+        ax.axvline(at, color="#bbb", linewidth=0.8)
+    ax.set(xlabel="angle / pi; the trajectories are at 0 and 0.5", ylabel="potential, scaled to 1")
+    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 
