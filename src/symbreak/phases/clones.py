@@ -3,7 +3,7 @@
     clones        two reverse trajectories share their path, the trunk, down to sigma and then use noise of their
                   own; phi(sigma) is the probability that both end in one class
     U-turn        a real image is noised to sigma and denoised again: does its class survive?
-    opportunity   a trajectory of the probability flow is kicked at sigma: how far does the kick carry?
+    opportunity   a trajectory is kicked at sigma and goes on with the same noise: how far does the kick carry?
 
 A sampler is a Markov chain down the levels, so phi = E sum_c P(c | state at sigma)^2 for that chain, whatever its
 network and its steps: it rises monotonically as sigma falls, from sum_c pi_c^2 to 1. A U-turn of data that the
@@ -12,8 +12,9 @@ network has learnt changes its class with probability 1 - phi. Crossings are the
 All trajectories of a block advance together in one batch that grows as sigma falls: the trunk runs once whatever
 the number of levels, it is one of the two clones itself, and a clone leaves after the network has been asked
 about the state that both share. N steps and levels at steps k_j cost N + sum_j (N - 1 - k_j) evaluations a pair.
-Reverse steps are `posterior_step` with D extrapolated to the middle of the step (SDE-DPM-Solver++ 2M, one call a
-step, of second order); steps along the flow are DDIM's, x' = D + (sigma' / sigma) (x - D).
+Reverse steps of clones and U-turns are `posterior_step` with D extrapolated to the middle of the step (SDE-DPM-
+Solver++ 2M: one call a step, of second order). Kicked trajectories take the plain step, as one that has just begun
+has no past to extrapolate from, or along the probability flow DDIM's x' = D + (sigma' / sigma) (x - D).
 
 Sources: Biroli, Bonnaire, de Bortoli, Mézard 2024, arXiv:2402.18491 (clones); Sclocchi, Favero, Wyart 2024,
 arXiv:2402.16991 (U-turns); Lu et al. 2022, arXiv:2211.01095 (SDE-DPM-Solver++); Song, Meng, Ermon 2020,
@@ -43,7 +44,7 @@ __all__ = ["Clones", "Opportunity", "UTurns", "clone_agreement", "clones", "oppo
 
 CLONES = "arXiv:2402.18491, phi halfway from sum_c pi_c^2 to 1"
 U_TURNS = "arXiv:2402.16991, class change at half of 1 - sum_c p_c pi_c"
-KICKS = "largest change of the final image per unit of kick along the probability flow (derived)"
+KICKS = "largest change of the final image per unit of kick (derived; arXiv:2305.19693)"
 # Levels of a network that knows all of them, as EDM's sampler chooses (arXiv:2206.00364).
 HIGHEST, LOWEST = 80.0, 0.002
 PAIRS = 64  # trajectories of a block: a network's piece, and what an interrupted run loses at most
@@ -174,7 +175,8 @@ class _Sampler:
             asked about.
         dtype: of the states.
         block: trajectories of one block; ``rows`` states of one call.
-        flow: whether steps follow the probability flow instead of the reverse SDE.
+        step: "clones", reverse SDE; "sde", the same with one noise for a trunk and all that begins on it; "ode",
+            probability flow.
     """
 
     source: Any
@@ -184,7 +186,7 @@ class _Sampler:
     dtype: torch.dtype
     block: int
     rows: int
-    flow: bool = False
+    step: str
 
     def first(self, n: int, g: torch.Generator) -> torch.Tensor:
         """n states at the first level: a law's own, or pure noise."""
@@ -221,17 +223,19 @@ class _Sampler:
             if i + 1 == len(self.grid):
                 break
             below, ahead = float(self.grid[i + 1]), mean
-            if not self.flow and i:
+            if self.step == "clones" and i:
                 # D where the step is half done, going on as it came; states that have just begun have no past.
                 old, far = len(before), min(1.0, 0.5 * math.log(level / below) / math.log(self.grid[i - 1] / level))
                 ahead = torch.cat([mean[:old] + far * (mean[:old] - before), mean[old:]])
             if join is None:
                 x, mean, ahead = (torch.cat([a] + [a[:n]] * len(here)) for a in (x, mean, ahead))
             before = mean
-            if self.flow:
+            if self.step == "ode":
                 x = torch.lerp(mean, x, below / float(level))
-            else:
-                x = posterior_step(ahead, x, float(level), below, torch.randn(x.shape, generator=g, dtype=self.dtype))
+                continue
+            own = len(x) if self.step == "clones" else n
+            noise = torch.randn(own, *x.shape[1:], generator=g, dtype=self.dtype)
+            x = posterior_step(ahead, x, float(level), below, torch.cat([noise] * (len(x) // own)))
         if not bool(torch.isfinite(mean).all()):
             raise InputError("final images hold NaN or infinity. Check the network, or pass a smaller sigma_start.")
         images = mean.reshape(1 + len(order), n, *mean.shape[1:])
@@ -250,7 +254,7 @@ def _sampler(
     sigma_start: float | None,
     sigma_end: float | None,
     dtype: torch.dtype | None,
-    flow: bool = False,
+    step: str = "clones",
 ) -> _Sampler:
     """The sampler of a law or denoiser whose levels hold s [G].
 
@@ -294,7 +298,7 @@ def _sampler(
     at = np.array([int(np.abs(np.log(grid / v)).argmin()) for v in s])
     wanted = dtype or (torch.float64 if hasattr(source, "denoise") else torch.float32)
     rows = max(PAIRS, NUMBERS // math.prod(d.shape))
-    return _Sampler(source, d, grid, at, wanted, block, rows, flow)
+    return _Sampler(source, d, grid, at, wanted, block, rows, step)
 
 
 def _blocks(
@@ -348,7 +352,8 @@ def _codes(classify: Classify, images: torch.Tensor) -> np.ndarray:
     Raises:
         InputError: for NaN, fractions, or another shape.
     """
-    out = classify(images)
+    with torch.no_grad():
+        out = classify(images.float())
     a = out.detach().cpu().numpy() if isinstance(out, torch.Tensor) else np.asarray(out)
     n = len(images)
     if not (np.issubdtype(a.dtype, np.number) or a.dtype == bool):
@@ -505,8 +510,8 @@ def clones(
     Args:
         law_or_denoiser: a law, or a denoiser d(x, sigma).
         sigma: level, or levels [G], at which clones leave.
-        classify: final images [B, *S] -> integer classes [B] or scores [B, K], whose largest counts; by default
-            a `Mixture`'s likeliest component.
+        classify: final images [B, *S] float32 -> integer classes [B] or scores [B, K], whose largest counts; by
+            default a `Mixture`'s likeliest component.
         pairs: number of trunks; each pair is an independent trajectory and its clones.
         steps: calls of the network on one way down.
         seeds: every block of pairs draws from a generator of its own, keyed by this and the block's number.
@@ -753,7 +758,8 @@ def _pixels(images: torch.Tensor) -> torch.Tensor:
 
 def _seen(features: Callable[[torch.Tensor], Any], images: torch.Tensor) -> np.ndarray:
     """Features [B, F] float64."""
-    out = features(images)
+    with torch.no_grad():
+        out = features(images.float())
     a = out.detach().cpu().numpy() if isinstance(out, torch.Tensor) else np.asarray(out)
     if a.ndim < 1 or len(a) != len(images):
         raise InputError(f"features gave the shape {a.shape} for {len(images)} images; expected [{len(images)}, F].")
@@ -773,6 +779,7 @@ def opportunity(
     samples: int = 200,
     steps: int = 40,
     size: float = 0.1,
+    flow: str = "sde",
     seeds: int = 0,
     sigma_start: float | None = None,
     sigma_end: float | None = None,
@@ -785,16 +792,21 @@ def opportunity(
 
         x -> x + size |x| u, u a random direction;   change = |F(x + size |x| u) - F(x)| / (size alpha |x|)
 
-    F is the probability flow down to the final image, in ``steps`` DDIM steps. The kick is measured on the VP
-    state alpha x, whose scale hardly depends on sigma: for one Gaussian of variance v a mode is carried by
-    sqrt(v (1 + sigma^2) / (v + sigma^2)), 1 at every level for v = 1.
+    F is the way down to the final image: the reverse SDE, kicked and unkicked trajectory sharing their noise, or
+    the probability flow. The kick is measured on the VP state alpha x. For one Gaussian of variance v
+
+        SDE: change = v sqrt(1 + sigma^2) / (v + sigma^2)        ODE: sqrt(v (1 + sigma^2) / (v + sigma^2))
+
+    Under the SDE an early kick is forgotten; the peak lies where the VP drift turns from contracting to
+    expanding, sigma^2 = v - 2 for v > 2. Under the flow nothing is forgotten, and a peak is not to be expected.
 
     Args:
         law_or_denoiser: a law, or a denoiser d(x, sigma).
         sigma: level, or levels [G], at which trajectories are kicked.
         classify: as for `clones`; without it, and for a law that is no `Mixture`, there is no class curve.
         samples: number of trajectories.
-        size: kick over the norm of the state. Small kicks give the derivative of the flow and change few classes.
+        size: kick over the norm of the state. Small kicks give the derivative of F and change few classes.
+        flow: ``"sde"`` or ``"ode"``.
         steps, seeds, sigma_start, sigma_end, dtype, resamples, progress, keep: as for `clones`; the bootstrap
             resamples trajectories.
 
@@ -803,14 +815,16 @@ def opportunity(
         its interval that of the resamples' peaks; with a reason and no level where the largest mean is at an end.
 
     Raises:
-        InputError: for a size that is not positive, or as `clones`.
+        InputError: for a size that is not positive, an unknown flow, or as `clones`.
 
     Source: derived; the window belongs to the symmetry breaking of arXiv:2305.19693.
     """
     s, shape = levels(sigma)
     if samples < 2 or not 0 < size < math.inf:
         raise InputError(f"{samples} samples and a size of {size:g}; expected at least 2 samples and a size > 0.")
-    sampler = _sampler(law_or_denoiser, s, steps, sigma_start, sigma_end, dtype, flow=True)
+    if flow not in ("sde", "ode"):
+        raise InputError(f"flow {flow!r}; expected sde or ode.")
+    sampler = _sampler(law_or_denoiser, s, steps, sigma_start, sigma_end, dtype, flow)
     own = classify
     if own is None and isinstance(law_or_denoiser, Mixture):
         own = _default_classify(law_or_denoiser, float(sampler.grid[-1]))
@@ -832,7 +846,7 @@ def opportunity(
         moved = torch.linalg.vector_norm((ends[1:] - ends[0]).reshape(len(s), len(ends[0]), -1), dim=2)
         labels = np.zeros((1, len(ends[0])), np.int64)
         if own is not None:
-            labels = np.stack([_codes(own, some) for some in ends.to(sampler.dtype)])
+            labels = np.stack([_codes(own, some) for some in ends])
         return {"change": moved.numpy() / norm, "labels": labels}
 
     found = _blocks(
@@ -843,16 +857,16 @@ def opportunity(
     return Opportunity(
         change=_mean_curve(s, shape, w, change, "change of the final image per unit of kick"),
         classes=None if classes is None else _mean_curve(s, shape, w, classes, "class change by kicks"),
-        peak=_peak(s, w @ change, "opportunity"),
-        class_peak=None if classes is None else _peak(s, w @ classes, "opportunity, class"),
+        peak=_peak(s, w @ change, "opportunity", flow),
+        class_peak=None if classes is None else _peak(s, w @ classes, "opportunity, class", flow),
         size=float(size),
         calls=samples * sampler.cost(False),
     )
 
 
-def _peak(s: np.ndarray, sums: np.ndarray, criterion: str) -> CriticalTime:
+def _peak(s: np.ndarray, sums: np.ndarray, criterion: str, flow: str) -> CriticalTime:
     """The level where sums [1 + R, G] are largest: row 0, with the interval of the other rows."""
-    about: dict[str, Any] = {"criterion": criterion, "flow": "ode", "frame": "vp", "source": KICKS}
+    about: dict[str, Any] = {"criterion": criterion, "flow": flow, "frame": "vp", "source": KICKS}
     order = np.argsort(s)
     u, v = np.log(s[order]), sums[:, order]
     if np.ptp(v[0]) == 0:
