@@ -398,8 +398,8 @@ def _critical(
     if not stable:
         known = np.exp(lams[np.isfinite(excess)])
         reason = (
-            f"the central fixed point is unstable at every level where it is found, from sigma = {known[0]:.4g} down to "
-            f"{known[-1]:.4g}: there is no crossing; try higher levels, or another flow or frame"
+            f"the central fixed point is unstable at every level where it is found, from sigma = {known[0]:.4g} "
+            f"down to {known[-1]:.4g}: there is no crossing; try higher levels, or another flow or frame"
         )
         return CriticalTime(None, reason=reason, **about)
     worst = int(np.nanargmax(excess))
