@@ -23,7 +23,7 @@ from symbreak.laws.empirical import Empirical
 from symbreak.laws.mixture import Mixture
 from symbreak.noise import generator
 
-__all__ = ["class_draws", "posterior_average", "separation"]
+__all__ = ["class_draws", "class_of", "posterior_average", "separation"]
 
 NUMBERS = 2**23  # numbers of one block of draws
 
@@ -37,6 +37,33 @@ def mixture_of(law: Any) -> Mixture:
     if isinstance(law, Mixture):
         return law
     raise InputError(f"{type(law).__name__} has no classes; expected a Mixture, one component a class.")
+
+
+def class_of(classify: Callable[[torch.Tensor], Any], images: torch.Tensor) -> np.ndarray:
+    """Classes [B] of images [B, *S]: integers, or the largest of scores [B, K].
+
+    Raises:
+        InputError: for NaN, fractions, or another shape.
+    """
+    with torch.no_grad():
+        out = classify(images.float())
+    a = out.detach().cpu().numpy() if isinstance(out, torch.Tensor) else np.asarray(out)
+    n = len(images)
+    if not (np.issubdtype(a.dtype, np.number) or a.dtype == bool):
+        raise InputError(f"classify gave {a.dtype}; expected integer classes [{n}] or scores [{n}, K].")
+    if not np.isfinite(a).all():
+        bad = int((~np.isfinite(a)).reshape(len(a), -1).any(1).sum()) if a.ndim else 1
+        raise InputError(f"classify gave NaN or infinity for {bad} of {n} images; expected a class for each.")
+    if a.ndim == 2 and a.shape[0] == n and a.shape[1] > 1:
+        return np.asarray(a.argmax(1), dtype=np.int64)
+    if a.shape != (n,):
+        raise InputError(
+            f"classify gave the shape {a.shape} for {n} images; expected classes [{n}] or scores [{n}, K]."
+        )
+    whole = a.astype(np.int64)
+    if not (whole == a).all():
+        raise InputError(f"classify gave fractions ({float(a[whole != a][0]):g}); expected integer classes [{n}].")
+    return whole
 
 
 def separation(law: Mixture, sigma: np.ndarray) -> np.ndarray | None:

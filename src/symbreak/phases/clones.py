@@ -36,7 +36,7 @@ from scipy import stats
 from symbreak.critical import CriticalTime, Curve, crossing, curve, levels
 from symbreak.denoise import Denoiser, as_denoiser, ask, posterior_step
 from symbreak.files import InputError
-from symbreak.laws.classes import mixture_of
+from symbreak.laws.classes import class_of, mixture_of
 from symbreak.laws.mixture import Mixture
 from symbreak.noise import NoiseLevel, generator
 
@@ -346,33 +346,6 @@ def _default_classify(source: Any, end: float) -> Classify:
     return lambda images: mixture.responsibilities(images, end).argmax(1)
 
 
-def _codes(classify: Classify, images: torch.Tensor) -> np.ndarray:
-    """Classes [B] of images [B, *S]: integers, or the largest of scores [B, K].
-
-    Raises:
-        InputError: for NaN, fractions, or another shape.
-    """
-    with torch.no_grad():
-        out = classify(images.float())
-    a = out.detach().cpu().numpy() if isinstance(out, torch.Tensor) else np.asarray(out)
-    n = len(images)
-    if not (np.issubdtype(a.dtype, np.number) or a.dtype == bool):
-        raise InputError(f"classify gave {a.dtype}; expected integer classes [{n}] or scores [{n}, K].")
-    if not np.isfinite(a).all():
-        bad = int((~np.isfinite(a)).reshape(len(a), -1).any(1).sum()) if a.ndim else 1
-        raise InputError(f"classify gave NaN or infinity for {bad} of {n} images; expected a class for each.")
-    if a.ndim == 2 and a.shape[0] == n and a.shape[1] > 1:
-        return np.asarray(a.argmax(1), dtype=np.int64)
-    if a.shape != (n,):
-        raise InputError(
-            f"classify gave the shape {a.shape} for {n} images; expected classes [{n}] or scores [{n}, K]."
-        )
-    whole = a.astype(np.int64)
-    if not (whole == a).all():
-        raise InputError(f"classify gave fractions ({float(a[whole != a][0]):g}); expected integer classes [{n}].")
-    return whole
-
-
 def _clusters(images: np.ndarray, k: int, seed: int, leading: int = 32) -> np.ndarray:
     """Clusters [1 + G, n] of images [1 + G, n, *S]: k-means of the trunks' [0], the others by the nearest centre."""
     from sklearn.cluster import KMeans
@@ -481,7 +454,7 @@ def _clone_labels(
         images = sampler.run(sampler.first(part.stop - part.start, g), g, tell)
         if classify is None:
             return {"images": images.float().cpu().numpy()}
-        labels = np.stack([_codes(classify, some) for some in images])
+        labels = np.stack([class_of(classify, some) for some in images])
         return {"labels": labels, "ends": images[0].float().cpu().numpy()}
 
     axis = {"images": 1} if classify is None else {"labels": 1, "ends": 0}
@@ -688,7 +661,7 @@ def u_turns(
     if not bool(torch.isfinite(x).all()):
         raise InputError("the images hold NaN or infinity; expected numbers, usually from -1 to 1.")
     own = classify or _default_classify(law_or_denoiser, float(sampler.grid[-1]))
-    origin = _codes(own, x) if labels is None else _given(labels, n)
+    origin = class_of(own, x) if labels is None else _given(labels, n)
     look = _pixels if features is None else features
     seen = _seen(look, x)
     scale = 2 * float(seen.var(axis=0, ddof=1).sum())
@@ -706,7 +679,7 @@ def u_turns(
 
         back = sampler.run(sampler.first(len(clean), g), g, tell, join)
         far = [((_seen(look, some) - seen[rows]) ** 2).sum(1) / scale for some in back[1:]]
-        return {"labels": np.stack([_codes(own, some) for some in back]), "distance": np.stack(far)}
+        return {"labels": np.stack([class_of(own, some) for some in back]), "distance": np.stack(far)}
 
     found = _blocks(
         "u_turns",
@@ -846,7 +819,7 @@ def opportunity(
         moved = torch.linalg.vector_norm((ends[1:] - ends[0]).reshape(len(s), len(ends[0]), -1), dim=2)
         labels = np.zeros((1, len(ends[0])), np.int64)
         if own is not None:
-            labels = np.stack([_codes(own, some) for some in ends])
+            labels = np.stack([class_of(own, some) for some in ends])
         return {"change": moved.numpy() / norm, "labels": labels}
 
     found = _blocks(

@@ -28,6 +28,7 @@ from scipy.optimize import brentq
 from symbreak.critical import CriticalTime, levels
 from symbreak.denoise import as_denoiser, ask
 from symbreak.files import InputError
+from symbreak.laws.classes import class_of
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.continuation import System, central_point, checked_flow, distinct, follow, level_at, rates
 from symbreak.phases.stability import SOURCE, potential
@@ -700,11 +701,7 @@ def _pair(
     apart = torch.cdist(ends.flatten(1), ends.flatten(1)).numpy()
     couples = list(combinations(range(len(ends)), 2))
     if classify is not None and pair is None:
-        classes = np.asarray(torch.as_tensor(classify(ends.float())).detach().cpu())
-        if classes.shape != (len(ends),) or not np.isfinite(classes).all():
-            raise InputError(
-                f"the classifier gave {classes.shape} for {len(ends)} images, or NaN; expected one class [n] each."
-            )
+        classes = class_of(classify, ends)
         couples = [(i, j) for i, j in couples if classes[i] != classes[j]] or couples
     i, j = max(couples, key=lambda c: apart[c])
     return {
