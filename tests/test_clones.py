@@ -78,9 +78,9 @@ def test_phi_of_mixtures_posing_as_networks(name):
 
 
 def test_intervals_are_as_wide_as_repetitions_scatter():
-    """Over 40 repetitions the spread of phi and of the crossing is that of their intervals, +-25 % (1 / sqrt 80)."""
+    """Over 30 repetitions the spread of phi and of the crossing is that of their intervals, +-13 % (1 / sqrt 60)."""
     law, sigma = WORLDS["unequal"], [1.5, 3.0, 4.5, 7.0, 11.0]
-    runs = [clones(law, sigma, pairs=200, seeds=i, resamples=200) for i in range(40)]
+    runs = [clones(law, sigma, pairs=200, seeds=i, resamples=200) for i in range(30)]
     for values, width in (
         (np.array([r.curve.value for r in runs]), np.mean([r.curve.high - r.curve.low for r in runs], axis=0)),
         (
@@ -89,7 +89,7 @@ def test_intervals_are_as_wide_as_repetitions_scatter():
         ),
     ):
         ratio = width / (2 * 1.96 * values.std(0, ddof=1))
-        assert (np.abs(np.log(ratio)) < 0.4).all()  # 3.5 standard errors of a spread from 40 values
+        assert (np.abs(np.log(ratio)) < 0.45).all()  # 3.5 standard errors of a spread from 30 values
 
 
 def test_the_floor_counts_different_pairs_only():
@@ -256,7 +256,7 @@ def test_kicks_against_the_exact_flow():
     """In one dimension the flow is known from `transport`; a kick up or down, averaged over the law's own states."""
     law, size = mixture([[-0.95], [0.95]], 0.1), 0.05
     sigma = np.array([0.02, 0.2, 0.5, 0.8, 1.4, 3.0, 15.0])
-    found = opportunity(law, sigma, samples=3000, steps=300, size=size, flow="ode", sigma_end=0.002)
+    found = opportunity(law, sigma, samples=1500, steps=150, size=size, flow="ode", sigma_end=0.002)
     for i, s in enumerate(sigma):
         x = law.sample(4000, float(s), generator(6, i))
         stack = torch.cat([x, x * (1 + size), x * (1 - size)])
@@ -264,8 +264,8 @@ def test_kicks_against_the_exact_flow():
         kick = size * x.abs().reshape(-1) * NoiseLevel(float(s)).alpha
         exact = ((ends[1:] - ends[0]).abs() / kick).numpy().ravel()
         error = math.hypot(exact.std() / math.sqrt(4000), float(found.change.high[i] - found.change.low[i]) / 3.92)
-        # 300 DDIM steps over log(15 / .002) are .03 each: first order, about 1.5 %.
-        assert abs(found.change.value[i] - exact.mean()) < 3.5 * error + 0.015 * exact.mean()
+        # 150 DDIM steps over log(15 / .002) are .06 each: first order, about 3 %.
+        assert abs(found.change.value[i] - exact.mean()) < 3.5 * error + 0.03 * exact.mean()
     # Inside a class the flow is that of one Gaussian: sqrt(v (1 + s^2) / (v + s^2)), about 1 at the smallest level.
     assert found.change.value[0] == pytest.approx(1.0, abs=0.02)
     # Nothing is forgotten: what pure noise carries, any level above the split carries.

@@ -16,6 +16,7 @@ from symbreak.phases.clones import clone_agreement
 from symbreak.phases.speciation import (
     SpeciationTime,
     cloning_probability,
+    cloning_time,
     ladder,
     speciation_time,
 )
@@ -175,6 +176,24 @@ def test_floor_and_ceiling():
     assert found.value[0] == pytest.approx(1.0, abs=1e-5)
     assert found.value[1] == pytest.approx(0.04 + 0.09 + 0.25, abs=1e-3)
     assert expit(0) ** 2 * 2 == pytest.approx(float(cloning_probability(pair(1), 1e4).value), abs=1e-6)
+
+
+def test_the_halfway_level_of_clones():
+    """Two Gaussians: the level is where z^2 has the value that gives phi = 3/4, in every dimension and scale."""
+    z2 = (1 / cloning_time(Mixture.from_parameters([[-1.0], [1.0]], 0.0)).sigma) ** 2
+    assert cloning_time(pair(9, 0.5, 7)).sigma == pytest.approx(math.sqrt(9 / z2 - 0.5), rel=1e-8)
+    assert cloning_time(pair(9, 0.5, 7), [1.0, 20.0]).sigma == pytest.approx(math.sqrt(9 / z2 - 0.5), rel=1e-8)
+    law = Mixture.from_parameters([[0.0], [3.0], [9.0]], 0.1, [0.2, 0.3, 0.5])
+    found = cloning_time(law, samples=40_000)
+    again = cloning_probability(law, found.sigma, samples=400_000, seed=1)
+    # The interval of the level is that of phi over its slope: 40,000 draws against ten times as many.
+    ends = cloning_probability(law, [found.low.sigma, found.high.sigma], samples=400_000, seed=1).value
+    half = (1 + 0.38) / 2
+    assert float(again.value) == pytest.approx(half, abs=2 * abs(ends[0] - ends[1]) / 2 + 1e-3)
+    assert found.low.sigma < found.sigma < found.high.sigma
+    none = cloning_time(law, [20.0, 50.0])
+    assert none.level is None
+    assert "from sigma 20 to 50" in none.reason
 
 
 # --- clones ---------------------------------------------------------------------------------------

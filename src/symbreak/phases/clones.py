@@ -486,7 +486,8 @@ def clones(
         classify: final images [B, *S] float32 -> integer classes [B] or scores [B, K], whose largest counts; by
             default a `Mixture`'s likeliest component.
         pairs: number of trunks; each pair is an independent trajectory and its clones.
-        steps: calls of the network on one way down.
+        steps: calls of the network on one way down. 40 of them read the crossing of exact mixtures 1.5 to 3 % high in
+            sigma, 200 of them under 1 %.
         seeds: every block of pairs draws from a generator of its own, keyed by this and the block's number.
         clusters: number of classes to find in the trunks' final images, by k-means in their leading 32
             principal components, instead of classify. All final images, (1 + G) pairs of them, are then held in
