@@ -91,9 +91,43 @@ def test_phases_on_every_kind_of_file(capsys, tmp_path):
         assert json.loads(out)["content"]["speciation"]["[-1, 1]"]["level"]["sigma"] == pytest.approx(
             level["sigma"], rel=1e-5
         )
-    code, out, _ = symbreak(capsys, "phases", "--data", "digits", "--model", "digits")
+
+
+def test_phases_of_a_network(capsys, tmp_path):
+    few = ("--quick", "--pairs", 20, "--steps", 8, "--branches", 4)
+    code, out, _ = symbreak(
+        capsys, "phases", "--data", "digits", "--model", "digits", *few, "--out", tmp_path, "--json"
+    )
     assert code == 0
-    assert "DDPMScheduler" in out
+    content = json.loads(out)["content"]
+    assert content["schedule"] == "DDPMScheduler"
+    levels = {(c["name"], c["of"]): c["level"] for c in content["criteria"]}
+    # Twenty pairs place the decision within a factor of two of what the labels say of the data.
+    ratio = levels["cloning", "network"]["sigma"] / levels["cloning", "data"]["sigma"]
+    assert 0.5 < ratio < 2
+    assert {c["name"] for c in content["checks"]} >= {"early fluctuations revert"}
+    html = (tmp_path / "report.html").read_text()
+    assert html.count("<svg") == 3
+    assert symbreak(capsys, "report", "--help")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (("--classify", "nothing:at_all"), "cannot be imported"),
+        (("--classify", "magic"), "unknown extractor"),
+        (("--holdout", "nowhere"), "nowhere"),
+        (("--model", "nowhere"), "nowhere"),
+        (("--model", "digits", "--pairs", 2), "pairs is 2"),
+        (("--clusters", 1), "cluster"),
+    ],
+)
+def test_bad_phases(capsys, argv, said):
+    code, out, error = symbreak(capsys, "phases", "--data", "digits", *argv)
+    assert code == 2
+    assert out == ""
+    assert said in error
+    assert len(error.strip().splitlines()) == 1
 
 
 def test_study_and_report(capsys, tmp_path):

@@ -305,8 +305,8 @@ def test_mode_images_are_the_leading_eigenvectors():
         (lambda d: arc_potential(d, 1.0, points=2), "2 points"),
         (lambda d: arc_potential(d, 1.0, torch.zeros(2, 3)), "a pair of shape"),
         (lambda d: arc_potential(d, 1.0, (1, 2, 3)), "a pair of seeds"),
-        (lambda d: arc_potential(d, 1.0, classify=lambda x: torch.full((len(x),), math.nan)), "the classifier gave"),
-        (lambda d: arc_potential(d, 1.0, classify=lambda x: torch.zeros(3)), "the classifier gave"),
+        (lambda d: arc_potential(d, 1.0, classify=lambda x: torch.full((len(x),), math.nan)), "classify gave"),
+        (lambda d: arc_potential(d, 1.0, classify=lambda x: torch.zeros(3)), "classify gave"),
         (lambda d: mode_images(Moments(2, [0.0], [[1.0]]), 0), "0 modes"),
     ],
 )

@@ -62,6 +62,7 @@ class Effort:
         losses: levels of the loss curves.
         images: images of the loss curves.
         points: training images of the empirical law.
+        frames: frames in which the network's fixed points are followed.
     """
 
     pairs: int = 300
@@ -72,6 +73,7 @@ class Effort:
     losses: int = 20
     images: int = 256
     points: int = 4000
+    frames: tuple[str, ...] = ("ve", "vp")
 
     def check(self) -> None:
         """Refuse numbers that give nothing."""
@@ -82,7 +84,9 @@ class Effort:
 
     def quick(self) -> Effort:
         """Small enough for a minute on the digits."""
-        return replace(self, pairs=100, steps=24, branches=8, turns=5, stability=5, losses=12, images=128)
+        return replace(
+            self, pairs=100, steps=24, branches=8, turns=5, stability=4, losses=12, images=128, frames=("ve",)
+        )
 
 
 class Store:
@@ -275,6 +279,8 @@ def diagnose(
                 f"the network makes images of {tuple(network.shape)}, but the data are {data.shape}. Resize the data "
                 "(--pad) or choose another network."
             )
+    if clusters is not None and not 2 <= clusters <= len(data) // 4:
+        raise InputError(f"{clusters} clusters for {len(data):,} images; expected 2 to {len(data) // 4:,}.")
     fit, held, note = _held_out(data, holdout, clusters)
     found.notes += note
     settings = {
@@ -621,7 +627,8 @@ def _network(
             )
             found.add("class entropy", "network", open_.time())
             found.draw("entropy", "network, upper bound", "network", open_, "o-")
-    _stability(found, store, network, judged, fit.shape, span(0.15, 3.0, effort.stability)[::-1], seed)
+    heights = span(0.15, 3.0, effort.stability)[::-1]
+    _stability(found, store, network, judged, fit.shape, heights, effort.frames, seed)
     early = losses.sigma[losses.sigma > 0.3 * scale]
     with found.stage("mechanism") as tell:
         # Paths start where the noise hides everything, or as high as the network goes.
@@ -655,10 +662,17 @@ def _network(
 
 
 def _stability(
-    found: _Findings, store: Store, network: Any, judged: Any, shape: tuple[int, ...], sigma: np.ndarray, seed: int
+    found: _Findings,
+    store: Store,
+    network: Any,
+    judged: Any,
+    shape: tuple[int, ...],
+    sigma: np.ndarray,
+    frames: tuple[str, ...],
+    seed: int,
 ) -> None:
     """The network's central fixed point and its potential between two trajectories, from high noise down."""
-    for frame in ("ve", "vp"):
+    for frame in frames:
         with found.stage(f"stability, {frame.upper()}") as tell:
             centre = network_stability(network, sigma, "sde", frame, seed=seed, progress=tell, keep=store.keep)
             found.add("centre loses stability", "network", centre.critical)

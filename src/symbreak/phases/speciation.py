@@ -165,9 +165,9 @@ def _free_entropy(law: Mixture, scale: float, samples: int, seed: int) -> Specia
     )
 
 
-def _outermost(excess: Callable[[float], float], size: float) -> float | None:
+def _outermost(excess: Callable[[float], float], size: float, points: int = 120) -> float | None:
     """The largest sigma at which a function of sigma turns positive, going down from far outside the data."""
-    grid = size * np.geomspace(1e3, 1e-5, 120)
+    grid = size * np.geomspace(1e3, 1e-5, points)
     before = excess(float(grid[0]))
     for a, b in pairwise(grid):
         now = excess(float(b))
@@ -235,7 +235,7 @@ def _against_rest(
         spread = float(values.std(ddof=1))
         return float(values.mean()) / spread - 1.0 if spread > 0 else -1.0
 
-    root = _outermost(lambda s: excess(odds(s)), size)
+    root = _outermost(lambda s: excess(odds(s)), size, points=48)  # draws are dear
     if root is None:
         return None, None, None
     h = 0.02
