@@ -493,7 +493,9 @@ def _splitting(
     below = int(several[0])
     got = keep(f"{name}/splitting", lambda: _bracket(system, held[below], float(lams[below]), float(lams[below - 1])))
     low, high = float(got["low"]), float(got["high"])
-    reason = f"the highest level found from {len(ends)} starts; the interval brackets it"
+    reason = (
+        f"the highest level found, from {len(ends)} starts: others may reach higher; the interval brackets this one"
+    )
     ends_of = level_at(low, system.frame), level_at(high, system.frame)
     return counts, CriticalTime(level_at(0.5 * (low + high), system.frame), *ends_of, reason=reason, **about)
 
