@@ -7,6 +7,9 @@ and frame). Going down, one of three things happens to it:
     it ends in a fold       it meets an unstable point and both vanish
     it turns into a well    data without a symmetry: nothing crosses, and other wells appear beside it
 
+At high noise x* lies far inside the shell |x| ~ sigma sqrt(d) on which a network was trained: there it extrapolates,
+and its fixed point can be far from the data's mean.
+
 So two levels are given: where the centre loses stability, and where a second stable fixed point exists. A network's J
 need not be symmetric: eigenvalues are of J itself, and the asymmetry is stated.
 
@@ -471,7 +474,8 @@ def _splitting(
     rows = ends
     held: dict[int, np.ndarray] = {}
     for i in range(len(lams) - 1, -1, -1):
-        centre = found[i]["w"]
+        stable = found[i]["values"][0] <= system.kappa(float(lams[i]))
+        centre = found[i]["w"] if stable else np.full(system.dim, math.nan)
         block = keep(f"{name}/wells/{i}", lambda i=i, rows=rows, c=centre: _wells(system, rows, c, float(lams[i])))  # type: ignore[misc]
         rows, counts[i] = block["rows"], int(block["count"])
         held[i] = rows
@@ -490,7 +494,9 @@ def _splitting(
     below = int(several[0])
     got = keep(f"{name}/splitting", lambda: _bracket(system, held[below], float(lams[below]), float(lams[below - 1])))
     low, high = float(got["low"]), float(got["high"])
-    reason = f"the highest level found from {len(ends)} starts; the interval brackets it"
+    reason = (
+        f"the highest level found, from {len(ends)} starts: others may reach higher; the interval brackets this one"
+    )
     ends_of = level_at(low, system.frame), level_at(high, system.frame)
     return counts, CriticalTime(level_at(0.5 * (low + high), system.frame), *ends_of, reason=reason, **about)
 
@@ -507,7 +513,7 @@ def _wells(system: System, rows: np.ndarray, centre: np.ndarray, lam: float, ite
         rows = np.concatenate([rows, centre[None]])
     for _ in range(iterations // 10):
         before = rows
-        rows = system.settle(rows, lam, 10)
+        rows = system.settle(rows, lam, 10, 1.0 if system.exact else 0.5)
         if len(rows) != len(before) or not len(rows):
             continue
         rows = np.stack(distinct(rows, 1e-2 * system.scale))
@@ -515,12 +521,22 @@ def _wells(system: System, rows: np.ndarray, centre: np.ndarray, lam: float, ite
             break
     stable: list[np.ndarray] = []
     residuals = np.array([np.linalg.norm(system.residual(row, lam)) for row in rows])
+    check = system.dense or system.exact
+    tried = 0
     for i in np.argsort(residuals, kind="stable"):
         row = rows[i]
+        if residuals[i] > 0.3 * system.scale:
+            break
         # Two that Newton confirms decide; the others count where the iteration stands still.
         if len(stable) < 2:
+            if tried == 6 or not distinct(row[None], 0.1 * system.scale, stable):
+                continue
+            tried += 1
             point = system.near(row, lam)
-            if point is None or system.excess(point, lam) > max(1e-9, 3 * system.noise):
+            # The iteration leaves unstable points, so that a point it stands still at is stable: eigenvalues of a
+            # large network would cost more than all the rest.
+            unstable = system.excess(point, lam) > max(1e-9, 3 * system.noise) if check and point is not None else False
+            if point is None or unstable or (not check and residuals[i] > 1e-2 * system.scale):
                 continue
         else:
             point = row
@@ -532,7 +548,7 @@ def _wells(system: System, rows: np.ndarray, centre: np.ndarray, lam: float, ite
 
 
 def _bracket(system: System, rows: np.ndarray, low: float, high: float) -> Arrays:
-    """log sigma between which the second stable point appears, to a fifth of a tenth of an e-fold."""
+    """log sigma between which the second stable point appears, to 2 %."""
     nowhere = np.full(system.dim, math.nan)
     while high - low > 0.02:
         middle = 0.5 * (low + high)
