@@ -50,10 +50,7 @@ def table(content: dict) -> list[str]:
 def comparison(found: dict) -> list[str]:
     tau = found["tau"]
     low, high = tau["interval"]
-    rows = [
-        f"| {g['step']} | {g['published']:.3f} | {g['ours']:.3f} |"
-        for g in found["gap at the published levels"]
-    ]
+    rows = [f"| {g['step']} | {g['published']:.3f} | {g['ours']:.3f} |" for g in found["gap at the published levels"]]
     inside = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
     return [
         f"- phi passes its halfway level at tau {tau['ours']:.3f}{inside} ({found['pairs']:,} pairs, "

@@ -115,7 +115,7 @@ def test_an_interrupted_diagnosis_goes_on_and_finds_the_same(tmp_path):
 
 
 def test_clusters_of_a_network_without_labels(tmp_path):
-    data, law, pipe = two_classes(tmp_path)
+    _, law, pipe = two_classes(tmp_path)
     bare = images(np.load(tmp_path / "two.npz")["images"], value_range=(-1, 1))
     found = diagnose(bare, pipe, clusters=2, effort=TINY)
     low, high = (rows(found, "network")["cloning"][k]["sigma"] for k in ("low", "high"))

@@ -265,7 +265,7 @@ def test_bad_input_is_one_line(call, message):
 
 
 def test_a_labelled_data_set_agrees_with_the_mixture_of_its_points():
-    """Classes of points are sub-mixtures of narrow Gaussians: p(c | x) adds up, phi is the same to Monte Carlo error."""
+    """p(c | x) of labelled points adds up over the points of a class: phi is the same to Monte Carlo error."""
     g = torch.Generator().manual_seed(3)
     y = torch.arange(400) % 2
     points = torch.randn(400, 3, generator=g, dtype=torch.float64) + torch.where(y == 0, -1.2, 1.2)[:, None]

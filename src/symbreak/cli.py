@@ -276,7 +276,7 @@ def phases(
     pipe = None if model is None else load_pipeline(model)
     given = None if classify in (None, "classifier") else extractor(classify)
     effort = Effort().quick() if quick else Effort()
-    asked = {k: v for k, v in (("pairs", pairs), ("steps", steps), ("branches", branches)) if v is not None}
+    asked: dict[str, Any] = {"pairs": pairs, "steps": steps, "branches": branches}
     with _bars() as tell:
         record = diagnose(
             found,
@@ -284,7 +284,7 @@ def phases(
             holdout=kept,
             classify=given,
             clusters=clusters,
-            effort=replace(effort, **asked),
+            effort=replace(effort, **{k: v for k, v in asked.items() if v is not None}),
             seed=seed,
             out=out,
             progress=tell,
