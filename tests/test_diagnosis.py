@@ -71,9 +71,10 @@ def test_a_mixture_posing_as_a_network(tmp_path):
     low, high = (network["cloning"][k]["sigma"] for k in ("low", "high"))
     # 64 pairs: the interval is wide; a third beyond it would be more than three standard errors.
     assert low / 1.3 < exact < high * 1.3
-    assert (
-        network["VE, loses stability"]["level"] is None or network["VE, loses stability"]["level"]["sigma"] < 2 * exact
-    )
+    # Unequal weights: the centre turns into a well, and a second one appears where the law's own does.
+    wells = [c for c in found.content["criteria"] if c["name"] == "second well" and c["frame"] == "ve"]
+    own, theirs = (next(c for c in wells if c["of"] == of)["level"]["sigma"] for of in ("class mixture", "network"))
+    assert own == pytest.approx(theirs, rel=0.1)
     phi = next(c for c in found.content["curves"] if c["label"] == "clones, network")
     assert phi["value"][0] == 1.0
     checks = {c["name"]: c for c in found.content["checks"]}
@@ -99,7 +100,7 @@ def test_an_interrupted_diagnosis_goes_on_and_finds_the_same(tmp_path):
         return tell
 
     out = tmp_path / "out"
-    for stage in ("clones", "losses", "opportunity"):
+    for stage in ("U-turns", "losses", "opportunity"):
         with pytest.raises(Stop):
             diagnose(data, pipe, classify=nearest_sign, effort=TINY, out=out, progress=stop_in(stage))
         assert list(out.glob("blocks-*/*.safetensors"))
@@ -153,8 +154,8 @@ def test_bad_data(tmp_path):
 def test_classes_that_differ_in_covariance_only(tmp_path):
     """The spectrum knows nothing of them (its top eigenvalue is below 1); free entropy and clones find them."""
     rng = np.random.default_rng(4)
-    y = np.arange(3000) % 2
-    x = np.sqrt(np.where(y == 0, 0.01, 0.04))[:, None, None, None] * rng.normal(size=(3000, 1, 8, 8))
+    y = np.arange(1600) % 2
+    x = np.sqrt(np.where(y == 0, 0.01, 0.04))[:, None, None, None] * rng.normal(size=(1600, 1, 8, 8))
     np.savez(tmp_path / "c.npz", images=x.astype(np.float32), labels=y)
     data = images(str(tmp_path / "c.npz"), value_range=(-1, 1))
     found = diagnose(data, effort=TINY)
@@ -163,6 +164,6 @@ def test_classes_that_differ_in_covariance_only(tmp_path):
         torch.zeros(2, 64), torch.stack([0.01 * torch.eye(64), 0.04 * torch.eye(64)]).double()
     )
     own = rows(found, "class mixture")
-    # 1,200 images a class fix a variance to 0.5 %; the mixture's shrinkage and its noisy directions cost more.
+    # 640 images a class fix a variance to 0.7 %; the mixture's shrinkage and its noisy directions cost more.
     assert own["free entropy"]["level"]["sigma"] == pytest.approx(speciation_time(exact, "free-entropy").sigma, rel=0.1)
     assert own["cloning"]["level"]["sigma"] == pytest.approx(cloning_time(exact).sigma, rel=0.1)

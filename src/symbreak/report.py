@@ -171,7 +171,7 @@ def phases_figure(content: dict[str, Any]) -> Any:
         if isinstance(high, float) and math.isfinite(high):
             top.plot([max(low, 1e-3), high], [i, i], color=color, linewidth=4, alpha=0.35, solid_capstyle="butt")
         top.plot(c["level"]["sigma"], i, "o", color=color, markersize=5)
-    names = [f"{c['name']} ({c['of']})" for c in ordered]
+    names = [f"{c['name']}{', ' + c['frame'].upper() if c['frame'] else ''} ({c['of']})" for c in ordered]
     top.set_yticks(range(len(names)), names, fontsize=8)
     top.set_ylim(len(names) - 0.4, -0.6)
     sigmas = [s for c in content["curves"] for s in c["sigma"]] + [c["level"]["sigma"] for c in found]
