@@ -39,7 +39,8 @@ def table(content: dict) -> list[str]:
         cells = " | ".join(span(row, k) for k in ("sigma", "ou_time", "step"))
         out.append(f"| {row['name']} | {row['of']} | {where} | {cells} | {row['seconds']:.1f} |")
     missing = [c for c in content["criteria"] if c["level"] is None]
-    out += ["", *(f"- {c['name']} ({c['of']}): {c['reason']}" for c in missing)]
+    seen = {f"- {c['name']} ({', '.join(filter(None, (c['of'], c['frame'])))}): {c['reason']}": 0 for c in missing}
+    out += ["", *seen]
     if content["checks"]:
         out += ["", "| check | verdict | in words |", "|---|---|---|"]
         word = {True: "holds", False: "does not hold", None: "cannot be said"}

@@ -740,7 +740,7 @@ def _window_check(pairs: Any, window: Any) -> Check:
             if peak.sigma is None
             else "the clones' agreement does not run from 10 % to 90 % on these levels"
         )
-        return Check(name, None, math.nan, math.nan, f"Cannot be said: {why}.")
+        return Check(name, None, math.nan, math.nan, f"Cannot be said: {(why or '').rstrip('.')}.")
     low, high = (float(e) for e in ends if e is not None)
     holds = low <= peak.sigma <= high
     sentence = (

@@ -234,7 +234,7 @@ def reversion_check(found: Reversion, at: Any) -> Check:
     sigma, value = np.append(np.atleast_1d(found.sigma), found.start), np.append(np.atleast_1d(found.value), 1.0)
     if level is None or not sigma.min() <= level <= found.start:
         why = why or f"sigma {level:.4g} is outside {sigma.min():.4g} to {found.start:.4g}, where it was measured"
-        return Check(name, None, math.nan, REVERTED, f"Cannot be said: {why}.")
+        return Check(name, None, math.nan, REVERTED, f"Cannot be said: {(why or '').rstrip('.')}.")
     order = np.argsort(sigma)
     rho = float(np.interp(math.log(level), np.log(sigma[order]), value[order]))
     holds = rho < REVERTED
@@ -370,7 +370,7 @@ def linearity_check(found: LinearShare, at: Any) -> Check:
     sigma = np.atleast_1d(found.sigma)[order]
     if level is None or not sigma[0] <= level < sigma[-1]:
         why = why or f"sigma {level:.4g} is outside {sigma[0]:.4g} to {sigma[-1]:.4g}, where it was measured"
-        return Check(name, None, math.nan, LINEAR, f"Cannot be said: {why}.")
+        return Check(name, None, math.nan, LINEAR, f"Cannot be said: {(why or '').rstrip('.')}.")
     u = np.log(np.append(level, sigma[sigma > level]))
     left, whole = (
         trapezoid(np.interp(u, np.log(sigma), energy[order]) * np.exp(-2 * u), u)
