@@ -46,7 +46,7 @@ __all__ = [
 
 DENSE = 1024  # up to this dimension Jacobians are matrices, above it products
 CHUNK = 256  # Jacobian columns a call
-SHARES = (1.0, 0.5, 0.25)  # of a step of the fixed-point iteration
+SHARES = (1.0, 0.5, 0.25, 0.1)  # of a step of the fixed-point iteration
 
 
 def checked_flow(flow: str, frame: str) -> None:
@@ -267,15 +267,15 @@ class System:
         found, _ = gmres(LinearOperator((n, n), matvec=apply, dtype=np.float64), rhs, rtol=rtol, restart=60, maxiter=4)
         return np.asarray(found)
 
-    def contract(self, w: np.ndarray, lam: float, iterations: int = 100) -> np.ndarray | None:
+    def contract(self, w: np.ndarray, lam: float) -> np.ndarray | None:
         """The limit of w <- w + share (D(w / kappa) - w), where every step is shorter than the one before.
 
         Such a limit lies in the basin of the start, and the branch through it cannot have jumped. A stable point can
         have eigenvalues of J / kappa below -1 (networks do, far from their training data): smaller shares calm them.
         """
         for share in SHARES:
-            x, size = w, math.inf
-            for _ in range(iterations):
+            x, size, last = w, math.inf, np.zeros_like(w)
+            for _ in range(int(60 / share)):
                 f = self.residual(x, lam)
                 now = float(np.linalg.norm(f))
                 if now <= self.tolerance(x):
@@ -284,8 +284,10 @@ class System:
                 if not now <= (1 - 0.2 * share) * size:
                     if now <= 30 * self.tolerance(x):
                         return x  # rounding stops the descent
+                    if not f @ last < 0:
+                        return None  # slow or diverging, not swinging to and fro: a smaller share cannot help
                     break
-                x, size = x + share * f, now
+                x, size, last = x + share * f, now, f
         return None
 
     def _difference_solve(self, x: np.ndarray, lam: float, rhs: np.ndarray) -> np.ndarray:
@@ -507,17 +509,20 @@ def central_point(system: System, high: float) -> np.ndarray | None:
     return first
 
 
-def follow(system: System, w: np.ndarray, lam: float, to: float) -> tuple[np.ndarray | None, float | None]:
+def follow(
+    system: System, w: np.ndarray, lam: float, to: float
+) -> tuple[np.ndarray | None, tuple[np.ndarray, float] | None]:
     """A fixed point at a lower level, followed from (w, lam) in steps of at most a factor 1.25 in sigma.
 
     Cheaper than `march` and good for networks, whose maps contract at high noise: each step iterates
     w <- D(w / kappa) while that contracts and calls Newton where it does not. A step that moves too far is
-    halved; where even short ones do, the branch has ended, and the iteration says where it falls to.
+    halved; where even short ones do, the branch has ended or cannot be followed, and the iteration says where it falls.
 
     Returns:
-        The point, ``None`` where it was lost, and log sigma of the highest jump, ``None`` without one.
+        The point, ``None`` where it was lost, and the last point (w, lam) before the highest jump, ``None`` without.
     """
-    longest, jumped = math.log(1.25), None
+    longest = math.log(1.25)
+    brink: tuple[np.ndarray, float] | None = None
     h = longest
     while abs(lam - to) > 1e-12:
         below = max(lam - h, to)
@@ -528,13 +533,13 @@ def follow(system: System, w: np.ndarray, lam: float, to: float) -> tuple[np.nda
             h = 0.5 * min(h, lam - to)
             continue
         if new is None:
-            jumped = below if jumped is None else jumped
+            brink = (w, lam) if brink is None else brink
             fallen = system.settle(w[None], below, share=SHARES[-1])
             new = system.near(fallen[0], below) if len(fallen) else None
             if new is None:
-                return None, jumped
+                return None, brink
         w, lam, h = new, below, min(2 * h, longest)
-    return w, jumped
+    return w, brink
 
 
 def loss_of_stability(system: System, p: Point, q: Point) -> tuple[float, np.ndarray]:

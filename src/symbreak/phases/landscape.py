@@ -43,6 +43,7 @@ Keep = Callable[[str, Callable[[], Arrays]], Arrays]
 Progress = Callable[[int, int], None]
 
 DENSE = 256  # above it, eigenvalues of a network's Jacobian by products: cheaper than all its columns
+FOLD = 0.8  # top eigenvalue over threshold from which a branch that ends did so in a fold, where it is 1
 STEPS = 40  # of the probability flow
 ARC = "arXiv:2305.19693, potential along an arc between two trajectories"
 
@@ -61,7 +62,7 @@ class Stability:
         wells: stable fixed points that were found at each level [G]: a lower bound; 0 where none were looked for.
         critical: where stability is lost first, going down (criterion ``"bifurcation"``).
         splitting: the highest level at which a second stable fixed point was found (criterion ``"wells"``).
-        jumps: levels at which the branch ended and the iteration fell to another point, falling.
+        jumps: levels just above those where the branch ended or could not be followed, falling.
         flow, frame: of which flow.
         reason: where the point was lost or jumped; ``None`` where it was followed throughout.
     """
@@ -329,7 +330,7 @@ def _first(system: System, top: float) -> Arrays:
 
 def _at(system: System, w: np.ndarray, lam: float, to: float, k: int) -> Arrays:
     """The fixed point at a level, followed from the one above, with its leading eigenvalues."""
-    new, jumped = follow(system, w, lam, to) if np.isfinite(w).all() else (None, None)
+    new, brink = follow(system, w, lam, to) if np.isfinite(w).all() else (None, None)
     if new is None:
         nowhere = np.full(system.dim, math.nan)
         values, vectors, asymmetry = np.full(k, math.nan), np.full((k, system.dim), math.nan), math.nan
@@ -341,7 +342,8 @@ def _at(system: System, w: np.ndarray, lam: float, to: float, k: int) -> Arrays:
         "values": values,
         "vectors": vectors,
         "asymmetry": np.array(asymmetry),
-        "jumped": np.array(math.nan if jumped is None else jumped),
+        "jumped": np.array(math.nan if brink is None else brink[1]),
+        "brink": np.array(math.nan if brink is None else system.top(*brink)),
     }
 
 
@@ -355,7 +357,7 @@ def _history(system: System, start: Arrays, lams: np.ndarray, found: list[Arrays
     if lost:
         said.append(f"the fixed point is lost below sigma = {fell[-1]}")
     if fell[: len(fell) - lost]:
-        said.append(f"its branch ended and it fell to another point at sigma = {', '.join(fell[: len(fell) - lost])}")
+        said.append(f"it fell to another point at sigma = {', '.join(fell[: len(fell) - lost])}")
     if float(start["lam"]) < math.log(system.high) - 1e-9:
         said.append(f"there is no fixed point to be found above sigma = {math.exp(float(start['lam'])):.4g}")
     return "; ".join(said) or None
@@ -383,8 +385,18 @@ def _critical(
     for i, value in enumerate(excess):
         jumped = float(found[i]["jumped"])
         if not math.isnan(jumped) and (stable or i == 0):
+            brink = float(found[i]["brink"])
+            if brink < FOLD:
+                reason = (
+                    f"the central fixed point cannot be followed below sigma = {math.exp(jumped):.4g}, where it is "
+                    f"stable (top eigenvalue {brink:.2f} of the threshold). Try more levels or pass x0="
+                )
+                return CriticalTime(None, reason=reason, **about)
             above = lams[i - 1] if i else float(start["lam"])
-            reason = "the central fixed point ends here in a fold, stable until then; the interval is of two levels"
+            reason = (
+                f"the central fixed point ends here in a fold (top eigenvalue {brink:.2f} of the threshold just "
+                "above); the interval is of two levels"
+            )
             ends = level_at(float(lams[i]), system.frame), level_at(float(above), system.frame)
             return CriticalTime(level_at(jumped, system.frame), *ends, reason=reason, **about)
         if stable and value > threshold:
