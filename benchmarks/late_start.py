@@ -294,12 +294,12 @@ def write_page(path):
         "How `auto` chooses: [choosing-a-start.md](choosing-a-start.md).",
     ]
     short = []
-    for name in ("digits", "mnist"):
+    for name, title in (("digits", "digits"), ("digits1000", "digits, repeats of 1,000 images"), ("mnist", "mnist")):
         file = Path("build/late_start") / name / "late_start.json"
         if file.exists():
             whole = json.loads(file.read_text())
-            lines += section(name, whole)
-            short += summary(name, whole)
+            lines += section(title, whole)
+            short += summary(name, whole) if name == title else []
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     readme = path.parent.parent / "README.md"
     before, rest = readme.read_text(encoding="utf-8").split(BEGIN)

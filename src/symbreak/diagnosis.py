@@ -291,9 +291,7 @@ def diagnose(
         "pad": data.pad,
         "value_range": [-data.scale - data.offset, data.scale - data.offset],
         "network": None if model is None else weights_hash(model.unet),
-        "classify": None
-        if classify is None
-        else str(getattr(classify, "name", getattr(classify, "__name__", "given"))),
+        "classify": None if classify is None else _name(classify),
         "clusters": clusters,
         "modes": modes,
         "seed": seed,
@@ -364,7 +362,9 @@ def _held_out(data: Images, holdout: Images | None, clusters: int | None) -> tup
 
 
 def _name(classify: Any) -> str:
-    return str(getattr(classify, "name", getattr(classify, "__name__", "a callable")))
+    """What a classifier is called, with its weights where it has some: other weights are another run."""
+    name = str(getattr(classify, "name", getattr(classify, "__name__", "a callable")))
+    return f"{name} {weights_hash(classify)}" if isinstance(classify, torch.nn.Module) else name
 
 
 def _pictures(rows: np.ndarray | torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
