@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import symbreak as sb
+from symbreak.report import phases_figure
 
 rng = np.random.default_rng(0)
 y = np.arange(4000) % 2
@@ -34,7 +35,8 @@ def louder(images):
 
 
 # %% Diagnose: every criterion on one axis.
-effort = sb.Effort(pairs=200) if len(sys.argv) > 1 else sb.Effort(pairs=40, steps=16, branches=6, images=32, losses=14)
+few = sb.Effort(pairs=40, steps=16, branches=6, images=32, losses=14, stability=2, frames=("ve",))
+effort = sb.Effort(pairs=200) if len(sys.argv) > 1 else few
 found = sb.diagnose(data, pipe, classify=louder, effort=effort)
 for row in found.content["criteria"]:
     level = "none" if row["level"] is None else f"sigma {row['level']['sigma']:.3f}"
@@ -42,3 +44,7 @@ for row in found.content["criteria"]:
 print("exact free entropy:", round(sb.speciation_time(flat, "free-entropy").sigma, 3))
 found.save(folder)
 sb.write_report(found, folder / "report.html")
+out = Path("build/classes_by_covariance.png")
+out.parent.mkdir(parents=True, exist_ok=True)
+phases_figure(found.content).savefig(out, dpi=80)
+print(f"figure: {out}")

@@ -295,7 +295,7 @@ def diagnose(
         "clusters": clusters,
         "modes": modes,
         "seed": seed,
-        **asdict(effort),
+        **plain(asdict(effort)),
     }
     packages = versions(torch.get_num_threads())
     store = Store(folder, {**settings, "versions": packages})
