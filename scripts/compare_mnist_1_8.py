@@ -20,9 +20,11 @@ import torch
 from matplotlib.figure import Figure
 
 import symbreak as sb
+from symbreak.adapters import weights_hash
 from symbreak.diagnosis import Store
 from symbreak.files import write_json
 from symbreak.metrics.features import load_classifier, save_classifier, train_classifier
+from symbreak.record import plain, versions
 
 STEPS = (999, 800, 700, 650, 600, 550, 500, 450, 400, 350, 300, 250, 200, 150, 100)
 ROOT = Path(__file__).parents[1]
@@ -53,7 +55,16 @@ def main() -> None:
     right = [judge.logits(b).argmax(1) == y for b, y in labelled(test)]
     schedule = sb.schedule(pipe.scheduler)
     sigma = np.array([schedule.level(k).sigma for k in STEPS])
-    store = Store(args.out, {"pairs": args.pairs, "steps": args.steps, "levels": list(STEPS)})
+    identity = {
+        "pairs": args.pairs,
+        "steps": args.steps,
+        "levels": list(STEPS),
+        "network": weights_hash(pipe.unet),
+        "scheduler": plain(dict(pipe.scheduler.config)),
+        "classifier": weights_hash(judge),
+        "versions": versions(torch.get_num_threads()),
+    }
+    store = Store(args.out, identity)
 
     def tell(done: int, total: int) -> None:
         print(f"\r{done / total:.0%} of {total:,} network calls", end="", flush=True)
@@ -95,6 +106,7 @@ def main() -> None:
         ],
     }
     write_json(args.out / "clones.json", result)
+    store.close()
     draw(args.out / "clones.png", ours, found, theirs, moved, phi, np.asarray(published["standard_error"]))
     print(json.dumps(result["tau"], indent=1))
 

@@ -19,6 +19,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -274,7 +275,12 @@ def phases(
     found = _images(data, value_range, skip_bad, classes, pad)
     kept = None if holdout is None else _images(holdout, value_range, skip_bad, classes, pad)
     pipe = None if model is None else load_pipeline(model)
-    given = None if classify in (None, "classifier") else extractor(classify)
+    if classify == "pixels":
+        raise InputError(
+            "--classify pixels gives no classes; expected a classifier, FILE.safetensors or module:callable."
+        )
+    given = None if classify is None or classify == "classifier" else extractor(classify)
+    given = getattr(given, "function", given)  # a callable may give classes, which are no features
     effort = Effort().quick() if quick else Effort()
     asked: dict[str, Any] = {"pairs": pairs, "steps": steps, "branches": branches}
     with _bars() as tell:
@@ -298,7 +304,7 @@ def _phases_table(record: Any, out: Path | None) -> None:
     content = record.content
     top = content["eigenvalues"][0]
     table = Table(
-        title=f"When {content['data']['name']} decides ({content['data']['count']:,} images, pixels in [-1, 1])"
+        title=f"When {escape(content['data']['name'])} decides ({content['data']['count']:,} images, pixels in [-1, 1])"
     )
     for name in ("criterion", "of", "flow, frame", "sigma", "OU time", f"step ({content['schedule']})", "s"):
         table.add_column(name, justify="left" if name in ("criterion", "of", "flow, frame") else "right")
@@ -310,7 +316,7 @@ def _phases_table(record: Any, out: Path | None) -> None:
             text = "none" if row["level"] is None else "-" if value is None else f"{value:.3g}"
             cells.append(text + (f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else ""))
         where = ", ".join(w.upper() for w in (row["flow"], row["frame"]) if w)
-        table.add_row(row["name"], row["of"], where, *cells, f"{row['seconds']:.1f}")
+        table.add_row(row["name"], row["of"], where, *cells, f"{record.timings[row['stage']]:.1f}")
         if row["level"] is None and row["reason"]:
             reasons.append(f"{row['name']} ({row['of']}): {row['reason']}")
     out_console.print(table)

@@ -28,9 +28,10 @@ import torch
 from symbreak.adapters import denoiser, refuse_conditional, weights_hash
 from symbreak.critical import CriticalTime, Curve, crossing
 from symbreak.data import Images, images
+from symbreak.denoise import ask
 from symbreak.files import InputError, output_folder, read_tensors, write_tensors
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
-from symbreak.laws.classes import posterior_average
+from symbreak.laws.classes import class_of, posterior_average
 from symbreak.metrics.features import Classifier, extractor, train_classifier
 from symbreak.moments import Moments, mode_images
 from symbreak.noise import NoiseLevel, Schedule, generator, schedule
@@ -54,7 +55,7 @@ class Effort:
     """How much a diagnosis spends.
 
     Attributes:
-        pairs: pairs of clones, and real images of the U-turns.
+        pairs: pairs of clones, paths and kicks; real images of the U-turns, but at most ``images``.
         steps: sampler steps of a whole trajectory.
         branches: branch levels of the clones.
         turns: levels of the U-turns.
@@ -77,7 +78,7 @@ class Effort:
 
     def check(self) -> None:
         """Refuse numbers that give nothing."""
-        low = {"pairs": 10, "steps": 4, "branches": 3, "turns": 2, "stability": 2, "losses": 4, "images": 16}
+        low = {"pairs": 10, "steps": 4, "branches": 3, "turns": 2, "stability": 2, "losses": 4, "images": 20}
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; expected at least {least}.")
@@ -147,10 +148,10 @@ class _Findings:
         self.tell(name, seen[1], seen[1])
         self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - began
         for row in self.criteria[first:]:
-            row["seconds"] = self.timings[name]
+            row["stage"] = name  # its seconds are among the timings
 
     def add(self, name: str, of: str, critical: CriticalTime) -> None:
-        self.criteria.append({"name": name, "of": of, "seconds": None, **_view(critical, self.steps)})
+        self.criteria.append({"name": name, "of": of, "stage": None, **_view(critical, self.steps)})
 
     def draw(self, panel: str, label: str, of: str, curve: Curve, line: str = "-", color: str | None = None) -> None:
         self.curves.append({**curve.to_dict(), "panel": panel, "label": label, "of": of, "line": line, "color": color})
@@ -251,8 +252,8 @@ def diagnose(
             the digits, else a fifth of ``data`` is kept back from the laws. A network may know those: it is said.
         classify: images [B, C, H, W] -> classes [B] or logits [B, K]; by default a small classifier is trained
             on the labels.
-        clusters: without labels and classifier: classes are this many k-means clusters, of the data and of the
-            network's own images.
+        clusters: classes are this many k-means clusters, of the data for the laws and of the network's own images;
+            10 where a network comes without labels and classifier.
         effort: how much to spend; `Effort` counts.
         seed: of all noise.
         out: folder for ``record.json``, and for finished blocks while it runs: the same call goes on after an
@@ -281,8 +282,15 @@ def diagnose(
             )
     if clusters is not None and not 2 <= clusters <= len(data) // 4:
         raise InputError(f"{clusters} clusters for {len(data):,} images; expected 2 to {len(data) // 4:,}.")
-    fit, held, note = _held_out(data, holdout, clusters)
+    if clusters is not None and classify is not None:
+        raise InputError("clusters and a classifier came together; pass one of them.")
+    fit, held, note = _held_out(data, holdout)
     found.notes += note
+    if network is not None and min(len(held), effort.images) < 20:
+        raise InputError(
+            f"{min(len(held), effort.images)} images for the losses of a network; expected at least 20. Pass --holdout "
+            "with more."
+        )
     settings = {
         "data": data.name,
         "content": data.fingerprint(),
@@ -291,6 +299,7 @@ def diagnose(
         "pad": data.pad,
         "value_range": [-data.scale - data.offset, data.scale - data.offset],
         "network": None if model is None else weights_hash(model.unet),
+        "scheduler": None if model is None else {name: plain(dict(model.scheduler.config))},
         "classify": None if classify is None else _name(classify),
         "clusters": clusters,
         "modes": modes,
@@ -298,7 +307,7 @@ def diagnose(
         **plain(asdict(effort)),
     }
     packages = versions(torch.get_num_threads())
-    store = Store(folder, {**settings, "versions": packages})
+    store = Store(folder, {**settings, "versions": packages, "probes": _probes(network, classify, held)})
     with found.stage("spectrum"):
         moments = Moments.fit(data) if moments is None else moments
         content = {"schedule": name, **spectral_times(data, found.steps, moments, modes)}
@@ -313,7 +322,12 @@ def diagnose(
     if not content["eigenvalues"][0] > 0:
         raise InputError(f"all {len(data):,} images of {data.name} are equal: nothing is decided. Choose other data.")
     if network is not None:
-        judge = _judge(found, store, fit, held, classify, clusters, seed)  # what is wrong with it is said at once
+        judge = _judge(found, store, fit, held, classify, clusters, seed)
+        clusters = judge.clusters
+    elif clusters is None and not _classes(fit):
+        found.notes.append(
+            "No two classes of at least 2 images by the labels: no criterion of classes. Pass --clusters K for some."
+        )
     laws = _laws(found, fit, held, network is None, clusters, effort, scale, seed)
     if network is not None:
         _network(found, store, network, fit, held, moments, laws, judge, effort, scale, seed)
@@ -339,14 +353,20 @@ def diagnose(
     return record
 
 
-def _held_out(data: Images, holdout: Images | None, clusters: int | None) -> tuple[Images, Images, list[str]]:
+def _held_out(data: Images, holdout: Images | None) -> tuple[Images, Images, list[str]]:
     """Images that laws are fitted to, images they are asked about, and what a reader must know of them."""
     if holdout is not None:
         if holdout.shape != data.shape:
             raise InputError(f"the data are {data.shape}, the held-out images {holdout.shape}. Resize one of them.")
+        if data.labels is not None and holdout.labels is not None and data.classes != holdout.classes:
+            unknown = [c for c in holdout.classes if c not in data.classes]
+            if unknown:
+                raise InputError(f"the held-out images have a class {unknown[0]!r} that the data do not have. Drop it.")
+            names = torch.tensor([data.classes.index(c) for c in holdout.classes])
+            holdout = replace(holdout, labels=names[holdout.labels], classes=data.classes)
         return data, holdout, [f"Losses and U-turns on {len(holdout):,} held-out images of {holdout.name}."]
     if data.name == "digits" and data.history == images("digits").history:
-        held = images("digits:held-out")
+        held = images("digits:held-out", pad=data.pad)
         return data, held, [f"Losses and U-turns on the {len(held):,} digits of the held-out half."]
     if len(data) < 10:
         raise InputError(f"{len(data)} images; expected at least 10, a fifth of which is kept back from the laws.")
@@ -359,6 +379,25 @@ def _held_out(data: Images, holdout: Images | None, clusters: int | None) -> tup
             "them. Pass --holdout with images it has not seen."
         ],
     )
+
+
+def _probes(network: Any, classify: Any, held: Images) -> list[str]:
+    """Digests of what network and classifier answer to fixed images: names and weights do not tell all of them apart.
+
+    A classifier that gives NaN or a wrong shape is found here, before any work.
+    """
+    out = []
+    with torch.inference_mode():
+        if network is not None:
+            low, high = network.sigma_range
+            x = torch.randn(4, *network.shape, generator=generator(0, 97))
+            sigma = math.sqrt(max(low, 1e-3) * min(high, 1e3))
+            out.append(hashlib.sha256(ask(network, sigma * x, sigma).numpy().tobytes()).hexdigest())
+        if classify is not None:
+            some, _ = _some(held, 64, 0)
+            codes = class_of(getattr(classify, "logits", classify), some)
+            out.append(hashlib.sha256(codes.tobytes()).hexdigest())
+    return out
 
 
 def _name(classify: Any) -> str:
@@ -432,7 +471,7 @@ def _judge(
         judge = _trained(store, fit, held, tell, seed)
     found.notes.append(
         f"Classes of images: a classifier of {', '.join(judge.classes[:12])}"
-        + (f", right on {judge.accuracy:.1%} of the held-out images." if judge.accuracy is not None else ".")
+        + (f", right on {judge.accuracy:.1%} of the held-out images." if math.isfinite(judge.accuracy) else ".")
     )
     return _Judge(judge.logits, judge.logits, None, True)
 
@@ -466,10 +505,16 @@ class _Laws:
     empirical: Empirical
 
 
-def _some(data: Images, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Up to ``count`` images and their labels, the same ones for the same seed."""
-    index = torch.randperm(len(data), generator=generator(seed, 31))[:count].sort().values
-    part = data.take(index.numpy(), "some")
+def _some(data: Images, count: int, seed: int, even: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Up to ``count`` images and their labels, the same ones for the same seed; ``even``: as many of every class."""
+    order = torch.randperm(len(data), generator=generator(seed, 31))
+    if even and data.labels is not None:
+        y = data.labels[order]
+        place = torch.zeros(len(y), dtype=torch.int64)  # of an image among those of its class
+        for label in y.unique():
+            place[y == label] = torch.arange(int((y == label).sum()))
+        order = order[torch.argsort(place, stable=True)]
+    part = data.take(order[:count].numpy(), "some")
     return part.tensor(), part.labels
 
 
@@ -612,26 +657,29 @@ def _network(
         found.draw("loss", f"{len(laws.empirical):,} training images", "data", empirical)
     if judge.labelled and labels is not None:
         with found.stage("class entropy") as tell:
-            some, known = _some(fit, 2 * effort.images, seed)
-            open_ = class_entropy(
-                network,
-                span(0.07, 2.5, effort.turns),
-                images,
-                labels,
-                some,
-                known,
-                features=judge.features,
-                seed=seed,
-                progress=tell,
-                keep=store.keep,
-            )
-            found.add("class entropy", "network", open_.time())
-            found.draw("entropy", "network, upper bound", "network", open_, "o-")
+            some, known = _some(fit, 2 * effort.images, seed, even=True)
+            try:
+                open_ = class_entropy(
+                    network,
+                    span(0.07, 2.5, effort.turns),
+                    images,
+                    labels,
+                    some,
+                    known,
+                    features=judge.features,
+                    seed=seed,
+                    progress=tell,
+                    keep=store.keep,
+                )
+                found.add("class entropy", "network", open_.time())
+                found.draw("entropy", "network, upper bound", "network", open_, "o-")
+            except InputError as error:  # a class that is too rare must not cost the other criteria
+                found.add("class entropy", "network", CriticalTime(None, criterion="class entropy", reason=str(error)))
     heights = span(0.15, 3.0, effort.stability)[::-1]
     _stability(found, store, network, judged, fit.shape, heights, effort.frames, seed)
     early = losses.sigma[losses.sigma > 0.3 * scale]
     with found.stage("mechanism") as tell:
-        # Paths start where the noise hides everything, or as high as the network goes.
+        # Far above the spread of the data and their distance from the origin, where noise alone is a fair start.
         paths = reversion(
             network,
             span(0.07, 6.0, effort.branches),
@@ -639,7 +687,7 @@ def _network(
             steps=effort.steps,
             seeds=seed,
             moments=moments,
-            sigma_start=min(0.95 * high, 8.0 * scale),
+            sigma_start=min(0.95 * high, max(8.0 * scale, 4.0 * float(moments.mean.norm()))),
             keep=store.keep,
         )
         linear = linear_share(network, images, early, gaussian=laws.gaussian, seed=seed, progress=tell, keep=store.keep)
@@ -682,8 +730,8 @@ def _stability(
             found.add("second well", "network", centre.splitting)
             ratio = centre.eigenvalues[:, 0] / centre.threshold
             label = f"top eigenvalue of dD/dx over its threshold, {frame.upper()}"
-            color = "network" if frame == "ve" else "class mixture"
-            found.draw("stability", label, color, Curve(sigma, ratio, ratio, ratio), "o-")
+            color = None if frame == "ve" else "#b3424a"
+            found.draw("stability", label, "network", Curve(sigma, ratio, ratio, ratio), "o-", color)
             if frame == "ve":
                 most = int(np.nanargmax(np.where(np.isfinite(ratio), ratio, -np.inf)))
                 found.notes.append(

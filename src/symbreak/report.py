@@ -81,7 +81,7 @@ def _values(record: Record) -> dict[str, Any]:
     if record.kind == "study":
         values |= _study_values(content, record.settings)
     elif content.get("criteria"):
-        values |= _phases_values(content)
+        values |= _phases_values(content, plain(record.timings))
     return values
 
 
@@ -122,7 +122,7 @@ PANELS = {
 SOURCES = {"network": COLORS[0], "class mixture": COLORS[1], "data": COLORS[2], "Gaussian": COLORS[4]}
 
 
-def _phases_values(content: dict[str, Any]) -> dict[str, Any]:
+def _phases_values(content: dict[str, Any], timings: dict[str, Any]) -> dict[str, Any]:
     """Everything of a diagnosis beyond the spectrum."""
     rows = []
     for c in content["criteria"]:
@@ -138,7 +138,7 @@ def _phases_values(content: dict[str, Any]) -> dict[str, Any]:
                 "where": where,
                 "cells": cells,
                 "source": c["source"],
-                "seconds": _number(c["seconds"], 2),
+                "seconds": _number(timings.get(c["stage"]), 2),
                 "note": c["reason"] or "",
             }
         )
