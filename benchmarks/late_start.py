@@ -250,6 +250,7 @@ def main():
         "network": sum(p.numel() for p in unet.parameters()),
         "choosing": len(chooser),
         "selection": args.selection,
+        "teleported": "a level scanned for itself",
         "accuracy": extract.accuracy,
         "real": precision_recall(features(extract, [chooser])[:1000], real[:1000]),
         "drawing": drawing(laws, unet, train.shape),
@@ -298,6 +299,9 @@ def write_page(path):
         file = Path("build/late_start") / name / "late_start.json"
         if file.exists():
             whole = json.loads(file.read_text())
+            if "about" not in whole:
+                print(f"{file} is not finished; left out")
+                continue
             lines += section(title, whole)
             short += summary(name, whole) if name == title else []
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -342,8 +346,9 @@ def section(name, whole):
         f"mean of {d['repeats']} repeats of {d['samples']} images with its 95 % Student-t interval, in brackets "
         f"the distance of all {n:,} images at once. Spacings, levels and laws of the opponents and of the scan were "
         f"selected on {about['selection']} images of other seeds; `auto` saw {about['choosing']} held-out images that "
-        "are not in the reference, and no image of the network. PNDM, which repeats a step, has no AFS; the "
-        "scan goes over laws and 8 levels on the sampler's own grid. "
+        "are not in the reference, and no image of the network. PNDM, which repeats a step, has no AFS; "
+        f"teleportation starts at {about.get('teleported', 'the level scanned for the Gaussian')}; "
+        "the scan goes over laws and 8 levels on the sampler's own grid. "
         f"Training images at the same counts: {cell(train)}.",
         "",
         "| sampler | calls | standard start | AFS | Gaussian, scanned | teleported | **auto** | its choice | scan |",
