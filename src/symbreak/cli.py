@@ -55,6 +55,9 @@ Clusters = Annotated[int | None, typer.Option("--clusters", metavar="K", help="c
 START = "a file of `symbreak fit` (moments, law or start), auto: fitted to --data and chosen, none: white noise"
 SAMPLER, STEPS = "dpm++2m-karras", 5
 Pad = Annotated[int | None, typer.Option("--pad", metavar="N", help="pad images with black to N x N pixels")]
+Limit = Annotated[
+    int | None, typer.Option("--limit", metavar="N", help="keep only N of the images, spread evenly over the classes")
+]
 
 
 @contextmanager
@@ -90,6 +93,7 @@ def _images(
     skip_bad: bool = False,
     classes: str | None = None,
     pad: int | None = None,
+    limit: int | None = None,
 ) -> Any:
     from symbreak.data import images
 
@@ -99,6 +103,7 @@ def _images(
         skip_bad=skip_bad,
         classes=None if classes is None else classes.split(","),
         pad=pad,
+        limit=limit,
     )
     if found.skipped:
         err.print(f"left out {len(found.skipped)} unusable images (first: {found.skipped[0]})", markup=False)
@@ -727,6 +732,7 @@ def train(
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
+    limit: Limit = None,
     as_json: Json = False,
 ) -> None:
     """Train a small diffusers UNet2DModel; goes on from its checkpoint when called again."""
@@ -739,7 +745,7 @@ def train(
     settings = Recipe() if recipe is None else Recipe.load(recipe)
     if steps is not None:
         settings = replace(settings, steps=steps)
-    found = _images(data, value_range, skip_bad, classes, pad)
+    found = _images(data, value_range, skip_bad, classes, pad, limit)
     with _bars() as tell:
         result = train_network(found, out, settings, progress=lambda s, n, v: tell("steps", s, n))
 

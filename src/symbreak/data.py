@@ -145,14 +145,24 @@ class Images:
         """
         if not 0 < fraction < 1:
             raise InputError(f"a split fraction of {fraction} leaves one part empty; use 0 < fraction < 1.")
-        rng = np.random.default_rng(seed)
-        labels = np.zeros(len(self), np.int64) if self.labels is None else self.labels.numpy()
-        order = rng.permutation(len(labels))
-        order = order[np.argsort(labels[order], kind="stable")]
+        order = self._by_class(seed)
         # Walking through the classes in turn and cutting the running share keeps every class split evenly.
         first = np.floor(np.arange(1, len(order) + 1) * fraction) > np.floor(np.arange(len(order)) * fraction)
         a, b = order[first], order[~first]
         return self.take(a, f"split {fraction} first {seed}"), self.take(b, f"split {fraction} second {seed}")
+
+    def subset(self, count: int, seed: int = SPLIT_SEED) -> Images:
+        """``count`` of the images, stratified by label where there are labels; fixed by the seed."""
+        if not 2 <= count <= len(self):
+            raise InputError(f"a subset of {count} images of {len(self):,} in {self.name}; expected 2 to {len(self):,}.")
+        order = self._by_class(seed)
+        return self.take(order[np.arange(count) * len(order) // count], f"subset {count} {seed}")
+
+    def _by_class(self, seed: int) -> np.ndarray:
+        """All positions, class after class, shuffled within each."""
+        labels = np.zeros(len(self), np.int64) if self.labels is None else self.labels.numpy()
+        order = np.random.default_rng(seed).permutation(len(labels))
+        return order[np.argsort(labels[order], kind="stable")]
 
     def only(self, classes: Sequence[str]) -> Images:
         """The images of the named classes."""
@@ -214,6 +224,7 @@ def images(
     skip_bad: bool = False,
     classes: Sequence[str] | None = None,
     pad: int | None = None,
+    limit: int | None = None,
     batch_size: int | None = None,
 ) -> Images:
     """Open a data set.
@@ -226,6 +237,7 @@ def images(
         skip_bad: leave unusable images out (named in ``.skipped``) instead of failing.
         classes: keep only these class names.
         pad: pad every image with black to pad x pad pixels.
+        limit: keep only so many images, spread evenly over the classes.
         batch_size: images a batch; by default as many as fit 32 MiB of float32, 1,024 at most.
 
     Raises:
@@ -249,7 +261,8 @@ def images(
         raise InputError(f"padding to {pad} pixels; expected a size between the image's own and 8192.")
     size = batch_size or max(1, min(1024, BLOCK_BYTES // (4 * c * h * w)))
     opened = replace(found, shape=(c, h, w), pad=found.pad if pad is None else pad, batch_size=size)
-    return opened._usable() if skip_bad else opened
+    opened = opened._usable() if skip_bad else opened
+    return opened if limit is None else opened.subset(limit)
 
 
 def _open(source: str, value_range: tuple[float, float] | None) -> Images:
