@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import symbreak as sb
 from symbreak.adapters import weights_hash
-from symbreak.diagnosis import Store
+from symbreak.blocks import Blocks
 from symbreak.files import write_json
 from symbreak.metrics.features import load_classifier, save_classifier, train_classifier
 from symbreak.record import plain, versions
@@ -64,7 +64,7 @@ def main() -> None:
         "classifier": weights_hash(judge),
         "versions": versions(torch.get_num_threads()),
     }
-    store = Store(args.out, identity)
+    store = Blocks(args.out, identity)
 
     def tell(done: int, total: int) -> None:
         print(f"\r{done / total:.0%} of {total:,} network calls", end="", flush=True)

@@ -225,7 +225,8 @@ def test_a_subset_is_even_and_fixed():
     few = images("digits", limit=200)
     counts = torch.bincount(few.labels, minlength=10)
     shares = torch.bincount(digits.labels, minlength=10) * 200 / len(digits)
-    assert len(few) == 200 and float((counts - shares).abs().max()) < 1  # every class its share, up to rounding
+    assert len(few) == 200
+    assert float((counts - shares).abs().max()) < 1  # every class its share, up to rounding
     assert torch.equal(few.tensor(), images("digits").subset(200).tensor())
     assert few.fingerprint() != digits.fingerprint()
     with pytest.raises(InputError, match="a subset of 899 images of 898 in digits; expected 2 to 898"):

@@ -9,7 +9,7 @@ ROOT = Path(symbreak.__file__).parent
 FLOORS = [
     {"files", "noise"},
     {"critical", "data", "record", "sketch"},
-    {"moments"},
+    {"moments", "blocks"},
     {"laws", "denoise"},
     {"phases", "adapters"},
     {"cut"},

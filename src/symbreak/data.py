@@ -154,7 +154,9 @@ class Images:
     def subset(self, count: int, seed: int = SPLIT_SEED) -> Images:
         """``count`` of the images, stratified by label where there are labels; fixed by the seed."""
         if not 2 <= count <= len(self):
-            raise InputError(f"a subset of {count} images of {len(self):,} in {self.name}; expected 2 to {len(self):,}.")
+            raise InputError(
+                f"a subset of {count} images of {len(self):,} in {self.name}; expected 2 to {len(self):,}."
+            )
         order = self._by_class(seed)
         return self.take(order[np.arange(count) * len(order) // count], f"subset {count} {seed}")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -26,10 +25,11 @@ import numpy as np
 import torch
 
 from symbreak.adapters import denoiser, refuse_conditional, weights_hash
+from symbreak.blocks import Blocks
 from symbreak.critical import CriticalTime, Curve, crossing
 from symbreak.data import Images, images
 from symbreak.denoise import ask
-from symbreak.files import InputError, output_folder, read_tensors, write_tensors
+from symbreak.files import InputError, output_folder
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.classes import class_of, posterior_average
 from symbreak.metrics.features import Classifier, extractor, train_classifier
@@ -88,35 +88,6 @@ class Effort:
         return replace(
             self, pairs=100, steps=24, branches=8, turns=5, stability=4, losses=12, images=128, frames=("ve",)
         )
-
-
-class Store:
-    """Finished blocks, kept in a folder so that an interrupted diagnosis goes on where it was."""
-
-    def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
-        text = json.dumps(plain(identity), sort_keys=True)
-        self.folder = None if folder is None else folder / f"blocks-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-    def keep(self, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The arrays of a block, from the folder or fresh."""
-        if self.folder is None:
-            return make()
-        path = self.folder / f"{key.replace('/', '-')}.safetensors"
-        if path.exists():
-            try:
-                return {k: v.numpy() for k, v in read_tensors(path)[0].items()}
-            except InputError:
-                pass  # a damaged block is made again
-        arrays = make()
-        write_tensors(path, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
-        return arrays
-
-    def close(self) -> None:
-        """Blocks are of no use once the record is written."""
-        if self.folder is not None and self.folder.exists():
-            for path in self.folder.iterdir():
-                path.unlink()
-            self.folder.rmdir()
 
 
 class _Findings:
@@ -307,7 +278,7 @@ def diagnose(
         **plain(asdict(effort)),
     }
     packages = versions(torch.get_num_threads())
-    store = Store(folder, {**settings, "versions": packages, "probes": _probes(network, classify, held)})
+    store = Blocks(folder, {**settings, "versions": packages, "probes": _probes(network, classify, held)})
     with found.stage("spectrum"):
         moments = Moments.fit(data) if moments is None else moments
         content = {"schedule": name, **spectral_times(data, found.steps, moments, modes)}
@@ -449,7 +420,7 @@ class _Judge:
 
 
 def _judge(
-    found: _Findings, store: Store, fit: Images, held: Images, classify: Any, clusters: int | None, seed: int
+    found: _Findings, store: Blocks, fit: Images, held: Images, classify: Any, clusters: int | None, seed: int
 ) -> _Judge:
     """The user's classifier, the bundled one, one trained on the labels, or clusters."""
     if classify is not None:
@@ -476,7 +447,7 @@ def _judge(
     return _Judge(judge.logits, judge.logits, None, True)
 
 
-def _trained(store: Store, fit: Images, held: Images, tell: Callable[[int, int], None], seed: int) -> Any:
+def _trained(store: Blocks, fit: Images, held: Images, tell: Callable[[int, int], None], seed: int) -> Any:
     """The bundled classifier for the digits, else one trained on the labels; its weights are kept."""
     if fit.name == "digits" and fit.pad is None:
         return extractor("digits-classifier")
@@ -601,7 +572,7 @@ def _labelled(found: _Findings, empirical: Empirical, labels: Any, sigma: np.nda
 
 def _network(
     found: _Findings,
-    store: Store,
+    store: Blocks,
     network: Any,
     fit: Images,
     held: Images,
@@ -714,7 +685,7 @@ def _network(
 
 def _stability(
     found: _Findings,
-    store: Store,
+    store: Blocks,
     network: Any,
     judged: Any,
     shape: tuple[int, ...],
