@@ -7,7 +7,7 @@ import symbreak
 
 ROOT = Path(symbreak.__file__).parent
 FLOORS = [
-    {"files", "noise"},
+    {"files", "noise", "parallel"},
     {"critical", "data", "record", "sketch"},
     {"moments", "blocks"},
     {"laws", "denoise"},

@@ -8,38 +8,65 @@ noised state does not yet tell:
     Gaussian, eigenvalues lambda_i     I = 1/2 sum_i log(1 + lambda_i / sigma^2)
     mixture                            I = sum_c w_c I_c + I(c; x), I(c; x) the class information
     any law                            I = E[log p(x | x_0) - log p(x)]
-    data set (measured)                f^e = 1/d E log sum_nu exp(-(|x - y_nu|^2 - |sigma z|^2) / (2 sigma^2))
+    data set (measured)                f^e = 1/d E log(1 + S), S the weight of all other points (laws/overlaps.py)
 
-In f^e, x = y_mu + sigma z is a noised sample of the data set itself; |sigma z|^2 is subtracted exactly (a
-control variate: it lowers the standard error by up to a factor of fifty). f^e tends to a at large sigma and
-is rounded upward near the collapse, so it has no zero: extrapolate from where f / a is above 0.4.
+f^e is rounded upward near the collapse and never reaches zero: log n - d f^e is a lower bound of I that cannot pass
+log n (InfoNCE). The same S gives an upper bound, log(n - 1) - E log S (leave-one-out), which does pass it. Both are
+bounds in expectation, and the upper one falls to I as n grows: sums over random parts of the data, n/8 to n, say how
+fast, and extrapolate it. The collapse is read where that estimate passes log n.
 
-Source: Biroli, Bonnaire, de Bortoli, Mézard 2024, arXiv:2402.18491; general spectrum, class information and
-control variate are derived.
+Sources: Biroli, Bonnaire, de Bortoli, Mézard 2024, arXiv:2402.18491; bounds: Poole et al. 2019, arXiv:1905.06922;
+general spectrum, class information, control variate and the extrapolation are derived.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import brentq, least_squares
+from scipy.optimize import brentq
 
-from symbreak.critical import CriticalTime, Curve, curve, jackknife, levels
+from symbreak.critical import CriticalTime, Curve, crossing, curve, jackknife, levels
 from symbreak.files import InputError
 from symbreak.laws.classes import posterior_average
 from symbreak.laws.empirical import Empirical
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.mixture import Mixture
+from symbreak.laws.overlaps import PARTS, Overlaps, overlaps
 from symbreak.noise import NoiseLevel, generator
 
-__all__ = ["collapse_time", "excess_entropy"]
+__all__ = ["Information", "collapse_time", "excess_entropy", "mutual_information", "samples_needed"]
 
 SOURCE = "arXiv:2402.18491, I(x_0; x) = log n"
-MEASURED = "arXiv:2402.18491, f^e extrapolated to zero"
-QUERY_BLOCK, POINT_BLOCK = 250, 4000
+MEASURED = "arXiv:2402.18491, I(x_0; x) = log n; I from leave-one-out sums, arXiv:1905.06922, extrapolated in n"
+NORMAL = 1.959963984540054
+GROUPS = 20  # of queries, left out in turn
+FEW = 8 * PARTS  # points with which nothing is extrapolated
+
+Progress = Callable[[int, int], None]
+Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Information(Curve):
+    """I(x_0; x_sigma) in nats; exact or Monte Carlo for a law, extrapolated for a data set.
+
+    Attributes:
+        least, most: estimates of a lower and an upper bound (equal to the value for a law). For a data set of n
+            points: InfoNCE, at most log n, and leave-one-out.
+    """
+
+    least: np.ndarray = field(default_factory=lambda: np.zeros(()))
+    most: np.ndarray = field(default_factory=lambda: np.zeros(()))
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records."""
+        return {**super().to_dict(), "least": self.least.tolist(), "most": self.most.tolist()}
 
 
 def excess_entropy(
@@ -49,6 +76,8 @@ def excess_entropy(
     queries: int = 1000,
     draws: int = 20000,
     seed: int = 0,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> Curve:
     """The excess entropy density f of n samples of a law, or as measured on a data set, in nats a dimension.
 
@@ -61,6 +90,7 @@ def excess_entropy(
         queries: noised samples that f^e is averaged over, at most one a point.
         draws: Monte Carlo draws where they are needed.
         seed: of queries and draws. All levels share them: errors of neighbouring levels are correlated.
+        progress, keep: of the measurement, see `symbreak.laws.overlaps.overlaps`.
 
     Returns:
         A `Curve` with 95 % intervals, of no width where the value is exact; f^e's is conditional on the
@@ -79,10 +109,8 @@ def excess_entropy(
     grid, shape = levels(sigma)
     if isinstance(law, Empirical):
         _own_count(law, samples)
-        values = _measured(law, grid, queries, seed)
-        mean = values.mean(0)
-        half = 1.959963984540054 * values.std(0, ddof=1) / math.sqrt(len(values))
-        value, low, high = mean, mean - half, mean + half
+        found = overlaps(law, grid, queries, seed, progress, keep)
+        value, low, high = _normal(np.logaddexp(0.0, found.leave_one_out()) / law.dim)
     else:
         nats = math.log(_count(samples))
         told, less, more = _information(law, grid, draws, seed)
@@ -90,27 +118,99 @@ def excess_entropy(
     return curve(grid, shape, value, low, high, "excess entropy")
 
 
+def mutual_information(
+    law: Any,
+    sigma: Any,
+    queries: int = 1000,
+    draws: int = 20000,
+    seed: int = 0,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
+) -> Information:
+    """I(x_0; x_0 + sigma eps) in nats: what a state at a level tells of the sample it came from.
+
+    Args:
+        law: as for `excess_entropy`; for an `Empirical` the information of the law that its points were drawn from
+            is estimated, not that of the points, which ends at log n.
+        sigma: a level, or levels [G].
+        queries, draws, seed, progress, keep: as for `excess_entropy`.
+
+    Returns:
+        An `Information` with 95 % intervals, and bounds. A data set's estimate is trustworthy up to about log n;
+        beyond it only ``most`` has a meaning.
+
+    Source: arXiv:2402.18491; bounds of a data set: arXiv:1905.06922; the extrapolation is derived.
+
+    >>> law = Mixture.from_parameters(torch.zeros(1, 2), 3.0)
+    >>> round(float(mutual_information(law, 1.0).value), 6)                                    # log(1 + 3 / 1)
+    1.386294
+    """
+    grid, shape = levels(sigma)
+    name = "mutual information"
+    if not isinstance(law, Empirical):
+        value, low, high = (a.reshape(shape) for a in _information(law, grid, draws, seed))
+        return Information(grid.reshape(shape), value, low, high, name, value, value)
+    _own_count(law, None)
+    found = overlaps(law, grid, queries, seed, progress, keep)
+    least, most = _bounds(found)
+    value = _extrapolated(found)
+    left_out = _left_out(found, _extrapolated)
+    ends = np.array([jackknife(float(v), rows) for v, rows in zip(value, left_out.T)]).T
+    low, high, value, least, most = (a.reshape(shape) for a in (*ends, value, least, most))
+    return Information(grid.reshape(shape), value, low, high, name, least, most)
+
+
+def samples_needed(law: Any, sigma: Any, queries: int = 1000, draws: int = 20000, seed: int = 0) -> Curve:
+    """Training samples above which a level lies above the collapse, as log10 n: n = exp I(x_0; x_sigma).
+
+    Args:
+        law, sigma, queries, draws, seed: as for `mutual_information`.
+
+    Returns:
+        A `Curve` of log10 n. For a data set its interval reaches over both bounds of the information as well: above
+        log10 of its own count the value is an extrapolation, and ``low`` and ``high`` say how little is known.
+
+    Source: derived from arXiv:2402.18491, collapse at I = log n.
+
+    >>> law = Mixture.from_parameters(torch.zeros(1, 64), 1.0)
+    >>> level = collapse_time(law, samples=1000).sigma
+    >>> round(float(samples_needed(law, level).value), 9)
+    3.0
+    """
+    told = mutual_information(law, sigma, queries, draws, seed)
+    low, high = told.low, told.high
+    if isinstance(law, Empirical):
+        low, high = np.fmin(low, told.least), np.fmax(high, told.most)
+    ten = math.log(10.0)
+    return Curve(told.sigma, told.value / ten, low / ten, high / ten, name="log10 of the samples needed")
+
+
 def collapse_time(
-    law: Any, samples: int | None = None, queries: int = 1000, draws: int = 20000, seed: int = 0
+    law: Any,
+    samples: int | None = None,
+    queries: int = 1000,
+    draws: int = 20000,
+    seed: int = 0,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> CriticalTime:
     """The collapse level of n samples of a law, or of a data set.
 
         sum_i log(1 + lambda_i / sigma^2) = 2 log n        (Gaussian; variance v: sigma^2 = v / (n^(2/d) - 1))
 
     Args:
-        law: as for `excess_entropy`. For an `Empirical` f^e is measured and extrapolated to zero from where
-            0.4 < f / a < 0.6, by the two-parameter curve a - r/2 log(1 + v / sigma^2): exact for one
-            variance. With two resolved classes it reads about 0.1 too small in tau (1.23 against 1.334 at d = 256,
-            n = 20,000; 0.10 to 0.14 at n = 2,000), and the interval does not hold this bias.
+        law: as for `excess_entropy`. For an `Empirical` it is where `mutual_information` passes log n.
         samples: number n of training samples; for an `Empirical` it is its own.
-        queries, draws, seed: as for `excess_entropy`.
+        queries, draws, seed, progress, keep: as for `excess_entropy`.
 
     Returns:
         A `CriticalTime`; with a reason and no level where the state tells less than log n nats at every level
-        (a law of fewer than n points). Its interval covers Monte Carlo errors only.
+        (a law of fewer than n points, a data set with copies). Its interval is a jackknife over queries for a data
+        set; ``reason`` then says where the upper bound passes, which no estimate should lie above.
 
     Raises:
-        InputError: for fewer than 2 samples, or a number of samples that is not the data set's.
+        InputError: for fewer than 2 samples (3 points of a data set), a number of samples that is not the data
+            set's, or points that are all equal.
 
     Source: arXiv:2402.18491.
 
@@ -120,7 +220,9 @@ def collapse_time(
     """
     if isinstance(law, Empirical):
         _own_count(law, samples)
-        return _extrapolated(law, queries, seed)
+        if len(law) < 3:
+            raise InputError(f"a data set of {len(law)} points; expected at least 3 to look for its collapse.")
+        return _of_points(law, queries, seed, progress, keep)
     nats = math.log(_count(samples))
     size = _size(law)
 
@@ -210,79 +312,99 @@ def _by_density(law: Any, sigma: np.ndarray, draws: int, seed: int) -> tuple[np.
             told = own - law.dim * math.log(math.sqrt(2 * math.pi) * float(s)) - log_p
             sums[:, j] += [float(told.sum()), float((told * told).sum())]
     mean = sums[0] / draws
-    half = 1.959963984540054 * np.sqrt(np.maximum(sums[1] / draws - mean**2, 0.0) / max(draws - 1, 1))
+    half = NORMAL * np.sqrt(np.maximum(sums[1] / draws - mean**2, 0.0) / max(draws - 1, 1))
     return mean, mean - half, mean + half
 
 
-def _measured(law: Empirical, sigma: np.ndarray, queries: int, seed: int) -> np.ndarray:
-    """f^e of each query at levels [G], [Q, G].
+def _normal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean over the first axis, and its 95 % interval."""
+    mean = values.mean(0)
+    half = NORMAL * values.std(0, ddof=1) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
-    With x = y_mu + sigma z the exponents are -|y_mu - y_nu|^2 / (2 sigma^2) - z . (y_mu - y_nu) / sigma: two
-    matrix products serve all levels, and no square of the noise appears.
+
+def _bounds(found: Overlaps) -> tuple[np.ndarray, np.ndarray]:
+    """Lower (InfoNCE) and upper (leave-one-out) bound of I at the levels, [G] each."""
+    log_s = found.leave_one_out()
+    return (
+        math.log(found.count) - np.logaddexp(0.0, log_s).mean(0),
+        math.log(found.count - 1) - log_s.mean(0),
+    )
+
+
+def _extrapolated(found: Overlaps) -> np.ndarray:
+    """I [G], from leave-one-out bounds with n/8, n/4, n/2 and n points.
+
+    Doubling n lowers the bound by steps whose ratio rho falls to 1/2 at large sigma and stays below 1: the rest is
+    the geometric series. rho is smooth in log sigma, so neighbouring levels are fitted together.
     """
-    if queries < 2:
-        raise InputError(f"{queries} queries; expected at least 2.")
-    n = len(law)
-    y = law.points.reshape(n, -1)
-    y = y - y.mean(0)  # distances by products lose digits on a common offset
-    half = 0.5 * (y * y).sum(1)
-    g = generator(seed, n)
-    chosen = torch.randperm(n, generator=g)[: min(queries, n)]
-    out = []
-    for i in range(0, len(chosen), QUERY_BLOCK):
-        mine = chosen[i : i + QUERY_BLOCK]
-        rows = y[mine]
-        z = torch.randn(rows.shape, generator=g, dtype=torch.float64)
-        own = (z * rows).sum(1, keepdim=True)
-        total = torch.full((len(sigma), len(mine)), -math.inf, dtype=torch.float64)
-        for j in range(0, n, POINT_BLOCK):
-            block = y[j : j + POINT_BLOCK]
-            apart = (half[mine][:, None] + half[j : j + POINT_BLOCK] - rows @ block.T).clamp_min(0.0)
-            pull = own - z @ block.T
-            here = (mine >= j) & (mine < j + len(block))
-            at = (here.nonzero()[:, 0], mine[here] - j)
-            apart[at], pull[at] = 0.0, 0.0  # the sample itself: exactly zero
-            for k, s in enumerate(sigma):
-                exponent = apart.mul(-1.0 / float(s) ** 2).sub_(pull, alpha=1.0 / float(s))
-                total[k] = torch.logaddexp(total[k], torch.logsumexp(exponent, dim=1))
-        out.append(total.T / law.dim)
-    return torch.cat(out).numpy()
+    n, parts = found.count, found.parts
+    bound = []
+    for m in (1, 2, 4, 8):
+        groups = np.logaddexp.reduce(parts.reshape(len(parts), PARTS // m, m, -1), axis=2)
+        bound.append(math.log((n - 1) * m / PARTS) - groups.mean((0, 1)))
+    first, second, last = (a - b for a, b in pairwise(bound))
+    u = np.log(found.sigma)
+    rho = np.empty_like(u)
+    for i, v in enumerate(u):
+        near = np.exp(-0.5 * ((u - v) / 0.3) ** 2)
+        x = (first + second) * near
+        columns = np.stack([x, x * (u - v)], axis=1) if len(u) > 2 else x[:, None]
+        rho[i] = np.linalg.lstsq(columns, (second + last) * near, rcond=None)[0][0]
+    rho = np.clip(rho, 0.3, 0.95)
+    step = (last + second * rho + first * rho**2) / 3
+    out: np.ndarray = bound[-1] - step * rho / (1 - rho)
+    return out
 
 
-def _extrapolated(law: Empirical, queries: int, seed: int) -> CriticalTime:
-    """Zero of a two-parameter curve through the part of f^e that is not rounded."""
+def _left_out(found: Overlaps, estimate: Callable[[Overlaps], Any]) -> np.ndarray:
+    """An estimate with each of `GROUPS` groups of queries left out in turn."""
+    group = np.arange(len(found.parts)) % min(GROUPS, len(found.parts))
+    parts = [found.parts[group != k] for k in range(int(group.max()) + 1)]
+    return np.array([estimate(Overlaps(found.sigma, p, found.count)) for p in parts])
+
+
+def _of_points(law: Empirical, queries: int, seed: int, progress: Progress | None, keep: Keep | None) -> CriticalTime:
+    """Where the information of a data set's law passes log n."""
+    n, size = len(law), _size(law) / math.sqrt(law.dim)
+    nats = math.log(n)
+    if size < 1e-100:
+        raise InputError(f"all {n:,} points are equal: there is nothing to collapse to. Choose other data.")
 
     def nothing(reason: str) -> CriticalTime:
         return CriticalTime(None, criterion="collapse", source=MEASURED, reason=reason)
 
-    a = math.log(len(law)) / law.dim
-    size = _size(law) / math.sqrt(law.dim)
-    coarse = size * np.geomspace(300.0, 0.03, 50)
-    rough = _measured(law, coarse, min(queries, 200), seed).mean(0) / a
-    inside = np.flatnonzero((rough > 0.35) & (rough < 0.65))
-    if not len(inside):
-        return nothing("f^e / a does not pass through 0.35 .. 0.65 at any level")
-    ends = coarse[max(inside[0] - 1, 0)], coarse[min(inside[-1] + 1, len(coarse) - 1)]
-    sigma = np.geomspace(*ends, 24)
-    f = _measured(law, sigma, queries, seed) / a
-    use = (f.mean(0) > 0.4) & (f.mean(0) < 0.6)
-    if use.sum() < 3:
-        return nothing("f^e / a has too few levels between 0.4 and 0.6 to extrapolate")
+    wide = overlaps(law, size * np.geomspace(300.0, 0.03, 50), min(queries, 256), seed, keep=keep, name="wide")
+    most = _bounds(wide)[1]
+    rough = crossing(wide.sigma, most, nats)
+    if rough is None:
+        copies = float((wide.leave_one_out()[:, -1] > -1.0).mean())
+        why = (
+            f"{copies:.0%} of the points have a copy as near. Remove duplicates" if copies > 0.01 else "too few points"
+        )
+        return nothing(f"the information does not pass log n = {nats:.4g} nats between {_ends(wide.sigma)}: {why}")
+    found = overlaps(law, rough * np.geomspace(1.25, 0.7, 16), queries, seed, progress, keep, name="near")
 
-    def zero(values: np.ndarray) -> float:
-        """log sigma at which a fitted curve vanishes."""
+    def upper(some: Overlaps) -> float | None:
+        return crossing(some.sigma, _bounds(some)[1], nats)
 
-        def miss(p: np.ndarray) -> np.ndarray:
-            out: np.ndarray = 1.0 - math.exp(p[0]) * np.log1p(np.exp(p[1]) / sigma[use] ** 2) - values[use]
-            return out
+    def passes(some: Overlaps) -> float:
+        at = crossing(some.sigma, _extrapolated(some), nats)
+        return math.nan if at is None else math.log(at)
 
-        start = np.array([math.log(0.5 / a), 2 * math.log(size)])
-        r, v = np.exp(least_squares(miss, start, xtol=1e-12, ftol=1e-12, gtol=1e-12).x)
-        return 0.5 * (math.log(v) - math.log(math.expm1(min(1.0 / r, 700.0))))
+    top = upper(found)
+    said = "nowhere" if top is None else f"at sigma {top:.4g}"
+    if n < FEW or not math.isfinite(best := passes(found)):
+        if top is None:
+            return nothing(f"the leave-one-out bound passes log n = {nats:.4g} nats {said}")
+        reason = f"too few points ({n}) to extrapolate: the leave-one-out bound, from above, with no interval"
+        return CriticalTime(NoiseLevel(top), criterion="collapse", source=MEASURED, reason=reason)
+    left_out = _left_out(found, passes)
+    ends = jackknife(best, left_out[np.isfinite(left_out)])
+    low, high = (NoiseLevel(math.exp(u)) if math.isfinite(u) else None for u in ends)
+    reason = f"extrapolated in n from {n:,} points, {len(found.parts):,} queries; the upper bound passes {said}"
+    return CriticalTime(NoiseLevel(math.exp(best)), low, high, criterion="collapse", source=MEASURED, reason=reason)
 
-    groups = np.arange(len(f)) % 10
-    best = zero(f.mean(0))
-    low, high = jackknife(best, np.array([zero(f[groups != k].mean(0)) for k in range(10)]))
-    level, below, above = (NoiseLevel(math.exp(u)) for u in (best, low, high))
-    reason = "extrapolated from 0.4 < f / a < 0.6; the interval covers the choice of queries, not of the data"
-    return CriticalTime(level, below, above, criterion="collapse", source=MEASURED, reason=reason)
+
+def _ends(sigma: np.ndarray) -> str:
+    return f"sigma {sigma.min():.3g} and {sigma.max():.3g}"
