@@ -8,9 +8,16 @@ import torch
 
 from symbreak.files import InputError
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
+from symbreak.laws.overlaps import overlaps
 from symbreak.moments import Moments
 from symbreak.noise import generator
-from symbreak.phases.collapse import collapse_time, excess_entropy
+from symbreak.phases.collapse import (
+    collapse_scaling,
+    collapse_time,
+    excess_entropy,
+    mutual_information,
+    samples_needed,
+)
 
 
 def isotropic(d: int, v: float = 1.0) -> Mixture:
@@ -167,6 +174,175 @@ def test_collapse_of_a_data_set_is_extrapolated():
     assert "extrapolated" in found.reason
 
 
+# --- overlaps of a data set's points --------------------------------------------------------------
+
+
+def brute_force(points, sigma, queries, seed=0):
+    """log sum over all points of exp(-(|x - y|^2 - |sigma z|^2) / (2 sigma^2)), one query and level at a time."""
+    y = points.reshape(len(points), -1).double()
+    chosen = torch.randperm(len(y), generator=generator(seed, len(y), 1))[:queries]
+    out = []
+    for i in range(0, queries, 256):
+        mine = chosen[i : i + 256]
+        noise = torch.randn(len(mine), y.shape[1], generator=generator(seed, len(y), 2, i // 256)).double()
+        for mu, z in zip(mine, noise):
+            apart = [((y[mu] + s * z - y) ** 2).sum(1) - ((s * z) ** 2).sum() for s in sigma]
+            out.append([float(torch.logsumexp(-a / (2 * s * s), 0)) for a, s in zip(apart, sigma)])
+    return np.array(out)
+
+
+@pytest.mark.parametrize("offset", [0.0, 30.0])
+def test_excess_entropy_against_brute_force_in_float64(offset):
+    """1e-6 a dimension at n = 2,000, in float32 products and in float64 ones, where small levels need them."""
+    points = (pair(64).sample(2000, 0.0, generator(1)) + offset).float()
+    sigma = np.geomspace(0.02, 20, 9)
+    exact = brute_force(points, sigma, 300).mean(0) / 64
+    found = excess_entropy(Empirical(points), sigma, queries=300)
+    np.testing.assert_allclose(found.value, exact, atol=1e-6, rtol=0)
+
+
+def test_near_copies_need_float64():
+    """Copies 0.01 apart at sigma 0.01, points 16 from their mean: float32 products alone would be off by far more."""
+    y = 2 * torch.randn(1000, 64, generator=generator(2), dtype=torch.float64)
+    points = torch.cat([y, y + 0.01 / 8 * torch.randn(1000, 64, generator=generator(3), dtype=torch.float64)])
+    sigma = np.array([0.003, 0.01, 0.03])
+    found = excess_entropy(Empirical(points), sigma, queries=300)
+    np.testing.assert_allclose(found.value, brute_force(points, sigma, 300).mean(0) / 64, atol=1e-6, rtol=0)
+    assert found.value[1] > 0.1 * math.log(2) / 64  # a copy within the noise
+
+
+def test_memory_and_interruptions_leave_the_result():
+    points = torch.randn(3000, 40, generator=generator(4))
+    sigma = np.array([0.5, 1.0, 2.0])
+    whole = overlaps(Empirical(points), sigma, 600)
+    least = overlaps(Empirical(points, memory=2**16), sigma, 600)  # no copy of the points, blocks of 64
+    # Sums in other blocks: the rounding of float32 exponents, less than EXACT d = 2e-5 nats each.
+    np.testing.assert_allclose(least.leave_one_out(), whole.leave_one_out(), atol=2e-5, rtol=0)
+    stored, stop = {}, 2
+
+    def keep(key, make):
+        if key not in stored:
+            if len(stored) == stop:
+                raise KeyboardInterrupt
+            stored[key] = make()
+        return stored[key]
+
+    with pytest.raises(KeyboardInterrupt):
+        overlaps(Empirical(points), sigma, 600, keep=keep)
+    stop = 9
+    assert list(stored) == ["overlaps/0", "overlaps/1"]
+    again = overlaps(Empirical(points), sigma, 600, keep=keep)
+    np.testing.assert_array_equal(again.parts, whole.parts)
+
+
+def _rank(rank, file, points, sigma, out):
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    found = overlaps(Empirical(points), sigma, 700)
+    np.save(f"{out}-{rank}.npy", found.parts)
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    import torch.multiprocessing as mp
+
+    points, sigma = torch.randn(800, 12, generator=generator(5)), np.array([0.3, 1.0])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        alone = overlaps(Empirical(points), sigma, 700).parts
+    finally:
+        torch.set_num_threads(threads)
+    mp.start_processes(
+        _rank, (str(tmp_path / "meet"), points, sigma, str(tmp_path / "parts")), nprocs=2, start_method="fork"
+    )
+    for rank in (0, 1):
+        np.testing.assert_array_equal(np.load(tmp_path / f"parts-{rank}.npy"), alone)
+
+
+# --- information and collapse of a data set -------------------------------------------------------
+
+
+def test_bounds_hold_the_information_of_the_law():
+    d, n = 64, 2000
+    law = isotropic(d)
+    sigma = math.sqrt(1 / math.expm1(2 * math.log(n) / d)) * np.array([0.9, 1.2, 1.6, 2.5])
+    found = mutual_information(Empirical(law.sample(n, 0.0, generator(8))), sigma)
+    exact = mutual_information(law, sigma).value
+    np.testing.assert_allclose(exact, 0.5 * d * np.log1p(1 / sigma**2), rtol=1e-12)
+    assert (found.least[:2] < exact[:2]).all()
+    assert (found.most[:2] > exact[:2]).all()
+    assert found.least.max() < math.log(n)
+    # At the collapse and above it the estimate is within its interval, widened by half for the draw of the data.
+    half = (found.high - found.low) / 2
+    assert (np.abs(found.value - exact)[1:] < 1.5 * half[1:] + 0.05).all()
+    need = samples_needed(Empirical(law.sample(n, 0.0, generator(8))), sigma)
+    assert (need.low[:2] < exact[:2] / math.log(10)).all()
+    assert (need.high[:2] > exact[:2] / math.log(10)).all()
+
+
+@pytest.mark.parametrize(
+    ("d", "tau"),
+    [
+        (256, 1.33373),
+        pytest.param(1024, 2.01349, marks=pytest.mark.slow),
+        pytest.param(4096, 2.70327, marks=pytest.mark.slow),
+    ],
+)
+def test_the_collapse_of_20000_points_of_two_gaussians(d, tau):
+    """The interval holds the finite-n value, and is narrow: extrapolating f^e to zero was off by 0.1."""
+    found = collapse_time(Empirical(pair(d).sample(20000, 0.0, generator(3)).float()), seed=1)
+    assert found.low.ou_time < tau < found.high.ou_time
+    assert found.high.ou_time - found.low.ou_time < 0.06
+
+
+def test_coverage_of_the_collapse():
+    """95 % intervals of 30 data sets hold the exact value at least 25 times (P of fewer: 0.3 %)."""
+    d, n = 16, 1500
+    exact = collapse_time(isotropic(d), samples=n).sigma
+    hits, misses = 0, []
+    for seed in range(30):
+        data = Empirical(isotropic(d).sample(n, 0.0, generator(9, seed)))
+        found = collapse_time(data, queries=500, seed=seed)
+        hits += found.low.sigma < exact < found.high.sigma
+        misses.append(math.log(found.sigma / exact))
+    assert hits >= 25
+    # Their mean is off by less than what is left of the old bias of 0.1 and three standard errors.
+    assert abs(np.mean(misses)) < 0.02 + 3 * np.std(misses) / math.sqrt(30)
+
+
+def test_copies_hide_the_collapse_and_are_named():
+    y = torch.randn(300, 20, generator=generator(10))
+    found = collapse_time(Empirical(torch.cat([y, y])))
+    assert found.level is None
+    assert "100% of the points have a copy" in found.reason
+    few = collapse_time(Empirical(y[:40]))
+    assert few.low is None
+    assert "too few points (40)" in few.reason
+
+
+def test_the_curse_of_dimensionality():
+    """More samples: earlier is impossible, the collapse comes at less noise; more dimensions: at more noise."""
+    law = Empirical(isotropic(32).sample(4000, 0.0, generator(11)))
+    n = collapse_scaling(law, "samples", [500, 4000], queries=500)
+    exact = [collapse_time(isotropic(32), samples=v).sigma for v in (500, 4000)]
+    for found, gaussian, truth in zip(n.measured, n.gaussian, exact):
+        assert found.low.sigma < truth < found.high.sigma
+        assert gaussian.sigma == pytest.approx(truth, rel=0.03)  # moments of 500 points in 32 dimensions
+    d = collapse_scaling(law, "components", [8, 32], queries=500)
+    assert d.measured[0].high.sigma < d.measured[1].low.sigma
+    # All components: the data themselves, turned, so with other noise.
+    assert d.measured[1].low.sigma < n.measured[1].sigma < d.measured[1].high.sigma
+    images = Empirical(torch.randn(500, 1, 4, 4, generator=generator(12)))
+    pixels = collapse_scaling(images, "pixels", [2, 4], queries=200)
+    # Means of 4 independent pixels: a quarter of the variance in 4 dimensions.
+    truth = collapse_time(isotropic(4, 0.25), samples=500).sigma
+    assert pixels.measured[0].low.sigma < truth < pixels.measured[0].high.sigma
+    assert set(pixels.to_dict()) == {"axis", "sizes", "measured", "gaussian"}
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -178,6 +354,13 @@ def test_collapse_of_a_data_set_is_extrapolated():
         (lambda: excess_entropy(Empirical([[1.0]]), 1.0), "one point"),
         (lambda: excess_entropy(Empirical([[1.0], [2.0]]), 1.0, queries=1), "1 queries"),
         (lambda: collapse_time(pair(4)), "samples=n"),
+        (lambda: collapse_time(Empirical([[1.0], [2.0]])), "2 points; expected at least 3"),
+        (lambda: collapse_time(Empirical([[1.0], [1.0], [1.0]])), "all 3 points are equal"),
+        (lambda: excess_entropy(Empirical([[1.0], [2.0], [4.0]]), []), "sigma of shape"),
+        (lambda: collapse_scaling(Empirical([[1.0], [2.0], [4.0]]), "time", [2]), "axis 'time'"),
+        (lambda: collapse_scaling(Empirical([[1.0], [2.0], [4.0]]), "samples", [2]), "from 3 to 3"),
+        (lambda: collapse_scaling(Empirical([[1.0], [2.0], [4.0]]), "pixels", [1]), "no square images"),
+        (lambda: collapse_scaling(Empirical(torch.randn(9, 1, 4, 4)), "pixels", [3]), "that divide 4"),
         (lambda: collapse_time(pair(4), samples=math.inf), "samples is inf"),
     ],
 )

@@ -40,7 +40,15 @@ from symbreak.laws.mixture import Mixture
 from symbreak.laws.overlaps import PARTS, Overlaps, overlaps
 from symbreak.noise import NoiseLevel, generator
 
-__all__ = ["Information", "collapse_time", "excess_entropy", "mutual_information", "samples_needed"]
+__all__ = [
+    "Information",
+    "Scaling",
+    "collapse_scaling",
+    "collapse_time",
+    "excess_entropy",
+    "mutual_information",
+    "samples_needed",
+]
 
 SOURCE = "arXiv:2402.18491, I(x_0; x) = log n"
 MEASURED = "arXiv:2402.18491, I(x_0; x) = log n; I from leave-one-out sums, arXiv:1905.06922, extrapolated in n"
@@ -250,6 +258,84 @@ def collapse_time(
         low_end = NoiseLevel(math.exp(root + float(value[0] - below[0]) / slope))
         high_end = NoiseLevel(math.exp(root + float(value[0] - above[0]) / slope))
     return CriticalTime(NoiseLevel(math.exp(root)), low_end, high_end, criterion="collapse", source=SOURCE)
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Collapse against a size of the data.
+
+    Attributes:
+        axis: ``"samples"``, ``"components"`` or ``"pixels"``.
+        sizes: sizes, one a row.
+        measured: collapse of the data set at each size.
+        gaussian: that of a Gaussian with the same moments.
+    """
+
+    axis: str
+    sizes: tuple[int, ...]
+    measured: tuple[CriticalTime, ...]
+    gaussian: tuple[CriticalTime, ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records."""
+        return {
+            "axis": self.axis,
+            "sizes": list(self.sizes),
+            "measured": [c.to_dict() for c in self.measured],
+            "gaussian": [c.to_dict() for c in self.gaussian],
+        }
+
+
+def collapse_scaling(
+    law: Empirical,
+    axis: str,
+    sizes: Any,
+    queries: int = 1000,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Scaling:
+    """The curse of dimensionality, measured: the collapse of a data set cut down in one size.
+
+    Args:
+        law: the data set, images [N, C, H, W] for ``"pixels"``.
+        axis: ``"samples"``: random subsets of so many points, each within the next; ``"components"``: the leading
+            principal components; ``"pixels"``: images averaged to this side length, which must divide their own.
+        sizes: sizes [K].
+        queries, seed: as for `collapse_time`.
+        progress: called with (sizes done, sizes).
+
+    Raises:
+        InputError: for another axis, or sizes that the data do not have.
+
+    Source: arXiv:2402.18491, the collapse falls as log n / d.
+    """
+    sizes = [int(v) for v in sizes]
+    if axis not in ("samples", "components", "pixels"):
+        raise InputError(f"axis {axis!r}; expected 'samples', 'components' or 'pixels'.")
+    side = law.shape[-1] if len(law.shape) == 3 else 0
+    if axis == "pixels" and (side == 0 or law.shape[1] != side):
+        raise InputError(f"points of shape {law.shape} are no square images. Use axis='components'.")
+    least, most = {"samples": (3, len(law)), "components": (1, law.dim), "pixels": (1, side)}[axis]
+    bad = [v for v in sizes if not least <= v <= most or (axis == "pixels" and side % v)]
+    if bad or not sizes:
+        divides = f" that divide {side}" if axis == "pixels" else ""
+        raise InputError(f"sizes {bad or sizes} along {axis}; expected numbers from {least} to {most}{divides}.")
+    order = torch.randperm(len(law), generator=generator(seed, len(law), 3))
+    flat = law.points.reshape(len(law), -1)
+    vectors = law.moments.eigh[1] if axis == "components" else None
+    measured, gaussian = [], []
+    for done, size in enumerate(sizes):
+        if axis == "samples":
+            small = Empirical(law.points[order[:size]], law.memory)
+        elif vectors is not None:
+            small = Empirical(torch.cat([p.double() @ vectors[:, :size] for p in flat.split(4096)]), law.memory)
+        else:
+            small = Empirical(torch.nn.functional.avg_pool2d(law.points, side // size), law.memory)
+        measured.append(collapse_time(small, queries=queries, seed=seed))
+        gaussian.append(collapse_time(Gaussian(small.moments), samples=len(small)))
+        if progress is not None:
+            progress(done + 1, len(sizes))
+    return Scaling(axis, tuple(sizes), tuple(measured), tuple(gaussian))
 
 
 def _count(samples: int | None) -> float:
