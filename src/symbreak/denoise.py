@@ -9,6 +9,7 @@ are adapted to one (`symbreak.adapters.denoiser`). x is a VE state [B, *S], sigm
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 
 from symbreak.files import InputError
 
-__all__ = ["Denoiser", "LawDenoiser", "as_denoiser", "ask", "images_for", "posterior_step", "score"]
+__all__ = ["Denoiser", "LawDenoiser", "as_denoiser", "ask", "descend", "images_for", "posterior_step", "score"]
 
 CHUNK = 64  # states of one call: a fixed size, so that results do not depend on how many are asked about
 
@@ -151,6 +152,25 @@ def posterior_step(
     """
     ratio = (below / sigma) ** 2
     return torch.lerp(mean, x, ratio).add_(noise, alpha=below * math.sqrt(1 - ratio))
+
+
+def descend(
+    denoiser: Any, x: torch.Tensor, grid: Any, g: torch.Generator
+) -> Iterator[tuple[float, torch.Tensor]]:
+    """Walk down the reverse SDE in steps of `posterior_step`: (sigma, states [B, *S]) at every level.
+
+    Args:
+        denoiser: a `Denoiser`, asked once a step.
+        x: VE states [B, *S] at the first level.
+        grid: falling levels [G].
+        g: of the noise, one draw like x a step.
+    """
+    for i, sigma in enumerate(map(float, grid)):
+        yield sigma, x
+        if i + 1 < len(grid):
+            mean = ask(denoiser, x, sigma)
+            noise = torch.randn(x.shape, generator=g, dtype=x.dtype)
+            x = posterior_step(mean, x, sigma, float(grid[i + 1]), noise)
 
 
 def score(law_or_denoiser: Any, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,179 @@
+"""Condensation: when a reverse trajectory falls onto one training sample, watched as it runs.
+
+At every level sigma a trajectory's state x (VE) has a nearest training point, and the posterior of the data set
+
+    w_j(x) = softmax_j(-|x - y_j|^2 / (2 sigma^2)),        participation 1 / sum_j w_j^2, from n down to 1
+
+The nearest of the points alpha y_j to x_VP = alpha x is the nearest y_j to x. A perfect score of the data set ends
+on a training point: below the collapse the nearest point no longer changes and the participation is 1. A network that
+generalizes keeps several points in play down to much smaller noise, or for ever. So does the share of pairs of clones
+that end at one training sample, phi_C: `clones` with `nearest_of` as its classes.
+
+Sources: Biroli, Bonnaire, de Bortoli, Mézard 2024, arXiv:2402.18491 (last change of the nearest point, phi_C,
+participation as condensation).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from symbreak.blocks import Arrays, Keep, Progress, in_blocks
+from symbreak.critical import CriticalTime, Curve, mean_curve, percentiles
+from symbreak.denoise import as_denoiser, ask, descend
+from symbreak.files import InputError
+from symbreak.laws.empirical import Empirical
+from symbreak.laws.neighbours import neighbours
+from symbreak.noise import NoiseLevel, generator
+
+__all__ = ["Condensation", "condensation", "nearest_of"]
+
+SOURCE = "arXiv:2402.18491, last change of the nearest training point"
+BLOCK = 64  # trajectories
+
+
+@dataclass(frozen=True)
+class Condensation:
+    """Trajectories on their way to a training sample.
+
+    Attributes:
+        settled: share of trajectories whose nearest training point is already the final one, at the levels; with
+            95 % intervals.
+        participation: mean of log10 of the number of training points that share the posterior, likewise.
+        last: median over trajectories of the level of the last change, with a bootstrap interval.
+        levels: of the last change, one a trajectory [N].
+        nearest: index of the nearest training point [G, N].
+        ratio: final images' distance to the nearest over that to the second nearest training point [N].
+        ends: final images [N, *S] float32.
+        calls: states given to the denoiser.
+    """
+
+    settled: Curve
+    participation: Curve
+    last: CriticalTime
+    levels: np.ndarray
+    nearest: np.ndarray
+    ratio: np.ndarray
+    ends: np.ndarray
+    calls: int
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records; the images are left out."""
+        return {
+            "settled": self.settled.to_dict(),
+            "participation": self.participation.to_dict(),
+            "last": self.last.to_dict(),
+            "trajectories": len(self.levels),
+            "median_ratio": float(np.median(self.ratio)),
+            "calls": self.calls,
+        }
+
+
+def nearest_of(points: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """images [B, *S] -> index [B] of the nearest of the points [N, *S]: the classes of phi_C, for `clones`."""
+    return lambda images: neighbours(images, points, 1)[1][:, 0]
+
+
+def condensation(
+    law_or_denoiser: Any,
+    data: Empirical,
+    trajectories: int = 128,
+    steps: int = 60,
+    sigma_start: float | None = None,
+    sigma_end: float | None = None,
+    seeds: int = 0,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
+) -> Condensation:
+    """Run reverse trajectories and watch the nearest training point and the participation.
+
+    Args:
+        law_or_denoiser: a law (its own states at the first level), or a denoiser (pure noise).
+        data: the training points.
+        trajectories: N.
+        steps: G levels, even in log sigma; the denoiser is asked once at each.
+        sigma_start, sigma_end: first and last level; by default the denoiser's own ends, or for a law 30 times and a
+            hundredth of the spread of the data.
+        seeds: every block of 64 trajectories draws from a generator keyed by this and its number.
+        progress, keep: as for `clones`; blocks are "condensation/<block>".
+
+    Returns:
+        A `Condensation`. Its ``last`` has no level where the nearest point of most trajectories still changes at the
+        last step.
+
+    Raises:
+        InputError: for another shape than the denoiser's, fewer than 3 points, too few trajectories or steps.
+
+    Source: arXiv:2402.18491.
+    """
+    d = as_denoiser(law_or_denoiser)
+    if tuple(d.shape) != tuple(data.shape):
+        raise InputError(f"training points of shape {data.shape} for a network of {tuple(d.shape)}; expected one shape.")
+    if len(data) < 3 or trajectories < 2 or steps < 4:
+        raise InputError(
+            f"{len(data)} training points, {trajectories} trajectories, {steps} steps; expected at least 3, 2 and 4."
+        )
+    is_law = hasattr(law_or_denoiser, "denoise")
+    spread = math.sqrt(2 * float(data._half.mean()) / data.dim)
+    low, high = d.sigma_range
+    start = sigma_start or (high if high < math.inf else 30 * spread)
+    end = sigma_end or max(low, 0.01 * spread)
+    if not low <= end < start <= high:
+        raise InputError(f"levels from {start:.4g} to {end:.4g}; the network knows {high:.4g} to {low:.4g}.")
+    grid = np.geomspace(start, end, steps)
+
+    def block(i: int) -> Arrays:
+        g = generator(seeds, 53, i)
+        n = min(BLOCK, trajectories - i * BLOCK)
+        x = (
+            law_or_denoiser.sample(n, start, g).float()
+            if is_law
+            else start * torch.randn(n, *d.shape, generator=g, dtype=torch.float32)
+        )
+        found = np.zeros((2, steps, n))
+        for j, (sigma, state) in enumerate(descend(d, x, grid, g)):
+            found[0, j] = neighbours(state, data.points, 1)[1][:, 0]
+            found[1, j] = data.participation(state, sigma).log10()
+        image = ask(d, state, end)
+        if not bool(torch.isfinite(image).all()):
+            raise InputError("final images hold NaN or infinity. Check the network, or pass a smaller sigma_start.")
+        apart = neighbours(image, data.points, 2)[0]
+        ratio = (apart[:, 0] / apart[:, 1].clamp_min(1e-300)).numpy()
+        return {"watched": found, "ratio": ratio, "ends": image.numpy()}
+
+    parts = in_blocks("condensation", range(math.ceil(trajectories / BLOCK)), block, progress, keep)
+    watched = np.concatenate([p["watched"] for p in parts], axis=2)
+    nearest = watched[0].astype(np.int64)
+    settled = np.cumprod((nearest == nearest[-1])[::-1], axis=0)[::-1].astype(float)
+    # The first level of the unbroken run of the final point; the last change lies between it and the one before.
+    first = settled.argmax(0)
+    levels = np.where(first > 0, np.sqrt(grid[first] * grid[np.maximum(first - 1, 0)]), grid[0])
+    return Condensation(
+        mean_curve(grid, settled, "share that has settled"),
+        mean_curve(grid, watched[1], "log10 of the participation"),
+        _median(levels, first, grid, seeds),
+        levels,
+        nearest,
+        np.concatenate([p["ratio"] for p in parts]),
+        np.concatenate([p["ends"] for p in parts]),
+        steps * trajectories,
+    )
+
+
+def _median(levels: np.ndarray, first: np.ndarray, grid: np.ndarray, seed: int) -> CriticalTime:
+    criterion = "last change of the nearest"
+    if np.median(first) >= len(grid) - 1:
+        reason = f"the nearest training point of most trajectories still changes at sigma {grid[-1]:.3g}"
+        return CriticalTime(None, criterion=criterion, flow="sde", source=SOURCE, reason=reason)
+    rng = np.random.default_rng(seed)
+    drawn = np.median(levels[rng.integers(0, len(levels), (1000, len(levels)))], axis=1)
+    low, high = percentiles(drawn)
+    middle = NoiseLevel(float(np.median(levels)))
+    return CriticalTime(
+        middle, NoiseLevel(float(low)), NoiseLevel(float(high)), criterion=criterion, flow="sde", source=SOURCE
+    )
