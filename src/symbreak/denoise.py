@@ -154,9 +154,7 @@ def posterior_step(
     return torch.lerp(mean, x, ratio).add_(noise, alpha=below * math.sqrt(1 - ratio))
 
 
-def descend(
-    denoiser: Any, x: torch.Tensor, grid: Any, g: torch.Generator
-) -> Iterator[tuple[float, torch.Tensor]]:
+def descend(denoiser: Any, x: torch.Tensor, grid: Any, g: torch.Generator) -> Iterator[tuple[float, torch.Tensor]]:
     """Walk down the reverse SDE in steps of `posterior_step`: (sigma, states [B, *S]) at every level.
 
     Args:

@@ -460,16 +460,19 @@ def _of_points(law: Empirical, queries: int, seed: int, progress: Progress | Non
     def nothing(reason: str) -> CriticalTime:
         return CriticalTime(None, criterion="collapse", source=MEASURED, reason=reason)
 
-    wide = overlaps(law, size * np.geomspace(300.0, 0.03, 50), min(queries, 256), seed, keep=keep, name="wide")
-    most = _bounds(wide)[1]
-    rough = crossing(wide.sigma, most, nats)
-    if rough is None:
+    for name, grid in (("wide", np.geomspace(300.0, 0.03, 50)), ("low", np.geomspace(0.03, 3e-4, 25))):
+        wide = overlaps(law, size * grid, min(queries, 256), seed, keep=keep, name=name)
+        rough = crossing(wide.sigma, _bounds(wide)[1], nats)
+        if rough is not None:
+            break
+    else:
         copies = float((wide.leave_one_out()[:, -1] > -1.0).mean())
         why = (
             f"{copies:.0%} of the points have a copy as near. Remove duplicates" if copies > 0.01 else "too few points"
         )
-        return nothing(f"the information does not pass log n = {nats:.4g} nats between {_ends(wide.sigma)}: {why}")
-    found = overlaps(law, rough * np.geomspace(1.25, 0.7, 16), queries, seed, progress, keep, name="near")
+        ends = f"sigma {size * 3e-4:.3g} and {size * 300:.3g}"
+        return nothing(f"the information does not pass log n = {nats:.4g} nats between {ends}: {why}")
+    found = overlaps(law, rough * np.geomspace(1.25, 0.5, 24), queries, seed, progress, keep, name="near")
 
     def upper(some: Overlaps) -> float | None:
         return crossing(some.sigma, _bounds(some)[1], nats)
@@ -478,19 +481,15 @@ def _of_points(law: Empirical, queries: int, seed: int, progress: Progress | Non
         at = crossing(some.sigma, _extrapolated(some), nats)
         return math.nan if at is None else math.log(at)
 
-    top = upper(found)
-    said = "nowhere" if top is None else f"at sigma {top:.4g}"
-    if n < FEW or not math.isfinite(best := passes(found)):
-        if top is None:
-            return nothing(f"the leave-one-out bound passes log n = {nats:.4g} nats {said}")
-        reason = f"too few points ({n}) to extrapolate: the leave-one-out bound, from above, with no interval"
+    top, best = upper(found), passes(found)
+    if top is None:
+        return nothing(f"the leave-one-out bound passes log n = {nats:.4g} nats at none of {len(found.sigma)} levels")
+    if n < FEW or not math.isfinite(best):
+        why = f"too few points ({n}) to extrapolate" if n < FEW else f"{n:,} points do not fix an extrapolation"
+        reason = f"{why}: the leave-one-out bound, from above, with no interval"
         return CriticalTime(NoiseLevel(top), criterion="collapse", source=MEASURED, reason=reason)
     left_out = _left_out(found, passes)
     ends = jackknife(best, left_out[np.isfinite(left_out)])
     low, high = (NoiseLevel(math.exp(u)) if math.isfinite(u) else None for u in ends)
-    reason = f"extrapolated in n from {n:,} points, {len(found.parts):,} queries; the upper bound passes {said}"
+    reason = f"extrapolated in n from {n:,} points, {len(found.parts):,} queries; the upper bound passes at {top:.4g}"
     return CriticalTime(NoiseLevel(math.exp(best)), low, high, criterion="collapse", source=MEASURED, reason=reason)
-
-
-def _ends(sigma: np.ndarray) -> str:
-    return f"sigma {sigma.min():.3g} and {sigma.max():.3g}"

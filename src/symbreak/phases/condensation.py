@@ -113,7 +113,7 @@ def condensation(
     """
     d = as_denoiser(law_or_denoiser)
     if tuple(d.shape) != tuple(data.shape):
-        raise InputError(f"training points of shape {data.shape} for a network of {tuple(d.shape)}; expected one shape.")
+        raise InputError(f"training points of shape {data.shape} for a network of {tuple(d.shape)}; expected one.")
     if len(data) < 3 or trajectories < 2 or steps < 4:
         raise InputError(
             f"{len(data)} training points, {trajectories} trajectories, {steps} steps; expected at least 3, 2 and 4."
