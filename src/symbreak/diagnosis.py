@@ -26,7 +26,7 @@ import torch
 
 from symbreak.adapters import denoiser, refuse_conditional, weights_hash
 from symbreak.blocks import Blocks
-from symbreak.critical import CriticalTime, Curve, crossing
+from symbreak.critical import CriticalTime, Curve, crossing, passing
 from symbreak.data import Images, images
 from symbreak.denoise import ask
 from symbreak.files import InputError, output_folder
@@ -491,13 +491,13 @@ def _some(data: Images, count: int, seed: int, even: bool = False) -> tuple[torc
 
 def _passes(curve: Curve, threshold: float, criterion: str, source: str) -> CriticalTime:
     """Where a curve and the ends of its interval pass a threshold."""
-    at, *ends = (crossing(curve.sigma, v, threshold) for v in (curve.value, curve.low, curve.high))
-    if at is None:
+    at, *ends = passing(curve.sigma, np.stack([curve.value, curve.low, curve.high]), threshold).tolist()
+    if not 0 < at < math.inf:
         ends_of = f"sigma {curve.sigma.min():.3g} and {curve.sigma.max():.3g}"
         reason = f"{curve.name} does not pass {threshold:.3g} between {ends_of}"
         return CriticalTime(None, criterion=criterion, source=source, reason=reason)
-    known = sorted(e for e in ends if e is not None)
-    low, high = (NoiseLevel(known[0]), NoiseLevel(known[-1])) if len(known) == 2 else (None, None)
+    known = all(0 < e < math.inf for e in ends)
+    low, high = (NoiseLevel(e) for e in sorted(ends)) if known else (None, None)
     return CriticalTime(NoiseLevel(at), low, high, criterion=criterion, source=source)
 
 

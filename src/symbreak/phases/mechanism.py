@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from scipy.integrate import trapezoid
 
-from symbreak.critical import CriticalTime, Curve, crossing, curve, levels, resampled
+from symbreak.critical import CriticalTime, Curve, curve, levels, passing_time, resampled
 from symbreak.denoise import CHUNK, as_denoiser, ask, images_for, posterior_step
 from symbreak.files import InputError
 from symbreak.laws.gaussian import Gaussian
@@ -92,24 +92,15 @@ class Reversion(Curve):
         sigma, value = np.append(np.atleast_1d(self.sigma), self.start), np.append(np.atleast_1d(self.value), 1.0)
         if not 0 < threshold < 1:
             raise InputError(f"a threshold of {threshold:g}; expected a correlation between 0 and 1.")
-        found = _passes(sigma, value, threshold)
-        if found is None:
-            reason = (
-                f"the correlation is {value.min():.3g} at the least, from sigma {self.start:.4g} down to "
-                f"{sigma.min():.4g}, and does not pass {threshold:.3g}; the range to try is below that"
-            )
-            return CriticalTime(None, criterion=criterion, source=source, reason=reason)
-        again = _correlations(self.products, self.seed, resamples)
-        ends = [_passes(sigma, np.append(v, 1.0), threshold) or 0.0 for v in again]
-        low, high = np.quantile(ends, [0.025, 0.975], method="inverted_cdf")
-        return CriticalTime(
-            NoiseLevel(found),
-            NoiseLevel(float(low)) if low > 0 else None,
-            NoiseLevel(float(high)) if high > 0 else None,
-            criterion=criterion,
-            source=source,
-            reason=None if low > 0 else f"the interval ends below {sigma.min():.4g}, outside the levels measured",
+        reason = (
+            f"the correlation is {value.min():.3g} at the least, from sigma {self.start:.4g} down to "
+            f"{sigma.min():.4g}, and does not pass {threshold:.3g}; the range to try is below that"
         )
+        again = _correlations(self.products, self.seed, resamples)
+        curves = np.concatenate([value[None], np.append(again, np.ones((len(again), 1)), axis=1)])
+        # In log the correlation of pure noise, s / T, is a straight line.
+        logs = np.log(np.maximum(curves, 1e-6))
+        return passing_time(sigma, logs, math.log(threshold), reason, criterion, source)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for records."""
@@ -417,11 +408,6 @@ def _correlations(products: np.ndarray, seed: int, resamples: int = 1000) -> np.
     """Bootstrap correlations [R, G] of products [3, G, N]."""
     again = resampled(products.reshape(-1, products.shape[2]), seed, resamples)
     return _correlation(again.reshape(resamples, 3, -1).transpose(1, 0, 2))
-
-
-def _passes(sigma: np.ndarray, value: np.ndarray, threshold: float) -> float | None:
-    # In log the correlation of pure noise, s / T, is a straight line.
-    return crossing(sigma, np.log(np.maximum(value, 1e-6)), math.log(threshold))
 
 
 def _block(dim: int) -> int:
