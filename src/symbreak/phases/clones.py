@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from scipy import stats
 
+from symbreak.blocks import Arrays, Keep, Progress, unkept
 from symbreak.critical import CriticalTime, Curve, curve, levels, mean_curve, passing, passing_interval, percentiles
 from symbreak.denoise import Denoiser, as_denoiser, ask, posterior_step
 from symbreak.files import InputError
@@ -51,9 +52,6 @@ PAIRS = 64  # trajectories of a block: a network's piece, and what an interrupte
 NUMBERS = 2**16  # numbers in the states of one call of a denoiser
 
 Classify = Callable[[torch.Tensor], Any]
-Arrays = dict[str, np.ndarray]
-Progress = Callable[[int, int], None]
-Keep = Callable[[str, Callable[[], Arrays]], Arrays]
 
 
 @dataclass(frozen=True)
@@ -330,8 +328,7 @@ def _blocks(
             if progress is not None:
                 progress(done, total * cost)
 
-        fresh = partial(make, block, part, tell)
-        found.append(fresh() if keep is None else keep(f"{name}/{block}", fresh))
+        found.append((keep or unkept)(f"{name}/{block}", partial(make, block, part, tell)))
         if progress is not None and done == first * cost:  # it came from the store
             progress(part.stop * cost, total * cost)
     return {k: np.concatenate([f[k] for f in found], axis=a) for k, a in axis.items()}

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,6 +27,7 @@ import torch
 from scipy.interpolate import make_interp_spline
 from scipy.optimize import brentq
 
+from symbreak.blocks import Arrays, Keep, Progress, in_blocks
 from symbreak.critical import CriticalTime, Curve, crossing, levels, mean_curve, passing_time, resampled
 from symbreak.denoise import CHUNK, LawDenoiser, as_denoiser, ask, images_for
 from symbreak.files import InputError
@@ -48,9 +48,6 @@ __all__ = [
     "loss_curve",
     "non_gaussianity",
 ]
-
-Progress = Callable[[int, int], None] | None
-Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]] | None
 
 NUMBERS = 2**24  # numbers of one piece of noised images
 TOP = 20.0  # integrals end at this multiple of the data's largest standard deviation
@@ -139,8 +136,8 @@ def loss_curve(
     draws: int = 1,
     centre: torch.Tensor | None = None,
     through: Callable[[torch.Tensor, float], torch.Tensor] | None = None,
-    progress: Progress = None,
-    keep: Keep = None,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> Losses:
     """Denoising losses of a network, and of laws beside it.
 
@@ -182,7 +179,7 @@ def loss_curve(
     size = _piece(data)
     noise = [_noise(data, seed, r) for r in range(draws)] if draws == 1 else None
 
-    def level(u: float) -> dict[str, np.ndarray]:
+    def level(u: float) -> Arrays:
         errors, apart = np.zeros((1 + len(laws), len(data))), np.zeros((len(laws), len(data)))
         far = np.zeros((1 + len(laws), len(data))) if through is not None else np.zeros((0, len(data)))
         around = np.zeros((2, len(data)))
@@ -207,11 +204,7 @@ def loss_curve(
             raise InputError(f"the network answers NaN or infinity at sigma {u:.4g}; expected denoised images.")
         return {"errors": errors / draws, "apart": apart / draws, "around": around / draws, "through": far / draws}
 
-    found = []
-    for j, u in enumerate(map(float, s)):
-        found.append(_kept(keep, f"loss/{j}", partial(level, u)))
-        if progress is not None:
-            progress(j + 1, len(s))
+    found = in_blocks("loss", s.tolist(), level, progress, keep)
     errors, apart, around, far = (
         np.stack([f[k] for f in found], axis=1) for k in ("errors", "apart", "around", "through")
     )
@@ -385,8 +378,8 @@ def non_gaussianity(
     seed: int = 0,
     top: float | None = None,
     spacing: float = SPACING,
-    progress: Progress = None,
-    keep: Keep = None,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> NonGaussianity:
     """What a start from a law costs at every level, in nats, from denoising losses.
 
@@ -521,8 +514,8 @@ def class_entropy(
     seed: int = 0,
     samples: int = 20000,
     draws: int = 1,
-    progress: Progress = None,
-    keep: Keep = None,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> ClassEntropy:
     """How open the class still is, H[c | x_sigma] in nats.
 
@@ -576,7 +569,7 @@ def class_entropy(
     features = features or _principal(train)
     target = np.tile(own, draws)
 
-    def level(u: float) -> dict[str, np.ndarray]:
+    def level(u: float) -> Arrays:
         def told(x0: torch.Tensor, which: int, r: int) -> np.ndarray:
             size, out = _piece(x0), []
             eps = torch.randn(x0.shape, generator=generator(seed, 31, which, r), dtype=x0.dtype)
@@ -584,16 +577,10 @@ def class_entropy(
                 out.append(_featured(features, _mean(network, x0[i : i + size] + u * eps[i : i + size], u, None)))
             return np.concatenate(out)
 
-        with torch.inference_mode():
-            fit, score = np.concatenate([told(train, 1, r) for r in range(draws)]), told(held, 2, 0)
+        fit, score = np.concatenate([told(train, 1, r) for r in range(draws)]), told(held, 2, 0)
         return {"scores": _scored(fit, target, score, code, len(classes))}
 
-    found = []
-    for j, u in enumerate(map(float, s)):
-        found.append(_kept(keep, f"class-entropy/{j}", partial(level, u))["scores"])
-        if progress is not None:
-            progress(j + 1, len(s))
-    scores = np.stack(found)
+    scores = np.stack([block["scores"] for block in in_blocks("class-entropy", s.tolist(), level, progress, keep)])
     c = mean_curve(s, scores, "class entropy (upper bound)")
     total = float(_entropy(np.bincount(code, minlength=len(classes)) / len(code)))
     at, value, low, high = (a.reshape(shape) for a in (s, c.value, c.low, c.high))
@@ -647,11 +634,6 @@ def _energy(r: torch.Tensor) -> np.ndarray:
 def _piece(data: torch.Tensor) -> int:
     """Images of one piece, by their size only."""
     return max(1, NUMBERS // max(1, data[0].numel()) // CHUNK) * CHUNK
-
-
-def _kept(keep: Keep, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    with torch.inference_mode():
-        return make() if keep is None else keep(key, make)
 
 
 # Curves and levels
