@@ -32,7 +32,7 @@ from symbreak.denoise import ask
 from symbreak.files import InputError, output_folder
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.classes import class_of, posterior_average
-from symbreak.metrics.features import Classifier, extractor, train_classifier
+from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments import Moments, mode_images
 from symbreak.noise import NoiseLevel, Schedule, generator, schedule
 from symbreak.phases.clones import clones, opportunity, u_turns
@@ -329,12 +329,8 @@ def _held_out(data: Images, holdout: Images | None) -> tuple[Images, Images, lis
     if holdout is not None:
         if holdout.shape != data.shape:
             raise InputError(f"the data are {data.shape}, the held-out images {holdout.shape}. Resize one of them.")
-        if data.labels is not None and holdout.labels is not None and data.classes != holdout.classes:
-            unknown = [c for c in holdout.classes if c not in data.classes]
-            if unknown:
-                raise InputError(f"the held-out images have a class {unknown[0]!r} that the data do not have. Drop it.")
-            names = torch.tensor([data.classes.index(c) for c in holdout.classes])
-            holdout = replace(holdout, labels=names[holdout.labels], classes=data.classes)
+        if data.labels is not None:
+            holdout = holdout.numbered(data.classes)
         return data, holdout, [f"Losses and U-turns on {len(holdout):,} held-out images of {holdout.name}."]
     if data.name == "digits" and data.history == images("digits").history:
         held = images("digits:held-out", pad=data.pad)
@@ -463,9 +459,7 @@ def _trained(store: Blocks, fit: Images, held: Images, tell: Callable[[int, int]
     model.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
     model.eval().requires_grad_(False)
     if held.labels is not None:
-        with torch.inference_mode():
-            hits = torch.cat([model.logits(b).argmax(1) for b in held]) == held.labels
-        model.accuracy = float(hits.double().mean())
+        model.accuracy = accuracy(model, held)
     return model
 
 
