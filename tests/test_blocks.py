@@ -41,3 +41,30 @@ def test_blocks_go_on_where_they_were(tmp_path):
     for _ in range(2):
         in_blocks("squares", [8], make, None, None)
     assert made[-2:] == [8, 8]
+
+
+def test_values_belong_to_one_run_and_are_made_once(tmp_path):
+    made = []
+
+    def make(value):
+        made.append(value)
+        return value
+
+    store = Blocks(tmp_path, {"run": 1})
+    for _ in range(2):
+        assert store.value("a", lambda: make({"x": (1, 2)})) == {"x": (1, 2)}
+    assert Blocks(tmp_path, {"run": 1}).value("a", lambda: make("fresh")) == {"x": [1, 2]}
+    assert [p.name for p in tmp_path.iterdir()] == ["cells.json"]
+    # A run that asks for no value leaves the file of another one alone.
+    Blocks(tmp_path, {"run": 2}).close()
+    assert Blocks(tmp_path, {"run": 1}).value("a", lambda: make("fresh")) == {"x": [1, 2]}
+    assert Blocks(tmp_path, {"run": 2}).value("a", lambda: make("other")) == "other"
+    (tmp_path / "cells.json").write_text("damaged")
+    again = Blocks(tmp_path, {"run": 2})
+    assert again.value("a", lambda: make("again")) == "again"
+    again.close()
+    assert not list(tmp_path.iterdir())
+    # Without a folder a value is still made once.
+    loose = Blocks(None, {})
+    assert [loose.value("a", lambda: make("loose")) for _ in range(2)] == ["loose"] * 2
+    assert made == [{"x": (1, 2)}, "other", "again", "loose"]
