@@ -24,7 +24,7 @@ import symbreak as sb
 from symbreak.cut import cut
 from symbreak.files import write_json
 from symbreak.metrics.diversity import class_entropy, precision_recall
-from symbreak.metrics.features import extractor, features, load_classifier, save_classifier, train_classifier
+from symbreak.metrics.features import accuracy, extractor, features, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.fid import distance, floor
 from symbreak.metrics.memorization import nearest_summary
 
@@ -78,9 +78,7 @@ def classifier(name, train, out):
         save_classifier(train_classifier(train, epochs=2), path, "mnist-classifier")
     model = load_classifier(path)
     test = sb.images(str(Path(os.environ["SYMBREAK_DATA"]) / "mnist-test.parquet"))
-    with torch.inference_mode():
-        hits = torch.cat([model.logits(batch).argmax(1) for batch in test]) == test.labels
-    model.accuracy = float(hits.double().mean())
+    model.accuracy = accuracy(model, test)
     return model
 
 

@@ -23,7 +23,7 @@ import symbreak as sb
 from symbreak.adapters import weights_hash
 from symbreak.blocks import Blocks
 from symbreak.files import write_json
-from symbreak.metrics.features import load_classifier, save_classifier, train_classifier
+from symbreak.metrics.features import accuracy, load_classifier, save_classifier, train_classifier
 from symbreak.record import plain, versions
 
 STEPS = (999, 800, 700, 650, 600, 550, 500, 450, 400, 350, 300, 250, 200, 150, 100)
@@ -52,7 +52,6 @@ def main() -> None:
     if not weights.exists():
         save_classifier(train_classifier(train, held_out=test, epochs=4), weights, "mnist-1-8")
     judge = load_classifier(weights)
-    right = [judge.logits(b).argmax(1) == y for b, y in labelled(test)]
     schedule = sb.schedule(pipe.scheduler)
     sigma = np.array([schedule.level(k).sigma for k in STEPS])
     identity = {
@@ -89,7 +88,7 @@ def main() -> None:
     crossing = found.crossing
     result = {
         **found.to_dict(),
-        "accuracy": float(torch.cat(right).double().mean()),
+        "accuracy": accuracy(judge, test),
         "steps_of_sampler": args.steps,
         "level_steps": list(STEPS),
         "ou_time": ours.tolist(),
@@ -109,14 +108,6 @@ def main() -> None:
     store.close()
     draw(args.out / "clones.png", ours, found, theirs, moved, phi, np.asarray(published["standard_error"]))
     print(json.dumps(result["tau"], indent=1))
-
-
-def labelled(images: sb.Images):
-    """Batches with their labels."""
-    at = 0
-    for batch in images:
-        yield batch, images.labels[at : at + len(batch)]
-        at += len(batch)
 
 
 def draw(path: Path, ours, found, theirs, moved, phi, error) -> None:

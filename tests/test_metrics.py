@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import torch
 from symbreak.data import images
 from symbreak.files import InputError
 from symbreak.metrics import default_extractor, distance, evaluate, extractor, features, floor
-from symbreak.metrics.features import load_classifier, save_classifier, train_classifier
+from symbreak.metrics.features import accuracy, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.memorization import nearest, nearest_summary
 from symbreak.moments import Moments, frechet_distance
 
@@ -99,6 +100,31 @@ def test_a_classifier_is_trained_saved_and_loaded(tmp_path):
         back(torch.zeros(1, 1, 6, 6))
     with pytest.raises(InputError, match="no labels"):
         train_classifier(images(np.zeros((3, 4, 4))))
+
+
+def test_accuracy_matches_classes_by_name(tmp_path):
+    model, held_out = extractor("digits-classifier"), images("digits:held-out")
+    right = accuracy(model, held_out)
+    assert right == pytest.approx(model.accuracy, abs=5e-5)  # written with four digits
+    # The same images, their classes in another order.
+    names = held_out.classes[::-1]
+    turned = held_out.numbered(names)
+    assert turned.labels.tolist() == (9 - held_out.labels).tolist()
+    assert accuracy(model, turned) == right
+    # One wrong label of 899.
+    labels = held_out.labels.clone()
+    hit = int((model.logits(held_out.tensor()).argmax(1) == labels).nonzero()[0])
+    labels[hit] = (labels[hit] + 1) % 10
+    assert accuracy(model, replace(held_out, labels=labels)) == pytest.approx(right - 1 / 899, abs=1e-12)
+    for wrong, match in (
+        (replace(held_out, labels=None), "has no labels"),
+        (replace(held_out, classes=("ten", *held_out.classes[1:])), "a class 'ten' that the data do not have"),
+    ):
+        with pytest.raises(InputError, match=match) as caught:
+            accuracy(model, wrong)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match="a class 'ten'"):
+        train_classifier(images("digits"), held_out=wrong, epochs=10**6)  # before any work
 
 
 def mean_and_max(x):

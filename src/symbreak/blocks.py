@@ -1,35 +1,73 @@
-"""Finished blocks of long work, kept in a folder: the same call goes on after an interruption with the same bits."""
+"""Finished blocks of long work, kept in a folder: the same call goes on after an interruption with the same bits.
+
+Long functions take ``keep``, e.g. `Blocks.keep`, and ``progress``, which is called with (done, of how many).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 
-from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.files import InputError, read_json, read_tensors, write_json, write_tensors
 from symbreak.record import plain
 
-__all__ = ["Blocks"]
+__all__ = ["Arrays", "Blocks", "Keep", "Progress", "in_blocks", "unkept"]
+
+Item = TypeVar("Item")
+Arrays = dict[str, np.ndarray]
+Keep = Callable[[str, Callable[[], Arrays]], Arrays]
+Progress = Callable[[int, int], None]
+
+
+def unkept(_: str, make: Callable[[], Arrays]) -> Arrays:
+    """The `Keep` that keeps nothing: every block is made."""
+    return make()
+
+
+def in_blocks(
+    name: str, items: Sequence[Item], make: Callable[[Item], Arrays], progress: Progress | None, keep: Keep | None
+) -> list[Arrays]:
+    """The arrays of every item, a block each, made without gradients.
+
+    Args:
+        name: first part of the keys, "name/number".
+        items: what the blocks are made of, in order.
+        make: item -> arrays.
+        progress: called with (blocks done, of how many).
+        keep: ``keep(key, make)`` gives the stored arrays of a block, or stores those that make() gives.
+    """
+    found = []
+    for j, item in enumerate(items):
+        with torch.inference_mode():
+            found.append((keep or unkept)(f"{name}/{j}", partial(make, item)))
+        if progress is not None:
+            progress(j + 1, len(items))
+    return found
 
 
 class Blocks:
-    """Finished blocks of one run.
+    """Finished blocks of one run: arrays, a file each, and plain values, all of them in ``cells.json``.
 
     Args:
-        folder: where they are kept; ``None`` keeps nothing.
+        folder: where they are kept; ``None`` keeps no files.
         identity: plain values that decide the blocks; runs that differ in any do not see each other's.
     """
 
     def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
         text = json.dumps(plain(identity), sort_keys=True)
-        self.folder = None if folder is None else folder / f"blocks-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self.identity = hashlib.sha256(text.encode()).hexdigest()
+        self.folder = None if folder is None else folder / f"blocks-{self.identity[:16]}"
+        self.path = None if folder is None else folder / "cells.json"
+        self.values: dict[str, Any] | None = None  # not read before the first one is asked for
 
-    def keep(self, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    def keep(self, key: str, make: Callable[[], Arrays]) -> Arrays:
         """The arrays of a block, from the folder or fresh."""
         if self.folder is None:
             return make()
@@ -43,8 +81,30 @@ class Blocks:
         write_tensors(path, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
         return arrays
 
+    def value(self, key: str, make: Callable[[], Any]) -> Any:
+        """A plain value, from the file, from an earlier call or fresh; it is fit for JSON once it is `plain`."""
+        if self.values is None:
+            self.values = self._read()
+        if key not in self.values:
+            self.values[key] = make()
+            if self.path is not None:
+                write_json(self.path, {"identity": self.identity, "cells": plain(self.values)})
+        return self.values[key]
+
+    def _read(self) -> dict[str, Any]:
+        """This run's values; those of another one are not taken, and a damaged file holds none."""
+        if self.path is None or not self.path.exists():
+            return {}
+        try:
+            raw = read_json(self.path)
+        except InputError:
+            return {}
+        return dict(raw.get("cells", {})) if isinstance(raw, dict) and raw.get("identity") == self.identity else {}
+
     def close(self) -> None:
         """Blocks are of no use once the record is written."""
+        if self.path is not None and self.values is not None:
+            self.path.unlink(missing_ok=True)
         if self.folder is not None and self.folder.exists():
             for path in self.folder.iterdir():
                 path.unlink()

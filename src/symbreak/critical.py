@@ -24,7 +24,12 @@ __all__ = [
     "curve",
     "jackknife",
     "levels",
+    "mean_curve",
     "mean_interval",
+    "passing",
+    "passing_interval",
+    "passing_time",
+    "percentiles",
     "resampled",
 ]
 
@@ -132,6 +137,88 @@ def crossing(sigma: np.ndarray, value: np.ndarray, threshold: float) -> float | 
         if v[i] * v[i - 1] < 0:
             return float(math.exp(s[i] + (s[i - 1] - s[i]) * v[i] / (v[i] - v[i - 1])))
     return float(math.exp(s[0])) if len(s) and v[0] == 0 else None
+
+
+def passing(sigma: np.ndarray, curves: np.ndarray, thresholds: Any) -> np.ndarray:
+    """Largest sigma [R] at which curves pass their thresholds: 0 for below all levels, inf for above them.
+
+    A curve that stays on one side of its threshold passes beyond an end. Which one follows from its value at the top
+    level and from whether curve 0, the estimate whose resamples the others are, rises from the lowest level to it.
+
+    Args:
+        sigma: levels [G], in any order.
+        curves: [R, G].
+        thresholds: one, or one a curve [R].
+    """
+    bottom, top = int(np.argmin(sigma)), int(np.argmax(sigma))
+    rising = bool(curves[0][top] > curves[0][bottom])
+    out = np.empty(len(curves))
+    for r, (values, threshold) in enumerate(zip(curves, np.broadcast_to(thresholds, len(curves)))):
+        found = crossing(sigma, values, float(threshold))
+        beyond = 0.0 if (values[top] > threshold) == rising else math.inf
+        out[r] = beyond if found is None else found
+    return out
+
+
+def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the 95 % interval over resamples [R, ...]; no interpolation, so that infinities are allowed."""
+    low, high = np.quantile(values, [0.025, 0.975], axis=0, method="inverted_cdf")
+    return low, high
+
+
+def passing_interval(passed: np.ndarray) -> tuple[NoiseLevel | None, NoiseLevel | None, tuple[str, ...]]:
+    """Ends of the interval of resampled levels [R] of `passing`, ``None`` for an end beyond the levels measured.
+
+    The third value names the sides, ``"below"`` and ``"above"``, on which the interval leaves them.
+    """
+    low, high = percentiles(passed)
+    first, last = (NoiseLevel(float(end)) if 0 < end < math.inf else None for end in (low, high))
+    return first, last, ("below",) * bool(low == 0) + ("above",) * bool(high == math.inf)
+
+
+def passing_time(
+    sigma: np.ndarray, curves: np.ndarray, thresholds: Any, nowhere: str, criterion: str, source: str
+) -> CriticalTime:
+    """Where curve 0 passes its threshold, with the interval of its resamples, the other curves.
+
+    Args:
+        sigma, curves, thresholds: as for `passing`.
+        nowhere: the reason where it passes beyond the levels.
+        criterion, source: of the `CriticalTime`.
+    """
+    passed = passing(sigma, curves, thresholds)
+    if not 0 < passed[0] < math.inf:
+        return CriticalTime(None, criterion=criterion, source=source, reason=nowhere)
+    low, high, sides = passing_interval(passed[1:])
+    ends = {"below": f"below {sigma.min():.4g}", "above": f"above {sigma.max():.4g}"}
+    reason = f"the interval ends {' and '.join(ends[side] for side in sides)}, outside the levels measured"
+    level = NoiseLevel(float(passed[0]))
+    return CriticalTime(level, low, high, criterion=criterion, source=source, reason=reason if sides else None)
+
+
+def mean_curve(
+    sigma: np.ndarray,
+    values: np.ndarray,
+    name: str,
+    weights: np.ndarray | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> Curve:
+    """Means of values [G, N] of the same N items at G levels, as a `Curve` with 95 % intervals.
+
+    Args:
+        sigma: levels [G].
+        values: of every item at every level [G, N].
+        name: of the curve.
+        weights: how often each item counts, all once and then in every resample, [1 + R, N]: intervals are then the
+            resamples' percentiles. Without them they are Student's t.
+        shape: the one the levels came in, see `curve`; by default [G].
+    """
+    if weights is None:
+        mean, low, high = np.array([mean_interval(v) for v in values]).T
+    else:
+        means = weights @ values.T / values.shape[1]
+        mean, (low, high) = means[0], percentiles(means[1:])
+    return curve(sigma, sigma.shape if shape is None else shape, mean, low, high, name)
 
 
 def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:

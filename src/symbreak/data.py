@@ -176,6 +176,21 @@ class Images:
         wanted = [self.classes.index(c) for c in classes]
         return self.take(np.flatnonzero(np.isin(self.labels.numpy(), wanted)), f"classes {','.join(classes)}")
 
+    def numbered(self, classes: tuple[str, ...]) -> Images:
+        """The same images with labels in the numbering of ``classes``, matched by name: held-out ones like the data.
+
+        Raises:
+            InputError: for a class that is not among them.
+        """
+        if self.labels is None or self.classes == classes:
+            return self
+        unknown = [c for c in self.classes if c not in classes]
+        if unknown:
+            raise InputError(f"the held-out images have a class {unknown[0]!r} that the data do not have. Drop it.")
+        return replace(
+            self, labels=torch.tensor([classes.index(c) for c in self.classes])[self.labels], classes=classes
+        )
+
     def _fault(self, raw: Raw) -> str | None:
         if isinstance(raw, Exception):
             return f"cannot be read ({type(raw).__name__}: {str(raw)[:80]})"

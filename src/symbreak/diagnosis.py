@@ -26,13 +26,13 @@ import torch
 
 from symbreak.adapters import denoiser, refuse_conditional, weights_hash
 from symbreak.blocks import Blocks
-from symbreak.critical import CriticalTime, Curve, crossing
+from symbreak.critical import CriticalTime, Curve, crossing, passing
 from symbreak.data import Images, images
 from symbreak.denoise import ask
 from symbreak.files import InputError, output_folder
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.classes import class_of, posterior_average
-from symbreak.metrics.features import Classifier, extractor, train_classifier
+from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments import Moments, mode_images
 from symbreak.noise import NoiseLevel, Schedule, generator, schedule
 from symbreak.phases.clones import clones, opportunity, u_turns
@@ -329,12 +329,8 @@ def _held_out(data: Images, holdout: Images | None) -> tuple[Images, Images, lis
     if holdout is not None:
         if holdout.shape != data.shape:
             raise InputError(f"the data are {data.shape}, the held-out images {holdout.shape}. Resize one of them.")
-        if data.labels is not None and holdout.labels is not None and data.classes != holdout.classes:
-            unknown = [c for c in holdout.classes if c not in data.classes]
-            if unknown:
-                raise InputError(f"the held-out images have a class {unknown[0]!r} that the data do not have. Drop it.")
-            names = torch.tensor([data.classes.index(c) for c in holdout.classes])
-            holdout = replace(holdout, labels=names[holdout.labels], classes=data.classes)
+        if data.labels is not None:
+            holdout = holdout.numbered(data.classes)
         return data, holdout, [f"Losses and U-turns on {len(holdout):,} held-out images of {holdout.name}."]
     if data.name == "digits" and data.history == images("digits").history:
         held = images("digits:held-out", pad=data.pad)
@@ -463,9 +459,7 @@ def _trained(store: Blocks, fit: Images, held: Images, tell: Callable[[int, int]
     model.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
     model.eval().requires_grad_(False)
     if held.labels is not None:
-        with torch.inference_mode():
-            hits = torch.cat([model.logits(b).argmax(1) for b in held]) == held.labels
-        model.accuracy = float(hits.double().mean())
+        model.accuracy = accuracy(model, held)
     return model
 
 
@@ -491,13 +485,13 @@ def _some(data: Images, count: int, seed: int, even: bool = False) -> tuple[torc
 
 def _passes(curve: Curve, threshold: float, criterion: str, source: str) -> CriticalTime:
     """Where a curve and the ends of its interval pass a threshold."""
-    at, *ends = (crossing(curve.sigma, v, threshold) for v in (curve.value, curve.low, curve.high))
-    if at is None:
+    at, *ends = passing(curve.sigma, np.stack([curve.value, curve.low, curve.high]), threshold).tolist()
+    if not 0 < at < math.inf:
         ends_of = f"sigma {curve.sigma.min():.3g} and {curve.sigma.max():.3g}"
         reason = f"{curve.name} does not pass {threshold:.3g} between {ends_of}"
         return CriticalTime(None, criterion=criterion, source=source, reason=reason)
-    known = sorted(e for e in ends if e is not None)
-    low, high = (NoiseLevel(known[0]), NoiseLevel(known[-1])) if len(known) == 2 else (None, None)
+    known = all(0 < e < math.inf for e in ends)
+    low, high = (NoiseLevel(e) for e in sorted(ends)) if known else (None, None)
     return CriticalTime(NoiseLevel(at), low, high, criterion=criterion, source=source)
 
 

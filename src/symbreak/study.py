@@ -10,9 +10,7 @@ those reported), and training images noised to that level, the best any law coul
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -23,16 +21,17 @@ import numpy as np
 import torch
 
 from symbreak.adapters import denoiser, load_pipeline, refuse_conditional, scheduler, weights_hash
+from symbreak.blocks import Blocks
 from symbreak.data import Images, images
 from symbreak.diagnosis import describe, png_row, spectral_times
-from symbreak.files import InputError, output_folder, read_json, write_json
+from symbreak.files import InputError, output_folder
 from symbreak.laws import Gaussian
 from symbreak.metrics import default_extractor, distance, extractor, features, floor
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.moments import Moments
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import speciation_time
-from symbreak.record import Record, plain, versions
+from symbreak.record import Record, versions
 from symbreak.sample import generate
 from symbreak.start import LateStart, late_start, standard_start
 
@@ -94,32 +93,6 @@ class Study:
             reference_calls=0,
             quick=True,
         )
-
-
-class _Cells:
-    """Finished cells, kept on disk so that an interrupted study goes on where it was."""
-
-    def __init__(self, path: Path | None, identity: str) -> None:
-        self.path, self.identity = path, identity
-        self.found: dict[str, Any] = {}
-        if path is not None and path.exists():
-            try:
-                raw = read_json(path)
-            except InputError:
-                raw = {}
-            if isinstance(raw, dict) and raw.get("identity") == identity:
-                self.found = dict(raw.get("cells", {}))
-
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        if key not in self.found:
-            self.found[key] = make()
-            if self.path is not None:
-                write_json(self.path, {"identity": self.identity, "cells": plain(self.found)})
-        return self.found[key]
-
-    def close(self) -> None:
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
 
 
 def _steps(sampler: str, full: Any, calls: int) -> int:
@@ -190,8 +163,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
     weights, packages = weights_hash(pipe.unet), versions(torch.get_num_threads())
     whole = [settings, train.fingerprint(), held_out.fingerprint(), weights, packages]
-    identity = hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
-    cells = _Cells(None if folder is None else folder / "cells.json", identity)
+    cells = Blocks(folder, {"study": whole})
     train_images = train.tensor()
 
     def measure(
@@ -218,13 +190,13 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
                 "grid": png_row(x[:GRID]),
             }
 
-        result: dict[str, Any] = cells.get(key, make)
+        result: dict[str, Any] = cells.value(key, make)
         return result
 
     def choose(key: str, start: LateStart) -> float:
         """A candidate's distance on the selection seeds."""
         seeds = range(SELECTION_SEED, SELECTION_SEED + study.selection)
-        value: float = cells.get(key, lambda: measure(start, seeds, 1)[0]["pooled"])
+        value: float = cells.value(key, lambda: measure(start, seeds, 1)[0]["pooled"])
         return value
 
     # Every start is built before the first image, so that what cannot be done is refused at once.

@@ -21,7 +21,7 @@ from symbreak.data import Images
 from symbreak.files import InputError, read_tensors, write_tensors
 from symbreak.noise import generator
 
-__all__ = ["Classifier", "Extractor", "extractor", "features", "load_classifier", "train_classifier"]
+__all__ = ["Classifier", "Extractor", "accuracy", "extractor", "features", "load_classifier", "train_classifier"]
 
 FEATURES = 64
 BATCH = 256  # fixed and padded, so that an image's features do not depend on its neighbours
@@ -88,13 +88,14 @@ def train_classifier(
 ) -> Classifier:
     """Train a `Classifier` on labelled images (Adam, cosine rate, shifts by up to one pixel).
 
-    Its ``accuracy`` is measured on ``held_out`` where given, which is used for nothing else.
+    Its ``accuracy`` is measured on ``held_out`` where given with labels, which is used for nothing else.
 
     Raises:
-        InputError: without labels, or with fewer than two classes.
+        InputError: without labels, with fewer than two classes, or for held-out images of another class.
     """
     if train.labels is None or len(train.classes) < 2:
         raise InputError(f"{train.name} has no labels of at least two classes; a classifier needs them.")
+    held_out = None if held_out is None else held_out.numbered(train.classes)
     x, y = train.tensor(), train.labels
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
         torch.manual_seed(seed)
@@ -120,9 +121,22 @@ def train_classifier(
             progress(done, steps)
     model.eval().requires_grad_(False)
     if held_out is not None and held_out.labels is not None:
-        hits = torch.cat([model.logits(b).argmax(1) for b in held_out]) == held_out.labels
-        model.accuracy = float(hits.double().mean())
+        model.accuracy = accuracy(model, held_out)
     return model
+
+
+def accuracy(model: Classifier, images: Images) -> float:
+    """Share of labelled images whose class a classifier finds; classes are matched by name.
+
+    Raises:
+        InputError: for images without labels, or of a class that the classifier was not trained on.
+    """
+    labels = images.numbered(model.classes).labels
+    if labels is None:
+        raise InputError(f"{images.name} has no labels to measure a classifier's accuracy with. Pass labelled images.")
+    with torch.inference_mode():
+        found = torch.cat([model.logits(batch).argmax(1) for batch in images])
+    return float((found == labels).double().mean())
 
 
 def save_classifier(model: Classifier, path: str | Path, name: str) -> Path:

@@ -33,7 +33,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from symbreak.critical import CriticalTime, Curve, crossing, curve, levels
+from symbreak.blocks import Arrays, Keep, Progress, unkept
+from symbreak.critical import CriticalTime, Curve, curve, levels, mean_curve, passing, passing_interval, percentiles
 from symbreak.denoise import Denoiser, as_denoiser, ask, posterior_step
 from symbreak.files import InputError
 from symbreak.laws.classes import class_of, mixture_of
@@ -51,9 +52,6 @@ PAIRS = 64  # trajectories of a block: a network's piece, and what an interrupte
 NUMBERS = 2**16  # numbers in the states of one call of a denoiser
 
 Classify = Callable[[torch.Tensor], Any]
-Arrays = dict[str, np.ndarray]
-Progress = Callable[[int, int], None]
-Keep = Callable[[str, Callable[[], Arrays]], Arrays]
 
 
 @dataclass(frozen=True)
@@ -330,8 +328,7 @@ def _blocks(
             if progress is not None:
                 progress(done, total * cost)
 
-        fresh = partial(make, block, part, tell)
-        found.append(fresh() if keep is None else keep(f"{name}/{block}", fresh))
+        found.append((keep or unkept)(f"{name}/{block}", partial(make, block, part, tell)))
         if progress is not None and done == first * cost:  # it came from the store
             progress(part.stop * cost, total * cost)
     return {k: np.concatenate([f[k] for f in found], axis=a) for k, a in axis.items()}
@@ -369,31 +366,13 @@ def _weights(n: int, resamples: int, seed: int) -> np.ndarray:
     return np.concatenate([np.ones((1, n)), drawn])
 
 
-def _percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the 95 % interval over resamples [R, ...]; no interpolation, so that infinities are allowed."""
-    low, high = np.quantile(values, [0.025, 0.975], axis=0, method="inverted_cdf")
-    return low, high
-
-
-def _mean_curve(s: np.ndarray, shape: tuple[int, ...], w: np.ndarray, values: np.ndarray, name: str) -> Curve:
-    """Means of values [n, G] with bootstrap intervals."""
-    means = w @ values / values.shape[0]
-    return curve(s, shape, means[0], *_percentiles(means[1:]), name)
-
-
-def _passing(s: np.ndarray, falling: np.ndarray, threshold: np.ndarray) -> np.ndarray:
-    """log sigma [R] at which curves [R, G] that fall with sigma pass thresholds [R]; -inf below, inf above the levels.
-
-    Each curve is replaced by its least-squares monotone fit, so that it passes once.
-    """
+def _monotone(s: np.ndarray, falling: np.ndarray) -> np.ndarray:
+    """Least-squares fits [R, G] that fall with sigma, of curves [R, G]: they pass a threshold once."""
     from sklearn.isotonic import isotonic_regression
 
     order = np.argsort(s)
-    out = np.empty(len(falling))
-    for r, (values, middle) in enumerate(zip(falling[:, order], threshold)):
-        fit = isotonic_regression(values, increasing=False)
-        found = crossing(s[order], fit, float(middle))
-        out[r] = math.log(found) if found is not None else (-math.inf if fit[0] < middle else math.inf)
+    out = np.empty(falling.shape)
+    out[:, order] = [isotonic_regression(values, increasing=False) for values in falling[:, order]]
     return out
 
 
@@ -401,11 +380,11 @@ def _halfway(
     s: np.ndarray, falling: np.ndarray, threshold: np.ndarray, sampler: _Sampler, criterion: str, source: str, what: str
 ) -> CriticalTime:
     """The level where a curve [0] passes its threshold, with the interval of its resamples [1:]."""
-    passing = _passing(s, falling, threshold)
+    passed = passing(s, _monotone(s, falling), threshold)
     about: dict[str, Any] = {"criterion": criterion, "flow": "sde", "source": source}
-    point, others = float(passing[0]), passing[1:]
-    above, below = int((others == math.inf).sum()), int((others == -math.inf).sum())
-    if not math.isfinite(point):
+    point, others = float(passed[0]), passed[1:]
+    above, below = int((others == math.inf).sum()), int((others == 0).sum())
+    if not 0 < point < math.inf:
         side, at = ("above", s.max()) if point > 0 else ("below", s.min())
         reason = f"{what} passes {threshold[0]:.3g}, halfway, {side} the levels asked about ({at:.4g})"
         if point > 0:
@@ -415,13 +394,12 @@ def _halfway(
             near = max(at / 4, float(sampler.grid[-1]))
             mend = f"try levels from {near:.4g} to {at:.4g}" if near < at else "no level is left"
         return CriticalTime(None, reason=f"{reason}; {mend}", **about)
-    low, high = _percentiles(others)
     reason = f"{what} at {threshold[0]:.3g}, halfway"
     for count, side in ((above, "above"), (below, "below")):
         if count:
             reason += f"; {count} of {len(others)} resamples pass {side} the levels asked about"
-    left, right = (NoiseLevel(math.exp(v)) if math.isfinite(v) else None for v in (float(low), float(high)))
-    return CriticalTime(NoiseLevel(math.exp(point)), left, right, reason=reason, **about)
+    low, high, _ = passing_interval(others)
+    return CriticalTime(NoiseLevel(point), low, high, reason=reason, **about)
 
 
 def _priors(labels: np.ndarray, classes: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -540,7 +518,7 @@ def clones(
     agree = (labels[1:] == labels[0]).T
     classes = np.unique(labels)
     priors, floor = _priors(labels.T, classes, w)
-    low, high = _percentiles(floor[1:])
+    low, high = percentiles(floor[1:])
     if len(classes) == 1:
         reason = f"all final images are of class {classes[0]}. Pass another classify, or clusters=K."
         passes = CriticalTime(None, criterion="cloning", flow="sde", source=CLONES, reason=reason)
@@ -548,7 +526,7 @@ def clones(
         shares = w @ agree / pairs
         passes = _halfway(s, shares, (1 + floor) / 2, sampler, "cloning", CLONES, "agreement of clones")
     return Clones(
-        curve=_mean_curve(s, shape, w, agree, "clone agreement"),
+        curve=mean_curve(s, agree.T, "clone agreement", w, shape),
         crossing=passes,
         classes=classes,
         priors=priors,
@@ -706,8 +684,8 @@ def u_turns(
         stays = 1 - w @ changed / n
         passes = _halfway(s, stays, 1 - limit / 2, sampler, "u-turn", U_TURNS, "the share of kept classes")
     return UTurns(
-        classes=_mean_curve(s, shape, w, changed, "class change of U-turns"),
-        features=_mean_curve(s, shape, w, distance, "feature change of U-turns"),
+        classes=mean_curve(s, changed.T, "class change of U-turns", w, shape),
+        features=mean_curve(s, distance.T, "feature change of U-turns", w, shape),
         crossing=passes,
         limit=float(limit[0]),
         changed=changed,
@@ -829,8 +807,8 @@ def opportunity(
     change, labels = found["change"].T, found["labels"]
     classes = None if own is None else (labels[1:] != labels[0]).T
     return Opportunity(
-        change=_mean_curve(s, shape, w, change, "change of the final image per unit of kick"),
-        classes=None if classes is None else _mean_curve(s, shape, w, classes, "class change by kicks"),
+        change=mean_curve(s, change.T, "change of the final image per unit of kick", w, shape),
+        classes=None if classes is None else mean_curve(s, classes.T, "class change by kicks", w, shape),
         peak=_peak(s, w @ change, "opportunity", flow),
         class_peak=None if classes is None else _peak(s, w @ classes, "opportunity, class", flow),
         size=float(size),
@@ -857,7 +835,7 @@ def _peak(s: np.ndarray, sums: np.ndarray, criterion: str, flow: str) -> Critica
     flat = left == right
     at = np.where(flat, b, b - 0.5 * ((b - a) * left - (b - c) * right) / np.where(flat, 1.0, left - right))
     at = np.where(top == i, at, u[top])  # a resample that is largest at an end
-    low, high = _percentiles(at[1:])
+    low, high = percentiles(at[1:])
     ends = int((top[1:] != i[1:]).sum())
     note = f"{ends} of {len(at) - 1} resamples are largest at an end of the levels" if ends else None
     level, below, above = (NoiseLevel(math.exp(float(q))) for q in (at[0], low, high))

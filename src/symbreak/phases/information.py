@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -28,7 +27,8 @@ import torch
 from scipy.interpolate import make_interp_spline
 from scipy.optimize import brentq
 
-from symbreak.critical import CriticalTime, Curve, crossing, levels, mean_interval, resampled
+from symbreak.blocks import Arrays, Keep, Progress, in_blocks
+from symbreak.critical import CriticalTime, Curve, crossing, levels, mean_curve, passing_time, resampled
 from symbreak.denoise import CHUNK, LawDenoiser, as_denoiser, ask, images_for
 from symbreak.files import InputError
 from symbreak.laws.classes import mixture_of, posterior_average
@@ -48,9 +48,6 @@ __all__ = [
     "loss_curve",
     "non_gaussianity",
 ]
-
-Progress = Callable[[int, int], None] | None
-Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]] | None
 
 NUMBERS = 2**24  # numbers of one piece of noised images
 TOP = 20.0  # integrals end at this multiple of the data's largest standard deviation
@@ -102,15 +99,15 @@ class Losses:
     @property
     def mmse(self) -> Curve:
         """Mean error of the network with its 95 % interval: the MMSE, were the network perfect."""
-        return _mean_curve(self.sigma, self.network, "denoising loss")
+        return mean_curve(self.sigma, self.network, "denoising loss")
 
     def law(self, name: str) -> Curve:
         """Mean error of a law."""
-        return _mean_curve(self.sigma, self._own(name), f"denoising loss, {name}")
+        return mean_curve(self.sigma, self._own(name), f"denoising loss, {name}")
 
     def difference(self, name: str) -> Curve:
         """Mean error of a law less the network's; the interval is of the paired differences."""
-        return _mean_curve(self.sigma, self._own(name) - self.network, f"loss difference, {name}")
+        return mean_curve(self.sigma, self._own(name) - self.network, f"loss difference, {name}")
 
     def _own(self, name: str) -> np.ndarray:
         if name not in self.laws:
@@ -139,8 +136,8 @@ def loss_curve(
     draws: int = 1,
     centre: torch.Tensor | None = None,
     through: Callable[[torch.Tensor, float], torch.Tensor] | None = None,
-    progress: Progress = None,
-    keep: Keep = None,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> Losses:
     """Denoising losses of a network, and of laws beside it.
 
@@ -182,7 +179,7 @@ def loss_curve(
     size = _piece(data)
     noise = [_noise(data, seed, r) for r in range(draws)] if draws == 1 else None
 
-    def level(u: float) -> dict[str, np.ndarray]:
+    def level(u: float) -> Arrays:
         errors, apart = np.zeros((1 + len(laws), len(data))), np.zeros((len(laws), len(data)))
         far = np.zeros((1 + len(laws), len(data))) if through is not None else np.zeros((0, len(data)))
         around = np.zeros((2, len(data)))
@@ -207,11 +204,7 @@ def loss_curve(
             raise InputError(f"the network answers NaN or infinity at sigma {u:.4g}; expected denoised images.")
         return {"errors": errors / draws, "apart": apart / draws, "around": around / draws, "through": far / draws}
 
-    found = []
-    for j, u in enumerate(map(float, s)):
-        found.append(_kept(keep, f"loss/{j}", partial(level, u)))
-        if progress is not None:
-            progress(j + 1, len(s))
+    found = in_blocks("loss", s.tolist(), level, progress, keep)
     errors, apart, around, far = (
         np.stack([f[k] for f in found], axis=1) for k in ("errors", "apart", "around", "through")
     )
@@ -273,7 +266,7 @@ def conditional_entropy(losses: Losses, at_lowest: float = 0.0) -> Curve:
         at_lowest: the entropy at the lowest level, added to all.
     """
     above = integral_above(losses.network / losses.sigma[:, None] ** 2, losses.sigma)
-    c = _mean_curve(losses.sigma, above[0] - above, "conditional entropy")
+    c = mean_curve(losses.sigma, above[0] - above, "conditional entropy")
     return Curve(c.sigma, c.value + at_lowest, c.low + at_lowest, c.high + at_lowest, c.name)
 
 
@@ -327,12 +320,12 @@ class NonGaussianity(Curve):
         fine = _between(sigma)
         # Integrals from the fine levels as one matrix [A, G]: each resample is a product.
         weights = integral_above(np.eye(len(sigma)), sigma, at=fine)
-        return _passing(
+        value = weights @ gap.mean(1)
+        return passing_time(
             fine,
-            weights @ gap.mean(1),
-            resampled(gap, seed, resamples) @ weights.T,
-            np.full(resamples, threshold),
+            np.concatenate([value[None], resampled(gap, seed, resamples) @ weights.T]),
             threshold,
+            _nowhere(fine, value, threshold),
             f"non-Gaussianity of {threshold:g} nat",
             NATS,
         )
@@ -366,7 +359,7 @@ def divergence_bound(losses: Losses, law: str, sigma: Any = None) -> NonGaussian
             "in that range or take losses at more."
         )
     gap = _excess(losses, law)
-    c = _mean_curve(s, integral_above(gap, losses.sigma, at=s), f"non-Gaussianity, {law}" if law else "non-Gaussianity")
+    c = mean_curve(s, integral_above(gap, losses.sigma, at=s), f"non-Gaussianity, {law}" if law else "non-Gaussianity")
     indicator = integral_above(losses.apart[law].mean(1) / losses.sigma**2, losses.sigma, at=s)
     # Every second level, the top one among them; the error of the finer rule is a part of the difference.
     half = np.unique(np.append(np.arange(len(losses.sigma) - 1, -1, -2), 0))
@@ -385,8 +378,8 @@ def non_gaussianity(
     seed: int = 0,
     top: float | None = None,
     spacing: float = SPACING,
-    progress: Progress = None,
-    keep: Keep = None,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> NonGaussianity:
     """What a start from a law costs at every level, in nats, from denoising losses.
 
@@ -470,12 +463,11 @@ class ClassEntropy(Curve):
         order = np.argsort(sigma)
         n, classes = len(self.labels), np.unique(self.labels)
         shares = resampled((self.labels == classes[:, None]).astype(float), self.seed, resamples)
-        return _passing(
+        return passing_time(
             sigma[order],
-            value[order],
-            resampled(self.scores[order], self.seed, resamples),
-            share * _entropy(shares),
-            share * self.total,
+            np.concatenate([value[order][None], resampled(self.scores[order], self.seed, resamples)]),
+            share * np.append(self.total, _entropy(shares)),
+            _nowhere(sigma, value, share * self.total),
             criterion,
             f"derived; classifier on denoised images, {n} held out",
         )
@@ -484,7 +476,8 @@ class ClassEntropy(Curve):
         source, target = "derived", share * self.total
         found = crossing(sigma, value, target)
         if found is None:
-            return _nowhere(sigma, value, target, criterion, source)
+            reason = _nowhere(sigma, value, target)
+            return CriticalTime(None, criterion=criterion, source=source, reason=reason)
 
         def gap(log_sigma: float) -> float:
             return (
@@ -521,8 +514,8 @@ def class_entropy(
     seed: int = 0,
     samples: int = 20000,
     draws: int = 1,
-    progress: Progress = None,
-    keep: Keep = None,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> ClassEntropy:
     """How open the class still is, H[c | x_sigma] in nats.
 
@@ -576,7 +569,7 @@ def class_entropy(
     features = features or _principal(train)
     target = np.tile(own, draws)
 
-    def level(u: float) -> dict[str, np.ndarray]:
+    def level(u: float) -> Arrays:
         def told(x0: torch.Tensor, which: int, r: int) -> np.ndarray:
             size, out = _piece(x0), []
             eps = torch.randn(x0.shape, generator=generator(seed, 31, which, r), dtype=x0.dtype)
@@ -584,17 +577,11 @@ def class_entropy(
                 out.append(_featured(features, _mean(network, x0[i : i + size] + u * eps[i : i + size], u, None)))
             return np.concatenate(out)
 
-        with torch.inference_mode():
-            fit, score = np.concatenate([told(train, 1, r) for r in range(draws)]), told(held, 2, 0)
+        fit, score = np.concatenate([told(train, 1, r) for r in range(draws)]), told(held, 2, 0)
         return {"scores": _scored(fit, target, score, code, len(classes))}
 
-    found = []
-    for j, u in enumerate(map(float, s)):
-        found.append(_kept(keep, f"class-entropy/{j}", partial(level, u))["scores"])
-        if progress is not None:
-            progress(j + 1, len(s))
-    scores = np.stack(found)
-    c = _mean_curve(s, scores, "class entropy (upper bound)")
+    scores = np.stack([block["scores"] for block in in_blocks("class-entropy", s.tolist(), level, progress, keep)])
+    c = mean_curve(s, scores, "class entropy (upper bound)")
     total = float(_entropy(np.bincount(code, minlength=len(classes)) / len(code)))
     at, value, low, high = (a.reshape(shape) for a in (s, c.value, c.low, c.high))
     return ClassEntropy(at, value, low, high, c.name, total, scores, code, seed=seed)
@@ -649,18 +636,7 @@ def _piece(data: torch.Tensor) -> int:
     return max(1, NUMBERS // max(1, data[0].numel()) // CHUNK) * CHUNK
 
 
-def _kept(keep: Keep, key: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    with torch.inference_mode():
-        return make() if keep is None else keep(key, make)
-
-
 # Curves and levels
-
-
-def _mean_curve(sigma: np.ndarray, values: np.ndarray, name: str) -> Curve:
-    """Means over images [G, N] with Student-t intervals."""
-    mean, low, high = np.array([mean_interval(v) for v in values]).T
-    return Curve(sigma, mean, low, high, name)
 
 
 def _excess(losses: Losses, law: str) -> np.ndarray:
@@ -678,53 +654,17 @@ def _between(sigma: np.ndarray) -> np.ndarray:
     return out
 
 
-def _nowhere(sigma: np.ndarray, value: np.ndarray, threshold: float, criterion: str, source: str) -> CriticalTime:
-    """No crossing, and where to look for it."""
+def _nowhere(sigma: np.ndarray, value: np.ndarray, threshold: float) -> str:
+    """That a curve does not pass a threshold, and where to look for it."""
     first, last = value[np.argmin(sigma)], value[np.argmax(sigma)]
     if min(first, last) <= threshold <= max(first, last):
         way = "between them"
     else:
         nearer_low = abs(first - threshold) < abs(last - threshold)
         way = f"below {sigma.min():.4g}" if nearer_low else f"above {sigma.max():.4g}"
-    reason = (
+    return (
         f"it is {first:.4g} at sigma {sigma.min():.4g} and {last:.4g} at {sigma.max():.4g} and does not pass "
         f"{threshold:.4g} nats; the range to try is {way}"
-    )
-    return CriticalTime(None, criterion=criterion, source=source, reason=reason)
-
-
-def _passing(
-    sigma: np.ndarray,
-    value: np.ndarray,
-    again: np.ndarray,
-    thresholds: np.ndarray,
-    threshold: float,
-    criterion: str,
-    source: str,
-) -> CriticalTime:
-    """The largest level where a curve [A] passes a threshold.
-
-    Its interval is that of resampled curves [R, A], each with its own threshold [R].
-    """
-    found = crossing(sigma, value, threshold)
-    if found is None:
-        return _nowhere(sigma, value, threshold, criterion, source)
-    # A curve that stays on one side passes beyond an end: which one, its top value says.
-    rising = bool(value[-1] > value[0])
-    ends = []
-    for curve, limit in zip(again, thresholds):
-        at = crossing(sigma, curve, limit)
-        beyond = 0.0 if (curve[-1] > limit) == rising else math.inf
-        ends.append(beyond if at is None else at)
-    low, high = np.quantile(ends, [0.025, 0.975], method="inverted_cdf")
-    missing = [f"below {sigma[0]:.4g}"] * bool(low == 0) + [f"above {sigma[-1]:.4g}"] * bool(np.isinf(high))
-    return CriticalTime(
-        NoiseLevel(found),
-        NoiseLevel(float(low)) if low > 0 else None,
-        NoiseLevel(float(high)) if np.isfinite(high) else None,
-        criterion=criterion,
-        source=source,
-        reason=f"the interval ends {' and '.join(missing)}, outside the levels measured" if missing else None,
     )
 
 

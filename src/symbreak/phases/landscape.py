@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
+from symbreak.blocks import Arrays, Keep, Progress, unkept
 from symbreak.critical import CriticalTime, levels
 from symbreak.denoise import as_denoiser, ask
 from symbreak.files import InputError
@@ -37,10 +38,6 @@ from symbreak.phases.continuation import System, central_point, checked_flow, di
 from symbreak.phases.stability import SOURCE, potential
 
 __all__ = ["Arc", "Stability", "arc_potential", "network_stability", "stability_times"]
-
-Arrays = dict[str, np.ndarray]
-Keep = Callable[[str, Callable[[], Arrays]], Arrays]
-Progress = Callable[[int, int], None]
 
 DENSE = 256  # above it, eigenvalues of a network's Jacobian by products: cheaper than all its columns
 FOLD = 0.8  # top eigenvalue over threshold from which a branch that ends did so in a fold, where it is 1
@@ -163,10 +160,6 @@ class Arc:
         }
 
 
-def _make(_: str, make: Callable[[], Arrays]) -> Arrays:
-    return make()
-
-
 def _asked(denoiser: Any, sigma: Any) -> np.ndarray:
     s, _ = levels(sigma)
     low, high = denoiser.sigma_range
@@ -227,7 +220,7 @@ def network_stability(
     """
     if int(directions) != directions or directions < 1:
         raise InputError(f"{directions} directions asked for; expected a whole number of at least 1.")
-    keep = keep or _make
+    keep = keep or unkept
     checked_flow(flow, frame)
     denoiser = as_denoiser(denoiser_or_law)
     given = _asked(denoiser, sigma)
@@ -650,7 +643,7 @@ def arc_potential(
 
     Source: arXiv:2305.19693.
     """
-    keep = keep or _make
+    keep = keep or unkept
     checked_flow(flow, frame)
     denoiser = as_denoiser(denoiser_or_law)
     shape = tuple(denoiser.shape)

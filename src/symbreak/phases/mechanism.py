@@ -16,9 +16,7 @@ Source: derived; the mechanism is that of arXiv:2305.19693.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +24,8 @@ import numpy as np
 import torch
 from scipy.integrate import trapezoid
 
-from symbreak.critical import CriticalTime, Curve, crossing, curve, levels, resampled
+from symbreak.blocks import Arrays, Keep, Progress, in_blocks
+from symbreak.critical import CriticalTime, Curve, curve, levels, passing_time, resampled
 from symbreak.denoise import CHUNK, as_denoiser, ask, images_for, posterior_step
 from symbreak.files import InputError
 from symbreak.laws.gaussian import Gaussian
@@ -34,9 +33,6 @@ from symbreak.moments import LowRankMoments, Moments
 from symbreak.noise import NoiseLevel, generator
 
 __all__ = ["Check", "LinearShare", "Reversion", "linear_share", "linearity_check", "reversion", "reversion_check"]
-
-Progress = Callable[[int, int], None] | None
-Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]] | None
 
 NUMBERS = 2**18  # numbers of one block of trajectories
 FOLDS = 5
@@ -92,24 +88,15 @@ class Reversion(Curve):
         sigma, value = np.append(np.atleast_1d(self.sigma), self.start), np.append(np.atleast_1d(self.value), 1.0)
         if not 0 < threshold < 1:
             raise InputError(f"a threshold of {threshold:g}; expected a correlation between 0 and 1.")
-        found = _passes(sigma, value, threshold)
-        if found is None:
-            reason = (
-                f"the correlation is {value.min():.3g} at the least, from sigma {self.start:.4g} down to "
-                f"{sigma.min():.4g}, and does not pass {threshold:.3g}; the range to try is below that"
-            )
-            return CriticalTime(None, criterion=criterion, source=source, reason=reason)
-        again = _correlations(self.products, self.seed, resamples)
-        ends = [_passes(sigma, np.append(v, 1.0), threshold) or 0.0 for v in again]
-        low, high = np.quantile(ends, [0.025, 0.975], method="inverted_cdf")
-        return CriticalTime(
-            NoiseLevel(found),
-            NoiseLevel(float(low)) if low > 0 else None,
-            NoiseLevel(float(high)) if high > 0 else None,
-            criterion=criterion,
-            source=source,
-            reason=None if low > 0 else f"the interval ends below {sigma.min():.4g}, outside the levels measured",
+        reason = (
+            f"the correlation is {value.min():.3g} at the least, from sigma {self.start:.4g} down to "
+            f"{sigma.min():.4g}, and does not pass {threshold:.3g}; the range to try is below that"
         )
+        again = _correlations(self.products, self.seed, resamples)
+        curves = np.concatenate([value[None], np.append(again, np.ones((len(again), 1)), axis=1)])
+        # In log the correlation of pure noise, s / T, is a straight line.
+        logs = np.log(np.maximum(curves, 1e-6))
+        return passing_time(sigma, logs, math.log(threshold), reason, criterion, source)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for records."""
@@ -131,8 +118,8 @@ def reversion(
     seeds: int = 0,
     moments: Any = None,
     sigma_start: float | None = None,
-    progress: Progress = None,
-    keep: Keep = None,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> Reversion:
     """How a reverse trajectory forgets its start: correlation of its state with the start, by level.
 
@@ -189,7 +176,7 @@ def reversion(
     # Blocks as even as they can be: each is centred by itself.
     sizes = [len(part) for part in np.array_split(np.arange(paths), max(1, -(-paths // _block(dim))))]
 
-    def block(i: int) -> dict[str, np.ndarray]:
+    def block(i: int) -> Arrays:
         g, dtype = generator(seeds, 41, i), torch.float64 if is_law else torch.float32
         if is_law:
             x = law_or_denoiser.sample(sizes[i], start, g).to(dtype)
@@ -209,13 +196,8 @@ def reversion(
             raise InputError("the network answers NaN or infinity; expected denoised images.")
         return {"products": found}
 
-    parts = []
-    for i in range(len(sizes)):
-        with torch.inference_mode():
-            parts.append((block(i) if keep is None else keep(f"reversion/{i}", partial(block, i)))["products"])
-        if progress is not None:
-            progress(i + 1, len(sizes))
-    products = np.concatenate(parts, axis=2)
+    parts = in_blocks("reversion", range(len(sizes)), block, progress, keep)
+    products = np.concatenate([part["products"] for part in parts], axis=2)
     value = _correlation(products.mean(2))
     ends = np.quantile(_correlations(products, seeds), [0.025, 0.975], axis=0)
     at_level, rho, below, above = (a.reshape(shape) for a in (s, value, ends[0], ends[1]))
@@ -275,8 +257,8 @@ def linear_share(
     gaussian: Gaussian | None = None,
     leading: int | None = None,
     seed: int = 0,
-    progress: Progress = None,
-    keep: Keep = None,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
 ) -> LinearShare:
     """How linear a network's denoiser is at every level.
 
@@ -317,7 +299,7 @@ def linear_share(
     p = min(LEADING, n * (FOLDS - 1) // FOLDS // 4) if leading is None else int(leading)
     p = min(p, *(law.rank for law in laws))
 
-    def level(u: float) -> dict[str, np.ndarray]:
+    def level(u: float) -> Arrays:
         x = x0 + u * eps
         answer = ask(d, x, u).flatten(1).double()
         if not bool(torch.isfinite(answer).all()):
@@ -333,13 +315,8 @@ def linear_share(
                 energy[k, test.numpy()] = (r * r).sum(1).numpy()
         return {"energy": energy}
 
-    found = []
-    for j, u in enumerate(map(float, s)):
-        with torch.inference_mode():
-            found.append((level(u) if keep is None else keep(f"linear/{j}", partial(level, u)))["energy"])
-        if progress is not None:
-            progress(j + 1, len(s))
-    best, own, total = np.stack(found, axis=1)
+    found = in_blocks("linear", s.tolist(), level, progress, keep)
+    best, own, total = np.stack([block["energy"] for block in found], axis=1)
 
     def share(left: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         again = resampled(np.concatenate([left, total]), seed)
@@ -417,11 +394,6 @@ def _correlations(products: np.ndarray, seed: int, resamples: int = 1000) -> np.
     """Bootstrap correlations [R, G] of products [3, G, N]."""
     again = resampled(products.reshape(-1, products.shape[2]), seed, resamples)
     return _correlation(again.reshape(resamples, 3, -1).transpose(1, 0, 2))
-
-
-def _passes(sigma: np.ndarray, value: np.ndarray, threshold: float) -> float | None:
-    # In log the correlation of pure noise, s / T, is a straight line.
-    return crossing(sigma, np.log(np.maximum(value, 1e-6)), math.log(threshold))
 
 
 def _block(dim: int) -> int:
