@@ -14,18 +14,16 @@ Float32 products lose about 1e-7 of |y|^2 and |z| |y|; levels at which that coul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from symbreak.blocks import Keep, Progress, unkept
 from symbreak.files import InputError
 from symbreak.laws.empirical import Empirical
 from symbreak.noise import generator
 from symbreak.parallel import dealt
-
-Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
 
 __all__ = ["PARTS", "Overlaps", "overlaps"]
 
@@ -60,7 +58,7 @@ def overlaps(
     sigma: np.ndarray,
     queries: int = 1000,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
     keep: Keep | None = None,
     name: str = "overlaps",
 ) -> Overlaps:
@@ -103,7 +101,7 @@ def overlaps(
         return out
 
     def stored(i: int) -> np.ndarray:
-        return make(i) if keep is None else keep(f"{name}/{i}", lambda: {"log": make(i)})["log"]
+        return (keep or unkept)(f"{name}/{i}", lambda: {"log": make(i)})["log"]
 
     whole = dealt(len(blocks), (QUERIES, PARTS, len(sigma)), stored, progress)
     return Overlaps(sigma, np.concatenate([b[: len(q)] for b, q in zip(whole, blocks)]), n)

@@ -31,6 +31,7 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
+from symbreak.blocks import Keep, Progress
 from symbreak.critical import CriticalTime, Curve, crossing, curve, jackknife, levels
 from symbreak.files import InputError
 from symbreak.laws.classes import posterior_average
@@ -55,9 +56,6 @@ MEASURED = "arXiv:2402.18491, I(x_0; x) = log n; I from leave-one-out sums, arXi
 NORMAL = 1.959963984540054
 GROUPS = 20  # of queries, left out in turn
 FEW = 8 * PARTS  # points with which nothing is extrapolated
-
-Progress = Callable[[int, int], None]
-Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -489,7 +487,7 @@ def _of_points(law: Empirical, queries: int, seed: int, progress: Progress | Non
         reason = f"{why}: the leave-one-out bound, from above, with no interval"
         return CriticalTime(NoiseLevel(top), criterion="collapse", source=MEASURED, reason=reason)
     left_out = _left_out(found, passes)
-    ends = jackknife(best, left_out[np.isfinite(left_out)])
-    low, high = (NoiseLevel(math.exp(u)) if math.isfinite(u) else None for u in ends)
+    interval = jackknife(best, left_out[np.isfinite(left_out)])
+    low, high = (NoiseLevel(math.exp(u)) if math.isfinite(u) else None for u in interval)
     reason = f"extrapolated in n from {n:,} points, {len(found.parts):,} queries; the upper bound passes at {top:.4g}"
     return CriticalTime(NoiseLevel(math.exp(best)), low, high, criterion="collapse", source=MEASURED, reason=reason)

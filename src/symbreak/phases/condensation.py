@@ -31,7 +31,7 @@ from symbreak.laws.empirical import Empirical
 from symbreak.laws.neighbours import neighbours
 from symbreak.noise import NoiseLevel, generator
 
-__all__ = ["Condensation", "condensation", "nearest_of"]
+__all__ = ["Condensation", "nearest_flips", "nearest_of"]
 
 SOURCE = "arXiv:2402.18491, last change of the nearest training point"
 BLOCK = 64  # trajectories
@@ -79,7 +79,7 @@ def nearest_of(points: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda images: neighbours(images, points, 1)[1][:, 0]
 
 
-def condensation(
+def nearest_flips(
     law_or_denoiser: Any,
     data: Empirical,
     trajectories: int = 128,

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from scipy.integrate import trapezoid
 
 from symbreak.blocks import Arrays, Keep, Progress, in_blocks
 from symbreak.critical import CriticalTime, Curve, curve, levels, passing_time, resampled
-from symbreak.denoise import CHUNK, as_denoiser, ask, images_for, posterior_step
+from symbreak.denoise import CHUNK, as_denoiser, ask, descend, images_for
 from symbreak.files import InputError
 from symbreak.laws.gaussian import Gaussian
 from symbreak.moments import LowRankMoments, Moments
@@ -184,14 +183,11 @@ def reversion(
             x = start * torch.randn(sizes[i], *d.shape, generator=g, dtype=dtype)
         first = (x - x.mean(0)).flatten(1).double()
         found = np.zeros((3, len(s), sizes[i]))
-        for j, (u, below) in enumerate(pairwise([*map(float, grid), 0.0])):
-            centred = (x - x.mean(0)).flatten(1).double()
+        for j, (_, state) in enumerate(descend(d, x, grid, g)):
+            centred = (state - state.mean(0)).flatten(1).double()
             for k in np.flatnonzero(np.equal(at, j)):
                 pairs = ((centred, first), (centred, centred), (first, first))
                 found[:, k] = np.stack([(a * b).sum(1).numpy() for a, b in pairs])
-            if below > 0:
-                noise = torch.randn(x.shape, generator=g, dtype=dtype)
-                x = posterior_step(ask(d, x, u), x, u, below, noise)
         if not np.isfinite(found).all():
             raise InputError("the network answers NaN or infinity; expected denoised images.")
         return {"products": found}
