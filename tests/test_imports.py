@@ -16,7 +16,7 @@ FLOORS = [
     {"choose"},
     {"start"},
     {"sample", "train", "metrics"},
-    {"pipeline"},
+    {"pipeline", "findings"},
     {"diagnosis", "world"},
     {"study", "report"},
     {"cli"},

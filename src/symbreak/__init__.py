@@ -22,7 +22,14 @@ _HOMES = {
     "laws.store": ("load_law", "save_law"),
     "moments": ("Moments", "frechet_distance"),
     "noise": ("NoiseLevel", "Schedule", "schedule"),
-    "phases.collapse": ("collapse_time", "excess_entropy"),
+    "phases.collapse": (
+        "collapse_scaling",
+        "collapse_time",
+        "excess_entropy",
+        "mutual_information",
+        "samples_needed",
+    ),
+    "phases.condensation": ("nearest_flips", "nearest_of"),
     "phases.clones": ("clone_agreement", "clones", "opportunity", "u_turns"),
     "phases.speciation": ("cloning_probability", "speciation_time"),
     "phases.information": ("entropy_rate", "loss_curve", "non_gaussianity"),
@@ -56,7 +63,14 @@ if TYPE_CHECKING:
     from symbreak.moments import Moments, frechet_distance
     from symbreak.noise import NoiseLevel, Schedule, schedule
     from symbreak.phases.clones import clone_agreement, clones, opportunity, u_turns
-    from symbreak.phases.collapse import collapse_time, excess_entropy
+    from symbreak.phases.collapse import (
+        collapse_scaling,
+        collapse_time,
+        excess_entropy,
+        mutual_information,
+        samples_needed,
+    )
+    from symbreak.phases.condensation import nearest_flips, nearest_of
     from symbreak.phases.information import entropy_rate, loss_curve, non_gaussianity
     from symbreak.phases.landscape import arc_potential, network_stability
     from symbreak.phases.speciation import cloning_probability, speciation_time

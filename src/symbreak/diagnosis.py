@@ -10,13 +10,9 @@ Every criterion keeps its own name, interval, source and seconds; nothing is ave
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,23 +26,26 @@ from symbreak.critical import CriticalTime, Curve, crossing, passing
 from symbreak.data import Images, images
 from symbreak.denoise import ask
 from symbreak.files import InputError, output_folder
+from symbreak.findings import Findings, Stages, spectral_times
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.classes import class_of, posterior_average
 from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments import Moments, mode_images
-from symbreak.noise import NoiseLevel, Schedule, generator, schedule
+from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.clones import clones, opportunity, u_turns
+from symbreak.phases.collapse import collapse_time, excess_entropy, samples_needed
+from symbreak.phases.condensation import nearest_flips, nearest_of
 from symbreak.phases.information import class_entropy, divergence_bound, entropy_rate, loss_curve
 from symbreak.phases.landscape import arc_potential, network_stability
 from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
-from symbreak.phases.speciation import cloning_probability, cloning_time, ladder, speciation_time
+from symbreak.phases.speciation import cloning_probability, cloning_time, speciation_time
 from symbreak.phases.stability import bifurcation
 from symbreak.record import Record, plain, versions
 
-__all__ = ["Effort", "describe", "diagnose", "png_row", "spectral_times"]
+__all__ = ["Effort", "diagnose"]
 
-Progress = Callable[[str, int, int], None]
 DRAWS = 5000  # of a class mixture, where nothing is exact
+NUMBERS = 2**28  # of the images held for the collapse
 CLUSTERS = 10  # classes of a network where neither labels nor a number were given
 
 
@@ -63,6 +62,7 @@ class Effort:
         losses: levels of the loss curves.
         images: images of the loss curves.
         points: training images of the empirical law.
+        queries: noised images of the excess entropy; all images count as their neighbours.
         frames: frames in which the network's fixed points are followed.
     """
 
@@ -74,11 +74,21 @@ class Effort:
     losses: int = 20
     images: int = 256
     points: int = 4000
+    queries: int = 1000
     frames: tuple[str, ...] = ("ve", "vp")
 
     def check(self) -> None:
         """Refuse numbers that give nothing."""
-        low = {"pairs": 10, "steps": 4, "branches": 3, "turns": 2, "stability": 2, "losses": 4, "images": 20}
+        low = {
+            "pairs": 10,
+            "steps": 4,
+            "branches": 3,
+            "turns": 2,
+            "stability": 2,
+            "losses": 4,
+            "images": 20,
+            "queries": 20,
+        }
         for name, least in low.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; expected at least {least}.")
@@ -88,114 +98,6 @@ class Effort:
         return replace(
             self, pairs=100, steps=24, branches=8, turns=5, stability=4, losses=12, images=128, frames=("ve",)
         )
-
-
-class _Findings:
-    """What has been found so far: rows, curves, checks, pictures, and the seconds of every stage."""
-
-    def __init__(self, steps: Schedule, progress: Progress | None) -> None:
-        self.steps, self.tell = steps, progress or (lambda stage, done, total: None)
-        self.criteria: list[dict[str, Any]] = []
-        self.curves: list[dict[str, Any]] = []
-        self.lines: list[dict[str, Any]] = []
-        self.checks: list[dict[str, Any]] = []
-        self.pictures: list[dict[str, str]] = []
-        self.notes: list[str] = []
-        self.arcs: dict[str, Any] | None = None
-        self.timings: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[Callable[[int, int], None]]:
-        """Times a stage and gives its progress callback; the rows it adds get its seconds."""
-        began, first = time.perf_counter(), len(self.criteria)
-        self.tell(name, 0, 1)
-        seen = [0, 1]
-
-        def tell(done: int, total: int) -> None:
-            seen[:] = [done, total]
-            self.tell(name, done, total)
-
-        yield tell
-        self.tell(name, seen[1], seen[1])
-        self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - began
-        for row in self.criteria[first:]:
-            row["stage"] = name  # its seconds are among the timings
-
-    def add(self, name: str, of: str, critical: CriticalTime) -> None:
-        self.criteria.append({"name": name, "of": of, "stage": None, **_view(critical, self.steps)})
-
-    def draw(self, panel: str, label: str, of: str, curve: Curve, line: str = "-", color: str | None = None) -> None:
-        self.curves.append({**curve.to_dict(), "panel": panel, "label": label, "of": of, "line": line, "color": color})
-
-    def check(self, check: Check) -> None:
-        self.checks.append(
-            {**check.to_dict(), "value_text": f"{check.value:.3g}", "expected_text": f"{check.expected:.3g}"}
-        )
-
-    def show(self, title: str, caption: str, grid: torch.Tensor) -> None:
-        self.pictures.append({"title": title, "caption": caption, "png": png_row(grid)})
-
-
-def describe(data: Images) -> dict[str, Any]:
-    """What a record says of a data set."""
-    labels = None if data.labels is None else torch.bincount(data.labels, minlength=len(data.classes)).tolist()
-    return {
-        "name": data.name,
-        "count": len(data),
-        "shape": list(data.shape),
-        "fingerprint": data.fingerprint(),
-        "classes": list(data.classes)[:1000],
-        "class_counts": labels,
-        "selection": list(data.history),
-        "skipped": list(data.skipped)[:100],
-    }
-
-
-def png_row(grid: torch.Tensor) -> str:
-    """A row of images [N, C, H, W] in [-1, 1] as one PNG, base64."""
-    from PIL import Image
-
-    small = grid
-    side = max(grid.shape[2:])
-    if side > 64:
-        scale = 64 / side
-        small = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="area")
-    pixels = ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=0)
-    row = torch.cat(list(pixels), dim=2).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _view(critical: CriticalTime, steps: Schedule) -> dict[str, Any]:
-    """A critical time as plain values, with the model's step of each level."""
-    found: dict[str, Any] = critical.to_dict()
-    for key in ("level", "low", "high"):
-        level = getattr(critical, key)
-        if level is not None:
-            try:
-                found[key]["step"] = float(steps.time(level))
-            except ValueError:
-                found[key]["step"] = None  # outside the schedule
-    return found
-
-
-def spectral_times(data: Images, steps: Schedule, moments: Moments, modes: int = 10) -> dict[str, Any]:
-    """Spectrum, ladder and the spectral times at both scales of the pixels, as plain values."""
-    spectrum = moments.spectrum(min(256, moments.dim))
-    return {
-        "data": describe(data),
-        "eigenvalues": spectrum.values.tolist(),
-        "eigenvalues_low": spectrum.low.tolist(),
-        "eigenvalues_high": spectrum.high.tolist(),
-        "total_variance": float(torch.trace(moments.cov)),
-        "speciation": {
-            "[-1, 1]": _view(speciation_time(moments), steps),
-            "[0, 1]": _view(speciation_time(moments, scale=0.5), steps),
-        },
-        "ladder": [_view(c, steps) for c in ladder(moments, modes)],
-    }
 
 
 def diagnose(
@@ -210,7 +112,7 @@ def diagnose(
     effort: Effort | None = None,
     seed: int = 0,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: Stages | None = None,
 ) -> Record:
     """When does it decide? Every criterion, for a data set and, where one is given, a network.
 
@@ -241,7 +143,7 @@ def diagnose(
     effort.check()
     folder = None if out is None else output_folder(out)
     name = "ddpm-linear" if model is None else type(model.scheduler).__name__
-    found = _Findings(schedule("ddpm-linear" if model is None else model.scheduler), progress)
+    found = Findings(schedule("ddpm-linear" if model is None else model.scheduler), progress)
     network = None
     if model is not None:
         refuse_conditional(model, "the network")
@@ -300,8 +202,10 @@ def diagnose(
             "No two classes of at least 2 images by the labels: no criterion of classes. Pass --clusters K for some."
         )
     laws = _laws(found, fit, held, network is None, clusters, effort, scale, seed)
+    whole = _collapse(found, store, data, laws, effort, scale, seed)
     if network is not None:
         _network(found, store, network, fit, held, moments, laws, judge, effort, scale, seed)
+        _condensation(found, store, network, whole, effort, scale, seed)
         content["network"] = {
             "parameters": sum(p.numel() for p in model.unet.parameters()),
             "prediction": network.prediction,
@@ -316,6 +220,7 @@ def diagnose(
         "notes": found.notes,
         "arc": found.arcs,
         "step_ticks": _ticks(found),
+        "regimes": _regimes(found),
     }
     record = Record("phases", settings, content, packages, found.timings)
     if folder is not None:
@@ -387,7 +292,7 @@ def _classes(data: Images) -> bool:
     return int((counts > 0).sum()) > 1 and int(counts[counts > 0].min()) >= 2
 
 
-def _ticks(found: _Findings) -> list[dict[str, float]]:
+def _ticks(found: Findings) -> list[dict[str, float]]:
     """Levels of round steps, for the second axis."""
     out = []
     for step in (10, 20, 50, 100, 150, 200, 250, 300, 350, 400, 450, 500, 550, 600, 700, 800, 900, 999):
@@ -416,7 +321,7 @@ class _Judge:
 
 
 def _judge(
-    found: _Findings, store: Blocks, fit: Images, held: Images, classify: Any, clusters: int | None, seed: int
+    found: Findings, store: Blocks, fit: Images, held: Images, classify: Any, clusters: int | None, seed: int
 ) -> _Judge:
     """The user's classifier, the bundled one, one trained on the labels, or clusters."""
     if classify is not None:
@@ -496,7 +401,7 @@ def _passes(curve: Curve, threshold: float, criterion: str, source: str) -> Crit
 
 
 def _laws(
-    found: _Findings,
+    found: Findings,
     fit: Images,
     held: Images,
     alone: bool,
@@ -550,7 +455,7 @@ def _laws(
     return _Laws(gaussian, classes, empirical)
 
 
-def _labelled(found: _Findings, empirical: Empirical, labels: Any, sigma: np.ndarray, seed: int) -> None:
+def _labelled(found: Findings, empirical: Empirical, labels: Any, sigma: np.ndarray, seed: int) -> None:
     """Clones and class entropy of the labelled data set itself."""
     shares = torch.bincount(labels).double() / len(labels)
     total = float(-(shares * shares.clamp_min(1e-300).log()).sum())
@@ -564,8 +469,95 @@ def _labelled(found: _Findings, empirical: Empirical, labels: Any, sigma: np.nda
     found.add("class entropy", "data", _passes(open_, 0.5 * total, "class entropy at 0.5 H[c]", "derived"))
 
 
+def _collapse(
+    found: Findings, store: Blocks, data: Images, laws: _Laws, effort: Effort, scale: float, seed: int
+) -> Empirical:
+    """Below which level would a perfect score only replay the data set? All its images count; they are returned."""
+    most = max(3, NUMBERS // math.prod(data.shape))
+    if len(data) > most:
+        found.notes.append(f"The collapse is that of {most:,} of the {len(data):,} images, as many as fit into 1 GiB.")
+        data = data.subset(most)
+    n, whole = len(data), Empirical(data.tensor())
+    sigma = scale * np.geomspace(0.05, 4.0, 24)
+    a = math.log(n) / whole.dim
+    mixture = None if laws.classes is None else laws.classes.inner
+    own: dict[str, Any] = {"data": whole, "Gaussian": laws.gaussian}
+    own |= {} if mixture is None else {"class mixture": mixture}
+    with found.stage("collapse") as tell:
+        for name, law in own.items():
+            measured: dict[str, Any] = {"queries": effort.queries, "seed": seed, "draws": DRAWS}
+            if law is whole:
+                measured |= {"progress": tell, "keep": store.keep}
+            count = None if law is whole else n
+            line = "o-" if law is whole else "-"
+            found.add("collapse", name, collapse_time(law, samples=count, **measured))
+            f = excess_entropy(law, sigma, samples=count, **measured)
+            scaled = Curve(sigma, f.value / a, f.low / a, f.high / a)
+            found.draw("collapse", f"{n:,} images, f^e / a" if law is whole else name, name, scaled, line)
+            found.draw(
+                "samples", "from the images" if law is whole else name, name, samples_needed(law, sigma, **measured)
+            )
+    found.lines.append({"panel": "samples", "value": math.log10(n), "label": f"the {n:,} images there are"})
+    return whole
+
+
+def _condensation(
+    found: Findings, store: Blocks, network: Any, whole: Empirical, effort: Effort, scale: float, seed: int
+) -> None:
+    """Do the network's trajectories fall onto single training images?"""
+    low, high = network.sigma_range
+    pairs = max(20, effort.pairs // 3)
+    with found.stage("condensation") as tell:
+        flips = nearest_flips(
+            network,
+            whole,
+            pairs,
+            effort.steps,
+            sigma_start=min(high, 30 * scale),
+            seeds=seed,
+            progress=tell,
+            keep=store.keep,
+        )
+        found.add("last change of the nearest image", "network", flips.last)
+        found.draw("condensation", "nearest training image is the final one", "network", flips.settled)
+        nats = math.log10(len(whole))
+        shared = flips.participation
+        value, below, above = (1 - v / nats for v in (shared.value, shared.high, shared.low))
+        scaled = Curve(shared.sigma, value, below, above)
+        found.draw("condensation", "1 - log participation / log n", "data", scaled, "--")
+        close = float(np.mean(flips.ratio < 1 / 3))
+        found.notes.append(
+            f"{close:.1%} of {len(flips.ratio)} final images of the network lie less than a third as far from one "
+            f"training image as from the next (median ratio {np.median(flips.ratio):.2f}); see `symbreak audit`."
+        )
+    levels = np.geomspace(max(1.05 * low, 0.03 * scale), min(0.95 * high, 2.5 * scale), max(3, effort.branches // 2))
+    with found.stage("clones, same image") as tell:
+        same = clones(
+            network,
+            levels,
+            nearest_of(whole.points),
+            pairs=pairs,
+            steps=effort.steps,
+            seeds=seed,
+            progress=tell,
+            keep=lambda key, make: store.keep(f"nearest-{key}", make),
+        )
+        found.draw("condensation", "clones end at one nearest image, phi_C", "network", same.curve, "s-", "#b3424a")
+
+
+def _regimes(found: Findings) -> dict[str, Any]:
+    """The two levels between which a sample is new: the measured speciation, and the collapse of the data set."""
+    order = (("cloning", "network"), ("cloning", "data"), ("cloning", "class mixture"), ("spectral", "data"))
+    out: dict[str, Any] = {"speciation": None, "collapse": None}
+    for key, wanted in (("speciation", order), ("collapse", (("collapse", "data"),))):
+        rows = [c for w in wanted for c in found.criteria if (c["name"], c["of"]) == w and c["level"] is not None]
+        if rows:
+            out[key] = {"sigma": rows[0]["level"]["sigma"], "criterion": rows[0]["name"], "of": rows[0]["of"]}
+    return out
+
+
 def _network(
-    found: _Findings,
+    found: Findings,
     store: Blocks,
     network: Any,
     fit: Images,
@@ -678,7 +670,7 @@ def _network(
 
 
 def _stability(
-    found: _Findings,
+    found: Findings,
     store: Blocks,
     network: Any,
     judged: Any,

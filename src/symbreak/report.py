@@ -117,6 +117,9 @@ PANELS = {
     "rate": ("MMSE / sigma^2, nats", "Entropy rate, rescaled: the noise levels that decide most"),
     "stability": ("eigenvalue / threshold", "Stability of the central fixed point"),
     "mechanism": ("share", "Early dynamics: do fluctuations revert, is the denoiser linear?"),
+    "collapse": ("f / a", "Excess entropy: 0 where a perfect score replays the training images"),
+    "samples": ("log10 n", "Training images needed, so that a level lies above the collapse"),
+    "condensation": ("share", "Condensation: do trajectories fall onto single training images?"),
     "opportunity": ("gain", "Window of opportunity: what a kick at this level changes in the end"),
 }
 SOURCES = {"network": COLORS[0], "class mixture": COLORS[1], "data": COLORS[2], "Gaussian": COLORS[4]}
@@ -202,6 +205,7 @@ def phases_figure(content: dict[str, Any]) -> Any:
         ax.set_axisbelow(True)
     if sigmas:
         top.set_xlim(1.15 * max(sigmas), 0.87 * min(sigmas))
+        _shade(axes, content.get("regimes") or {})
     ticks = [t for t in content["step_ticks"] if sigmas and min(sigmas) <= t["sigma"] <= max(sigmas)]
     if ticks:
         above = top.twiny()
@@ -218,6 +222,27 @@ def phases_figure(content: dict[str, Any]) -> Any:
     _plain_ticks(axes[-1].xaxis, [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)])
     axes[-1].set_xlabel("sigma (noise falls to the right, as in generation)")
     return figure
+
+
+def _shade(axes: Any, regimes: dict[str, Any]) -> None:
+    """The three regimes behind every panel: noise, generalization, memorization."""
+    highest, lowest = axes[0].get_xlim()
+    ends = [regimes.get(k) and regimes[k]["sigma"] for k in ("speciation", "collapse")]
+    born, bound = (highest if v is None else min(max(v, lowest), highest) for v in ends)
+    bound = lowest if ends[1] is None else bound
+    spans = [(highest, max(born, bound), "#dfe7f2", "noise"), (bound, lowest, "#f7dedd", "memorization")]
+    if ends[0] is None:
+        spans = spans[1:]
+    if born > bound:
+        spans.append((born, bound, "#e4f1e4", "generalization"))
+    for left, right, color, name in spans:
+        if left <= right:
+            continue
+        for ax in axes:
+            ax.axvspan(left, right, color=color, alpha=0.55, linewidth=0, zorder=-5)
+        middle = (left * right) ** 0.5
+        place = axes[0].get_xaxis_transform()
+        axes[0].text(middle, 0.99, name, transform=place, fontsize=8, ha="center", va="top", color="#555")
 
 
 def arc_figure(arc: dict[str, Any]) -> Any:

@@ -166,11 +166,19 @@ def mutual_information(
     return Information(grid.reshape(shape), value, low, high, name, least, most)
 
 
-def samples_needed(law: Any, sigma: Any, queries: int = 1000, draws: int = 20000, seed: int = 0) -> Curve:
+def samples_needed(
+    law: Any,
+    sigma: Any,
+    queries: int = 1000,
+    draws: int = 20000,
+    seed: int = 0,
+    progress: Progress | None = None,
+    keep: Keep | None = None,
+) -> Curve:
     """Training samples above which a level lies above the collapse, as log10 n: n = exp I(x_0; x_sigma).
 
     Args:
-        law, sigma, queries, draws, seed: as for `mutual_information`.
+        law, sigma, queries, draws, seed, progress, keep: as for `mutual_information`.
 
     Returns:
         A `Curve` of log10 n. For a data set its interval reaches over both bounds of the information as well: above
@@ -183,7 +191,7 @@ def samples_needed(law: Any, sigma: Any, queries: int = 1000, draws: int = 20000
     >>> round(float(samples_needed(law, level).value), 9)
     3.0
     """
-    told = mutual_information(law, sigma, queries, draws, seed)
+    told = mutual_information(law, sigma, queries, draws, seed, progress, keep)
     low, high = told.low, told.high
     if isinstance(law, Empirical):
         low, high = np.fmin(low, told.least), np.fmax(high, told.most)
