@@ -420,4 +420,5 @@ def nearer_to_train(
         "ties": int((a == b).sum()),
         "references": references,
         "p_value": p,
+        "permutations": PERMUTATIONS,
     }
