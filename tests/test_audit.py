@@ -290,6 +290,18 @@ def test_a_law_that_memorizes_is_caught_and_one_that_does_not_is_not():
             assert content["comparison"]["p_value"] < 1e-4
 
 
+def test_held_out_images_that_are_not_held_out_are_named():
+    data, held = images("digits").subset(100), images("digits:held-out").tensor()[:30]
+    leaky = images(((torch.cat([data.tensor()[:7], held]) + 1) / 2).numpy())
+    content = audit(data, held, holdout=leaky).content
+    assert content["memorized"]["held_out"]["exact"] == 7
+    assert content["comparison"]["references"] == 30
+    assert "7 of 37 held-out images equal" in content["notes"][0]
+    few = audit(data, held, holdout=images(((held[:5] + 1) / 2).numpy())).content
+    assert few["comparison"] is None
+    assert "fewer than 10" in few["notes"][0]
+
+
 def directions(x):
     """Features that know no contrast."""
     rows = (x + 1).flatten(1)
@@ -350,6 +362,7 @@ def test_an_interrupted_audit_goes_on_with_the_same_bits(tmp_path, monkeypatch):
         ({"threshold": 1.0}, "between 0 and 1"),
         ({"threshold": torch.nan}, "between 0 and 1"),
         ({"near": -1.0}, "0 <= near"),
+        ({"seed": -1}, "at least 0"),
         ({"samples": torch.zeros(5, 1, 8, 8), "model": 1}, "together"),
         ({"features": "magic"}, "unknown extractor"),
         ({"holdout": images(np.zeros((5, 9, 9), np.uint8))}, "Resize"),

@@ -114,7 +114,7 @@ def audit(
     Source: threshold of Bonnaire et al., arXiv:2505.17638; data-copying test kin to Meehan et al.,
         arXiv:2004.05675.
     """
-    _check(train, samples, model, holdout, threshold, near)
+    _check(train, samples, model, holdout, threshold, near, seed)
     folder = None if out is None else output_folder(out)
     timings: dict[str, float] = {}
     tell = progress or (lambda stage, done, total: None)
@@ -178,6 +178,16 @@ def audit(
         title: _memorized(found[title][0], side, known, threshold) if side is not None else None
         for title, side in (("samples", asked), ("held_out", kept))
     }
+    leaked = 0 if memorized["held_out"] is None else memorized["held_out"]["exact"]
+    if leaked:
+        notes.append(
+            f"{leaked:,} of {len(kept or ()):,} held-out images equal a training image in every pixel: they are not held "
+            "out. Remove them; the comparison of training with held-out images leaves them out."
+        )
+    if asked is not None and kept is not None and comparison is None:
+        notes.append(
+            f"No comparison of training with held-out images: fewer than {LEAST} different ones in one of the sets."
+        )
     titles = _titles(samples, made, asked)
     content = {
         "data": describe(train),
@@ -211,7 +221,9 @@ def audit(
 # --- input ----------------------------------------------------------------------------------------
 
 
-def _check(train: Images, samples: Any, model: Any, holdout: Images | None, threshold: float, near: float) -> None:
+def _check(
+    train: Images, samples: Any, model: Any, holdout: Images | None, threshold: float, near: float, seed: int
+) -> None:
     if samples is not None and model is not None:
         raise InputError("samples and a model came together; pass one of them.")
     if len(train) < 3:
@@ -220,6 +232,8 @@ def _check(train: Images, samples: Any, model: Any, holdout: Images | None, thre
         raise InputError(f"a threshold of {threshold:g} for d1/d2; expected a number between 0 and 1, such as 0.333.")
     if not 0 <= near < 1:
         raise InputError(f"near duplicates within {near:g} of the scale; expected 0 <= near < 1, such as {NEAR:g}.")
+    if seed < 0:
+        raise InputError(f"the seed {seed}; expected a number of at least 0.")
     if holdout is not None and holdout.shape != train.shape:
         raise InputError(f"the held-out images are {holdout.shape}, the training images {train.shape}. Resize them.")
     if samples is not None:

@@ -400,7 +400,7 @@ def audit_figure(content: dict[str, Any]) -> Any:
             if side in found:
                 _steps(ax, found["edges"], found[side], color, label)
         ax.set_ylabel("share a bin")
-        ax.legend(fontsize=8, frameon=False, loc="upper left")
+        ax.legend(fontsize=8, frameon=False, loc="best")
     left.axvspan(0, content["threshold"], color=COLORS[3], alpha=0.08, linewidth=0)
     left.axvline(content["threshold"], color=COLORS[3], linestyle="--", linewidth=1)
     left.set(xlabel="d1 / d2 (memorized in the shaded part)", xlim=(0, 1), title="Is one training image much nearer?")
@@ -421,7 +421,7 @@ def comparison_figure(compared: dict[str, Any]) -> Any:
             f"nearest of {compared['references']:,} {label}",
         )
     axes[0].set(xlabel="distance of a sample", ylabel="share a bin", xlim=(0, None))
-    axes[0].legend(fontsize=8, frameon=False, loc="upper left")
+    axes[0].legend(fontsize=8, frameon=False, loc="best")
     return figure
 
 
