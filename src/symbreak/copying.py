@@ -181,8 +181,8 @@ def audit(
     leaked = 0 if memorized["held_out"] is None else memorized["held_out"]["exact"]
     if leaked:
         notes.append(
-            f"{leaked:,} of {len(kept or ()):,} held-out images equal a training image in every pixel: they are not held "
-            "out. Remove them; the comparison of training with held-out images leaves them out."
+            f"{leaked:,} of {len(kept or ()):,} held-out images equal a training image in every pixel: they are not "
+            "held out. Remove them; the comparison of training with held-out images leaves them out."
         )
     if asked is not None and kept is not None and comparison is None:
         notes.append(
