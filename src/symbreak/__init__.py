@@ -42,6 +42,7 @@ _HOMES = {
     "sketch": ("LowRankMoments", "truncation_bound"),
     "start": ("LateStart", "LateStartWarning", "candidate_laws", "fit_start", "late_start", "standard_start"),
     "diagnosis": ("Effort", "diagnose"),
+    "copying": ("audit",),
     "study": ("Study", "run"),
     "train": ("Recipe", "train_network"),
     "world": ("draw_world",),
@@ -51,6 +52,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from symbreak.adapters import as_unet, denoiser, encode, load_pipeline, scheduler
+    from symbreak.copying import audit
     from symbreak.critical import CriticalTime, Curve
     from symbreak.cut import late_sigmas
     from symbreak.data import Images, images

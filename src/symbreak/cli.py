@@ -722,6 +722,123 @@ def evaluate(
     _emit(as_json, result, draw)
 
 
+@app.command(
+    epilog="Examples: symbreak audit --data digits --model digits --out build/audit; "
+    "symbreak audit --data train/ --samples made/ --holdout test/"
+)
+def audit(
+    data: Data,
+    samples: Annotated[str | None, typer.Option("--samples", metavar="DIR|FILE", help="generated images")] = None,
+    model: Annotated[str | None, typer.Option("--model", metavar="M", help="sample this network instead")] = None,
+    holdout: Annotated[
+        str | None,
+        typer.Option("--holdout", metavar="T", help="images it has not seen (default: other half of the digits)"),
+    ] = None,
+    features: Annotated[
+        str, typer.Option("--features", help="pixels, digits-classifier, classifier, FILE.safetensors, module:callable")
+    ] = "pixels",
+    threshold: Annotated[float, typer.Option("--threshold", help="memorized where d1/d2 is below it")] = 1 / 3,
+    near: Annotated[
+        float | None,
+        typer.Option("--near", help="near duplicates: fraction of the median eighth-neighbour distance (default 0.1)"),
+    ] = None,
+    count: Annotated[int | None, typer.Option("--count", metavar="N", help="with --model (default: 1000)")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="with --model (default: 50)")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="with --model (default: dpm++2m)")] = None,
+    seeds: Annotated[
+        str | None, typer.Option("--seeds", metavar="A-B", help="with --model, instead of --count")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="of the thinned references and the permutations")] = 0,
+    memory: Annotated[int, typer.Option("--memory", metavar="MIB", help="working memory beside the images")] = 256,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="also write record.json and report.html; resumable")
+    ] = None,
+    value_range: Range = None,
+    skip_bad: SkipBad = False,
+    classes: Classes = None,
+    pad: Pad = None,
+    limit: Limit = None,
+    as_json: Json = False,
+) -> None:
+    """Does it copy? Duplicates in the data, memorized samples, training against held-out images."""
+    from symbreak.adapters import load_pipeline
+    from symbreak.copying import audit as measure
+    from symbreak.files import output_folder
+    from symbreak.report import write_report
+    from symbreak.sample import parse_seeds
+
+    given = {"count": count, "steps": steps, "sampler": sampler, "seeds": seeds}
+    asked: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    if samples is not None and model is not None:
+        raise InputError("--samples and --model came together; pass one of them.")
+    if asked and model is None:
+        raise InputError(f"--{next(iter(asked))} belongs to the samples of a network. Add --model.")
+    if count is not None and seeds is not None:
+        raise InputError("--count and --seeds came together; pass one of them.")
+    if seeds is not None:
+        asked["seeds"] = parse_seeds(seeds)
+    if near is not None:
+        asked["near"] = near
+    if out is not None:
+        output_folder(out)
+    train = _images(data, value_range, skip_bad, classes, pad, limit)
+    kept = None if holdout is None else _images(holdout, value_range, skip_bad, classes, pad)
+    made = None if samples is None else _images(samples, None, skip_bad)
+    pipe = None if model is None else load_pipeline(model)
+    with _bars() as tell:
+        record = measure(
+            train,
+            made,
+            model=pipe,
+            holdout=kept,
+            features=features,
+            threshold=threshold,
+            seed=seed,
+            memory=memory * 2**20,
+            out=out,
+            progress=tell,
+            **asked,
+        )
+    if out is not None:
+        write_report(record, out / "report.html")
+    _emit(as_json, record.to_dict(), lambda: _audit_table(record, out))
+
+
+def _audit_table(record: Any, out: Path | None) -> None:
+    from symbreak.report import p_text
+
+    content = record.content
+    twins = content["duplicates"]
+    table = Table(title=f"Duplicates among {content['data']['count']:,} training images")
+    for name in ("", "groups", "images", "could go", "largest"):
+        table.add_column(name, justify="right" if name else "left")
+    for key, title in (("exact", "equal pixels"), ("near", f"near, within {twins['near']['radius']:.3g}")):
+        table.add_row(title, *(f"{twins[key][k]:,}" for k in ("groups", "images", "spare", "largest")))
+    out_console.print(table)
+    rows = [(k, v) for k, v in content["memorized"].items() if v is not None]
+    if rows:
+        table = Table(title=f"Memorized: d1/d2 < {content['threshold']:.3g} in {escape(content['features'])}")
+        for name in ("", "images", "memorized", "share", "95 % interval", "equal pixels", "median d1", "median d1/d2"):
+            table.add_column(name, justify="right" if name else "left")
+        for key, m in rows:
+            interval = f"[{m['low']:.2%}, {m['high']:.2%}]"
+            numbers = f"{m['exact']:,}", f"{m['nearest'][1]:.3g}", f"{m['ratio'][1]:.3g}"
+            name = key.replace("_", "-")
+            table.add_row(name, f"{m['of']:,}", f"{m['count']:,}", f"{m['share']:.2%}", interval, *numbers)
+        out_console.print(table)
+    compared = content["comparison"]
+    if compared is not None:
+        out_console.print(
+            f"nearer to training than to held-out images ({compared['references']:,} of each): {compared['share']:.1%} "
+            f"[{compared['low']:.1%}, {compared['high']:.1%}], {p_text(compared)}; 50 % without copying",
+            markup=False,
+        )
+    for line in (content["verdict"]["sentence"], *content["notes"]):
+        out_console.print(line, markup=False)
+    if out is not None:
+        sys.stdout.write(f"report: {out / 'report.html'}\n")
+
+
 @app.command(epilog="Example: symbreak train --data digits --recipe recipes/digits.json --out build/digits")
 def train(
     data: Data,

@@ -124,6 +124,10 @@ class Images:
         """All images at once, [N, C, H, W] float32 in [-1, 1]."""
         return torch.cat(list(self))
 
+    def names(self) -> list[str]:
+        """What every image is called in its source: its file, row or position."""
+        return [name for name, _ in self._kept()]
+
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) of the source's content and of every selection made."""
         digest = hashlib.sha256(self._fingerprint().encode())

@@ -46,7 +46,7 @@ class Record:
     """What a run found.
 
     Attributes:
-        kind: ``"study"``, ``"phases"`` or ``"evaluation"``.
+        kind: ``"study"``, ``"phases"`` or ``"audit"``.
         settings: every argument that decides the content.
         content: the findings, plain values only.
         versions: package versions.

@@ -11,17 +11,26 @@ from typing import Any
 from symbreak.files import InputError, write_whole
 from symbreak.record import Record, plain
 
-__all__ = ["arc_figure", "phases_figure", "sweep_axes", "verdict", "write_report"]
+__all__ = [
+    "arc_figure",
+    "audit_figure",
+    "comparison_figure",
+    "p_text",
+    "phases_figure",
+    "sweep_axes",
+    "verdict",
+    "write_report",
+]
 
 COLUMNS = (("standard", "standard start"), ("spectral", "late, at speciation"), ("best", "late, best of sweep"))
 COLORS = ("#1f6fb4", "#d9822b", "#3a9a5b", "#b3424a", "#7a5ba6", "#7f6a5a", "#c2649a", "#5f6b7a")
 
 
 def write_report(record: Record, path: str | Path) -> Path:
-    """Write the report of a study or of a diagnosis.
+    """Write the report of a study, of a diagnosis or of an audit.
 
     Args:
-        record: a `Record` of kind ``"study"`` or ``"phases"``.
+        record: a `Record` of kind ``"study"``, ``"phases"`` or ``"audit"``.
         path: the HTML file; it appears whole or not at all.
 
     Raises:
@@ -29,11 +38,12 @@ def write_report(record: Record, path: str | Path) -> Path:
     """
     import jinja2
 
-    if record.kind not in ("study", "phases"):
-        raise InputError(f"there is no report for records of kind {record.kind!r}; expected study or phases.")
-    template = (resources.files("symbreak") / "templates" / "report.html").read_text(encoding="utf-8")
+    if record.kind not in ("study", "phases", "audit"):
+        raise InputError(f"there is no report for records of kind {record.kind!r}; expected study, phases or audit.")
+    page, find = ("audit.html", _audit_values) if record.kind == "audit" else ("report.html", _values)
+    template = (resources.files("symbreak") / "templates" / page).read_text(encoding="utf-8")
     try:
-        values = _values(record)
+        values = find(record)
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"the record lacks {error}; it is damaged or from another version. Run it again.") from None
     html = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template).render(**values)
@@ -323,6 +333,127 @@ def _study_values(content: dict[str, Any], settings: dict[str, Any]) -> dict[str
         "sweep": _sweep_figure(content),
         "selection": settings["selection"],
     }
+
+
+def _audit_values(record: Record) -> dict[str, Any]:
+    content = plain(record.content)
+    data, twins, compared = content["data"], content["duplicates"], content["comparison"]
+    exact, near = twins["exact"], twins["near"]
+    rows = []
+    for key, title in (("samples", "samples"), ("held_out", "held-out images")):
+        m = content["memorized"][key]
+        if m is not None:
+            rows.append(
+                {
+                    "name": title,
+                    "of": f"{m['of']:,}",
+                    "count": f"{m['count']:,}",
+                    "share": f"{m['share']:.2%}",
+                    "interval": f"[{m['low']:.2%}, {m['high']:.2%}]",
+                    "exact": f"{m['exact']:,}",
+                    "nearest": f"{m['nearest'][1]:.3g}",
+                    "range": _interval(m["nearest"][0], m["nearest"][2]),
+                    "ratio": f"{m['ratio'][1]:.3g}",
+                    "ratio_range": _interval(m["ratio"][0], m["ratio"][2]),
+                }
+            )
+    source = content["samples"]
+    return {
+        "title": f"Does it copy {data['name']}?" if source else f"Duplicates in {data['name']}",
+        "lead": f"{data['count']:,} training images of {' x '.join(map(str, data['shape']))}, content "
+        f"{data['fingerprint']}; neighbours in {content['features']}.",
+        "verdict": content["verdict"]["sentence"],
+        "kind": {"copies": "lose", "leans": "leans", "none": "win"}.get(content["verdict"]["kind"], "tie"),
+        "duplicates": [
+            {"name": name, **{k: f"{d[k]:,}" for k in ("groups", "images", "spare", "largest")}}
+            for name, d in (("equal in every pixel", exact), ("near duplicates, among the different images", near))
+        ],
+        "duplicates_sentence": f"{twins['different']:,} of {data['count']:,} images differ, {twins['deduplicated']:,} "
+        f"by more than near duplicates do: pairs within {near['radius']:.4g}, or joined by a chain of such pairs. That "
+        f"is {near['fraction']:.3g} of the median distance of a training image to its eighth neighbour, "
+        f"{near['scale']:.4g}.",
+        "twins": [{**p, "png": _base64(p["png"])} for p in twins["pictures"]],
+        "rows": rows,
+        "threshold": f"{content['threshold']:.3g}",
+        "repeated": ""
+        if source is None or source["distinct"] == source["count"]
+        else f"{source['count'] - source['distinct']:,}",
+        "histograms": _svg(audit_figure(content)) if rows else "",
+        "compared": None
+        if compared is None
+        else {
+            "share": f"{compared['share']:.1%}",
+            "interval": f"[{compared['low']:.1%}, {compared['high']:.1%}]",
+            "p": p_text(compared),
+            "references": f"{compared['references']:,}",
+            "effective": f"{compared['effective']:,.0f}",
+            "of": f"{compared['of']:,}",
+            "figure": _svg(comparison_figure(compared)),
+        },
+        "pairs": [{**p, "png": _base64(p["png"]), "text": _pair(p)} for p in content["pairs"]],
+        "notes": content["notes"],
+        "picture_height": 56 if max(data["shape"][1:]) <= 32 else 66,
+        "settings": [
+            *((k, v) for k, v in _flat({k: v for k, v in record.settings.items() if not isinstance(v, dict)})),
+            *((f"samples: {k}", v) for k, v in _flat(record.settings["made"] or {}) if k != "scheduler"),
+            *((f"version: {k}", v) for k, v in sorted(record.versions.items())),
+        ],
+        "timings": [(k, f"{v:.1f}") for k, v in sorted(record.timings.items(), key=lambda kv: -kv[1])],
+    }
+
+
+def p_text(compared: dict[str, Any]) -> str:
+    """A p-value of permutations, which say no more than their number allows."""
+    least = compared["p_value"] <= 1 / (1 + compared["permutations"])
+    return f"p {'<=' if least else '='} {compared['p_value']:.2g}"
+
+
+def _pair(p: dict[str, Any]) -> str:
+    said = ", equal in every pixel" if p["exact"] else ""
+    return f"d1/d2 = {p['ratio']:.3f} ({p['d1']:.3g} / {p['d2']:.3g}){said}"
+
+
+SIDES = (("samples", "samples", COLORS[0]), ("held_out", "held-out images", COLORS[1]))
+
+
+def audit_figure(content: dict[str, Any]) -> Any:
+    """Histograms of d1/d2 and of the nearest training distance, samples against held-out images."""
+    figure, (left, right) = _figure(10.5, 3.2, 2)
+    for ax, key in ((left, "ratio"), (right, "distance")):
+        found = content["histograms"][key]
+        for side, label, color in SIDES:
+            if side in found:
+                _steps(ax, found["edges"], found[side], color, label)
+        ax.set_ylabel("share a bin")
+        ax.legend(fontsize=8, frameon=False, loc="best")
+    left.axvspan(0, content["threshold"], color=COLORS[3], alpha=0.08, linewidth=0)
+    left.axvline(content["threshold"], color=COLORS[3], linestyle="--", linewidth=1)
+    left.set(xlabel="d1 / d2 (memorized in the shaded part)", xlim=(0, 1), title="Is one training image much nearer?")
+    right.set(xlabel=f"distance to the nearest training image, {content['features']}", title="How near is the nearest?")
+    right.set_xlim(left=0)
+    return figure
+
+
+def comparison_figure(compared: dict[str, Any]) -> Any:
+    """Distances of the samples to the nearest training and to the nearest held-out image."""
+    figure, axes = _figure(6.5, 3.0)
+    for side, label, color in (("train", "training images", COLORS[3]), ("held_out", "held-out images", COLORS[2])):
+        _steps(
+            axes[0],
+            compared["edges"],
+            compared[side]["histogram"],
+            color,
+            f"nearest of {compared['references']:,} {label}",
+        )
+    axes[0].set(xlabel="distance of a sample", ylabel="share a bin", xlim=(0, None))
+    axes[0].legend(fontsize=8, frameon=False, loc="best")
+    return figure
+
+
+def _steps(ax: Any, edges: list[float], counts: list[int], color: str, label: str) -> None:
+    total = sum(counts) or 1
+    ax.stairs([c / total for c in counts], edges, color=color, linewidth=1.4, label=label)
+    ax.stairs([c / total for c in counts], edges, color=color, alpha=0.12, fill=True)
 
 
 def _base64(text: str) -> str:
