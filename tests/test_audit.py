@@ -16,8 +16,10 @@ from symbreak.copying import audit
 from symbreak.data import images
 from symbreak.files import InputError
 from symbreak.laws import Empirical, Gaussian
+from symbreak.laws import neighbours as neighbours_module
+from symbreak.laws.neighbours import neighbours
 from symbreak.metrics import memorization
-from symbreak.metrics.memorization import apart, groups, nearer_to_train, neighbours, proportion
+from symbreak.metrics.memorization import apart, groups, nearer_to_train, proportion
 from symbreak.moments import Moments
 from symbreak.record import Record
 from symbreak.report import write_report
@@ -100,13 +102,13 @@ def test_nobody_is_its_own_neighbour():
 
 
 def test_kept_blocks_are_not_made_again(monkeypatch):
-    monkeypatch.setattr(memorization, "KEPT", 100)
+    monkeypatch.setattr(neighbours_module, "KEPT", 100)
     x, store, seen = torch.randn(250, 4, generator=rng()), {}, []
     keep = lambda key, make: store.setdefault(key, None) or store.update({key: make()}) or store[key]  # noqa: E731
     first = neighbours(x, x, keep=keep, progress=lambda *a: seen.append(a))
     assert sorted(store) == ["neighbours/0", "neighbours/100", "neighbours/200"]
     assert seen[-1] == (250, 250)
-    monkeypatch.setattr(memorization._Search, "ask", None)
+    monkeypatch.setattr(neighbours_module.Search, "ask", None)
     assert all(torch.equal(a, b) for a, b in zip(first, neighbours(x, x, keep=keep)))
 
 

@@ -26,8 +26,8 @@ from symbreak.adapters import denoiser, refuse_conditional, scheduler, weights_h
 from symbreak.blocks import Blocks
 from symbreak.data import Images, images
 from symbreak.denoise import ask
-from symbreak.diagnosis import describe, png_row
 from symbreak.files import InputError, output_folder
+from symbreak.findings import describe, png_row
 from symbreak.metrics.features import Extractor, extractor
 from symbreak.metrics.features import features as features_of
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train, neighbours, proportion

@@ -479,7 +479,6 @@ def _collapse(
         data = data.subset(most)
     n, whole = len(data), Empirical(data.tensor())
     sigma = scale * np.geomspace(0.05, 4.0, 24)
-    a = math.log(n) / whole.dim
     mixture = None if laws.classes is None else laws.classes.inner
     own: dict[str, Any] = {"data": whole, "Gaussian": laws.gaussian}
     own |= {} if mixture is None else {"class mixture": mixture}
@@ -492,6 +491,7 @@ def _collapse(
             line = "o-" if law is whole else "-"
             found.add("collapse", name, collapse_time(law, samples=count, **measured))
             f = excess_entropy(law, sigma, samples=count, **measured)
+            a = math.log(n) / law.dim  # the class mixture lives in the leading components
             scaled = Curve(sigma, f.value / a, f.low / a, f.high / a)
             found.draw("collapse", f"{n:,} images, f^e / a" if law is whole else name, name, scaled, line)
             found.draw(
@@ -519,10 +519,12 @@ def _condensation(
             keep=store.keep,
         )
         found.add("last change of the nearest image", "network", flips.last)
-        found.draw("condensation", "nearest training image is the final one", "network", flips.settled)
-        nats = math.log10(len(whole))
-        shared = flips.participation
-        value, below, above = (1 - v / nats for v in (shared.value, shared.high, shared.low))
+        near = np.flatnonzero(flips.settled.sigma < 4 * scale)  # above, nothing happens
+        settled, shared = (
+            Curve(c.sigma[near], c.value[near], c.low[near], c.high[near]) for c in (flips.settled, flips.participation)
+        )
+        found.draw("condensation", "nearest training image is the final one", "network", settled)
+        value, below, above = (1 - v / math.log10(len(whole)) for v in (shared.value, shared.high, shared.low))
         scaled = Curve(shared.sigma, value, below, above)
         found.draw("condensation", "1 - log participation / log n", "data", scaled, "--")
         close = float(np.mean(flips.ratio < 1 / 3))

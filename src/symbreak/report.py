@@ -205,6 +205,8 @@ def phases_figure(content: dict[str, Any]) -> Any:
             ax.set_yscale("log")
         if panel == "information":
             ax.set_ylim(bottom=1e-2)
+        if panel == "samples":  # far below the collapse numbers lose their meaning
+            ax.set_ylim(0, 3 * max(line["value"] for line in content["lines"] if line["panel"] == panel))
         ax.set_ylabel(unit, fontsize=8)
         ax.set_title(title, fontsize=9, loc="left")
         ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -159,8 +159,12 @@ def mutual_information(
     _own_count(law, None)
     found = overlaps(law, grid, queries, seed, progress, keep)
     least, most = _bounds(found)
-    value = _extrapolated(found)
-    left_out = _left_out(found, _extrapolated)
+
+    def estimate(some: Overlaps) -> np.ndarray:
+        out: np.ndarray = np.clip(_extrapolated(some), *_bounds(some))
+        return out
+
+    value, left_out = estimate(found), _left_out(found, estimate)
     ends = np.array([jackknife(float(v), rows) for v, rows in zip(value, left_out.T)]).T
     low, high, value, least, most = (a.reshape(shape) for a in (*ends, value, least, most))
     return Information(grid.reshape(shape), value, low, high, name, least, most)
