@@ -1,5 +1,6 @@
 """A whole diagnosis: of data alone, of an exact mixture posing as a network, interrupted, and of bad input."""
 
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from symbreak.data import images
 from symbreak.diagnosis import Effort, diagnose
 from symbreak.files import InputError
 from symbreak.laws import Mixture
+from symbreak.phases.collapse import collapse_time
 from symbreak.phases.speciation import cloning_time, speciation_time
 from symbreak.report import write_report
 
@@ -50,13 +52,21 @@ def test_data_alone_with_and_without_labels(tmp_path):
     assert own["cloning"]["level"]["sigma"] == pytest.approx(cloning_time(law).sigma, rel=0.15)
     assert rows(found, "data")["cloning"]["level"]["sigma"] == pytest.approx(cloning_time(law).sigma, rel=0.15)
     assert "network" not in {c["of"] for c in found.content["criteria"]}
+    # 320 points on two spots of width 0.075: the collapse of the spots, far below the decision between them.
+    bound = rows(found, "data")["collapse"]["level"]
+    assert bound["sigma"] == pytest.approx(collapse_time(law, samples=320).sigma, rel=0.3)
+    regimes = found.content["regimes"]
+    assert regimes["collapse"]["sigma"] == bound["sigma"] < 0.3 * regimes["speciation"]["sigma"]
+    needed = next(c for c in found.content["curves"] if c["panel"] == "samples" and c["of"] == "class mixture")
+    at = np.interp(math.log(bound["sigma"]), np.log(needed["sigma"]), needed["value"])
+    assert at == pytest.approx(math.log10(320), abs=0.5)
     assert all(found.timings[c["stage"]] >= 0 for c in found.content["criteria"])
     html = write_report(found, tmp_path / "r.html").read_text()
     assert "Every criterion on one axis" in html
     assert html.count("<svg") == 2
     bare = np.load(tmp_path / "two.npz")["images"]
     plain = diagnose(images(bare, value_range=(-1, 1)), effort=TINY)
-    assert {c["name"] for c in plain.content["criteria"]} == {"spectral", "signal-to-noise"}
+    assert {c["name"] for c in plain.content["criteria"]} == {"spectral", "signal-to-noise", "collapse"}
     sorted_ = diagnose(images(bare, value_range=(-1, 1)), clusters=2, effort=TINY)
     assert rows(sorted_, "class mixture")["cloning"]["level"]["sigma"] == pytest.approx(
         cloning_time(law).sigma, rel=0.15
@@ -77,6 +87,9 @@ def test_a_mixture_posing_as_a_network(tmp_path):
     assert own == pytest.approx(theirs, rel=0.1)
     phi = next(c for c in found.content["curves"] if c["label"] == "clones, network")
     assert phi["value"][0] == 1.0
+    same = next(c for c in found.content["curves"] if c["label"].endswith("phi_C"))
+    assert same["value"][np.argmax(same["sigma"])] < 0.1  # at high noise clones end anywhere
+    assert same["value"][np.argmin(same["sigma"])] > 0.8  # at hardly any, where they were
     checks = {c["name"]: c for c in found.content["checks"]}
     assert checks["early fluctuations revert"]["holds"] is True
     assert "a window of opportunity at the decision" in checks
@@ -100,7 +113,7 @@ def test_an_interrupted_diagnosis_goes_on_and_finds_the_same(tmp_path):
         return tell
 
     out = tmp_path / "out"
-    for stage in ("U-turns", "losses", "opportunity"):
+    for stage in ("U-turns", "losses", "opportunity", "clones, same image"):
         with pytest.raises(Stop):
             diagnose(data, pipe, classify=nearest_sign, effort=TINY, out=out, progress=stop_in(stage))
         assert list(out.glob("blocks-*/*.safetensors"))
