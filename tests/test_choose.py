@@ -290,7 +290,20 @@ def test_what_was_chosen_is_plain():
     law, gaussian = clumps()
     data = law.sample(64, 0.0, generator(2)).float()
     start = late_start(scheduler("flow-euler"), gaussian, 3, denoiser=law, data=data, check=False)
-    json.dumps(start.choice.to_dict(), allow_nan=False)
+    choice, found = start.choice, start.choice.to_dict()
+    # Strict JSON and back: tuples would return as lists, and NaN or infinity are refused.
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    # Flow matching begins at pure noise, whose infinite sigma is a string.
+    standard = [c for c in found["candidates"] if c["law"] is None]
+    starts = {(c["level"]["sigma"], c["level"]["log_snr"], c["level"]["alpha"], c["law_cost"]) for c in standard}
+    assert starts == {("inf", "-inf", 0.0, 0.0)}
+    assert min(c["sampler_cost"] for c in standard) == choice.standard.cost
+    # What was chosen is the cheapest of all that is listed.
+    assert len(found["candidates"]) == len(choice.candidates)
+    assert found["chosen"] == min(found["candidates"], key=lambda c: c["law_cost"] + c["sampler_cost"])
+    assert (found["chosen"]["law"], found["chosen"]["level"]["sigma"]) == (0, choice.chosen.level.sigma)
+    assert found["nats"] == list(choice.nats)
+    assert (found["images"], found["states"]) == (64, choice.states)
 
 
 def test_fit_start_keeps_images_back_and_checks_shapes(tmp_path):
