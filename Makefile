@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export SYMBREAK_DATA
 
-.PHONY: demo test test-slow lint bench docs clean
+.PHONY: demo test test-slow lint bench docs reproduce-mnist clean
 
 # The bare "torch" comes first: a pip that finds a CPU wheel of this exact version keeps it.
 $(STAMP): pyproject.toml constraints.txt
@@ -36,6 +36,10 @@ bench: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python scripts/make_docs.py
+
+# Trains the network first unless MODEL=FOLDER names one; called again it goes on where it was.
+reproduce-mnist: $(STAMP)
+	$(BIN)/python scripts/reproduce_mnist.py $(if $(MODEL),--model $(MODEL))
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
