@@ -111,9 +111,8 @@ def main():
         f"two products for all levels: {ours:.1f} s (P = {single:.1f} s a product, E = {elementwise:.1f} s elementwise)"
     )
     flop = 2.0 * n * queries * d
-    print(
-        f"  {flop / single / 1e9:.0f} GFLOP/s in the products; {elementwise / n / queries / len(LEVELS) * 1e9:.2f} ns a pair"
-    )
+    pair = elementwise / n / queries / len(LEVELS) * 1e9
+    print(f"  {flop / single / 1e9:.0f} GFLOP/s in the products; {pair:.2f} ns a pair and level")
     some = 2 if not args.quick else 1
     dense, level_time = [], 0.0
     for i in range(some):
