@@ -10,9 +10,7 @@ Every criterion keeps its own name, interval, source and seconds; nothing is ave
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +25,7 @@ import torch
 from symbreak.adapters import denoiser, refuse_conditional, weights_hash
 from symbreak.blocks import Blocks
 from symbreak.critical import CriticalTime, Curve, crossing
-from symbreak.data import Images, images
+from symbreak.data import Images, describe, images, png_row
 from symbreak.denoise import ask
 from symbreak.files import InputError, output_folder
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
@@ -43,7 +41,7 @@ from symbreak.phases.speciation import cloning_probability, cloning_time, ladder
 from symbreak.phases.stability import bifurcation
 from symbreak.record import Record, plain, versions
 
-__all__ = ["Effort", "describe", "diagnose", "png_row", "spectral_times"]
+__all__ = ["Effort", "diagnose", "spectral_times"]
 
 Progress = Callable[[str, int, int], None]
 DRAWS = 5000  # of a class mixture, where nothing is exact
@@ -134,38 +132,6 @@ class _Findings:
 
     def show(self, title: str, caption: str, grid: torch.Tensor) -> None:
         self.pictures.append({"title": title, "caption": caption, "png": png_row(grid)})
-
-
-def describe(data: Images) -> dict[str, Any]:
-    """What a record says of a data set."""
-    labels = None if data.labels is None else torch.bincount(data.labels, minlength=len(data.classes)).tolist()
-    return {
-        "name": data.name,
-        "count": len(data),
-        "shape": list(data.shape),
-        "fingerprint": data.fingerprint(),
-        "classes": list(data.classes)[:1000],
-        "class_counts": labels,
-        "selection": list(data.history),
-        "skipped": list(data.skipped)[:100],
-    }
-
-
-def png_row(grid: torch.Tensor) -> str:
-    """A row of images [N, C, H, W] in [-1, 1] as one PNG, base64."""
-    from PIL import Image
-
-    small = grid
-    side = max(grid.shape[2:])
-    if side > 64:
-        scale = 64 / side
-        small = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="area")
-    pixels = ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=0)
-    row = torch.cat(list(pixels), dim=2).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _view(critical: CriticalTime, steps: Schedule) -> dict[str, Any]:

@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from symbreak.adapters import denoiser, load_pipeline, refuse_conditional, scheduler, weights_hash
-from symbreak.data import Images, images
-from symbreak.diagnosis import describe, png_row, spectral_times
+from symbreak.data import Images, describe, images, png_row
+from symbreak.diagnosis import spectral_times
 from symbreak.files import InputError, output_folder, read_json, write_json
 from symbreak.laws import Gaussian
 from symbreak.metrics import default_extractor, distance, extractor, features, floor
