@@ -524,6 +524,12 @@ def _from_array(
         low, high = map(float, value_range)
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise InputError(f"--range {low:g},{high:g} is empty; expected LOW,HIGH with LOW < HIGH.")
+        if (low, high) == (0.0, 255.0) and not np.issubdtype(array.dtype, np.integer):
+            largest = max(float(np.fmax.reduce(part, axis=None)) for part in _slabs(array))
+            if largest <= 1:  # declared so, all would be black
+                raise InputError(
+                    f"{name} has no value above {largest:g}, declared as 0 .. 255. Pass its true range, 0,1 or -1,1."
+                )
     elif np.issubdtype(array.dtype, np.integer):
         low, high = 0.0, 255.0
     else:

@@ -166,7 +166,7 @@ def composition(
 
 def _share(hits: int, count: int) -> dict[str, Any]:
     low, high = share_interval(hits, count)
-    return {"count": hits, "share": hits / count, "low": low, "high": high}
+    return {"count": hits, "share": hits / count, "share_low": low, "share_high": high}
 
 
 def precision_recall(found: torch.Tensor, real: torch.Tensor, k: int = 3) -> dict[str, Any]:

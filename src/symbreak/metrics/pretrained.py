@@ -137,18 +137,19 @@ class Dinov2:
                 "the extractor dinov2 needs transformers, which is not installed: pip install 'symbreak[dinov2]'."
             ) from None
         try:
-            self.network, report = Dinov2Model.from_pretrained(
+            loaded: Any = Dinov2Model.from_pretrained(
                 path, local_files_only=True, use_safetensors=True, output_loading_info=True
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise InputError(f"{path} holds no DINOv2 ({' '.join(str(error).split())[:80]}); {expected}.") from None
+        network, report = loaded
         # transformers fills what is missing with random numbers
         if report["missing_keys"] or report["mismatched_keys"]:
             raise InputError(
                 f"{path} lacks {len(report['missing_keys']) + len(report['mismatched_keys'])} of the network's "
                 f"weights; {expected}."
             )
-        self.network.eval().requires_grad_(False)
+        self.network = network.eval().requires_grad_(False)
         self.identity = weights_hash(self.network)
         self.name = f"dinov2-{self.identity[:8]}"
         self.mean, self.std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
