@@ -340,6 +340,8 @@ def _evaluation_values(record: Record) -> dict[str, Any]:
             if key == "vendi" and name == "reference_value":
                 note = "of the held-out images"
             shown = {"reference": None, **found}
+            if name == "reference_value":
+                shown |= {"samples": None, "reference": found["samples"]}
             rows.append(_measured(title, shown, name, note, ("low", "high") if name == "value" else None))
     accuracy = extract["held_out_accuracy"]
     sentence = (

@@ -231,7 +231,8 @@ def density_coverage(
     out: dict[str, Any] = {}
     for name, column in zip(("density", "coverage"), np.array(values).T):
         mean, low, high = mean_interval(column)
-        out |= {name: mean, f"{name}_low": low, f"{name}_high": high}
+        most = 1.0 if name == "coverage" else math.inf  # a share
+        out |= {name: mean, f"{name}_low": max(0.0, low), f"{name}_high": min(most, high)}
     return {**out, "k": k, "repeats": repeats, "samples": size, "reference": size}
 
 

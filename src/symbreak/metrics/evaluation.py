@@ -112,6 +112,7 @@ def evaluate(
     if not isinstance(features_in, str) and (weights, sha256) != (None, None):
         raise InputError("weights came with an extractor that is no name; it brings its own. Leave them out.")
     extract: Any = extractor(features_in, data, weights, sha256) if isinstance(features_in, str) else features_in
+    judge = _judge(classify, extract, data)
     about = described(extract)
     notes: list[str] = []
     if saved is not None:
@@ -151,7 +152,7 @@ def evaluate(
     attempt("density_coverage", lambda: density_coverage(own.rows, real.rows, seed=seed))
     attempt("vendi", lambda: _vendi(own, real, seed))
     with lap("composition"):
-        content["composition"] = _composition(classify, extract, samples, data, rows, seed)
+        content["composition"] = [] if judge is None else _composition(judge, samples, data, rows, seed)
     with lap("neighbours"):
         content["neighbours"] = _neighbours(samples, data, holdout, seed)
     shown = ("training images", data) if holdout is None else ("held-out images", holdout)
@@ -304,16 +305,19 @@ def _vendi(own: Statistics, real: Statistics, seed: int) -> dict[str, Any]:
     return {**found, "reference_value": other["value"], **ends}
 
 
-def _composition(
-    classify: Any, extract: Any, samples: torch.Tensor | Images, data: Images, rows: int, seed: int
-) -> list[dict[str, Any]]:
+def _judge(classify: Any, extract: Any, data: Images) -> Any:
+    """What says the class of an image, ``None`` where there is nothing."""
+    if classify == "pixels":
+        raise InputError(
+            "--classify pixels gives no classes; expected a classifier, FILE.safetensors, module:callable."
+        )
     judge = extractor(classify, data) if isinstance(classify, str) else classify
-    if judge is None and hasattr(extract, "logits"):
-        judge = extract
-    if judge is None:
-        return []
-    if getattr(judge, "name", "") == "pixels":
-        raise InputError("pixels are no classes; expected a classifier, FILE.safetensors or module:callable.")
+    return extract if judge is None and hasattr(extract, "logits") else judge
+
+
+def _composition(
+    judge: Any, samples: torch.Tensor | Images, data: Images, rows: int, seed: int
+) -> list[dict[str, Any]]:
     inner = getattr(judge, "function", judge)  # a callable may give classes, which are no features
     names = getattr(inner, "classes", None)
     named = names if isinstance(names, dict) else {} if names is None else {CLASSES: list(names)}
