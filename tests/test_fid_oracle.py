@@ -152,6 +152,6 @@ def test_wrong_weights_are_refused_with_the_hash(weights, tmp_path):
     import pickle
 
     bomb = tmp_path / "bomb.pth"
-    bomb.write_bytes(pickle.dumps(print))
+    bomb.write_bytes(pickle.dumps(print, protocol=2))
     with pytest.raises(InputError, match="no plain weights"):
         extractor("inception", weights=bomb, sha256=file_hash(bomb))
