@@ -413,6 +413,33 @@ def test_an_evaluation_sees_what_is_missing():
         assert found[key]["resize"] == "none"
 
 
+def halves(x):
+    return x.reshape(len(x), 2, -1).mean(2)
+
+
+def test_functions_serve_as_extractor_and_classifier():
+    found = evaluate(noised_digits(), images("digits"), features_in=halves, classify=bright_and_left)
+    assert found["extractor"]["name"] == "halves"
+    assert found["extractor"]["identity"] is None
+    assert [t["attribute"] for t in found["composition"]] == ["bright", "side"]
+    assert found["composition"][0]["classifier"] == "bright_and_left"
+    assert found["held_out"]["count"] == 449  # half of the data, which are then no training images
+    assert found["data"]["count"] == 449
+
+
+def test_collapsed_samples_are_measured():
+    held = images("digits:held-out")
+    one = images("digits").tensor()[:1].repeat(100, 1, 1, 1)
+    found = evaluate(one, images("digits"), held)
+    extract = extractor("digits-classifier")
+    real = features(extract, held)
+    gap = features(extract, [one[:1]])[0] - real.mean(0)
+    # a point and a Gaussian: nothing of the roots is left
+    assert found["distance"]["pooled"] == pytest.approx(float(gap @ gap + torch.cov(real.T).trace()), rel=1e-9)
+    assert found["vendi"]["value"] == pytest.approx(1, rel=1e-6)
+    assert found["composition"][0]["entropy"]["samples"]["value"] == 0
+
+
 def test_reference_statistics_are_kept_and_guarded(tmp_path):
     train, held, x = images("digits"), images("digits:held-out"), noised_digits()
     file = tmp_path / "held-out.safetensors"

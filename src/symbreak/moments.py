@@ -429,7 +429,8 @@ class _Sums:
         self.sums[g] += column_sums
         self.products[g] = blas.dsyrk(1.0, rows.T, beta=1.0, c=self.products[g], overwrite_c=1)
 
-    def finish(self, cls: type[Moments], scale: float, offset: float) -> Moments:
+    def finish(self, cls: type[Moments], scale: float, offset: float, equal: bool = False) -> Moments:
+        """The moments of x = (raw + offset) / scale; ``equal`` takes rows that are all equal, too."""
         if self.rows < 2:
             raise InputError(f"{self.rows} sample{'s' * (self.rows != 1)} came; at least 2 are needed.")
         parts = []
@@ -449,7 +450,7 @@ class _Sums:
             parts.append(_Part(n, (mean + self.shift + offset) / scale, scatter.numpy()))
         result = cls._from_parts(self.shape, parts)
         constant = not any(p.scatter.diagonal().any() for p in parts)
-        if constant and all(np.array_equal(p.mean, parts[0].mean) for p in parts):
+        if not equal and constant and all(np.array_equal(p.mean, parts[0].mean) for p in parts):
             raise InputError(f"all {self.rows:,} samples are equal; their law has no spread to learn from.")
         return result
 
@@ -462,7 +463,7 @@ def grouped(batches: Iterable[torch.Tensor], group: np.ndarray) -> list[Moments]
         group: [n] the group 0 .. G - 1 of every row; rows of a negative group belong to none.
 
     Returns:
-        G moments, each without parts to leave out; memory is G times d^2.
+        G moments, each without parts to leave out; memory is G times d^2. Rows may all be equal: samples collapse.
 
     Raises:
         InputError: where a group has fewer than 2 rows, or the stream another number of rows.
@@ -481,7 +482,7 @@ def grouped(batches: Iterable[torch.Tensor], group: np.ndarray) -> list[Moments]
                 one.add(rows[own == g])
     if start != len(group):
         raise InputError(f"a stream of {start:,} rows or more for groups of {len(group):,}; expected as many.")
-    return [one.finish(Moments, 1.0, 0.0) for one in sums]
+    return [one.finish(Moments, 1.0, 0.0, equal=True) for one in sums]
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -22,7 +22,7 @@ from symbreak.metrics.diversity import (
     precision_recall,
     vendi_score,
 )
-from symbreak.metrics.features import described, extractor
+from symbreak.metrics.features import described, extractor, named
 from symbreak.metrics.fid import extrapolated, group_distance
 from symbreak.metrics.kernel import kid
 from symbreak.metrics.memorization import nearest_summary
@@ -111,7 +111,7 @@ def evaluate(
         features_in = default_extractor(data)
     if not isinstance(features_in, str) and (weights, sha256) != (None, None):
         raise InputError("weights came with an extractor that is no name; it brings its own. Leave them out.")
-    extract: Any = extractor(features_in, data, weights, sha256) if isinstance(features_in, str) else features_in
+    extract: Any = extractor(features_in, data, weights, sha256) if isinstance(features_in, str) else named(features_in)
     judge = _judge(classify, extract, data)
     about = described(extract)
     notes: list[str] = []
@@ -320,13 +320,13 @@ def _composition(
 ) -> list[dict[str, Any]]:
     inner = getattr(judge, "function", judge)  # a callable may give classes, which are no features
     names = getattr(inner, "classes", None)
-    named = names if isinstance(names, dict) else {} if names is None else {CLASSES: list(names)}
+    by_attribute = names if isinstance(names, dict) else {} if names is None else {CLASSES: list(names)}
     function = getattr(inner, "logits", inner)
     train = class_counts(function, _part(data, rows, seed))
     found = class_counts(function, [samples] if isinstance(samples, torch.Tensor) else samples)
-    tables = composition(train, found, named)
-    label = getattr(judge, "name", getattr(judge, "__name__", "a callable"))
-    return [{**t, "classifier": label, "held_out_accuracy": described(judge)["held_out_accuracy"]} for t in tables]
+    tables = composition(train, found, by_attribute)
+    about = described(named(judge))
+    return [{**t, "classifier": about["name"], "held_out_accuracy": about["held_out_accuracy"]} for t in tables]
 
 
 def _neighbours(samples: torch.Tensor | Images, data: Images, holdout: Images | None, seed: int) -> dict[str, Any]:

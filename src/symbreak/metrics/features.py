@@ -32,6 +32,7 @@ __all__ = [
     "feature_blocks",
     "features",
     "load_classifier",
+    "named",
     "padded_blocks",
     "train_classifier",
 ]
@@ -233,6 +234,11 @@ def extractor(
         return _Callable(name, getattr(importlib.import_module(module), attribute))
     except (ImportError, AttributeError) as error:
         raise InputError(f"the extractor {name} cannot be imported ({error}).") from None
+
+
+def named(function: Any) -> Any:
+    """An extractor or classifier as it is, a plain function under its own name."""
+    return function if hasattr(function, "name") else _Callable(getattr(function, "__name__", "a callable"), function)
 
 
 def described(extract: Extractor) -> dict[str, Any]:
