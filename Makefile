@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+FID_VENV  := .venv-fid
+FID_STAMP := $(FID_VENV)/.installed
 DEMO   ?= build/demo
 export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export SYMBREAK_DATA
 
-.PHONY: demo test test-slow lint bench docs reproduce-mnist clean
+.PHONY: demo test test-slow test-fid lint bench docs reproduce-mnist clean
 
 # The bare "torch" comes first: a pip that finds a CPU wheel of this exact version keeps it.
 $(STAMP): pyproject.toml constraints.txt
@@ -25,6 +27,19 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600
+
+# torchvision breaks other packages beside the CPU build of torch: it gets an environment of its own, and comes
+# without its dependencies, which would bring CUDA libraries.
+$(FID_STAMP): pyproject.toml constraints.txt
+	test -x $(FID_VENV)/bin/python || $(PYTHON) -m venv $(FID_VENV)
+	$(FID_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(FID_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+	$(FID_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,fid]"
+	touch $(FID_STAMP)
+
+test-fid: $(FID_STAMP)
+	$(FID_VENV)/bin/python -c "import sys, tests.torchvision_operators, pytest; sys.exit(pytest.main(sys.argv[1:]))" \
+		-m fid --timeout 1200 tests/test_fid_oracle.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -655,7 +655,10 @@ def _write_images(out: Path, unet: Any, begin: Any, seeds: list[int], micro_batc
             tell("images", done, len(seeds))
 
 
-@app.command(epilog="Example: symbreak evaluate --samples build/images --data digits")
+@app.command(
+    epilog="Examples: symbreak evaluate --samples build/images --data digits; symbreak evaluate --samples build/images "
+    "--data train --holdout test --features inception --weights inception.pth --out build/evaluation"
+)
 def evaluate(
     data: Data,
     samples: Annotated[str | None, typer.Option("--samples", metavar="DIR|FILE", help="generated images")] = None,
@@ -665,9 +668,40 @@ def evaluate(
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option("--features", help="digits-classifier, classifier, pixels, FILE.safetensors, module:callable"),
+        typer.Option(
+            "--features",
+            help="digits-classifier, classifier, pixels, inception (FID), dinov2, FILE.safetensors, module:callable",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", metavar="FILE|DIR", help="of inception (file) or dinov2 (folder)")
+    ] = None,
+    weights_sha256: Annotated[
+        str | None, typer.Option("--weights-sha256", metavar="HASH", help="of other Inception weights than FID's")
+    ] = None,
+    classify: Annotated[
+        str | None,
+        typer.Option(
+            "--classify",
+            help="for the composition table: digits-classifier, classifier (trained on the labels), FILE.safetensors, "
+            "module:callable",
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option("--reference", metavar="FILE", help="statistics of the held-out images: read, or written if new"),
     ] = None,
     repeats: Annotated[int, typer.Option("--repeats", help="parts of the samples, for the interval")] = 5,
+    rows: Annotated[int, typer.Option("--rows", help="features held of each set, for all but the Fréchet distance")] = (
+        10_000
+    ),
+    seed: Annotated[int, typer.Option("--seed", help="of parts and subsets")] = 0,
+    cache: Annotated[
+        bool, typer.Option("--cache/--no-cache", help="keep statistics of real images in ~/.cache/symbreak")
+    ] = True,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="also write record.json and report.html")
+    ] = None,
     start: Annotated[
         str, typer.Option("--start", metavar="FILE|none", help="with --model: see `symbreak sample`")
     ] = "none",
@@ -676,50 +710,115 @@ def evaluate(
     steps: Annotated[int | None, typer.Option("--steps", help="with --model (default: 10)")] = None,
     seeds: Annotated[str, typer.Option("--seeds", metavar="A-B", help="with --model")] = "0-999",
     value_range: Range = None,
+    samples_range: Annotated[
+        str | None, typer.Option("--samples-range", metavar="LOW,HIGH", help="--range of the samples")
+    ] = None,
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
     as_json: Json = False,
 ) -> None:
-    """Distance of samples to held-out images, the floor at the same counts, and nearest training images."""
+    """How far samples are from held-out images, what they leave out, and whether they copy training images."""
+    from symbreak.files import output_folder
     from symbreak.metrics import evaluate as measure
+    from symbreak.record import Record
+    from symbreak.report import write_report
     from symbreak.sample import generate, parse_seeds
 
     if (samples is None) == (model is None):
         raise InputError("evaluate needs either --samples or --model.")
+    if out is not None:
+        output_folder(out)
     options = (value_range, skip_bad, classes, pad)
     train = _images(data, *options)
-    if holdout is None and data == "digits":
+    if holdout is None and data == "digits" and (reference is None or not reference.exists()):
         holdout = "digits:held-out"
     held_out = None if holdout is None else _images(holdout, *options)
-    if model is not None:
-        begin, unet = _plan(model, start, at, sampler, steps, default_steps=10)
-        with _bars() as tell:
+    with _bars() as tell:
+        if model is not None:
+            begin, unet = _plan(model, start, at, sampler, steps, default_steps=10)
             x = generate(unet, begin, parse_seeds(seeds), progress=lambda d, n: tell("images", d, n))
-    else:
-        x = _images(_one(samples, "--samples"), None, skip_bad).tensor()
-    result = measure(x, train, held_out, features_in=features, repeats=repeats)
+        else:
+            x = _images(_one(samples, "--samples"), samples_range, skip_bad)
+        result = measure(
+            x,
+            train,
+            held_out,
+            features_in=features,
+            weights=weights,
+            sha256=weights_sha256,
+            classify=classify,
+            reference=reference,
+            repeats=repeats,
+            rows=rows,
+            seed=seed,
+            cache=cache,
+            out=out,
+            progress=tell,
+        )
+    if out is not None:
+        write_report(Record.load(out), out / "report.html")
+    _emit(as_json, result, lambda: _evaluation_table(result, out))
 
-    def draw() -> None:
-        d = result["distance"]
-        table = Table(title=f"Fréchet distance in {d['extractor']}, to {d['reference']:,} held-out images")
-        for name in ("", "images x repeats", "mean", "95 % interval", "pooled"):
-            table.add_column(name, justify="right")
-        for name in ("distance", "floor"):
-            d = result[name]
+
+def _between(d: dict[str, Any], name: str = "", digits: int = 4) -> str:
+    """A value with its interval; ``name`` is the key of the value and the beginning of its ends' keys."""
+    value, low, high = d[name or "value"], *(d[f"{name}_{end}" if name else end] for end in ("low", "high"))
+    return f"{value:.{digits}g}" + ("" if low is None else f" [{low:.{digits}g}, {high:.{digits}g}]")
+
+
+def _evaluation_table(result: dict[str, Any], out: Path | None) -> None:
+    d = result["distance"]
+    table = Table(title=f"{d['name']} in {d['extractor']}, to {d['reference']:,} held-out images")
+    for name in ("", "images x repeats", "mean", "95 % interval", "pooled"):
+        table.add_column(name, justify="right")
+    for name in ("distance", "floor"):
+        d = result[name]
+        if d is not None:
             interval = "-" if d["low"] is None else f"[{d['low']:.4g}, {d['high']:.4g}]"
             table.add_row(name, f"{d['samples']} x {d['repeats']}", f"{d['mean']:.4g}", interval, f"{d['pooled']:.4g}")
-        out_console.print(table)
-        near = result["neighbours"]
-        for name in ("samples", "held_out"):
-            v = near[name]
-            out_console.print(
+    out_console.print(table)
+    lines = []
+    if result["extrapolated"] is not None:
+        lines.append(f"extrapolated to infinitely many samples: {_between(result['extrapolated'])}")
+    if result["kid"] is not None:
+        d = result["kid"]
+        lines.append(f"{d['name']}: {_between(d)} ({d['samples']:,} samples, {d['reference']:,} held-out images)")
+    for key, names in (("precision_recall", ("precision", "recall")), ("density_coverage", ("density", "coverage"))):
+        d = result[key]
+        if d is not None:
+            said = ", ".join(f"{name} {_between(d, name, 3)}" for name in names)
+            lines.append(f"{said} (k = {d['k']}, {d['samples']:,} samples, {d['reference']:,} held-out images)")
+    if result["vendi"] is not None:
+        d = result["vendi"]
+        lines.append(f"Vendi score: {_between(d)}; held-out images {_between(d, 'reference_value')} ({d['samples']:,})")
+    near = result["neighbours"]
+    for name in ("samples", "held_out"):
+        v = near[name]
+        if v is not None:
+            lines.append(
                 f"{name}: median distance to the nearest training image {v['median_nearest']:.3g} (pixels), "
-                f"d1/d2 < 1/3 in {v['memorized']:.2%} of {v['count']:,}",
-                markup=False,
+                f"d1/d2 < 1/3 in {v['memorized']:.2%} of {v['count']:,}"
             )
-
-    _emit(as_json, result, draw)
+    for line in lines:
+        out_console.print(line, markup=False, highlight=False)
+    for composed in result["composition"]:
+        table = Table(title=escape(f"{composed['attribute']}, said by {composed['classifier']}"))
+        table.add_column("class")
+        for side in ("train", "samples"):
+            table.add_column(f"{side} ({composed['counts'][side]:,})", justify="right")
+        for row in composed["rows"]:
+            table.add_row(escape(row["class"]), *(_between(row[side], "share", 3) for side in ("train", "samples")))
+        entropy = composed["entropy"]
+        table.add_row(
+            f"entropy, bits (at most {entropy['largest']:.3f})",
+            *(_between(entropy[side]) for side in ("train", "samples")),
+        )
+        out_console.print(table)
+    for note in result["notes"]:
+        out_console.print(f"note: {note}", markup=False, highlight=False)
+    if out is not None:
+        sys.stdout.write(f"report: {out / 'report.html'}\n")
 
 
 @app.command(

@@ -24,10 +24,9 @@ import torch
 
 from symbreak.adapters import denoiser, refuse_conditional, scheduler, weights_hash
 from symbreak.blocks import Blocks
-from symbreak.data import Images, images
+from symbreak.data import Images, describe, images, png_row
 from symbreak.denoise import ask
 from symbreak.files import InputError, output_folder
-from symbreak.findings import describe, png_row
 from symbreak.metrics.features import Extractor, extractor
 from symbreak.metrics.features import features as features_of
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train, neighbours, proportion

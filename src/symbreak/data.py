@@ -8,6 +8,7 @@ array, a `datasets` hub id. 8-bit images are also served as bytes (`Images.block
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
@@ -24,7 +25,7 @@ import torch
 
 from symbreak.files import InputError, file_hash
 
-__all__ = ["Images", "images"]
+__all__ = ["Images", "describe", "images", "png_row"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 BLOCK_BYTES = 32 * 2**20
@@ -542,6 +543,12 @@ def _from_array(
         low, high = map(float, value_range)
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise InputError(f"--range {low:g},{high:g} is empty; expected LOW,HIGH with LOW < HIGH.")
+        if (low, high) == (0.0, 255.0) and not np.issubdtype(array.dtype, np.integer):
+            largest = max(float(np.fmax.reduce(part, axis=None)) for part in _slabs(array))
+            if largest <= 1:  # declared so, all would be black
+                raise InputError(
+                    f"{name} has no value above {largest:g}, declared as 0 .. 255. Pass its true range, 0,1 or -1,1."
+                )
     elif np.issubdtype(array.dtype, np.integer):
         low, high = 0.0, 255.0
     else:
@@ -593,3 +600,35 @@ def _array_hash(array: Any) -> str:
     for part in _slabs(array):
         digest.update(part.tobytes())
     return digest.hexdigest()
+
+
+def describe(data: Images) -> dict[str, Any]:
+    """What a record says of a data set."""
+    labels = None if data.labels is None else torch.bincount(data.labels, minlength=len(data.classes)).tolist()
+    return {
+        "name": data.name,
+        "count": len(data),
+        "shape": list(data.shape),
+        "fingerprint": data.fingerprint(),
+        "classes": list(data.classes)[:1000],
+        "class_counts": labels,
+        "selection": list(data.history),
+        "skipped": list(data.skipped)[:100],
+    }
+
+
+def png_row(grid: torch.Tensor) -> str:
+    """A row of images [N, C, H, W] in [-1, 1] as one PNG, base64."""
+    from PIL import Image
+
+    small = grid
+    side = max(grid.shape[2:])
+    if side > 64:
+        scale = 64 / side
+        small = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="area")
+    pixels = ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=0)
+    row = torch.cat(list(pixels), dim=2).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

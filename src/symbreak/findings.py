@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,13 +10,13 @@ from typing import Any
 import torch
 
 from symbreak.critical import CriticalTime, Curve
-from symbreak.data import Images
+from symbreak.data import Images, describe, png_row
 from symbreak.moments import Moments
 from symbreak.noise import Schedule
 from symbreak.phases.mechanism import Check
 from symbreak.phases.speciation import ladder, speciation_time
 
-__all__ = ["Findings", "Stages", "describe", "png_row", "spectral_times", "view"]
+__all__ = ["Findings", "Stages", "spectral_times", "view"]
 
 Stages = Callable[[str, int, int], None]
 
@@ -67,38 +65,6 @@ class Findings:
 
     def show(self, title: str, caption: str, grid: torch.Tensor) -> None:
         self.pictures.append({"title": title, "caption": caption, "png": png_row(grid)})
-
-
-def describe(data: Images) -> dict[str, Any]:
-    """What a record says of a data set."""
-    labels = None if data.labels is None else torch.bincount(data.labels, minlength=len(data.classes)).tolist()
-    return {
-        "name": data.name,
-        "count": len(data),
-        "shape": list(data.shape),
-        "fingerprint": data.fingerprint(),
-        "classes": list(data.classes)[:1000],
-        "class_counts": labels,
-        "selection": list(data.history),
-        "skipped": list(data.skipped)[:100],
-    }
-
-
-def png_row(grid: torch.Tensor) -> str:
-    """A row of images [N, C, H, W] in [-1, 1] as one PNG, base64."""
-    from PIL import Image
-
-    small = grid
-    side = max(grid.shape[2:])
-    if side > 64:
-        scale = 64 / side
-        small = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="area")
-    pixels = ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=0)
-    row = torch.cat(list(pixels), dim=2).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def view(critical: CriticalTime, steps: Schedule) -> dict[str, Any]:

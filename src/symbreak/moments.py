@@ -30,7 +30,7 @@ from symbreak.critical import jackknife
 from symbreak.files import InputError, read_tensors, write_tensors
 from symbreak.sketch import FORMAT, LARGEST_DIM, LowRankMoments, Spectrum, sketch_moments
 
-__all__ = ["LowRankMoments", "Moments", "Spectrum", "frechet_distance", "mode_images"]
+__all__ = ["LowRankMoments", "Moments", "Spectrum", "frechet_distance", "grouped", "mode_images"]
 
 EXACT_ROWS = 1024  # 1,024 products of two numbers up to 128 stay below 2^24
 BUFFER_BYTES = 2**28
@@ -429,7 +429,8 @@ class _Sums:
         self.sums[g] += column_sums
         self.products[g] = blas.dsyrk(1.0, rows.T, beta=1.0, c=self.products[g], overwrite_c=1)
 
-    def finish(self, cls: type[Moments], scale: float, offset: float) -> Moments:
+    def finish(self, cls: type[Moments], scale: float, offset: float, equal: bool = False) -> Moments:
+        """The moments of x = (raw + offset) / scale; ``equal`` takes rows that are all equal, too."""
         if self.rows < 2:
             raise InputError(f"{self.rows} sample{'s' * (self.rows != 1)} came; at least 2 are needed.")
         parts = []
@@ -449,9 +450,39 @@ class _Sums:
             parts.append(_Part(n, (mean + self.shift + offset) / scale, scatter.numpy()))
         result = cls._from_parts(self.shape, parts)
         constant = not any(p.scatter.diagonal().any() for p in parts)
-        if constant and all(np.array_equal(p.mean, parts[0].mean) for p in parts):
+        if not equal and constant and all(np.array_equal(p.mean, parts[0].mean) for p in parts):
             raise InputError(f"all {self.rows:,} samples are equal; their law has no spread to learn from.")
         return result
+
+
+def grouped(batches: Iterable[torch.Tensor], group: np.ndarray) -> list[Moments]:
+    """Moments of several disjoint groups of the rows of one stream, in one pass.
+
+    Args:
+        batches: tensors [B, *S], rows in the order of ``group``.
+        group: [n] the group 0 .. G - 1 of every row; rows of a negative group belong to none.
+
+    Returns:
+        G moments, each without parts to leave out; memory is G times d^2. Rows may all be equal: samples collapse.
+
+    Raises:
+        InputError: where a group has fewer than 2 rows, or the stream another number of rows.
+    """
+    sums: list[_Sums] = []
+    start = 0
+    for batch in batches:
+        rows = batch.detach().cpu().numpy()
+        own = group[start : start + len(rows)]
+        start += len(rows)
+        if start > len(group):
+            break
+        sums = sums or [_Sums(rows.shape[1:], 1, False) for _ in range(int(group.max()) + 1)]
+        for g, one in enumerate(sums):
+            if (own == g).any():
+                one.add(rows[own == g])
+    if start != len(group):
+        raise InputError(f"a stream of {start:,} rows or more for groups of {len(group):,}; expected as many.")
+    return [one.finish(Moments, 1.0, 0.0, equal=True) for one in sums]
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:
@@ -470,7 +501,8 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     roots = []
     for m in (a, b):
         values, vectors = m.eigh
-        keep = values > 0
+        # Below this an eigenvalue is rounding, and its root, half as many digits down, would not be.
+        keep = values > m.dim * torch.finfo(torch.float64).eps * values[0]
         roots.append(vectors[:, keep] * values[keep].sqrt())
     # A^1/2 = Q_a L_a^1/2 Q_a^T: the outer orthogonal factors do not change singular values.
     cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum() if min(r.shape[1] for r in roots) else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,10 @@ COLORS = ("#1f6fb4", "#d9822b", "#3a9a5b", "#b3424a", "#7a5ba6", "#7f6a5a", "#c2
 
 
 def write_report(record: Record, path: str | Path) -> Path:
-    """Write the report of a study, of a diagnosis or of an audit.
+    """Write the report of a study, a diagnosis, an audit or an evaluation.
 
     Args:
-        record: a `Record` of kind ``"study"``, ``"phases"`` or ``"audit"``.
+        record: a `Record` of kind ``"study"``, ``"phases"``, ``"audit"`` or ``"evaluation"``.
         path: the HTML file; it appears whole or not at all.
 
     Raises:
@@ -38,15 +39,19 @@ def write_report(record: Record, path: str | Path) -> Path:
     """
     import jinja2
 
-    if record.kind not in ("study", "phases", "audit"):
-        raise InputError(f"there is no report for records of kind {record.kind!r}; expected study, phases or audit.")
-    page, find = ("audit.html", _audit_values) if record.kind == "audit" else ("report.html", _values)
-    template = (resources.files("symbreak") / "templates" / page).read_text(encoding="utf-8")
+    if record.kind not in PAGES:
+        known = ", ".join(PAGES)
+        raise InputError(f"there is no report for records of kind {record.kind!r}; expected one of {known}.")
+    page, find = PAGES[record.kind]
     try:
         values = find(record)
     except (KeyError, TypeError, IndexError) as error:
         raise InputError(f"the record lacks {error}; it is damaged or from another version. Run it again.") from None
-    html = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(template).render(**values)
+    loader = jinja2.FunctionLoader(
+        lambda n: (resources.files("symbreak") / "templates" / n).read_text(encoding="utf-8")
+    )
+    pages = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
+    html = pages.get_template(page).render(**values)
     return write_whole(path, lambda p: p.write_text(html, encoding="utf-8"))
 
 
@@ -77,8 +82,8 @@ def _values(record: Record) -> dict[str, Any]:
         "speciation_sentence": _speciation_sentence(critical, top, phases["total_variance"]),
         "spectrum": _spectrum_figure(phases),
         "rows": [],
-        "settings": [*_flat(record.settings), *((f"version: {k}", v) for k, v in sorted(record.versions.items()))],
-        "timings": [(k, f"{v:.1f}") for k, v in sorted(record.timings.items(), key=lambda kv: -kv[1])],
+        "settings": _settings(record),
+        "timings": _seconds(record),
         "grid_height": 44 if max(data["shape"][1:]) <= 16 else 72,
         "grids": [],
         "real_grid": "",
@@ -93,6 +98,14 @@ def _values(record: Record) -> dict[str, Any]:
     elif content.get("criteria"):
         values |= _phases_values(content, plain(record.timings))
     return values
+
+
+def _settings(record: Record) -> list[tuple[str, str]]:
+    return [*_flat(record.settings), *((f"version: {k}", v) for k, v in sorted(record.versions.items()))]
+
+
+def _seconds(record: Record) -> list[tuple[str, str]]:
+    return [(k, f"{v:.1f}") for k, v in sorted(record.timings.items(), key=lambda kv: -kv[1])]
 
 
 def _flat(settings: dict[str, Any]) -> list[tuple[str, str]]:
@@ -458,6 +471,145 @@ def _steps(ax: Any, edges: list[float], counts: list[int], color: str, label: st
     ax.stairs([c / total for c in counts], edges, color=color, alpha=0.12, fill=True)
 
 
+def _evaluation_values(record: Record) -> dict[str, Any]:
+    content = plain(record.content)
+    d, ground, beyond = content["distance"], content["floor"], content["extrapolated"]
+    extract, data = content["extractor"], content["data"]
+    rows = [
+        _measured(f"{d['name']}, all samples", {**d, "samples": d["count"]}, "pooled", "interval: spread, not bias"),
+        _measured(f"{d['name']}, mean of {d['repeats']} repeats", d, "mean", "", ("low", "high")),
+    ]
+    if beyond is not None:
+        rows.append(_measured(f"{d['name']}, infinitely many samples", {**beyond, "samples": "infinite"}, "value"))
+    if ground is not None:
+        name = f"floor: training images, {ground['repeats']} repeats"
+        rows.append(_measured(name, ground, "mean", "what nothing real beats at this count", ("low", "high")))
+    for key, names in (
+        ("kid", ("value",)),
+        ("precision_recall", ("precision", "recall")),
+        ("density_coverage", ("density", "coverage")),
+        ("vendi", ("value", "reference_value")),
+    ):
+        found = content[key]
+        for name in () if found is None else names:
+            title = {"kid": found.get("name"), "vendi": "Vendi score"}.get(key, name)
+            note = f"k = {found['k']}" if "k" in found else found.get("kernel", "")
+            if key == "vendi" and name == "reference_value":
+                note = "of the held-out images"
+            shown = {"reference": None, **found}
+            if name == "reference_value":
+                shown |= {"samples": None, "reference": found["samples"]}
+            rows.append(_measured(title, shown, name, note, ("low", "high") if name == "value" else None))
+    accuracy = extract["held_out_accuracy"]
+    sentence = (
+        f"{d['count']:,} samples against {d['reference']:,} held-out images in the {extract['features']:,} features of "
+        f"{extract['name']} (resize: {extract['resize']})"
+        + ("." if accuracy is None else f", whose held-out accuracy is {accuracy:.1%}.")
+    )
+    near = content["neighbours"]
+    return {
+        "title": f"Evaluation of {content['samples']['name']}",
+        "lead": f"Training images: {data['count']:,} of {' x '.join(map(str, data['shape']))} from {data['name']}, "
+        f"content {data['fingerprint']}.",
+        "smoke": False,
+        "grid_height": 44 if max(data["shape"][1:]) <= 16 else 72,
+        "settings": _settings(record),
+        "timings": _seconds(record),
+        "sentence": sentence,
+        "numbers": rows,
+        "notes": content["notes"],
+        "line": "" if beyond is None else _line_figure(d, beyond),
+        "tables": [_composition_table(t) for t in content["composition"]],
+        "neighbours": [
+            {
+                "name": title,
+                "count": f"{near[key]['count']:,}",
+                "median": _number(near[key]["median_nearest"], 3),
+                "memorized": f"{near[key]['memorized']:.2%}",
+            }
+            for key, title in (("samples", "samples"), ("held_out", "held-out images"))
+            if near[key] is not None
+        ],
+        "pictures": [{**p, "png": _base64(p["png"])} for p in content["pictures"]],
+    }
+
+
+def _measured(
+    name: str, found: dict[str, Any], key: str, note: str = "", ends: tuple[str, str] | None = None
+) -> dict[str, str]:
+    """A row of the table of numbers; the ends of the interval are ``low`` and ``high``, or named after the key."""
+    low, high = ends or (("low", "high") if key == "value" else (f"{key}_low", f"{key}_high"))
+    counts = [f"{v:,}" if isinstance(v, int) else str(v or "") for v in (found["samples"], found["reference"])]
+    return {
+        "name": name,
+        "value": _number(found[key]),
+        "interval": _interval(found[low], found[high], 4),
+        "samples": counts[0],
+        "reference": counts[1],
+        "features": found["extractor"],
+        "note": note,
+    }
+
+
+def _line_figure(d: dict[str, Any], beyond: dict[str, Any]) -> str:
+    """The distance at the counts measured and the line to infinitely many samples."""
+    figure, (ax,) = _figure(6.5, 3.2)
+    n, left_out = beyond["counts"]
+    ax.plot([0, 1 / left_out], [beyond["value"], beyond["distances"][1]], color=COLORS[0], linewidth=1, linestyle="--")
+    ax.plot([1 / n, 1 / left_out], beyond["distances"], "o", color=COLORS[0], label="all samples; one part left out")
+    ends = [[beyond["value"] - beyond["low"]], [beyond["high"] - beyond["value"]]]
+    ax.errorbar([0], [beyond["value"]], yerr=ends, fmt="s", color=COLORS[1], capsize=3, label="infinitely many, 95 %")
+    ax.plot([1 / d["samples"]], [d["mean"]], "^", color=COLORS[2], label="mean of the repeats")
+    ax.set(xlabel="1 / number of samples", ylabel=d["name"])
+    ax.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
+MOST_BARS = 40
+
+
+def _composition_table(table: dict[str, Any]) -> dict[str, Any]:
+    def cell(c: dict[str, Any]) -> dict[str, str]:
+        return {"value": f"{c['share']:.1%}", "interval": f"[{c['share_low']:.1%}, {c['share_high']:.1%}]"}
+
+    entropy = table["entropy"]
+    accuracy = table["held_out_accuracy"]
+    return {
+        "attribute": table["attribute"],
+        "train": f"{table['counts']['train']:,}",
+        "samples": f"{table['counts']['samples']:,}",
+        "rows": [{"name": r["class"], "cells": [cell(r["train"]), cell(r["samples"])]} for r in table["rows"]],
+        "entropy": [
+            {
+                "value": _number(entropy[side]["value"]),
+                "interval": _interval(entropy[side]["low"], entropy[side]["high"], 4),
+            }
+            for side in ("train", "samples")
+        ],
+        "largest": _number(entropy["largest"]),
+        "classifier": table["classifier"],
+        "accuracy": "" if accuracy is None else f" (held-out accuracy {accuracy:.1%})",
+        "figure": _composition_figure(table) if len(table["rows"]) <= MOST_BARS else "",
+    }
+
+
+def _composition_figure(table: dict[str, Any]) -> str:
+    rows = table["rows"]
+    figure, (ax,) = _figure(max(5.0, 0.55 * len(rows) + 2), 3.0)
+    for i, (side, label) in enumerate((("train", "training images"), ("samples", "samples"))):
+        shares = [r[side]["share"] for r in rows]
+        ends = [
+            [r[side]["share"] - r[side]["share_low"] for r in rows],
+            [r[side]["share_high"] - r[side]["share"] for r in rows],
+        ]
+        at = [k + 0.4 * i for k in range(len(rows))]
+        ax.bar(at, shares, 0.38, yerr=ends, color=COLORS[i], label=label, error_kw={"linewidth": 0.8}, capsize=2)
+    ax.set_xticks([k + 0.2 for k in range(len(rows))], [r["class"] for r in rows], fontsize=8)
+    ax.set_ylabel("share")
+    ax.legend(fontsize=8, frameon=False)
+    return _svg(figure)
+
+
 def _base64(text: str) -> str:
     """Only base64 may enter an image source."""
     if not re.fullmatch(r"[A-Za-z0-9+/=]*", text):
@@ -588,3 +740,12 @@ def sweep_axes(content: dict[str, Any], axes: Any) -> None:
         ax.set(xlabel="start level sigma (later to the right)", title=f"{n} network calls")
     axes[0].set_ylabel(f"Fréchet distance, {content['floor']['extractor']}", fontsize=8)
     axes[-1].legend(fontsize=7, frameon=False)
+
+
+# the page of every kind of record, and what fills it
+PAGES: dict[str, tuple[str, Callable[[Record], dict[str, Any]]]] = {
+    "study": ("report.html", _values),
+    "phases": ("report.html", _values),
+    "audit": ("audit.html", _audit_values),
+    "evaluation": ("evaluation.html", _evaluation_values),
+}

@@ -22,9 +22,9 @@ import torch
 
 from symbreak.adapters import denoiser, load_pipeline, refuse_conditional, scheduler, weights_hash
 from symbreak.blocks import Blocks
-from symbreak.data import Images, images
+from symbreak.data import Images, describe, images, png_row
 from symbreak.files import InputError, output_folder
-from symbreak.findings import describe, png_row, spectral_times
+from symbreak.findings import spectral_times
 from symbreak.laws import Gaussian
 from symbreak.metrics import default_extractor, distance, extractor, features, floor
 from symbreak.metrics.memorization import nearest_summary

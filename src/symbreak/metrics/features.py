@@ -2,14 +2,15 @@
 
 A distance is only as good as the features it is measured in, so every extractor has a name and every
 number carries it. ``digits-classifier`` is a small network trained on the training half of the 8 x 8
-digits; distances in it are Fréchet distances in its 64 features and nothing else.
+digits; distances in it are Fréchet distances in its 64 features and nothing else. Networks published by
+others are in `pretrained`.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,11 +18,25 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from symbreak.adapters import weights_hash
 from symbreak.data import Images
 from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.metrics.pretrained import Dinov2, Inception
 from symbreak.noise import generator
 
-__all__ = ["Classifier", "Extractor", "accuracy", "extractor", "features", "load_classifier", "train_classifier"]
+__all__ = [
+    "Classifier",
+    "Extractor",
+    "accuracy",
+    "described",
+    "extractor",
+    "feature_blocks",
+    "features",
+    "load_classifier",
+    "named",
+    "padded_blocks",
+    "train_classifier",
+]
 
 FEATURES = 64
 BATCH = 256  # fixed and padded, so that an image's features do not depend on its neighbours
@@ -29,7 +44,11 @@ MAX_PIXELS = 4096
 
 
 class Extractor(Protocol):
-    """Anything that turns images into features; ``name`` is printed beside every number."""
+    """Anything that turns images into features; ``name`` is printed beside every number.
+
+    Optional attributes: ``batch``, images a call; ``resize``, what happens to an image before; ``identity``, what its
+    statistics are cached by (`described`).
+    """
 
     name: str
 
@@ -164,7 +183,7 @@ def load_classifier(path: str | Path) -> Classifier:
 
 
 class _Pixels:
-    name = "pixels"
+    name = identity = "pixels"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x[0].numel() > MAX_PIXELS:
@@ -175,6 +194,9 @@ class _Pixels:
 class _Callable:
     def __init__(self, name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
         self.name, self.function = name, function
+        self.batch: int = getattr(function, "batch", BATCH)
+        self.resize: str = getattr(function, "resize", "its own")
+        self.identity: str | None = getattr(function, "identity", None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         out = self.function(x)
@@ -184,16 +206,29 @@ class _Callable:
         return out
 
 
-def extractor(name: str, data: Images | None = None) -> Any:
+def extractor(
+    name: str, data: Images | None = None, weights: str | Path | None = None, sha256: str | None = None
+) -> Any:
     """An extractor by name.
 
     Args:
         name: ``"digits-classifier"`` (bundled), ``"pixels"``, ``"classifier"`` (trained here on the labels of
-            ``data``), a ``.safetensors`` file written by `save_classifier`, or ``"module:callable"``.
+            ``data``), ``"inception"``, ``"dinov2"``, a ``.safetensors`` file written by `save_classifier`, or
+            ``"module:callable"``.
+        weights: weights of ``"inception"`` (file) and ``"dinov2"`` (folder).
+        sha256: of other Inception weights than the published ones.
 
     Raises:
-        InputError: for an unknown name or a module that has no such callable.
+        InputError: for an unknown name, a module that has no such callable, or weights that are missing or wrong.
     """
+    if name == "inception":
+        return Inception(weights, sha256)
+    if sha256 is not None:
+        raise InputError(f"a sha256 came with the extractor {name}; it belongs to the weights of inception.")
+    if name == "dinov2":
+        return Dinov2(weights)
+    if weights is not None:
+        raise InputError(f"weights came with the extractor {name}; they belong to inception or dinov2.")
     if name == "digits-classifier":
         return load_classifier(str(resources.files("symbreak") / "weights" / "digits-classifier.safetensors"))
     if name == "pixels":
@@ -207,8 +242,8 @@ def extractor(name: str, data: Images | None = None) -> Any:
     module, _, attribute = name.partition(":")
     if not attribute:
         raise InputError(
-            f"unknown extractor {name!r}. Known: digits-classifier, classifier, pixels, a .safetensors file, "
-            "module:callable."
+            f"unknown extractor {name!r}. Known: digits-classifier, classifier, pixels, inception, dinov2, a "
+            ".safetensors file, module:callable."
         )
     try:
         return _Callable(name, getattr(importlib.import_module(module), attribute))
@@ -216,21 +251,64 @@ def extractor(name: str, data: Images | None = None) -> Any:
         raise InputError(f"the extractor {name} cannot be imported ({error}).") from None
 
 
+def named(function: Any) -> Any:
+    """An extractor or classifier as it is, a plain function under its own name."""
+    return function if hasattr(function, "name") else _Callable(getattr(function, "__name__", "a callable"), function)
+
+
+def described(extract: Extractor) -> dict[str, Any]:
+    """Name, resize, identity (a hash of weights, ``None`` where they are not known) and accuracy.
+
+    Two extractors of one name, resize and identity give an image the same features: cached statistics rest on it.
+    A function may hold anything, so it has no identity unless it brings one.
+    """
+    identity = getattr(extract, "identity", None)
+    network = getattr(extract, "function", extract)
+    if identity is None and isinstance(network, nn.Module):
+        identity = weights_hash(network)
+    accuracy = getattr(extract, "accuracy", None)
+    return {
+        "name": extract.name,
+        "resize": getattr(extract, "resize", "none"),
+        "identity": identity,
+        "held_out_accuracy": None if accuracy is None or math.isnan(accuracy) else accuracy,
+    }
+
+
+def padded_blocks(batches: Iterable[torch.Tensor], size: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """A stream of batches cut into blocks of one size, the last one padded, and how many rows of each are real."""
+    waiting: list[torch.Tensor] = []
+    rows = 0
+    for batch in batches:
+        for part in batch.split(size):
+            waiting.append(part)
+            rows += len(part)
+            if rows >= size:
+                whole = torch.cat(waiting)
+                yield whole[:size], size
+                waiting, rows = ([whole[size:]], rows - size) if rows > size else ([], 0)
+    if rows:
+        whole = torch.cat(waiting)
+        yield torch.cat([whole, whole[:1].expand(size - rows, *whole.shape[1:])]), rows
+
+
+def feature_blocks(extract: Extractor, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Features of a stream of image batches, block by block: [B, F] float64.
+
+    Raises:
+        InputError: for NaN or infinity among the features.
+    """
+    for block, rows in padded_blocks(batches, getattr(extract, "batch", BATCH)):
+        with torch.inference_mode():
+            found = extract(block)[:rows].double().clone()
+        if not bool(torch.isfinite(found).all()):
+            raise InputError(f"the extractor {extract.name} gave NaN or infinity; check the images' range.")
+        yield found
+
+
 def features(extract: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tensor:
     """Features [N, F] float64 of a stream of image batches, on padded batches of one fixed size."""
-    out: list[torch.Tensor] = []
-    with torch.inference_mode():
-        for batch in batches:
-            for part in batch.split(BATCH):
-                padded = (
-                    part
-                    if len(part) == BATCH
-                    else torch.cat([part, part[:1].expand(BATCH - len(part), *part.shape[1:])])
-                )
-                out.append(extract(padded)[: len(part)].double())
+    out = list(feature_blocks(extract, batches))
     if not out:
         raise InputError("no images to extract features from; expected at least one.")
-    found = torch.cat(out).clone()
-    if not bool(torch.isfinite(found).all()):
-        raise InputError(f"the extractor {extract.name} gave NaN or infinity; check the images' range.")
-    return found
+    return torch.cat(out)

@@ -1,23 +1,25 @@
 """Fréchet distances between sets of images, in named features, with intervals.
 
-A Fréchet distance of n samples is biased upward by a term that falls with n, so a number is only
+A Fréchet distance of n samples is biased upward by a term that falls like 1/n, so a number is only
 comparable at equal counts; the floor, real images against real images at the same counts, says how
-low it can go. (Chong & Forsyth, arXiv:1911.07023.)
+low it can go, and `extrapolated` follows the line in 1/n to n = infinity. (Chong & Forsyth, arXiv:1911.07023.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
 
-from symbreak.critical import mean_interval
+from symbreak.critical import jackknife, mean_interval
 from symbreak.files import InputError
 from symbreak.moments import Moments, frechet_distance
 from symbreak.noise import generator
 
-__all__ = ["Distance", "distance", "floor"]
+__all__ = ["Distance", "distance", "extrapolated", "floor", "group_distance", "together"]
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,62 @@ def distance(found: torch.Tensor, reference: Moments, repeats: int, extractor: s
     if size < 2:
         raise InputError(f"{len(found)} samples in {repeats} repeats; expected at least 2 samples a repeat.")
     parts = [Moments.fit([part], parts=1) for part in found[: size * repeats].split(size)]
-    values = tuple(frechet_distance(m, reference) for m in parts)
-    pooled = frechet_distance(Moments.fit([found[: size * repeats]], parts=1), reference)
+    return group_distance(parts, reference, extractor)
+
+
+def together(groups: list[Moments]) -> Moments:
+    """Moments of all groups' rows."""
+    return reduce(Moments.merge, groups)
+
+
+def group_distance(groups: list[Moments], reference: Moments, extractor: str) -> Distance:
+    """Fréchet distance of the moments of disjoint groups of samples; ``samples`` is the smallest group's count."""
+    values = tuple(frechet_distance(m, reference) for m in groups)
+    pooled = values[0] if len(groups) == 1 else frechet_distance(together(groups), reference)
     mean, low, high = mean_interval(np.array(values))
-    return Distance(values, mean, low, high, pooled, size, reference.count, extractor)
+    return Distance(values, mean, low, high, pooled, min(m.count for m in groups), reference.count, extractor)
+
+
+def extrapolated(groups: list[Moments], reference: Moments, pooled: float) -> dict[str, Any]:
+    """The distance at infinitely many samples, by a line in 1/n, with an interval.
+
+        F_inf = G F_n - (G - 1) mean_g F_(n without group g)
+
+    The line goes through n, all samples, and n (1 - 1/G), each group left out in turn. Its pseudo-values
+    G F_n - (G - 1) F_(without g) give the interval (Student t, G - 1 degrees of freedom). Only the samples' bias
+    is removed; the reference keeps its count.
+
+    Args:
+        groups: moments of G >= 3 disjoint random groups of about equal size.
+        reference: moments of the reference.
+        pooled: distance of all groups together, F_n.
+
+    Returns:
+        ``value``, ``low``, ``high``; ``pooled_low``, ``pooled_high``, the interval of F_n from the same leave-one-out
+        values, its bias left in; ``counts`` and ``distances`` of the two points of the line.
+
+    Raises:
+        InputError: for fewer than 3 groups.
+
+    Source: Quenouille 1949, Tukey 1958; the line in 1/n is Chong & Forsyth's, arXiv:1911.07023.
+    """
+    size = len(groups)
+    if size < 3:
+        raise InputError(f"{size} groups of samples to extrapolate from; expected at least 3. Raise --repeats.")
+    without = [groups[:g] + groups[g + 1 :] for g in range(size)]
+    left_out = np.array([frechet_distance(together(rest), reference) for rest in without])
+    value, low, high = mean_interval(size * pooled - (size - 1) * left_out)
+    pooled_low, pooled_high = jackknife(pooled, left_out)
+    count = sum(m.count for m in groups)
+    return {
+        "value": value,
+        "low": low,
+        "high": high,
+        "pooled_low": max(0.0, pooled_low),
+        "pooled_high": pooled_high,
+        "counts": [count, count * (size - 1) / size],
+        "distances": [pooled, float(left_out.mean())],
+    }
 
 
 def floor(real: torch.Tensor, reference: Moments, samples: int, repeats: int, extractor: str) -> Distance:

@@ -1,0 +1,162 @@
+"""Published feature networks behind local weights: Inception (FID, KID) and DINOv2. Nothing is downloaded.
+
+Both see what an image file would hold: x in [-1, 1] is rounded to 8 bits, grey images become RGB. Inception is
+torch-fidelity's, with its resize (bilinear as in TensorFlow 1) to 299 x 299 and its 2,048 features, so that a Fréchet
+distance in it is FID. DINOv2 gives the class token after the last norm.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from symbreak.adapters import weights_hash
+from symbreak.files import InputError, file_hash, read_tensors
+
+__all__ = ["INCEPTION_SHA256", "Dinov2", "Inception"]
+
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def _eight_bit(x: torch.Tensor) -> torch.Tensor:
+    """Images [B, C, H, W] in [-1, 1] as RGB bytes [B, 3, H, W]."""
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
+
+
+class Inception:
+    """The Inception network of FID, in torch-fidelity's protocol.
+
+    Args:
+        weights: the published file, or one of other weights in its layout (.pth or .safetensors).
+        sha256: what the file must hash to; weights other than the published ones give distances that are not FID, and
+            their name says so.
+
+    Raises:
+        InputError: without torch-fidelity, or for a missing or another file.
+    """
+
+    resize = "8 bits, RGB, TensorFlow-1 bilinear to 299 x 299"
+    batch = 32
+
+    def __init__(self, weights: str | Path | None, sha256: str | None = None) -> None:
+        wanted = (sha256 or INCEPTION_SHA256).lower()
+        get = f"Expected the file with sha256 {wanted}" + ("." if sha256 else f" from {INCEPTION_URL}.")
+        if weights is None:
+            raise InputError(f"the extractor inception needs its weights: pass --weights FILE. {get}")
+        path = Path(weights).expanduser()
+        if not path.is_file():
+            raise InputError(f"the weights file {path} does not exist. {get}")
+        found = file_hash(path)
+        if found != wanted:
+            raise InputError(f"the weights file {path} has the sha256 {found}. {get}")
+        network = _fidelity()
+        state = read_tensors(path)[0] if path.suffix == ".safetensors" else _state(path)
+        # torch-fidelity unpickles what it is given: it gets plain tensors only, already read the safe way.
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        buffer.seek(0)
+        try:
+            self.network: nn.Module = network("inception-v3-compat", ["2048"], feature_extractor_weights_path=buffer)
+        except RuntimeError:
+            raise InputError(f"{path} holds weights of another network. {get}") from None
+        published = found == INCEPTION_SHA256
+        self.name = "inception" if published else f"inception-{found[:8]}"
+        self.identity = found
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, 2048] of images [B, 1 or 3, H, W] in [-1, 1]."""
+        out: torch.Tensor = self.network(_eight_bit(x))[0]
+        return out
+
+
+def _fidelity() -> Any:
+    try:
+        module = importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    except ImportError:
+        raise InputError(
+            "the extractor inception needs torch-fidelity, which is not installed: pip install 'symbreak[fid]'."
+        ) from None
+    except RuntimeError as error:  # torchvision's operators are missing
+        raise InputError(
+            f"torch-fidelity cannot be loaded: the installed torchvision does not fit this torch ({str(error)[:80]}). "
+            "Install the torchvision that was built for it."
+        ) from None
+    return module.FeatureExtractorInceptionV3
+
+
+def _state(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a dozen types for a broken or an unsafe file
+        raise InputError(f"{path} holds no plain weights ({type(error).__name__}). Expected a state dict.") from None
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"{path} holds no plain weights. Expected a state dict of tensors.")
+    return state
+
+
+class Dinov2:
+    """A DINOv2 network of transformers: the class token after the last norm.
+
+    Images are rounded to 8 bits, become RGB, are resized to 224 x 224 (bicubic, antialiased, then cut to [0, 1]) and
+    normalised with ImageNet's mean and spread.
+
+    Args:
+        weights: folder that ``Dinov2Model.save_pretrained`` wrote (config.json and model.safetensors).
+
+    Raises:
+        InputError: without transformers, or where the folder holds no such network.
+
+    Source: Oquab et al., arXiv:2304.07193; as a ruler: Stein et al., arXiv:2306.04675.
+    """
+
+    resize = "8 bits, RGB, bicubic (antialiased) to 224 x 224, ImageNet normalisation"
+    batch = 32
+    side = 224
+
+    def __init__(self, weights: str | Path | None) -> None:
+        expected = "expected a folder of transformers' Dinov2Model with config.json and model.safetensors"
+        if weights is None:
+            raise InputError(f"the extractor dinov2 needs its weights: pass --weights DIR; {expected}.")
+        path = Path(weights).expanduser()
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path} holds no DINOv2; {expected}.")
+        try:
+            from transformers import Dinov2Model
+        except ImportError:
+            raise InputError(
+                "the extractor dinov2 needs transformers, which is not installed: pip install 'symbreak[dinov2]'."
+            ) from None
+        try:
+            loaded: Any = Dinov2Model.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise InputError(f"{path} holds no DINOv2 ({' '.join(str(error).split())[:80]}); {expected}.") from None
+        network, report = loaded
+        # transformers fills what is missing with random numbers
+        if report["missing_keys"] or report["mismatched_keys"]:
+            raise InputError(
+                f"{path} lacks {len(report['missing_keys']) + len(report['mismatched_keys'])} of the network's "
+                f"weights; {expected}."
+            )
+        self.network = network.eval().requires_grad_(False)
+        self.identity = weights_hash(self.network)
+        self.name = f"dinov2-{self.identity[:8]}"
+        self.mean, self.std = (torch.tensor(v).reshape(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, F] of images [B, 1 or 3, H, W] in [-1, 1]."""
+        pixels = _eight_bit(x).float() / 255
+        pixels = nn.functional.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
+        out: torch.Tensor = self.network(pixel_values=(pixels - self.mean) / self.std).pooler_output
+        return out

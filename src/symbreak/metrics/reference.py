@@ -1,0 +1,175 @@
+"""What an evaluation keeps of a set of images: moments of random groups, and a bounded number of feature rows.
+
+Features are never all held. One pass deals them at random into a few groups, whose moments give the Fréchet
+distances with their intervals, and keeps a random subset of rows for what needs rows (kernel distance, precision,
+recall, ...). Statistics are cached by content: the images' fingerprint, the extractor's weights, its resize.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from symbreak.data import Images
+from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.metrics.features import Extractor, described, feature_blocks
+from symbreak.metrics.fid import together
+from symbreak.moments import Moments, grouped
+from symbreak.noise import generator
+
+__all__ = ["Statistics", "cache_folder", "load_statistics", "statistics"]
+
+FORMAT, VERSION = "symbreak.statistics", "1"
+ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Features of a set of images, in short.
+
+    Attributes:
+        groups: moments of disjoint random groups of equal size, or one larger.
+        rows: [R, F] features of a random subset, in the order of the images.
+        origin: plain values: ``extractor``, ``resize``, ``identity``, ``data`` (name), ``fingerprint``, ``seed``.
+    """
+
+    groups: tuple[Moments, ...]
+    rows: torch.Tensor
+    origin: dict[str, Any]
+
+    @cached_property
+    def whole(self) -> Moments:
+        """Moments of all groups together."""
+        return together(list(self.groups))
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return self.whole.count
+
+    def save(self, path: str | Path) -> Path:
+        """Write a safetensors file; it appears whole or not at all."""
+        return write_tensors(path, *_tensors(self))
+
+
+def _tensors(found: Statistics) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    single = found.rows.float()
+    tensors = {
+        "counts": torch.tensor([m.count for m in found.groups]),
+        "means": torch.stack([m.mean for m in found.groups]),
+        "covs": torch.stack([m.cov for m in found.groups]),
+        # most networks answer in single precision: nothing is lost
+        "rows": single if bool((single.double() == found.rows).all()) else found.rows,
+    }
+    return tensors, {"format": FORMAT, "version": VERSION, "origin": json.dumps(found.origin, sort_keys=True)}
+
+
+def _from_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Any) -> Statistics:
+    if metadata.get("format") != FORMAT or not {"counts", "means", "covs", "rows"} <= set(tensors):
+        raise InputError(f"{path} holds no reference statistics. Expected a file that symbreak evaluate wrote.")
+    if metadata.get("version") != VERSION:
+        raise InputError(f"{path} was written by another version of symbreak. Remove it, and it is made again.")
+    groups = tuple(
+        Moments(int(n), mean, cov) for n, mean, cov in zip(tensors["counts"], tensors["means"], tensors["covs"])
+    )
+    return Statistics(groups, tensors["rows"].double(), json.loads(metadata["origin"]))
+
+
+def load_statistics(path: str | Path) -> Statistics:
+    """Read what `Statistics.save` wrote.
+
+    Raises:
+        InputError: where the file is missing, damaged or something else.
+    """
+    return _from_tensors(*read_tensors(path), path)
+
+
+def cache_folder() -> Path:
+    """``$SYMBREAK_CACHE``, else ``~/.cache/symbreak``."""
+    return Path(os.environ.get("SYMBREAK_CACHE") or Path.home() / ".cache" / "symbreak")
+
+
+def statistics(
+    extract: Extractor,
+    images: Images | torch.Tensor,
+    *,
+    groups: int = 1,
+    rows: int = ROWS,
+    seed: int = 0,
+    cache: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Statistics:
+    """Statistics of the features of a set of images, in one pass.
+
+    Args:
+        extract: the extractor.
+        images: a data set, or images [N, C, H, W] in [-1, 1].
+        groups: random groups; their sizes differ by one at most.
+        rows: feature rows to keep, at most.
+        seed: of groups and rows.
+        cache: folder to keep the result in, by content; extractors without an identity are not cached.
+        progress: called with (images done, all).
+
+    Returns:
+        The same bits from the cache and fresh, whatever the batches.
+
+    Raises:
+        InputError: for fewer than 2 images a group.
+    """
+    count = len(images)
+    if groups < 1 or count < 2 * groups:
+        raise InputError(f"{count} images in {groups} groups; expected at least 2 images a group.")
+    about = described(extract)
+    origin = {
+        "extractor": about["name"],
+        "resize": about["resize"],
+        "identity": about["identity"],
+        "data": images.name if isinstance(images, Images) else "array",
+        "fingerprint": images.fingerprint() if isinstance(images, Images) else None,
+        "seed": seed,
+    }
+    path = None
+    if cache is not None and about["identity"] is not None and origin["fingerprint"] is not None:
+        # The name does not decide the content; torch and its threads decide the last bits.
+        key = {k: v for k, v in origin.items() if k != "data"}
+        key |= {"groups": groups, "rows": rows, "torch": torch.__version__, "threads": torch.get_num_threads()}
+        path = cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
+        if path.exists():
+            try:
+                return load_statistics(path)
+            except InputError:
+                pass  # a damaged file is made again
+    order = torch.randperm(count, generator=generator(seed, 21, 0)).numpy()
+    group = np.empty(count, np.int64)
+    for g, part in enumerate(np.array_split(order, groups)):
+        group[part] = g
+    kept = np.sort(torch.randperm(count, generator=generator(seed, 22, 0))[:rows].numpy())
+    chosen: list[torch.Tensor] = []
+
+    def blocks() -> Any:
+        done = 0
+        stream = [images] if isinstance(images, torch.Tensor) else images
+        for block in feature_blocks(extract, stream):
+            own = kept[np.searchsorted(kept, done) : np.searchsorted(kept, done + len(block))] - done
+            chosen.append(block[torch.from_numpy(own)])
+            done += len(block)
+            if progress is not None:
+                progress(done, count)
+            yield block
+
+    moments = grouped(blocks(), group)
+    fresh = Statistics(tuple(moments), torch.cat(chosen), origin)
+    tensors, metadata = _tensors(fresh)
+    if path is not None:
+        write_tensors(path, tensors, metadata)
+    # Through the file's content on both ways, so that a cached result has the same last bits.
+    return _from_tensors(tensors, metadata, "the statistics")
