@@ -207,7 +207,9 @@ def gaussianity(
     for i, name in enumerate(PROJECTED):
         statistics[name] = flat[i]
         p_values[name] = np.array([holm(p).min() for p in raw[name]])
-    return Gaussianity(s, n, k, k + directions, alpha, statistics, p_values, raw, tuple(simulations), nats)
+    return Gaussianity(
+        s, n, k, k + directions, alpha, statistics, p_values, raw, (simulations[0], simulations[1]), nats
+    )
 
 
 def first_rejection(found: Gaussianity, test: str) -> CriticalTime:
