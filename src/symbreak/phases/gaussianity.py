@@ -224,7 +224,7 @@ def first_rejection(found: Gaussianity, test: str) -> CriticalTime:
         test: one of its tests.
 
     Raises:
-        InputError: for an unknown test, or too few simulations for so many levels.
+        InputError: for an unknown test.
     """
     if test not in found.p_values:
         raise InputError(f"no test {test!r}; there are {', '.join(found.p_values)}.")
@@ -233,13 +233,14 @@ def first_rejection(found: Gaussianity, test: str) -> CriticalTime:
     draws = found.simulations[0]
     if test in PROJECTED:
         most, draws = tried * found.directions, found.simulations[1]
-    if most / (draws + 1) > found.alpha:
-        raise InputError(
-            f"{draws} simulations cannot reject at {tried} levels together; expected at least "
-            f"{math.ceil(most / found.alpha) - 1}."
-        )
     p = holm(found.p_values[test])
     criterion = f"{test} first rejects"
+    if most / (draws + 1) > found.alpha:
+        reason = (
+            f"{draws} simulations cannot reject at {tried} levels together; at least "
+            f"{math.ceil(most / found.alpha) - 1} are needed"
+        )
+        return CriticalTime(None, criterion=criterion, source=SOURCE, reason=reason, confidence=1 - found.alpha)
     hits = np.flatnonzero(p <= found.alpha)
     size = f"{found.samples} samples, alpha {found.alpha:g} over {tried} levels"
     if len(hits) == 0:
