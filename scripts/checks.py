@@ -28,13 +28,14 @@ from symbreak.phases.gaussianity import MULTIVARIATE, PROJECTED, Gaussianity, ga
 from symbreak.phases.information import non_gaussianity
 from symbreak.phases.speciation import cloning_time
 from symbreak.record import Record
-from symbreak.sensitivity import candidate_starts, compare_starts, sensitivity
+from symbreak.checks import candidate_starts, compare_starts, sensitivity
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"gaussian": "is-it-gaussian", "sensitivity": "sensitivity", "starts": "which-start"}
 TITLES = {"digits": "The digits", "mnist": "MNIST"}
 TESTS = (*MULTIVARIATE, *PROJECTED)
 NETWORK_STEPS = 60
+SOURCES = ("training images", "network", "class mixture", "full Gaussian")
 
 
 def world(name: str, model: str | None):
@@ -169,7 +170,7 @@ def run(args) -> None:
 
 def gaussian_figure(content: dict) -> Figure:
     figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=100)
-    names = list(content["found"])
+    names = [name for name in SOURCES if name in content["found"]]
     axes = figure.subplots(1, len(names) + 1, sharex=True)
     for ax, name in zip(axes, names):
         sizes = sorted(content["found"][name], key=int)
@@ -259,8 +260,8 @@ def how(content: dict, settings: dict) -> str:
     d, e = content["rows"][0], content["extractor"]
     d = d["standard"]["distance"] if "standard" in d else d["distance"]
     return (
-        f"{content['data']['count']:,} training images, network of {content['network']['parameters']:,} parameters. Fréchet "
-        f"distance in the features of `{e['name']}` (held-out accuracy {e['held_out_accuracy']:.1%}) to "
+        f"{content['data']['count']:,} training images, network of {content['network']['parameters']:,} parameters. "
+        f"Fréchet distance in the features of `{e['name']}` (held-out accuracy {e['held_out_accuracy']:.1%}) to "
         f"{d['reference']:,} held-out images: mean of {d['repeats']} repeats of {d['samples']} images with its 95 % "
         "Student-t interval, the same seeds in every cell. Training images at the same counts score "
         f"{span_floor(content['floor'])}."
@@ -277,8 +278,9 @@ def gaussian_numbers(content: dict, settings: dict) -> list[str]:
     sizes = sorted(found["network"], key=int, reverse=True)
     one = found["network"][sizes[0]]
     out = [
-        f"{len(one['sigma'])} levels from sigma {one['sigma'][0]:.3g} to {one['sigma'][-1]:.3g}, {one['modes']} leading "
-        f"modes, {one['directions']} directions (the modes and random ones), p-values from {one['simulations'][0]:,} and "
+        f"{len(one['sigma'])} levels from sigma {one['sigma'][0]:.3g} to {one['sigma'][-1]:.3g}, {one['modes']} "
+        f"leading modes, {one['directions']} directions (the modes and random ones), p-values from "
+        f"{one['simulations'][0]:,} and "
         f"{one['simulations'][1]:,} Gaussian samples, size 5 % over all levels by Holm; the network's states are those "
         f"of its own reverse trajectories in {settings['steps']} steps.",
         "",
@@ -287,7 +289,8 @@ def gaussian_numbers(content: dict, settings: dict) -> list[str]:
         "| states of | n | " + " | ".join(TESTS) + " |",
         "|---" * (len(TESTS) + 2) + "|",
     ]
-    for name, by_size in found.items():
+    for name in SOURCES:
+        by_size = found[name]
         for n in sizes:
             cells = [first(by_size[n]["first_rejection"][t]) for t in TESTS]
             out.append(f"| {name} | {n} | " + " | ".join(cells) + " |")
@@ -295,8 +298,8 @@ def gaussian_numbers(content: dict, settings: dict) -> list[str]:
     out += [
         "",
         f"Beside it what the departure costs: non-Gaussianity of the data against their Gaussian, from the network's "
-        f"denoising losses on {c['images']} held-out images (a lower bound in expectation), with the share of directions "
-        "that Anderson-Darling rejects in the training images (Holm, and Benjamini-Hochberg):",
+        f"denoising losses on {c['images']} held-out images (a lower bound in expectation), with the number of "
+        "directions that Anderson-Darling rejects by Holm and by Benjamini-Hochberg:",
         "",
         "| sigma | nats | directions rejected, data | network |",
         "|---|---|---|---|",
@@ -325,8 +328,8 @@ def sensitivity_numbers(content: dict, settings: dict) -> list[str]:
         "",
     ]
     out += [
-        "| sampler | calls | standard start | best Gaussian start | flat: intervals overlap | flat: paired | white noise, "
-        "best | its knee |",
+        "| sampler | calls | standard start | best Gaussian start | flat: intervals overlap | flat: paired | "
+        "white noise, best | its knee |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in content["rows"]:
@@ -356,7 +359,8 @@ def starts_numbers(content: dict, settings: dict) -> list[str]:
         s = next(s for s in content["standard"] if s["calls"] == n)
         out += [
             f"**{n} calls.** The standard start has {span(s['distance'])} (recall {s['recall']:.2f}, class entropy "
-            f"{number(s['entropy'])}). Distance by start level; the columns after it at the level that is best for the start:",
+            f"{number(s['entropy'])}). Distance by start level; the columns after it at the level that is best "
+            "for the start:",
             "",
             "| start | "
             + " | ".join(f"sigma {v:.2g}" for v in levels)
@@ -380,14 +384,14 @@ def starts_numbers(content: dict, settings: dict) -> list[str]:
     real = content["real"]
     out.append(
         f"Real images at the same count ({real['images']} training images; nearness of held-out ones): precision "
-        f"{real['precision']:.2f}, recall {real['recall']:.2f}, class entropy {number(real['entropy'])} bits, nearest training "
-        f"image {real['nearest']:.2f}, d1/d2 < 1/3 in {real['memorized']:.1%}."
+        f"{real['precision']:.2f}, recall {real['recall']:.2f}, class entropy {number(real['entropy'])} bits, nearest "
+        f"training image {real['nearest']:.2f}, d1/d2 < 1/3 in {real['memorized']:.1%}."
     )
     return out
 
 
 def number(v: float | None) -> str:
-    return "-" if v is None else f"{v:.2f}" if v < 3 else f"{v:.3g}"
+    return "-" if v is None else f"{v:.2f}"
 
 
 WRITERS = {

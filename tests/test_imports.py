@@ -18,7 +18,7 @@ FLOORS = [
     {"sample", "train", "metrics"},
     {"pipeline"},
     {"diagnosis", "world"},
-    {"study", "sensitivity", "report"},
+    {"study", "checks", "report"},
     {"cli"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

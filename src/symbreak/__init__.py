@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": ("as_unet", "denoiser", "encode", "load_pipeline", "scheduler"),
+    "checks": ("compare_starts", "sensitivity"),
     "critical": ("CriticalTime", "Curve"),
     "cut": ("late_sigmas",),
     "data": ("Images", "images"),
@@ -25,6 +26,7 @@ _HOMES = {
     "phases.collapse": ("collapse_time", "excess_entropy"),
     "phases.clones": ("clone_agreement", "clones", "opportunity", "u_turns"),
     "phases.speciation": ("cloning_probability", "speciation_time"),
+    "phases.gaussianity": ("first_rejection", "gaussianity"),
     "phases.information": ("entropy_rate", "loss_curve", "non_gaussianity"),
     "phases.landscape": ("arc_potential", "network_stability"),
     "phases.stability": ("bifurcation", "fixed_points", "potential"),
@@ -44,6 +46,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from symbreak.adapters import as_unet, denoiser, encode, load_pipeline, scheduler
+    from symbreak.checks import compare_starts, sensitivity
     from symbreak.critical import CriticalTime, Curve
     from symbreak.cut import late_sigmas
     from symbreak.data import Images, images
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
     from symbreak.noise import NoiseLevel, Schedule, schedule
     from symbreak.phases.clones import clone_agreement, clones, opportunity, u_turns
     from symbreak.phases.collapse import collapse_time, excess_entropy
+    from symbreak.phases.gaussianity import first_rejection, gaussianity
     from symbreak.phases.information import entropy_rate, loss_curve, non_gaussianity
     from symbreak.phases.landscape import arc_potential, network_stability
     from symbreak.phases.speciation import cloning_probability, speciation_time
