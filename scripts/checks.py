@@ -22,13 +22,13 @@ from matplotlib.figure import Figure
 
 import symbreak as sb
 from symbreak.blocks import Blocks
+from symbreak.checks import candidate_starts, compare_starts, sensitivity
 from symbreak.files import write_json
 from symbreak.metrics.features import extractor, load_classifier, save_classifier, train_classifier
 from symbreak.phases.gaussianity import MULTIVARIATE, PROJECTED, Gaussianity, gaussianity, reverse_states
 from symbreak.phases.information import non_gaussianity
 from symbreak.phases.speciation import cloning_time
 from symbreak.record import Record
-from symbreak.checks import candidate_starts, compare_starts, sensitivity
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"gaussian": "is-it-gaussian", "sensitivity": "sensitivity", "starts": "which-start"}

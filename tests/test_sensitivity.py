@@ -8,6 +8,7 @@ import torch
 from scipy import stats
 
 from symbreak.adapters import as_unet, scheduler
+from symbreak.checks import NOISED, candidate_starts, compare_starts, flat_range, knee, sensitivity
 from symbreak.critical import CriticalTime
 from symbreak.data import images
 from symbreak.files import InputError
@@ -16,7 +17,6 @@ from symbreak.laws.crude import Ball, PowerMap, WhiteNoise, diagonal, isotropic,
 from symbreak.metrics import extractor
 from symbreak.moments import Moments
 from symbreak.noise import NoiseLevel, generator
-from symbreak.checks import NOISED, candidate_starts, compare_starts, flat_range, knee, sensitivity
 from tests.worlds import gaussian_moments
 
 # Small enough that white noise carried down from .15 (standard deviation .46) is not cut to [-1, 1].
