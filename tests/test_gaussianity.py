@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from symbreak.noise import generator
 from symbreak.phases.gaussianity import (
     MULTIVARIATE,
     PROJECTED,
+    Gaussianity,
     first_rejection,
     gaussianity,
     henze_zirkler,
@@ -137,10 +139,21 @@ def test_no_rejection_is_an_answer_with_a_reason():
     found = gaussianity(gaussian_law(), [1.0, 4.0], samples=100, **QUICK)
     nowhere = first_rejection(found, "Henze-Zirkler")
     assert nowhere.level is None
-    assert "rejects at no level from sigma 4 down to 1; 100 samples" in nowhere.reason
+    assert "does not reject at sigma 1, the lowest level; 100 samples" in nowhere.reason
     assert found.to_dict()["first_rejection"]["Henze-Zirkler"]["level"] is None
-    few = gaussianity(two_gaussians(4.0, 0.1), [0.1, 0.2], samples=30, modes=1, directions=0, simulations=(19, 19))
-    assert "at least 39 are needed" in first_rejection(few, "Henze-Zirkler").reason
+    few = gaussianity(two_gaussians(4.0, 0.1), [0.1, 0.2], samples=30, modes=1, directions=0, simulations=(9, 9))
+    assert "at least 19 are needed" in first_rejection(few, "Henze-Zirkler").reason
+
+
+def test_a_chance_rejection_above_is_no_finding():
+    p = np.array([0.001, 0.03, 0.2, 0.001])
+    names = (*MULTIVARIATE, *PROJECTED)
+    found = Gaussianity(np.array([1.0, 2.0, 3.0, 4.0]), 50, 2, 2, 0.05, {}, dict.fromkeys(names, p), {}, (999, 999))
+    at = first_rejection(found, "Henze-Zirkler")
+    assert (at.low.sigma, at.sigma, at.high.sigma) == (2.0, 2.0, 3.0)
+    every = replace(found, p_values={"Henze-Zirkler": np.zeros(4)})
+    assert first_rejection(every, "Henze-Zirkler").sigma == 4.0
+    assert first_rejection(every, "Henze-Zirkler").high is None
 
 
 def test_data_and_their_states_are_one_thing():
@@ -149,7 +162,7 @@ def test_data_and_their_states_are_one_thing():
     curve = Curve([0.5], [2.0], [1.0], [3.0], "nats")
     found = gaussianity(x, [0.5], nats=curve, moments=law.moments, **QUICK)
     picks = torch.randperm(80, generator=generator(0, 57))
-    noise = torch.randn(80, 3, generator=generator(0, 51), dtype=torch.float64)
+    noise = torch.randn(80, 3, generator=generator(0, 51, 0), dtype=torch.float64)
     again = gaussianity({0.5: x[picks] + 0.5 * noise}, moments=law.moments, **QUICK)
     for name in found.p_values:
         assert np.array_equal(found.statistics[name], again.statistics[name])

@@ -10,8 +10,9 @@ Gaussian samples of the same size and are exact, (1 + number as large) / (1 + si
 modes are those of the same images before noise: for Gaussian data the centred coordinates are then left-spherical, and
 their standardised form has the same law whatever their covariance.
 
-A test that does not reject has not shown that x_t is Gaussian: the level of the first rejection falls with fewer
-samples. What a departure costs is said in nats (`symbreak.phases.information`), and the caller may put that beside.
+Data that are not Gaussian are so at no level (Cramer 1936: if x_0 + sigma eps is Gaussian, x_0 is). A test only says
+whether n samples see it, and the level of the first rejection falls with fewer samples. What the departure costs is
+said in nats (`symbreak.phases.information`), and the caller may put that beside.
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def gaussianity(
         alpha: size of a test.
         simulations: Gaussian samples behind the p-values of the multivariate tests and of projections.
         nats: non-Gaussianity in nats at some levels, kept beside the tests.
-        seed: of noise (one draw an image, the same at every level), directions and picks; the simulated null is the
+        seed: of noise (fresh at every level), directions and picks; the simulated null is the
             same for all.
         progress, keep: called as progress(done, levels) and keep("gaussianity/<level number>", make).
 
@@ -215,9 +216,10 @@ def gaussianity(
 def first_rejection(found: Gaussianity, test: str) -> CriticalTime:
     """The level at which a test first rejects, from high noise down, at the sample size used.
 
-    Levels are corrected for one another by Holm, so that for Gaussian data a false level appears with probability
-    alpha at most. ``low`` is the level found, ``high`` the next one above, which does not reject: a bracket of the
-    grid, no confidence interval.
+    The departure from a Gaussian falls with noise, so levels are taken in a fixed sequence, from the lowest up, each at
+    size alpha, until one does not reject: for Gaussian data any level appears with probability alpha at most, and a
+    chance rejection above is no finding. The answer is the last one that rejects; ``low`` is that level and ``high``
+    the next one above, a bracket of the grid and no confidence interval.
 
     Args:
         found: of `gaussianity`.
@@ -228,26 +230,21 @@ def first_rejection(found: Gaussianity, test: str) -> CriticalTime:
     """
     if test not in found.p_values:
         raise InputError(f"no test {test!r}; there are {', '.join(found.p_values)}.")
-    tried = len(found.sigma)
-    most = tried * (2 if test == MULTIVARIATE[1] else 1)
-    draws = found.simulations[0]
-    if test in PROJECTED:
-        most, draws = tried * found.directions, found.simulations[1]
-    p = holm(found.p_values[test])
     criterion = f"{test} first rejects"
-    if most / (draws + 1) > found.alpha:
+    size = f"{found.samples} samples, alpha {found.alpha:g}"
+    least = 2 if test == MULTIVARIATE[1] else found.directions if test in PROJECTED else 1
+    draws = found.simulations[1 if test in PROJECTED else 0]
+    rejected = found.p_values[test] <= found.alpha
+    if not rejected[0]:
+        few = least / (draws + 1) > found.alpha
         reason = (
-            f"{draws} simulations cannot reject at {tried} levels together; at least "
-            f"{math.ceil(most / found.alpha) - 1} are needed"
+            f"{draws} simulations cannot reject; at least {math.ceil(least / found.alpha) - 1} are needed"
+            if few
+            else f"it does not reject at sigma {found.sigma[0]:.4g}, the lowest level; {size}"
         )
         return CriticalTime(None, criterion=criterion, source=SOURCE, reason=reason, confidence=1 - found.alpha)
-    hits = np.flatnonzero(p <= found.alpha)
-    size = f"{found.samples} samples, alpha {found.alpha:g} over {tried} levels"
-    if len(hits) == 0:
-        reason = f"it rejects at no level from sigma {found.sigma[-1]:.4g} down to {found.sigma[0]:.4g}; {size}"
-        return CriticalTime(None, criterion=criterion, source=SOURCE, reason=reason, confidence=1 - found.alpha)
-    i = int(hits[-1])
-    top = i == tried - 1
+    top = bool(rejected.all())
+    i = len(rejected) - 1 if top else int(np.argmin(rejected)) - 1
     return CriticalTime(
         NoiseLevel(float(found.sigma[i])),
         NoiseLevel(float(found.sigma[i])),
@@ -440,8 +437,16 @@ def _states(
         raise InputError("no levels; expected sigma, a level or several.")
     s = np.unique(levels(sigma)[0])
     clean = _clean(source, samples, seed)
-    noise = torch.randn(clean.shape, generator=generator(seed, 51), dtype=torch.float64)
-    return (lambda u: clean + u * noise), s
+    place = {float(u): j for j, u in enumerate(s)}
+
+    def noised(u: float) -> torch.Tensor:
+        if u == 0:
+            return clean
+        # Levels draw noise of their own, so that chance does not repeat itself from level to level.
+        g = generator(seed, 51, place[u])
+        return clean + u * torch.randn(clean.shape, generator=g, dtype=torch.float64)
+
+    return noised, s
 
 
 def _clean(source: Any, samples: int | None, seed: int) -> torch.Tensor:
