@@ -280,9 +280,9 @@ def gaussian_numbers(content: dict, settings: dict) -> list[str]:
     out = [
         f"{len(one['sigma'])} levels from sigma {one['sigma'][0]:.3g} to {one['sigma'][-1]:.3g}, {one['modes']} "
         f"leading modes, {one['directions']} directions (the modes and random ones), p-values from "
-        f"{one['simulations'][0]:,} and "
-        f"{one['simulations'][1]:,} Gaussian samples, levels in sequence from the lowest up, each test at 5 %; the network's states are those "
-        f"of its own reverse trajectories in {settings['steps']} steps.",
+        f"{one['simulations'][0]:,} and {one['simulations'][1]:,} Gaussian samples, levels in sequence from the lowest "
+        "up, each test at 5 %; the network's states are those of its own reverse trajectories in "
+        f"{settings['steps']} steps.",
         "",
         "First rejection from high noise down, in brackets the next level above, which is not rejected:",
         "",
