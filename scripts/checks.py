@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 import symbreak as sb
 from symbreak.blocks import Blocks
 from symbreak.checks import candidate_starts, compare_starts, sensitivity
+from symbreak.critical import mean_interval
 from symbreak.files import write_json
 from symbreak.metrics.features import extractor, load_classifier, save_classifier, train_classifier
 from symbreak.phases.gaussianity import MULTIVARIATE, PROJECTED, Gaussianity, gaussianity, reverse_states
@@ -169,7 +170,7 @@ def run(args) -> None:
 
 
 def gaussian_figure(content: dict) -> Figure:
-    figure = Figure(figsize=(11, 3.6), layout="constrained", dpi=100)
+    figure = Figure(figsize=(11, 3.8), layout="constrained", dpi=100)
     names = [name for name in SOURCES if name in content["found"]]
     axes = figure.subplots(1, len(names) + 1, sharex=True)
     for ax, name in zip(axes, names):
@@ -183,13 +184,13 @@ def gaussian_figure(content: dict) -> Figure:
         ax.set(xscale="log", yscale="log", title=name, xlabel="sigma")
         ax.set_ylim(3e-4, 1.3)
     axes[0].set_ylabel("p-value (projections: Holm over directions)")
-    axes[0].legend(fontsize=6, loc="lower right")
+    figure.legend(fontsize=7, loc="outside lower center", ncol=len(TESTS))
     c = content["nats"]
     ax = axes[-1]
     ax.plot(c["sigma"], np.maximum(c["value"], 1e-4), color="k", lw=1.2)
     ax.fill_between(c["sigma"], np.maximum(c["low"], 1e-4), np.maximum(c["high"], 1e-4), color="0.85")
     ax.axhline(0.1, color="0.6", lw=0.8)
-    ax.set(xscale="log", yscale="log", title="non-Gaussianity, nats", xlabel="sigma", ylim=(1e-3, None))
+    ax.set(xscale="log", yscale="log", title="nats (network)", xlabel="sigma", ylim=(1e-3, None))
     return figure
 
 
@@ -213,6 +214,8 @@ def sensitivity_figure(content: dict) -> Figure:
             if mark["level"]:
                 ax.axvline(mark["level"]["sigma"], color=f"C{i + 2}", lw=0.8, ls="--", label=name)
         ax.set(xscale="log", yscale="log")
+        ax.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"], minor=False)
+        ax.tick_params(axis="y", which="minor", labelleft=False)
         if row["calls"] == calls[0]:
             ax.set_title(row["sampler"], fontsize=9)
         if row["calls"] == calls[-1]:
@@ -329,20 +332,22 @@ def sensitivity_numbers(content: dict, settings: dict) -> list[str]:
     ]
     out += [
         "| sampler | calls | standard start | best Gaussian start | flat: intervals overlap | flat: paired | "
-        "white noise, best | its knee |",
-        "|---|---|---|---|---|---|---|---|",
+        "white noise, best | its knee | Gaussian less white noise, each at its best |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in content["rows"]:
-        cells = []
+        cells, values = [], []
         for name in ("Gaussian", "white noise"):
             found = row["starts"][name]
             best = next(c for c in found["cells"] if c["sigma"] == found["flat"]["best"])
             cells.append(f"{span(best['distance'])} at {best['sigma']:.2g}")
+            values.append(np.array(best["distance"]["values"]))
             if name == "Gaussian":
                 cells += [f"{a:.2g} to {b:.2g}" for a, b in (found["flat"]["overlap"], found["flat"]["paired"])]
         at = row["starts"]["white noise"]["knee"]
         ends = [f"{at[k]['sigma']:.2f}" if at[k] else "open" for k in ("low", "high")]
         cells.append(f"{at['level']['sigma']:.2f} [{ends[0]}, {ends[1]}]" if at["level"] else "none")
+        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*mean_interval(values[0] - values[1])))
         out.append(
             f"| {row['sampler']} | {row['calls']} | {span(row['standard']['distance'])} | " + " | ".join(cells) + " |"
         )
