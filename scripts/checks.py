@@ -36,7 +36,8 @@ PAGES = {"gaussian": "is-it-gaussian", "sensitivity": "sensitivity", "starts": "
 TITLES = {"digits": "The digits", "mnist": "MNIST"}
 TESTS = (*MULTIVARIATE, *PROJECTED)
 NETWORK_STEPS = 60
-SOURCES = ("training images", "network", "class mixture", "full Gaussian")
+FULL = "full Gaussian"
+SOURCES = ("training images", "network", "class mixture", FULL)
 
 
 def world(name: str, model: str | None):
@@ -74,7 +75,7 @@ def is_it_gaussian(data, held, pipe, laws, out: Path, args) -> dict:
     """Tests of data, network and laws at every level, at two sample sizes."""
     if (out / "gaussian.json").exists():
         return Record.load(out / "gaussian.json").content
-    gaussian = laws["full Gaussian"]
+    gaussian = laws[FULL]
     moments, network = gaussian.moments, sb.denoiser(pipe.unet, pipe.scheduler)
     scale = math.sqrt(float(gaussian.eigenvalues[0]))
     sigma = np.geomspace(0.15 * scale, min(20 * scale, 0.99 * network.sigma_range[1]), args.tests)
@@ -91,7 +92,7 @@ def is_it_gaussian(data, held, pipe, laws, out: Path, args) -> dict:
         "training images": data,
         "network": states,
         "class mixture": laws["class mixture"],
-        "full Gaussian": gaussian,
+        FULL: gaussian,
     }
     found: dict[str, dict] = {}
     for n in sizes:
@@ -117,7 +118,7 @@ def marks(data, held, pipe, laws, nats) -> dict:
     """Critical levels to place on the curves."""
     mixture = laws["class mixture"].inner  # beyond the leading modes it is one Gaussian
     return {
-        "speciation (spectral)": sb.speciation_time(laws["full Gaussian"].moments),
+        "speciation (spectral)": sb.speciation_time(laws[FULL].moments),
         "cloning, class mixture": cloning_time(mixture, samples=5000),
         "second well, class mixture": sb.bifurcation(mixture, "sde", "ve", criterion="wells"),
         "non-Gaussianity of 0.1 nat, network": nats.time(),
@@ -131,7 +132,7 @@ def run(args) -> None:
     extract = classifier(args.data, data, held, out)
     laws = candidate_starts(data, clusters=40 if args.data == "digits" else 60)
     is_it_gaussian(data, held, pipe, laws, out, args)
-    gaussian = laws["full Gaussian"]
+    gaussian = laws[FULL]
     network = sb.denoiser(pipe.unet, pipe.scheduler)
     scale = math.sqrt(float(gaussian.eigenvalues[0]))
     counts = {"samples": args.samples, "repeats": args.repeats, "micro_batch": 100, "holdout": held, "extract": extract}
@@ -386,6 +387,19 @@ def starts_numbers(content: dict, settings: dict) -> list[str]:
                 + f" | {best['memorized']:.1%} |"
             )
         out.append("")
+    values = {(r["start"], r["calls"], r["asked"]): np.array(r["distance"]["values"]) for r in rows}
+    cells = sorted({k[1:] for k in values})
+    out += [
+        "Less the full Gaussian's distance at the same level and calls, repeat by repeat, with 95 % interval:",
+        "",
+        "| start | " + " | ".join(f"{n} calls, {level:.2g}" for n, level in cells) + " |",
+        "|---" * (len(cells) + 1) + "|",
+    ]
+    for name in names:
+        if name != FULL:
+            gaps = [mean_interval(values[(name, *c)] - values[(FULL, *c)]) for c in cells]
+            out.append(f"| {name} | " + " | ".join("{:+.2f} [{:+.2f}, {:+.2f}]".format(*g) for g in gaps) + " |")
+    out.append("")
     real = content["real"]
     out.append(
         f"Real images at the same count ({real['images']} training images; nearness of held-out ones): precision "
