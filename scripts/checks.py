@@ -243,6 +243,8 @@ def starts_figure(content: dict) -> Figure:
                 ax.plot(d["mean"], y, "o", ms=3.5, color=f"C{i}", label=label)
         ax.axvline(next(s for s in content["standard"] if s["calls"] == n)["distance"]["mean"], color="0.5", lw=0.8)
         ax.set(xscale="log", title=f"{n} calls", xlabel="distance")
+        ax.set_xticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
+        ax.tick_params(axis="x", which="minor", labelbottom=False)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()
     figure.legend(loc="outside lower center", ncol=4, fontsize=8)
