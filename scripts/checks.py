@@ -440,7 +440,10 @@ def write_pages() -> None:
             numbers, draw = WRITERS[name]
             picture = f"{PAGES[name]}-{data}.png"
             draw(record.content).savefig(figures / picture, metadata={"Software": None})
-            body = [*numbers(record.content, record.settings), "", f"![{TITLES[data]}](figures/{picture})"]
+            head = (
+                [] if data == "digits" else [f"## {TITLES[data]}", ""]
+            )  # the digits' heading stands before their prose
+            body = [*head, *numbers(record.content, record.settings), "", f"![{TITLES[data]}](figures/{picture})"]
             fill(ROOT / "docs" / f"{PAGES[name]}.md", data, body)
 
 
