@@ -18,7 +18,7 @@ FLOORS = [
     {"sample", "train", "metrics"},
     {"pipeline", "findings"},
     {"diagnosis", "world"},
-    {"study", "copying", "report"},
+    {"study", "copying", "checks", "report"},
     {"cli"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

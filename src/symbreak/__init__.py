@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "adapters": ("as_unet", "denoiser", "encode", "load_pipeline", "scheduler"),
+    "checks": ("compare_starts", "sensitivity"),
     "critical": ("CriticalTime", "Curve"),
     "cut": ("late_sigmas",),
     "data": ("Images", "images"),
@@ -32,6 +33,7 @@ _HOMES = {
     "phases.condensation": ("nearest_flips", "nearest_of"),
     "phases.clones": ("clone_agreement", "clones", "opportunity", "u_turns"),
     "phases.speciation": ("cloning_probability", "speciation_time"),
+    "phases.gaussianity": ("first_rejection", "gaussianity"),
     "phases.information": ("entropy_rate", "loss_curve", "non_gaussianity"),
     "phases.landscape": ("arc_potential", "network_stability"),
     "phases.stability": ("bifurcation", "fixed_points", "potential"),
@@ -52,6 +54,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from symbreak.adapters import as_unet, denoiser, encode, load_pipeline, scheduler
+    from symbreak.checks import compare_starts, sensitivity
     from symbreak.copying import audit
     from symbreak.critical import CriticalTime, Curve
     from symbreak.cut import late_sigmas
@@ -73,6 +76,7 @@ if TYPE_CHECKING:
         samples_needed,
     )
     from symbreak.phases.condensation import nearest_flips, nearest_of
+    from symbreak.phases.gaussianity import first_rejection, gaussianity
     from symbreak.phases.information import entropy_rate, loss_curve, non_gaussianity
     from symbreak.phases.landscape import arc_potential, network_stability
     from symbreak.phases.speciation import cloning_probability, speciation_time

@@ -1,0 +1,254 @@
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from symbreak.adapters import as_unet, scheduler
+from symbreak.checks import NOISED, candidate_starts, compare_starts, flat_range, knee, sensitivity
+from symbreak.critical import CriticalTime
+from symbreak.data import images
+from symbreak.files import InputError
+from symbreak.laws import Gaussian
+from symbreak.laws.crude import Ball, PowerMap, WhiteNoise, diagonal, isotropic, power_coefficients
+from symbreak.metrics import extractor
+from symbreak.moments import Moments
+from symbreak.noise import NoiseLevel, generator
+from tests.worlds import gaussian_moments
+
+# Small enough that white noise carried down from .15 (standard deviation .46) is not cut to [-1, 1].
+SPECTRUM = (6e-3, 3e-4, 2e-4, 1e-4)
+LAW = Gaussian(gaussian_moments(eigenvalues=SPECTRUM, mean=0.05, seed=2))
+LEVELS = (0.15, 0.5, 1.5, 6.0)
+COUNTS = {"samples": 100, "repeats": 4, "micro_batch": 400}
+TOP = {"samplers": ("dpm++2m-karras",), "calls": (20,), "levels": LEVELS, **COUNTS}
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A Gaussian law as the network, data drawn from it."""
+    base = scheduler("ddpm", clip_sample=False)
+    pipe = SimpleNamespace(unet=as_unet(LAW, base), scheduler=base)
+    parts = [LAW.sample(2000, 0.0, generator(s, 3)).clamp(-1, 1) for s in (1, 2)]
+    train, held = (images(p, value_range=(-1, 1)) for p in parts)
+    return train, held, pipe
+
+
+@pytest.fixture(scope="module")
+def record(world, tmp_path_factory):
+    train, held, pipe = world
+    marks = {
+        "high": CriticalTime(NoiseLevel(50.0)),
+        "mid": CriticalTime(NoiseLevel(0.7)),
+        "none": CriticalTime(None, reason="nothing"),
+    }
+    starts = {"law": LAW, "white noise": WhiteNoise(train.shape)}
+    return sensitivity(
+        train,
+        pipe,
+        holdout=held,
+        extract=extractor("pixels"),
+        starts=starts,
+        marks=marks,
+        out=tmp_path_factory.mktemp("s"),
+        **TOP,
+    )
+
+
+def from_white_noise(sigma):
+    """Fréchet distance after the exact flow from white noise at sigma to a law's clean samples.
+
+    A mode of variance L is carried with sqrt(L / (L + sigma^2)): its variance ends at L (1 + sigma^2) / (L + sigma^2),
+    and its mean, which white noise lacks, misses by that factor.
+    """
+    lam, q = LAW.moments.eigh
+    mu = (q.T @ LAW.moments.mean.reshape(-1)).numpy()
+    lam = lam.numpy()
+    carried = np.sqrt(lam / (lam + sigma**2))
+    return float(((carried * mu) ** 2).sum() + ((np.sqrt(lam) - carried * math.sqrt(1 + sigma**2)) ** 2).sum())
+
+
+def test_the_true_law_is_flat_and_white_noise_degrades_as_computed(record):
+    (row,) = record.content["rows"]
+    law, white = row["starts"]["law"], row["starts"]["white noise"]
+    assert [round(c["sigma"], 2) for c in law["cells"]] == pytest.approx(LEVELS, rel=0.05)
+    # From its own law every level gives the law: no level can be told from the best.
+    assert law["flat"]["overlap"] == [law["cells"][0]["sigma"], law["cells"][-1]["sigma"]]
+    assert law["knee"]["level"] is None
+    assert "does not exceed" in law["knee"]["reason"]
+    floor = record.content["floor"]["pooled"]
+    for cell in white["cells"]:
+        # A spread of n = 400 samples has the relative error 1 / sqrt(2 n) = .035; a distance F of spreads s against
+        # smaller ones moves by 2 sqrt(F) ds <= 2 sqrt(F) .035 (sqrt F + sqrt(tr C)): four of them, and a bias that
+        # the floor (as much for 2,000 images) and its own n, tr C / n = 1.5e-5, bound.
+        exact, trace = from_white_noise(cell["sigma"]), math.sqrt(sum(SPECTRUM))
+        error = 4 * 2 * math.sqrt(exact) * 0.035 * (math.sqrt(exact) + trace) + 5 * (floor + 1.5e-5)
+        assert abs(cell["distance"]["pooled"] - exact) < error, cell["sigma"]
+        assert error < 0.6 * exact or cell["sigma"] > 1
+    values = [c["distance"]["mean"] for c in white["cells"]]
+    assert values == sorted(values, reverse=True)
+
+
+def test_the_knee_of_white_noise_lies_where_the_closed_form_passes(record):
+    (row,) = record.content["rows"]
+    white = row["starts"]["white noise"]
+    at, limit = white["knee"]["level"]["sigma"], row["standard"]["distance"]["high"]
+    bias = row["standard"]["distance"]["mean"]
+    # Between two levels 4 apart the curve is drawn as a straight line: within one of these two steps.
+    sigma = np.geomspace(0.15, 6.0, 400)
+    exact = max(s for s in sigma if from_white_noise(s) + bias > limit)
+    assert exact / 4 < at < 4 * exact
+    assert 0.15 < at < 6.0
+    assert row["starts"]["law"]["marks"] == {"high": "above", "mid": "inside", "none": None}
+
+
+def test_an_interrupted_run_ends_with_the_same_record(record, world, tmp_path):
+    train, held, pipe = world
+
+    def stop(done, total):
+        assert total == 9
+        if done == 4:
+            raise KeyboardInterrupt
+
+    args = {
+        "holdout": held,
+        "extract": extractor("pixels"),
+        "starts": {"law": LAW, "white noise": WhiteNoise(train.shape)},
+    }
+    with pytest.raises(KeyboardInterrupt):
+        sensitivity(train, pipe, out=tmp_path, progress=stop, **args, **TOP)
+    assert len(list(tmp_path.glob("blocks-*/*"))) >= 4
+    found = sensitivity(train, pipe, out=tmp_path, **args, **TOP)
+    assert not list(tmp_path.glob("blocks-*"))
+    kept, again = (
+        [s["cells"] for r in x.content["rows"] for s in (r["standard"] | {"cells": None}, *r["starts"].values())]
+        for x in (record, found)
+    )
+    assert json.dumps(kept) == json.dumps(again)
+
+
+def test_starts_compared(world, tmp_path):
+    train, held, pipe = world
+    moments = Moments.fit(train)
+    starts = {"white noise": WhiteNoise(train.shape), "diagonal": diagonal(moments), "full": Gaussian(moments)}
+    found = compare_starts(
+        train,
+        pipe,
+        "dpm++2m-karras",
+        (8,),
+        [0.045],
+        holdout=held,
+        extract=extractor("pixels"),
+        starts=starts,
+        out=tmp_path,
+        **COUNTS,
+    )
+    rows = {r["start"]: r for r in found.content["rows"]}
+    assert list(rows) == [*starts, NOISED]
+    mean = {name: r["distance"]["mean"] for name, r in rows.items()}
+    # the pixels of this world are correlated, so the diagonal misses what the full covariance has
+    assert mean["white noise"] > mean["diagonal"] > rows["full"]["distance"]["high"]
+    for name in ("full", NOISED):  # two ways to the same law
+        assert rows[name]["distance"]["low"] < max(rows["full"]["distance"]["high"], mean[NOISED])
+        assert rows[name]["recall"] > 0.5
+    assert {r["calls"] for r in rows.values()} == {8}
+    assert rows["full"]["entropy"] is None  # pixels do not classify
+    assert found.content["real"]["images"] == 400
+
+
+def test_flat_range_and_knee_by_hand():
+    sigma = np.array([1.0, 2.0, 4.0, 8.0])
+    noise = np.array([-0.1, 0.0, 0.1])
+    values = np.array([9.0, 5.0, 1.02, 1.0])[:, None] + noise
+    # half-width of three repeats: 4.303 * .1 / sqrt 3 = .248; the paired differences have no spread at all
+    assert flat_range(sigma, values) == {"best": 8.0, "overlap": [4.0, 8.0], "paired": [8.0, 8.0]}
+    found = knee(sigma, values, 2.0 + noise)
+    threshold = 2.0 + 0.2484
+    between = (5.0 - threshold) / (5.0 - 1.02)
+    assert found.sigma == pytest.approx(2.0 * 2**between, rel=1e-3)
+    assert found.low.sigma < found.sigma < found.high.sigma
+    assert knee(sigma, values, 10.0 + noise).level is None
+    assert "at every level" in knee(sigma, values, noise).reason
+    assert flat_range(sigma, values[:, :1])["overlap"] is None
+    with pytest.raises(InputError, match="rising levels"):
+        flat_range(sigma[::-1], values)
+
+
+def test_power_coefficients_have_their_cumulants():
+    x, weight = np.polynomial.hermite_e.hermegauss(20)
+    weight = weight / weight.sum()
+    for g1, g2 in ((0.0, 0.0), (0.5, 0.3), (-0.8, 1.5), (0.0, -1.0), (0.3, -0.6)):
+        b, c, d = power_coefficients(g1, g2)
+        y = b * x + c * (x * x - 1) + d * x**3
+        moments = [float(weight @ y**k) for k in (1, 2, 3, 4)]  # exact: of degree 12 at most
+        assert moments == pytest.approx([0.0, 1.0, g1, g2 + 3], abs=1e-6)
+    b, c, d = power_coefficients(0.0, -1.9)  # out of reach: the variance is kept, the kurtosis is as low as it gets
+    y = b * x + d * x**3
+    assert float(weight @ y**2) == pytest.approx(1.0, abs=1e-9)
+    assert float(weight @ y**4) < 3 - 1.0
+
+
+def test_crude_starts_have_the_noised_mean_and_covariance():
+    sigma, n = 0.045, 40000
+    z = torch.randn(n, *LAW.shape, generator=generator(5, 5), dtype=torch.float64)
+    mean = LAW.moments.mean.reshape(-1)
+    skewed = PowerMap(LAW, [1.0, 0.0], [1.0, -0.8])
+    for start, cov in (
+        (Ball(LAW), LAW.moments.cov),
+        (skewed, LAW.moments.cov),
+        (Ball(isotropic(LAW.moments)), sum(SPECTRUM) / 4 * torch.eye(4, dtype=torch.float64)),
+        (diagonal(LAW.moments), torch.diag(LAW.moments.cov.diagonal())),
+    ):
+        x = start.transport(z, sigma).flatten(1)
+        wanted = cov + sigma**2 * torch.eye(4, dtype=torch.float64)
+        # entries of a covariance of n draws have the error sqrt(2 / n) times the largest variance at most (excess
+        # kurtosis 1 adds a fifth): 4.5 of them for 40 numbers
+        worst = 4.5 * 1.2 * math.sqrt(2 / n) * float(wanted.diagonal().max())
+        assert float((torch.cov(x.T) - wanted).abs().max()) < worst
+        assert float((x.mean(0) - mean).abs().max()) < 4.5 * math.sqrt(float(wanted.diagonal().max()) / n)
+    # uniform in the ball: (|w| / R)^d is uniform
+    w = Ball(Gaussian(Moments(2, torch.zeros(3), 0.75 * torch.eye(3)))).transport(z.flatten(1)[:, :3], 0.5)
+    assert stats.kstest((w.norm(dim=1).numpy() / math.sqrt(5)) ** 3, "uniform").pvalue > 1e-3
+    # cumulants of the first mode shrink with r = L / (L + sigma^2)
+    first = (skewed.transport(z, sigma).flatten(1) - mean).numpy() @ LAW.eigenvectors[:, 0].numpy()
+    r = SPECTRUM[0] / (SPECTRUM[0] + sigma**2)
+    assert stats.skew(first) == pytest.approx(r**1.5, abs=0.06)  # standard error about sqrt(6 / n) = .012, times 5
+    assert stats.kurtosis(first) == pytest.approx(r**2, abs=0.25)  # sqrt(24 / n) = .024, more with tails: times 10
+
+
+def test_the_learned_map_takes_its_moments_from_the_data(world):
+    train = world[0]
+    gaussian = Gaussian.fit(train)
+    found = PowerMap.fit(train, gaussian, modes=2)
+    y = (train.tensor().flatten(1).double() - gaussian.moments.mean.reshape(-1)) @ gaussian.eigenvectors[:, :2]
+    assert found.skewness == pytest.approx(stats.skew(y.numpy()), abs=1e-9)
+    assert found.kurtosis == pytest.approx(stats.kurtosis(y.numpy()), abs=1e-9)
+
+
+def test_candidate_starts_of_the_digits():
+    data = images("digits").subset(300)
+    found = candidate_starts(data, clusters=5)
+    assert next(iter(found)) == "white noise"
+    assert list(found)[-2:] == ["class mixture", "cluster mixture"]
+    noise = torch.randn(5, 1, 8, 8, generator=generator(1, 1))
+    x = {name: law.transport(noise, 0.5) for name, law in found.items()}
+    assert torch.equal(x["white noise"], math.sqrt(1.25) * noise)
+    for a in x:
+        for b in x:
+            assert a == b or not torch.equal(x[a], x[b])
+
+
+def test_bad_input(world):
+    train, held, pipe = world
+    args = {"holdout": held, "extract": extractor("pixels")}
+    with pytest.raises(InputError, match="at least 2 of each"):
+        sensitivity(train, pipe, repeats=1, **args)
+    with pytest.raises(InputError, match="the network makes"):
+        sensitivity(images("digits"), pipe, **args)
+    with pytest.raises(InputError, match="cannot spend exactly 2"):
+        sensitivity(train, pipe, samplers=("pndm",), calls=(2,), **args)
+    with pytest.raises(InputError, match="2 skewnesses and 1 kurtoses"):
+        PowerMap(LAW, [1.0, 0.0], [1.0])
