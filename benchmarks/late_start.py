@@ -347,7 +347,7 @@ def section(name, whole):
         "are not in the reference, and no image of the network. PNDM, which repeats a step, has no AFS; "
         f"teleportation starts at {about.get('teleported', 'the level scanned for the Gaussian')}; "
         "the scan goes over laws and 8 levels on the sampler's own grid. "
-        f"Training images at the same counts: {cell(train)}.",
+        f"Training images, {train['repeats']} repeats of {train['samples']:,}: {cell(train)}.",
         "",
         "| sampler | calls | standard start | AFS | Gaussian, scanned | teleported | **auto** | its choice | scan |",
         "|---|---|---|---|---|---|---|---|---|",

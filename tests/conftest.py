@@ -1,5 +1,8 @@
 import pytest
 
+# for `make test-fid` only: it needs torchvision
+collect_ignore = ["torchvision_operators.py"]
+
 
 @pytest.fixture(autouse=True, scope="session")
 def cache_of_its_own(tmp_path_factory):
