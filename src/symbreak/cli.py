@@ -266,6 +266,7 @@ def phases(
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
+    limit: Limit = None,
     as_json: Json = False,
 ) -> None:
     """When does it decide? Every criterion on one sigma axis, of a data set and, with --model, of a network."""
@@ -277,7 +278,7 @@ def phases(
 
     if out is not None:
         output_folder(out)
-    found = _images(data, value_range, skip_bad, classes, pad)
+    found = _images(data, value_range, skip_bad, classes, pad, limit)
     kept = None if holdout is None else _images(holdout, value_range, skip_bad, classes, pad)
     pipe = None if model is None else load_pipeline(model)
     if classify == "pixels":
