@@ -407,6 +407,8 @@ def _audit_values(record: Record) -> dict[str, Any]:
         },
         "pairs": [{**p, "png": _base64(p["png"]), "text": _pair(p)} for p in content["pairs"]],
         "notes": content["notes"],
+        "smoke": False,
+        "grid_height": 56,
         "picture_height": 56 if max(data["shape"][1:]) <= 32 else 66,
         "settings": [
             *((k, v) for k, v in _flat({k: v for k, v in record.settings.items() if not isinstance(v, dict)})),
