@@ -201,12 +201,15 @@ def phases_figure(content: dict[str, Any]) -> Any:
     top.set_yticks(range(len(names)), names, fontsize=8)
     top.set_ylim(len(names) - 0.4, -0.6)
     sigmas = [s for c in content["curves"] for s in c["sigma"]] + [c["level"]["sigma"] for c in found]
+    bound = (content.get("regimes") or {}).get("collapse")
     for ax, panel in zip(axes[1:], panels):
         unit, title = PANELS[panel]
         own = [c for c in content["curves"] if c["panel"] == panel]
         for i, c in enumerate(own):
             color = c.get("color") or SOURCES.get(c["of"], COLORS[i % len(COLORS)])
             order = sorted(range(len(c["sigma"])), key=c["sigma"].__getitem__)
+            if panel == "samples" and c["of"] == "data" and bound:  # far below the collapse images say nothing of it
+                order = [j for j in order if c["sigma"][j] >= 0.5 * bound["sigma"]]
             s = [c["sigma"][j] for j in order]
             v, low, high = ([math.nan if c[k][j] is None else c[k][j] for j in order] for k in ("value", "low", "high"))
             ax.plot(s, v, c.get("line", "-"), color=color, linewidth=1.4, markersize=3, label=c["label"])
@@ -231,7 +234,12 @@ def phases_figure(content: dict[str, Any]) -> Any:
     if sigmas:
         top.set_xlim(1.15 * max(sigmas), 0.87 * min(sigmas))
         _shade(axes, content.get("regimes") or {})
-    ticks = [t for t in content["step_ticks"] if sigmas and min(sigmas) <= t["sigma"] <= max(sigmas)]
+    ticks: list[dict[str, float]] = []
+    for t in content["step_ticks"] if sigmas else ():
+        apart = 0.06 * math.log(max(sigmas) / min(sigmas))  # or their numbers run into each other
+        near = ticks and abs(math.log(t["sigma"] / ticks[-1]["sigma"])) < apart
+        if min(sigmas) <= t["sigma"] <= max(sigmas) and not near:
+            ticks.append(t)
     if ticks:
         above = top.twiny()
         above.set_xscale("log")
