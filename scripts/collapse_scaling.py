@@ -119,13 +119,17 @@ def numbers(found):
         c = [shown(d["collapse"][k]) for k in ("data", "Gaussian", "class mixture")]
         spectral = f"{math.sqrt(d['top'] - 1):.3g}" if d["top"] > 1 else "none"
         lines.append(f"| {name} | {d['count']:,} | {' | '.join(c)} | {spectral} |")
-    lines += ["", "Without an interval: too few images to extrapolate, the leave-one-out bound from above."]
+    lines += [
+        "",
+        "Marked <=: too few images, or these do not fix an extrapolation; the leave-one-out bound from above.",
+    ]
     for axis, title in (("samples", "n"), ("components", "leading components"), ("pixels", "pixels a side")):
         for name, d in found.items():
             s = d["scaling"][axis]
             lines += ["", f"| {name}, {title} | " + " | ".join(f"{z:,}" for z in s["sizes"]) + " |"]
             lines.append("|---" * (1 + len(s["sizes"])) + "|")
-            lines.append("| measured | " + " | ".join(shown(v) for v in s["measured"]) + " |")
+            own = [("" if v[1] is not None else "<= ") + shown(v) for v in s["measured"]]
+            lines.append("| measured | " + " | ".join(own) + " |")
             lines.append("| Gaussian | " + " | ".join(shown(v) for v in s["gaussian"]) + " |")
     return lines
 

@@ -457,3 +457,18 @@ def test_bad_commands_are_one_line(capsys, tmp_path, argv, said):
     assert said in err
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "o" / "record.json").exists()
+
+
+def test_samples_have_a_range_of_their_own(tmp_path, capsys):
+    x = images("digits", limit=60).tensor().numpy()
+    np.save(tmp_path / "train.npy", x)
+    np.save(tmp_path / "wide.npy", 2 * x)
+    given = ["audit", "--data", str(tmp_path / "train.npy"), "--samples", str(tmp_path / "wide.npy"), "--json"]
+    with pytest.raises(SystemExit) as stop:
+        main(given)
+    assert stop.value.code == 2
+    assert "(of samples: --samples-range)" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([*given, "--samples-range=-2,2"])
+    assert stop.value.code == 0
+    assert json.loads(capsys.readouterr().out)["content"]["memorized"]["samples"]["share"] == 1.0

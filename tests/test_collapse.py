@@ -229,10 +229,58 @@ def test_memory_and_interruptions_leave_the_result():
 
     with pytest.raises(KeyboardInterrupt):
         overlaps(Empirical(points), sigma, 600, keep=keep)
-    stop = 9
-    assert list(stored) == ["overlaps/0", "overlaps/1"]
+    stop = 99
+    assert [k.split("-")[0] + k[-2:] for k in stored] == ["overlaps/0", "overlaps/1"]
+    other = excess_entropy(Empirical(points), 3.0, queries=600, keep=keep)  # other levels are other blocks
+    assert float(other.value) == float(excess_entropy(Empirical(points), 3.0, queries=600).value)
     again = overlaps(Empirical(points), sigma, 600, keep=keep)
     np.testing.assert_array_equal(again.parts, whole.parts)
+
+
+@pytest.mark.parametrize("sigma", [2.0, 1.0, 0.3])
+def test_the_upper_bound_far_below_the_cut(sigma):
+    """log S of minus hundreds, in float32 and float64: the bound is that of brute force, and above the truth."""
+    points = torch.randn(200, 400, generator=generator(6))
+    found = mutual_information(Empirical(points), sigma, queries=100)
+    log_all = brute_force(points, [sigma], 100)[:, 0]
+    y = points.double()
+    chosen = torch.randperm(200, generator=generator(0, 200, 1))[:100]
+    z = torch.randn(100, 400, generator=generator(0, 200, 2, 0)).double()
+    exponents = -(((y[chosen] + sigma * z)[:, None] - y).square().sum(2) - (sigma * z).square().sum(1)[:, None])
+    exponents = exponents / (2 * sigma**2)
+    exponents[torch.arange(100), chosen] = -math.inf
+    exact = math.log(199) - float(torch.logsumexp(exponents, 1).mean())
+    assert float(found.most) == pytest.approx(exact, rel=1e-6)
+    assert float(found.most) > 200 * math.log1p(1 / sigma**2)
+    assert float(found.least) == pytest.approx(math.log(200) - float(log_all.mean()), abs=1e-5)
+    assert float(found.high - found.low) > 1.0  # what is not known is not printed as known
+
+
+def test_a_handful_of_points():
+    for n in (3, 5, 7, 20):
+        law = Empirical(torch.randn(n, 16, generator=generator(7)))
+        found = collapse_time(law)
+        assert found.low is None
+        assert "too few points" in found.reason
+        told = mutual_information(law, [0.5, 5.0])
+        np.testing.assert_array_equal(told.value, told.most)
+        assert np.isnan(told.low).all()
+
+
+def test_points_of_unequal_spread():
+    """950 points in 20 of 1,000 dimensions, 50 in all: some queries' sums are e^-100 where the mean passes log n."""
+    y = torch.zeros(1000, 1000)
+    y[:, :20] = torch.randn(1000, 20, generator=generator(8))
+    y[950:] = torch.randn(50, 1000, generator=generator(9))
+    found = collapse_time(Empirical(y), queries=1000)
+    sigma = (
+        float(found.reason.split("passes at ")[1].split(";")[0].split(":")[0])
+        if "passes at" in found.reason
+        else found.sigma
+    )
+    most = mutual_information(Empirical(y), sigma, queries=1000).most
+    assert float(most) == pytest.approx(math.log(1000), rel=0.05)
+    assert sigma > 2.0  # cut sums gave 1.7
 
 
 def _rank(rank, file, points, sigma, out):

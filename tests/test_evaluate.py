@@ -544,3 +544,13 @@ def test_wrong_options_are_one_line(capsys, more, words):
     assert (code, out) == (2, "")
     assert words in err
     assert err.splitlines()[-1].startswith("symbreak: ")
+
+
+@pytest.mark.parametrize(("factor", "shift"), [(5.0, 0.0), (127.5, 127.5)])
+def test_samples_out_of_range_are_refused(factor, shift):
+    digits = images("digits", limit=40)
+    bright = images(digits.tensor().clamp(min=0).numpy(), value_range=(-1, 1))  # nothing below zero to compare with
+    for data in (digits, bright):
+        with pytest.raises(InputError, match=r"(?i)expected \[-1, 1\]: pass images") as error:
+            evaluate(digits.tensor() * factor + shift, data, cache=False)
+        assert "\n" not in str(error.value)

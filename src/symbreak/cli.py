@@ -853,6 +853,9 @@ def audit(
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="also write record.json and report.html; resumable")
     ] = None,
+    samples_range: Annotated[
+        str | None, typer.Option("--samples-range", metavar="LOW,HIGH", help="--range of the samples")
+    ] = None,
     value_range: Range = None,
     skip_bad: SkipBad = False,
     classes: Classes = None,
@@ -883,7 +886,7 @@ def audit(
         output_folder(out)
     train = _images(data, value_range, skip_bad, classes, pad, limit)
     kept = None if holdout is None else _images(holdout, value_range, skip_bad, classes, pad)
-    made = None if samples is None else _images(samples, None, skip_bad)
+    made = None if samples is None else _images(samples, samples_range, skip_bad)
     pipe = None if model is None else load_pipeline(model)
     with _bars() as tell:
         record = measure(

@@ -220,7 +220,7 @@ class Images:
         faults = [self._fault(load()) is not None for _, load in self._kept()]
         bad, total = sum(faults), len(faults)
         mend = (
-            "Pass the true range with --range LOW,HIGH."
+            "Pass the true range with --range LOW,HIGH (of samples: --samples-range)."
             if "outside the range" in fault
             else ("Mend or remove them, or pass --skip-bad.")
         )

@@ -40,7 +40,10 @@ def dealt(
     out = np.zeros((count, *shape))
     own = range(rank, count, ranks)
     for done, i in enumerate(own):
-        out[i] = make(i)
+        block = make(i)
+        if block.shape != tuple(shape):
+            raise ValueError(f"block {i} has the shape {block.shape}; expected {tuple(shape)}.")
+        out[i] = block
         if progress is not None:
             progress(done + 1, len(own))
     if ranks > 1:

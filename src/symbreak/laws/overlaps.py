@@ -5,7 +5,9 @@
 The square of the noise cancels exactly, and with A = |y_mu - y_nu|^2 / 2 and B = z . (y_mu - y_nu) the exponents
 are -(A / sigma + B) / sigma: the two products Y Y^T and Z Y^T, formed block by block, serve every level, and a
 level costs one exponential a pair. Exponents never pass g^2 / 2 for a standard normal g (at A = sigma^2 g^2 / 2),
-so no maximum has to be taken away; they are cut at -80, below which only slow denormals are left.
+so no maximum has to be taken away; they are cut at -80, below which only slow denormals are left. Queries that have
+hardly any weight above the cut are summed again in float64 with their maximum taken away, where log S is asked for
+(``tails``) and not only log(1 + S).
 
 Float32 products lose about 1e-7 of |y|^2 and |z| |y|; levels at which that could move an exponent by more than
 ``EXACT`` d use products and exponentials in float64.
@@ -13,7 +15,9 @@ Float32 products lose about 1e-7 of |y|^2 and |z| |y|; levels at which that coul
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +65,7 @@ def overlaps(
     progress: Progress | None = None,
     keep: Keep | None = None,
     name: str = "overlaps",
+    tails: bool = True,
 ) -> Overlaps:
     """Overlaps of noised points of a data set with its other points, at all levels at once.
 
@@ -71,7 +76,8 @@ def overlaps(
         queries: noised points, at most one a point.
         seed: of the choice of points, their noise (common to all levels) and the parts.
         progress: called with (blocks done, blocks).
-        keep: where finished blocks are kept, see `symbreak.blocks.Blocks`, under ``name``.
+        keep: where finished blocks are kept, see `symbreak.blocks.Blocks`, under ``name`` and a digest of all else.
+        tails: whether log S must be right far below zero; without, it is at least about -40 where it counts.
 
     Raises:
         InputError: for fewer than 2 queries.
@@ -90,6 +96,8 @@ def overlaps(
     slack = 1e-7 * (2 * points.widest / sigma**2 + math.sqrt(2 * points.widest * d) / sigma)
     fine = slack > EXACT * d
     blocks = [chosen[i : i + QUERIES] for i in range(0, len(chosen), QUERIES)]
+    key = name if keep is None else f"{name}-{_digest(law, sigma, len(chosen), seed, tails)}"
+    faint = np.where(fine, 0.5 * LEAST[torch.float64], 0.5 * LEAST[torch.float32])
 
     def make(i: int) -> np.ndarray:
         mine = place[blocks[i]]
@@ -98,13 +106,30 @@ def overlaps(
         for dtype, which in ((torch.float32, ~fine), (torch.float64, fine)):
             if which.any():
                 out[: len(mine), :, which] = _block(points, mine, z.to(dtype), sigma[which], edges)
+        if tails:
+            found = out[: len(mine)]
+            again = (np.isfinite(found) & (found < faint)).any(1)  # [b, G]
+            rows, some = again.any(1), again.any(0)
+            if again.any():
+                exact = _tail(points, mine[rows], z[rows].double(), sigma[some], edges)
+                whole = np.ix_(rows, np.arange(PARTS), some)
+                found[whole] = np.where(again[np.ix_(rows, some)][:, None], exact, found[whole])
         return out
 
     def stored(i: int) -> np.ndarray:
-        return (keep or unkept)(f"{name}/{i}", lambda: {"log": make(i)})["log"]
+        return (keep or unkept)(f"{key}/{i}", lambda: {"log": make(i)})["log"]
 
     whole = dealt(len(blocks), (QUERIES, PARTS, len(sigma)), stored, progress)
     return Overlaps(sigma, np.concatenate([b[: len(q)] for b, q in zip(whole, blocks)]), n)
+
+
+def _digest(law: Empirical, sigma: np.ndarray, queries: int, seed: int, tails: bool) -> str:
+    """What decides the blocks: other levels, seeds or points are another measurement."""
+    digest = hashlib.sha256(f"{seed} {queries} {tails} {law.points.shape} {law.points.dtype}".encode())
+    digest.update(np.ascontiguousarray(sigma).tobytes())
+    for rows in law.points.split(4096):
+        digest.update(rows.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:12]
 
 
 class _Points:
@@ -137,14 +162,15 @@ class _Points:
         return (self.rows[self.order[index]].double() - self.centre).to(dtype)
 
 
-def _block(points: _Points, mine: torch.Tensor, z: torch.Tensor, sigma: np.ndarray, edges: list[int]) -> np.ndarray:
-    """log sums [b, PARTS, G] of queries at places ``mine`` with noise z [b, d]."""
+def _exponents(
+    points: _Points, mine: torch.Tensor, z: torch.Tensor, edges: list[int]
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """A and B [b, block] of queries at places ``mine`` with noise z [b, d], with the part they belong to."""
     dtype, b = z.dtype, len(mine)
     rows = points.some(mine, dtype)
     own = (z * rows).sum(1, keepdim=True)
     half = points.half.to(dtype)
     both = torch.cat([rows, z])
-    sums = torch.zeros(PARTS, len(sigma), b, dtype=torch.float64)
     for k in range(PARTS):
         for first in range(edges[k], edges[k + 1], points.step):
             part = slice(first, min(first + points.step, edges[k + 1]))
@@ -156,10 +182,27 @@ def _block(points: _Points, mine: torch.Tensor, z: torch.Tensor, sigma: np.ndarr
             pull += own
             here = (mine >= part.start) & (mine < part.stop)
             apart[here.nonzero()[:, 0], mine[here] - part.start] = math.inf  # the query's own point
-            work = torch.empty_like(apart)
-            ones = torch.ones(apart.shape[1], dtype=dtype)
-            for j, s in enumerate(sigma.tolist()):
-                torch.add(pull, apart, alpha=1.0 / s, out=work)
-                work.mul_(-1.0 / s).clamp_(min=LEAST[dtype]).exp_()
-                sums[k, j] += (work @ ones).double()
+            yield k, apart, pull
+
+
+def _block(points: _Points, mine: torch.Tensor, z: torch.Tensor, sigma: np.ndarray, edges: list[int]) -> np.ndarray:
+    """log sums [b, PARTS, G] of queries at places ``mine`` with noise z [b, d], cut from below."""
+    sums = torch.zeros(PARTS, len(sigma), len(mine), dtype=torch.float64)
+    for k, apart, pull in _exponents(points, mine, z, edges):
+        work = torch.empty_like(apart)
+        ones = torch.ones(apart.shape[1], dtype=z.dtype)
+        for j, s in enumerate(sigma.tolist()):
+            torch.add(pull, apart, alpha=1.0 / s, out=work)
+            work.mul_(-1.0 / s).clamp_(min=LEAST[z.dtype]).exp_()
+            sums[k, j] += (work @ ones).double()
     return sums.log().permute(2, 0, 1).numpy()
+
+
+def _tail(points: _Points, mine: torch.Tensor, z: torch.Tensor, sigma: np.ndarray, edges: list[int]) -> np.ndarray:
+    """The same with the maximum taken away, however small the sums are."""
+    logs = torch.full((PARTS, len(sigma), len(mine)), -math.inf, dtype=torch.float64)
+    for k, apart, pull in _exponents(points, mine, z, edges):
+        for j, s in enumerate(sigma.tolist()):
+            one = torch.logsumexp((apart / s + pull) / -s, 1)
+            logs[k, j] = torch.logaddexp(logs[k, j], one)
+    return logs.permute(2, 0, 1).numpy()

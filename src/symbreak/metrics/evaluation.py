@@ -219,6 +219,10 @@ def _fitting(samples: torch.Tensor | Images, data: Images, holdout: Images | Non
             f"the samples lie in [{low:.3g}, {high:.3g}], but the training images reach below 0: they look like "
             f"[0, {end}]. Expected [-1, 1]: pass images(samples, value_range=(0, {end}))."
         )
+    if low < -1.001 or high > 1.001:
+        far = 255.0 if low >= 0 else max(-low, high)
+        mend = f"images(samples, value_range=({'0' if low >= 0 else f'-{far:.3g}'}, {far:.3g}))"
+        raise InputError(f"the samples lie in [{low:.3g}, {high:.3g}]; expected [-1, 1]: pass {mend} or mend them.")
 
 
 def _same_extractor(saved: Statistics, about: dict[str, Any], path: Any) -> None:

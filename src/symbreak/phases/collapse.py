@@ -115,7 +115,7 @@ def excess_entropy(
     grid, shape = levels(sigma)
     if isinstance(law, Empirical):
         _own_count(law, samples)
-        found = overlaps(law, grid, queries, seed, progress, keep)
+        found = overlaps(law, grid, queries, seed, progress, keep, tails=False)
         value, low, high = _normal(np.logaddexp(0.0, found.leave_one_out()) / law.dim)
     else:
         nats = math.log(_count(samples))
@@ -143,7 +143,7 @@ def mutual_information(
 
     Returns:
         An `Information` with 95 % intervals, and bounds. A data set's estimate is trustworthy up to about log n;
-        beyond it only ``most`` has a meaning.
+        beyond it only ``most`` has a meaning. With fewer than 64 points it is ``most``, with no interval (NaN).
 
     Source: arXiv:2402.18491; bounds of a data set: arXiv:1905.06922; the extrapolation is derived.
 
@@ -160,13 +160,17 @@ def mutual_information(
     found = overlaps(law, grid, queries, seed, progress, keep)
     least, most = _bounds(found)
 
-    def estimate(some: Overlaps) -> np.ndarray:
-        out: np.ndarray = np.clip(_extrapolated(some), *_bounds(some))
-        return out
-
-    value, left_out = estimate(found), _left_out(found, estimate)
-    ends = np.array([jackknife(float(v), rows) for v, rows in zip(value, left_out.T)]).T
-    low, high, value, least, most = (a.reshape(shape) for a in (*ends, value, least, most))
+    if len(law) < FEW:
+        value, low, high = most, np.full_like(most, math.nan), np.full_like(most, math.nan)
+    else:
+        raw = _extrapolated(found)
+        left_out = _left_out(found, _extrapolated)
+        low, high = np.array([jackknife(float(v), rows) for v, rows in zip(raw, left_out.T)]).T
+        # An estimate that its own bounds exclude knows no more than they do.
+        lost = ~((raw >= least) & (raw <= most))
+        value = np.clip(raw, least, most)
+        low, high = np.where(lost, least, low), np.where(lost, most, high)
+    low, high, value, least, most = (a.reshape(shape) for a in (low, high, value, least, most))
     return Information(grid.reshape(shape), value, low, high, name, least, most)
 
 
@@ -198,7 +202,7 @@ def samples_needed(
     told = mutual_information(law, sigma, queries, draws, seed, progress, keep)
     low, high = told.low, told.high
     if isinstance(law, Empirical):
-        low, high = np.fmin(low, told.least), np.fmax(high, told.most)
+        low, high = np.fmin(low, told.least), np.fmax(high, told.most)  # NaN ends take the bounds
     ten = math.log(10.0)
     return Curve(told.sigma, told.value / ten, low / ten, high / ten, name="log10 of the samples needed")
 
@@ -491,7 +495,7 @@ def _of_points(law: Empirical, queries: int, seed: int, progress: Progress | Non
         at = crossing(some.sigma, _extrapolated(some), nats)
         return math.nan if at is None else math.log(at)
 
-    top, best = upper(found), passes(found)
+    top, best = upper(found), passes(found) if n >= FEW else math.nan
     if top is None:
         return nothing(f"the leave-one-out bound passes log n = {nats:.4g} nats at none of {len(found.sigma)} levels")
     if n < FEW or not math.isfinite(best):
@@ -499,7 +503,10 @@ def _of_points(law: Empirical, queries: int, seed: int, progress: Progress | Non
         reason = f"{why}: the leave-one-out bound, from above, with no interval"
         return CriticalTime(NoiseLevel(top), criterion="collapse", source=MEASURED, reason=reason)
     left_out = _left_out(found, passes)
-    interval = jackknife(best, left_out[np.isfinite(left_out)])
+    failed = int((~np.isfinite(left_out)).sum())
+    interval = (math.nan, math.nan) if failed else jackknife(best, left_out)
     low, high = (NoiseLevel(math.exp(u)) if math.isfinite(u) else None for u in interval)
-    reason = f"extrapolated in n from {n:,} points, {len(found.parts):,} queries; the upper bound passes at {top:.4g}"
+    without = f"; no interval, as {failed} of {len(left_out)} parts of the queries give no level" if failed else ""
+    queried = f"{n:,} points, {len(found.parts):,} queries"
+    reason = f"extrapolated in n from {queried}; the upper bound passes at {top:.4g}{without}"
     return CriticalTime(NoiseLevel(math.exp(best)), low, high, criterion="collapse", source=MEASURED, reason=reason)

@@ -15,6 +15,7 @@ participation as condensation).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,7 +101,7 @@ def nearest_flips(
         sigma_start, sigma_end: first and last level; by default the denoiser's own ends, or for a law 30 times and a
             hundredth of the spread of the data.
         seeds: every block of 64 trajectories draws from a generator keyed by this and its number.
-        progress, keep: as for `clones`; blocks are "condensation/<block>".
+        progress, keep: as for `clones`; blocks are "condensation-<settings>/<block>".
 
     Returns:
         A `Condensation`. Its ``last`` has no level where the nearest point of most trajectories still changes at the
@@ -146,7 +147,9 @@ def nearest_flips(
         ratio = (apart[:, 0] / apart[:, 1].clamp_min(1e-300)).numpy()
         return {"watched": found, "ratio": ratio, "ends": image.numpy()}
 
-    parts = in_blocks("condensation", range(math.ceil(trajectories / BLOCK)), block, progress, keep)
+    settings = f"{trajectories} {steps} {start} {end} {seeds} {len(data)} {float(data._half.sum())}"
+    name = f"condensation-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    parts = in_blocks(name, range(math.ceil(trajectories / BLOCK)), block, progress, keep)
     watched = np.concatenate([p["watched"] for p in parts], axis=2)
     nearest = watched[0].astype(np.int64)
     settled = np.cumprod((nearest == nearest[-1])[::-1], axis=0)[::-1].astype(float)
