@@ -7,6 +7,7 @@ import scipy.linalg
 import torch
 
 from symbreak.cli import main
+from symbreak.copying import audit
 from symbreak.data import images
 from symbreak.files import InputError
 from symbreak.metrics import evaluate, extractor, features
@@ -276,6 +277,17 @@ def test_dinov2_is_the_class_token_of_the_network_on_normalised_images(dinov2):
     # Pillow rounds the resized image to 8 bits, we do not: half a level of 255 over a spread of 0.23 is 0.01.
     assert float((found - torch.stack(wanted)).abs().max()) < 0.05
     torch.testing.assert_close(found, torch.stack(wanted), rtol=0.05, atol=0.05)
+
+
+def test_an_audit_in_dinov2_features_finds_copies(dinov2):
+    train = images("digits", limit=40)
+    x = train.tensor()
+    samples = torch.cat([x[:10], images("digits:held-out", limit=30).tensor()])
+    found = audit(train, samples, features="dinov2", weights=dinov2[0]).content["memorized"]["samples"]
+    # Copies have d1 = 0 whatever the features; of other digits an untrained network may hold a few for near.
+    assert 10 <= found["count"] <= 14
+    with pytest.raises(InputError, match="they belong to inception or dinov2"):
+        audit(train, samples, features="pixels", weights=dinov2[0])
 
 
 def test_dinov2_says_what_is_missing(dinov2, tmp_path):

@@ -55,6 +55,12 @@ Clusters = Annotated[int | None, typer.Option("--clusters", metavar="K", help="c
 START = "a file of `symbreak fit` (moments, law or start), auto: fitted to --data and chosen, none: white noise"
 SAMPLER, STEPS = "dpm++2m-karras", 5
 Pad = Annotated[int | None, typer.Option("--pad", metavar="N", help="pad images with black to N x N pixels")]
+Weights = Annotated[
+    str | None, typer.Option("--weights", metavar="FILE|DIR", help="of inception (file) or dinov2 (folder)")
+]
+WeightsHash = Annotated[
+    str | None, typer.Option("--weights-sha256", metavar="HASH", help="of other Inception weights than FID's")
+]
 Limit = Annotated[
     int | None, typer.Option("--limit", metavar="N", help="keep only N of the images, spread evenly over the classes")
 ]
@@ -674,12 +680,8 @@ def evaluate(
             help="digits-classifier, classifier, pixels, inception (FID), dinov2, FILE.safetensors, module:callable",
         ),
     ] = None,
-    weights: Annotated[
-        str | None, typer.Option("--weights", metavar="FILE|DIR", help="of inception (file) or dinov2 (folder)")
-    ] = None,
-    weights_sha256: Annotated[
-        str | None, typer.Option("--weights-sha256", metavar="HASH", help="of other Inception weights than FID's")
-    ] = None,
+    weights: Weights = None,
+    weights_sha256: WeightsHash = None,
     classify: Annotated[
         str | None,
         typer.Option(
@@ -835,8 +837,14 @@ def audit(
         typer.Option("--holdout", metavar="T", help="images it has not seen (default: other half of the digits)"),
     ] = None,
     features: Annotated[
-        str, typer.Option("--features", help="pixels, digits-classifier, classifier, FILE.safetensors, module:callable")
+        str,
+        typer.Option(
+            "--features",
+            help="pixels, digits-classifier, classifier, inception, dinov2, FILE.safetensors, module:callable",
+        ),
     ] = "pixels",
+    weights: Weights = None,
+    weights_sha256: WeightsHash = None,
     threshold: Annotated[float, typer.Option("--threshold", help="memorized where d1/d2 is below it")] = 1 / 3,
     near: Annotated[
         float | None,
@@ -895,6 +903,8 @@ def audit(
             model=pipe,
             holdout=kept,
             features=features,
+            weights=weights,
+            sha256=weights_sha256,
             threshold=threshold,
             seed=seed,
             memory=memory * 2**20,

@@ -72,6 +72,8 @@ def audit(
     model: Any = None,
     holdout: Images | None = None,
     features: str | Extractor = "pixels",
+    weights: str | Path | None = None,
+    sha256: str | None = None,
     threshold: float = THRESHOLD,
     near: float = NEAR,
     count: int = COUNT,
@@ -92,6 +94,7 @@ def audit(
         holdout: images of the same source that the network has not seen; by default the other half of the digits,
             none for other data.
         features: ``"pixels"``, an extractor or its name (see `extractor`): where neighbours are looked for.
+        weights, sha256: of ``"inception"`` and ``"dinov2"``, see `extractor`.
         threshold: a sample is memorized where d_1 / d_2 is below it.
         near: training images are near duplicates within this fraction of the median distance to the eighth
             neighbour, see `symbreak.metrics.memorization.groups`.
@@ -126,7 +129,11 @@ def audit(
 
     packages = versions(torch.get_num_threads())
     held, notes = _held_out(train, holdout)
-    extract = extractor(features, train) if isinstance(features, str) and features != "pixels" else features
+    if (weights, sha256) != (None, None) and not isinstance(features, str):
+        raise InputError("weights came with an extractor that is no name; it brings its own. Leave them out.")
+    extract: Any = features
+    if isinstance(features, str) and ((weights, sha256) != (None, None) or features != "pixels"):
+        extract = extractor(features, train, weights, sha256)
     name = extract if isinstance(extract, str) else extract.name
     made: dict[str, Any] | None = None
     drawn: Blocks | None = None
