@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import symbreak as sb
-from symbreak.cut import cut
+from symbreak.cut import cut, steps_for
 from symbreak.files import write_json
 from symbreak.metrics.diversity import class_entropy, precision_recall
 from symbreak.metrics.features import accuracy, extractor, features, load_classifier, save_classifier, train_classifier
@@ -185,15 +185,13 @@ def main():
             best = (value, spacing, start, net) if best is None or value < best[0] else best
         return best
 
-    def steps_for(base, calls):
-        return next((n for n in range(calls, 0, -1) if sb.standard_start(base, n).calls == calls), None)
-
     rows = []
     for name in args.samplers.split(","):
         base = sb.scheduler(name, like=pipe.scheduler)
         for calls in (*map(int, args.calls.split(",")), *(() if quick else MANY)):
-            steps = steps_for(base, calls)
-            if steps is None:
+            try:
+                steps = steps_for(base, calls)
+            except sb.InputError:
                 continue
             row = {"sampler": name, "calls": calls}
             spaced = {s: sb.standard_start(base, steps, s) for s in SPACINGS}

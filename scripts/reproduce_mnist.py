@@ -27,6 +27,7 @@ from diffusers import PNDMScheduler
 import symbreak as sb
 from symbreak.adapters import weights_hash
 from symbreak.blocks import Blocks
+from symbreak.cut import steps_for
 from symbreak.files import write_json, write_whole
 from symbreak.metrics.diversity import class_entropy, precision_recall
 from symbreak.metrics.features import accuracy, features, load_classifier, save_classifier, train_classifier
@@ -140,9 +141,7 @@ def table(bench, tell):
     for name in SAMPLERS:
         base = sb.scheduler(name, like=bench.pipe.scheduler)
         for calls in CALLS:
-            steps = next((n for n in range(calls, 0, -1) if sb.standard_start(base, n).calls == calls), None)
-            if steps is None:
-                continue
+            steps = steps_for(base, calls, name)
             row = {"sampler": name, "calls": calls}
             start = sb.standard_start(base, steps)
             row["standard"] = bench.cell(f"{name}/{calls}/standard", lambda s, a=start: bench.images(a, s), calls)

@@ -15,15 +15,20 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from symbreak.files import InputError, read_json, read_tensors, write_json, write_tensors
+from symbreak.files import InputError, digest, read_json, read_tensors, write_json, write_tensors
 from symbreak.record import plain
 
-__all__ = ["Arrays", "Blocks", "Keep", "Progress", "in_blocks", "unkept"]
+__all__ = ["Arrays", "Blocks", "Keep", "Progress", "in_blocks", "keyed", "unkept"]
 
 Item = TypeVar("Item")
 Arrays = dict[str, np.ndarray]
 Keep = Callable[[str, Callable[[], Arrays]], Arrays]
 Progress = Callable[[int, int], None]
+
+
+def keyed(name: str, *settings: Any) -> str:
+    """``name`` with a digest of settings (tensors, plain values): measurements that share a `Keep` stay apart."""
+    return f"{name}-{digest(*settings)}"
 
 
 def unkept(_: str, make: Callable[[], Arrays]) -> Arrays:

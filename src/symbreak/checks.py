@@ -10,8 +10,6 @@ Fréchet distances in named features to held-out images; intervals are Student t
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.adapters import scheduler, weights_hash
+from symbreak.adapters import denoiser, scheduler, weights_hash
 from symbreak.blocks import Blocks
 from symbreak.critical import CriticalTime, mean_interval
+from symbreak.cut import standard_starts, steps_for
 from symbreak.data import Images, describe
-from symbreak.files import InputError, output_folder
+from symbreak.denoise import fingerprint
+from symbreak.files import InputError, digest, output_folder
 from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.laws.crude import Ball, PowerMap, WhiteNoise, diagonal, isotropic
 from symbreak.metrics import distance, features, floor
@@ -35,12 +35,11 @@ from symbreak.moments import Moments
 from symbreak.noise import NoiseLevel, generator
 from symbreak.record import Record, versions
 from symbreak.sample import generate
-from symbreak.start import LateStart, late_start, standard_start
+from symbreak.start import LateStart, late_start
 
 __all__ = ["candidate_starts", "compare_starts", "flat_range", "knee", "sensitivity"]
 
 SAMPLERS = ("dpm++2m", "dpm++2m-karras", "ddim", "pndm", "ddpm")
-SPACINGS = ("leading", "linspace", "trailing")
 SELECTION = 1_000_000  # first seed of those that choose the standard start's spacing
 NEAREST = 500  # images whose nearest training image is looked for
 NEIGHBOURS = 1000  # features compared for precision and recall
@@ -183,7 +182,7 @@ def sensitivity(
     scale = math.sqrt(float(moments.eigh[0][0]))
     asked = np.unique(np.geomspace(0.15 * scale, 20 * scale, 9) if levels is None else np.array(levels, dtype=float))
     plans = [
-        (name, n, _steps(name, full, n), full)
+        (name, n, steps_for(full, n, name), full)
         for name, full in ((name, scheduler(name, like=pipeline.scheduler)) for name in samplers)
         for n in calls
     ]
@@ -284,7 +283,7 @@ def compare_starts(
     scale = math.sqrt(float(Moments.fit(data).eigh[0][0]))
     asked = np.unique(scale * np.array([0.35, 1.0, 3.0]) if levels is None else np.array(levels, dtype=float))
     full = scheduler(sampler, like=pipeline.scheduler)
-    plans = [(n, _steps(sampler, full, n)) for n in calls]
+    plans = [(n, steps_for(full, n, sampler)) for n in calls]
     total, done, rows = len(plans) * (1 + len(asked) * (1 + len(chosen))), 0, []
     standard = []
     for n, steps in plans:
@@ -333,27 +332,22 @@ class _Ruler:
         self.held = features(extract, holdout)
         self.reference = Moments.fit([self.held], parts=1)
         self.packages, self.began = versions(torch.get_num_threads()), time.perf_counter()
-        probe = torch.randn(2, *shape, generator=generator(61, 0))
-        with torch.inference_mode():
-            answer = self.unet(probe, torch.tensor(300), return_dict=False)[0]
         self.settings = {
             "data": data.fingerprint(),
             "holdout": holdout.fingerprint(),
             "network": weights_hash(self.unet),
-            "answer": _digest(answer),
+            "answer": fingerprint(denoiser(self.unet, pipeline.scheduler)),
             "extractor": extract.name,
-            "features": _digest(self.held[:16]),
+            "features": digest(self.held[:16]),
             "samples": samples,
             "repeats": repeats,
             "micro_batch": micro_batch,
         }
         self.store = Blocks(self.folder, {**self.settings, "versions": self.packages})
 
-    def standard(self, full: Any, steps: int) -> tuple[str | None, LateStart]:
+    def standard(self, full: Any, steps: int) -> tuple[str, LateStart]:
         """The standard start with the spacing that is best on other seeds, among those that differ."""
-        takes = "timestep_spacing" in inspect.signature(type(full).__init__).parameters
-        found = {s: standard_start(full, steps, s) for s in SPACINGS} if takes else {None: standard_start(full, steps)}
-        own = {_key(start): (spacing, start) for spacing, start in found.items()}
+        own = {_key(start): (spacing, start) for spacing, start in standard_starts(full, steps).items()}
         if len(own) == 1:
             return next(iter(own.values()))
         seeds = range(SELECTION, SELECTION + self.samples)
@@ -444,25 +438,13 @@ class _Ruler:
         return found
 
 
-def _steps(sampler: str, full: Any, calls: int) -> int:
-    """num_inference_steps that cost the given number of network calls."""
-    for steps in range(calls, 0, -1):
-        if standard_start(full, steps).calls == calls:
-            return steps
-    raise InputError(f"{sampler} cannot spend exactly {calls} network calls. Choose other calls.")
-
-
 def _key(start: LateStart) -> str:
     """What decides an image beside the network and its seed: the scheduler, its times, and where it starts from."""
     shape = (1, 4, 4) if start.law is None else start.law.shape
     probe = start(torch.randn(4, *shape, generator=generator(64, 0)))
     config = start.scheduler.to_json_string() if hasattr(start.scheduler, "to_json_string") else ""
-    text = f"{type(start.scheduler).__name__} {config} {start.steps} {start.level} {_digest(probe)}"
-    return hashlib.sha256((text + _digest(torch.as_tensor(start.scheduler.timesteps))).encode()).hexdigest()[:16]
-
-
-def _digest(x: torch.Tensor) -> str:
-    return hashlib.sha256(x.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    times = torch.as_tensor(start.scheduler.timesteps)
+    return digest(type(start.scheduler).__name__, config, start.steps, start.level, probe, times)
 
 
 def _place(mark: CriticalTime, flat: list[float] | None) -> str | None:

@@ -11,7 +11,6 @@ Held-out images are asked the same as the samples: they say what to expect of im
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,9 +24,9 @@ import torch
 from symbreak.adapters import denoiser, refuse_conditional, scheduler, weights_hash
 from symbreak.blocks import Blocks
 from symbreak.data import Images, describe, images, png_row
-from symbreak.denoise import ask
-from symbreak.files import InputError, output_folder
-from symbreak.metrics.features import Extractor, extractor
+from symbreak.denoise import fingerprint
+from symbreak.files import InputError, digest, output_folder
+from symbreak.metrics.features import Extractor, chosen
 from symbreak.metrics.features import features as features_of
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train, neighbours, proportion
 from symbreak.noise import generator
@@ -60,8 +59,8 @@ class _Side:
     def first(self) -> np.ndarray:
         """Position of the first of every set of equal images, rising."""
         seen: dict[bytes, int] = {}
-        for i, digest in enumerate(self.digests):
-            seen.setdefault(digest, i)
+        for i, one in enumerate(self.digests):
+            seen.setdefault(one, i)
         return np.fromiter(seen.values(), np.int64)
 
 
@@ -129,12 +128,8 @@ def audit(
 
     packages = versions(torch.get_num_threads())
     held, notes = _held_out(train, holdout)
-    if (weights, sha256) != (None, None) and not isinstance(features, str):
-        raise InputError("weights came with an extractor that is no name; it brings its own. Leave them out.")
-    extract: Any = features
-    if isinstance(features, str) and ((weights, sha256) != (None, None) or features != "pixels"):
-        extract = extractor(features, train, weights, sha256)
-    name = extract if isinstance(extract, str) else extract.name
+    extract = chosen(features, train, weights, sha256)
+    name = extract.name
     made: dict[str, Any] | None = None
     drawn: Blocks | None = None
     if model is not None:
@@ -151,14 +146,14 @@ def audit(
         "content": train.fingerprint(),
         "selection": list(train.history),
         "holdout": None if held is None else held.fingerprint(),
-        "samples": None if asked is None else _digest(asked.pixels),
+        "samples": None if asked is None else digest(asked.pixels),
         "made": made,
         "features": name,
         "threshold": threshold,
         "near": near,
         "seed": seed,
     }
-    rows = [_digest(side.rows) for side in (known, asked, kept) if side is not None]
+    rows = [digest(side.rows) for side in (known, asked, kept) if side is not None]
     store = Blocks(folder, {**settings, "versions": packages, "rows": rows})
     with stage("duplicates") as step:
         first = known.first()
@@ -276,9 +271,10 @@ def _tensor(samples: torch.Tensor | Images, train: Images) -> torch.Tensor:
     return samples.tensor() if isinstance(samples, Images) else samples.detach().float().cpu()
 
 
-def _side(source: Images | torch.Tensor, eight_bit: bool, extract: str | Extractor) -> _Side:
+def _side(source: Images | torch.Tensor, eight_bit: bool, extract: Extractor) -> _Side:
     x = source if isinstance(source, torch.Tensor) else source.tensor()
-    rows = x.flatten(1) if isinstance(extract, str) else features_of(extract, x.split(1024))
+    # As they are: no float64 copy, and no bound on their number as for a distance.
+    rows = x.flatten(1) if extract.name == "pixels" else features_of(extract, x.split(1024))
     return _Side(x, rows, tuple(_bytes(x.split(1024), eight_bit)))
 
 
@@ -288,10 +284,6 @@ def _bytes(batches: Iterable[torch.Tensor], eight_bit: bool) -> Iterator[bytes]:
         raw = ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) if eight_bit else batch + 0.0
         for image in raw.contiguous().numpy():
             yield hashlib.blake2b(image.tobytes(), digest_size=16).digest()
-
-
-def _digest(x: torch.Tensor) -> str:
-    return hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _sampling(
@@ -314,14 +306,9 @@ def _sampling(
     if not seeds:
         raise InputError("0 samples of the network; expected at least one.")
     begin = standard_start(scheduler(sampler, like=model.scheduler), steps)
-    # Names and weights do not tell all networks apart: laws in a network's place have none.
-    low, high = network.sigma_range
-    at = math.sqrt(max(low, 1e-3) * min(high, 1e3))
-    with torch.inference_mode():
-        probe = ask(network, at * torch.randn(4, *network.shape, generator=generator(0, 97)), at)
     made = {
         "network": weights_hash(model.unet),
-        "probe": _digest(probe.float().cpu()),
+        "probe": fingerprint(network),
         "scheduler": plain(dict(model.scheduler.config)),
         "sampler": sampler,
         "steps": steps,
@@ -403,7 +390,7 @@ def _memorized(d: torch.Tensor, side: _Side, known: _Side, threshold: float) -> 
     levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
     return {
         **proportion(int((ratio < threshold).sum()), len(side)),
-        "exact": sum(digest in copies for digest in side.digests),
+        "exact": sum(one in copies for one in side.digests),
         "nearest": d[:, 0].quantile(levels).tolist(),
         "ratio": ratio.quantile(levels).tolist(),
     }

@@ -34,8 +34,11 @@ __all__ = [
     "late_sigmas",
     "schedule_of",
     "standard_start",
+    "standard_starts",
+    "steps_for",
 ]
 
+SPACINGS = ("leading", "linspace", "trailing")
 FORMAT, VERSION = "symbreak.start", "1"
 LAW = "law."  # prefix of the law's tensors and metadata in the file of a start
 
@@ -495,3 +498,31 @@ def standard_start(scheduler: Any, steps: int, spacing: str | None = None) -> La
     else:
         level = schedule(scheduler).level(float(ready.timesteps[0]))
     return LateStart(ready, level, None, int(steps), level, scheduler if spacing is None else cls.from_config(config))
+
+
+def standard_starts(scheduler: Any, steps: int) -> dict[str, LateStart]:
+    """The standard start by timestep spacing; ``"own"`` alone for a scheduler without spacings."""
+    if "timestep_spacing" not in inspect.signature(type(scheduler).__init__).parameters:
+        return {"own": standard_start(scheduler, steps)}
+    return {spacing: standard_start(scheduler, steps, spacing) for spacing in SPACINGS}
+
+
+def steps_for(scheduler: Any, calls: int, name: str | None = None) -> int:
+    """num_inference_steps that cost a number of network calls, asked of the scheduler itself.
+
+    Args:
+        scheduler: any diffusers scheduler.
+        calls: network calls an image, from the standard start.
+        name: what an error calls the scheduler.
+
+    Raises:
+        InputError: where no number of steps costs them.
+    """
+    for steps in range(calls, 0, -1):
+        if standard_start(scheduler, steps).calls == calls:
+            return steps
+    name = name or type(scheduler).__name__
+    raise InputError(
+        f"{name} cannot spend exactly {calls} network calls: too few for {name}, or between two of its step counts. "
+        "Choose other calls."
+    )

@@ -15,9 +15,20 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from symbreak.files import InputError
+from symbreak.files import InputError, digest
+from symbreak.noise import generator
 
-__all__ = ["Denoiser", "LawDenoiser", "as_denoiser", "ask", "descend", "images_for", "posterior_step", "score"]
+__all__ = [
+    "Denoiser",
+    "LawDenoiser",
+    "as_denoiser",
+    "ask",
+    "descend",
+    "fingerprint",
+    "images_for",
+    "posterior_step",
+    "score",
+]
 
 CHUNK = 64  # states of one call: a fixed size, so that results do not depend on how many are asked about
 
@@ -152,6 +163,15 @@ def posterior_step(
     """
     ratio = (below / sigma) ** 2
     return torch.lerp(mean, x, ratio).add_(noise, alpha=below * math.sqrt(1 - ratio))
+
+
+def fingerprint(denoiser: Any) -> str:
+    """A digest of what a denoiser answers to fixed states: names and weights do not tell all of them apart."""
+    low, high = denoiser.sigma_range
+    sigma = math.sqrt(max(low, 1e-3) * min(high, 1e3))
+    x = torch.randn(4, *denoiser.shape, generator=generator(0, 97))
+    with torch.inference_mode():
+        return digest(ask(denoiser, sigma * x, sigma))
 
 
 def descend(denoiser: Any, x: torch.Tensor, grid: Any, g: torch.Generator) -> Iterator[tuple[float, torch.Tensor]]:

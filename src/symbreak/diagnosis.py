@@ -10,7 +10,6 @@ Every criterion keeps its own name, interval, source and seconds; nothing is ave
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -24,8 +23,8 @@ from symbreak.adapters import denoiser, refuse_conditional, weights_hash
 from symbreak.blocks import Blocks
 from symbreak.critical import CriticalTime, Curve, crossing, passing
 from symbreak.data import Images, images
-from symbreak.denoise import ask
-from symbreak.files import InputError, output_folder
+from symbreak.denoise import fingerprint
+from symbreak.files import InputError, digest, output_folder
 from symbreak.findings import Findings, Stages, spectral_times
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.classes import class_of, posterior_average
@@ -258,17 +257,12 @@ def _probes(network: Any, classify: Any, held: Images) -> list[str]:
 
     A classifier that gives NaN or a wrong shape is found here, before any work.
     """
-    out = []
-    with torch.inference_mode():
-        if network is not None:
-            low, high = network.sigma_range
-            x = torch.randn(4, *network.shape, generator=generator(0, 97))
-            sigma = math.sqrt(max(low, 1e-3) * min(high, 1e3))
-            out.append(hashlib.sha256(ask(network, sigma * x, sigma).numpy().tobytes()).hexdigest())
-        if classify is not None:
-            some, _ = _some(held, 64, 0)
+    out = [] if network is None else [fingerprint(network)]
+    if classify is not None:
+        some, _ = _some(held, 64, 0)
+        with torch.inference_mode():
             codes = class_of(getattr(classify, "logits", classify), some)
-            out.append(hashlib.sha256(codes.tobytes()).hexdigest())
+        out.append(digest(codes))
     return out
 
 

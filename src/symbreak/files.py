@@ -13,6 +13,7 @@ import torch
 
 __all__ = [
     "InputError",
+    "digest",
     "file_hash",
     "output_folder",
     "read_json",
@@ -79,6 +80,19 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
             return {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is no safetensors file ({str(error)[:80]}).") from None
+
+
+def digest(*parts: Any) -> str:
+    """The first 16 hex digits of the SHA-256 of tensors (their bytes and shapes) and of other values (their text)."""
+    found = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, torch.Tensor):
+            flat = part.detach().cpu().contiguous()
+            found.update(f"{flat.dtype} {tuple(flat.shape)}".encode())
+            found.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            found.update(f"{part!r};".encode())
+    return found.hexdigest()[:16]
 
 
 def file_hash(path: str | Path) -> str:

@@ -10,7 +10,6 @@ those reported), and training images noised to that level, the best any law coul
 
 from __future__ import annotations
 
-import inspect
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ import torch
 
 from symbreak.adapters import denoiser, load_pipeline, refuse_conditional, scheduler, weights_hash
 from symbreak.blocks import Blocks
+from symbreak.cut import standard_start, standard_starts, steps_for
 from symbreak.data import Images, describe, images, png_row
 from symbreak.files import InputError, output_folder
 from symbreak.findings import spectral_times
@@ -33,12 +33,11 @@ from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.record import Record, versions
 from symbreak.sample import generate
-from symbreak.start import LateStart, late_start, standard_start
+from symbreak.start import LateStart, late_start
 
 __all__ = ["Study", "run"]
 
 SAMPLERS = ("ddpm", "ddim", "pndm", "dpm++2m", "dpm++2m-karras")
-SPACINGS = ("leading", "linspace", "trailing")
 SELECTION_SEED = 1_000_000  # choices are made on seeds from here on, reports on seeds from 0 on
 GRID = 10  # images of a sample grid
 Progress = Callable[[str, int, int], None]
@@ -93,17 +92,6 @@ class Study:
             reference_calls=0,
             quick=True,
         )
-
-
-def _steps(sampler: str, full: Any, calls: int) -> int:
-    """num_inference_steps that cost the given number of network calls, asked of the scheduler itself."""
-    for steps in range(calls, 0, -1):
-        if standard_start(full, steps).calls == calls:
-            return steps
-    raise InputError(
-        f"{sampler} cannot spend exactly {calls} network calls: too few for {sampler}, or between two of its step "
-        "counts. Choose other --calls."
-    )
 
 
 def run(study: Study, out: str | Path | None = None, progress: Progress | None = None) -> Record:
@@ -315,9 +303,8 @@ class _Plan:
 
 
 def _plan(sampler: str, full: Any, calls: int, law: Gaussian, level: NoiseLevel, sweep: tuple[float, ...]) -> _Plan:
-    steps = _steps(sampler, full, calls)
-    takes = "timestep_spacing" in inspect.signature(type(full).__init__).parameters
-    standard = {s: standard_start(full, steps, s) for s in SPACINGS} if takes else {"own": standard_start(full, steps)}
+    steps = steps_for(full, calls, sampler)
+    standard = standard_starts(full, steps)
     # A sweep goes below the spectral level on purpose: no check.
     late = {f: late_start(full, law, steps, at=NoiseLevel(level.sigma * f), check=False) for f in sorted({1.0, *sweep})}
     spent = {s.calls for s in (*standard.values(), *late.values())}

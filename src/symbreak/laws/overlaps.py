@@ -15,7 +15,6 @@ Float32 products lose about 1e-7 of |y|^2 and |z| |y|; levels at which that coul
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from symbreak.blocks import Keep, Progress, unkept
+from symbreak.blocks import Keep, Progress, keyed, unkept
 from symbreak.files import InputError
 from symbreak.laws.empirical import Empirical
 from symbreak.noise import generator
@@ -96,7 +95,7 @@ def overlaps(
     slack = 1e-7 * (2 * points.widest / sigma**2 + math.sqrt(2 * points.widest * d) / sigma)
     fine = slack > EXACT * d
     blocks = [chosen[i : i + QUERIES] for i in range(0, len(chosen), QUERIES)]
-    key = name if keep is None else f"{name}-{_digest(law, sigma, len(chosen), seed, tails)}"
+    key = name if keep is None else keyed(name, law.points, torch.from_numpy(sigma), len(chosen), seed, tails)
     faint = np.where(fine, 0.5 * LEAST[torch.float64], 0.5 * LEAST[torch.float32])
 
     def make(i: int) -> np.ndarray:
@@ -121,15 +120,6 @@ def overlaps(
 
     whole = dealt(len(blocks), (QUERIES, PARTS, len(sigma)), stored, progress)
     return Overlaps(sigma, np.concatenate([b[: len(q)] for b, q in zip(whole, blocks)]), n)
-
-
-def _digest(law: Empirical, sigma: np.ndarray, queries: int, seed: int, tails: bool) -> str:
-    """What decides the blocks: other levels, seeds or points are another measurement."""
-    digest = hashlib.sha256(f"{seed} {queries} {tails} {law.points.shape} {law.points.dtype}".encode())
-    digest.update(np.ascontiguousarray(sigma).tobytes())
-    for rows in law.points.split(4096):
-        digest.update(rows.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 class _Points:

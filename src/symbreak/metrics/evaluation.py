@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 
 from symbreak.data import Images, describe, png_row
-from symbreak.files import InputError, output_folder
+from symbreak.files import InputError, digest, output_folder
 from symbreak.metrics.diversity import (
     CLASSES,
     class_counts,
@@ -22,7 +21,7 @@ from symbreak.metrics.diversity import (
     precision_recall,
     vendi_score,
 )
-from symbreak.metrics.features import described, extractor, named
+from symbreak.metrics.features import chosen, described, extractor, named
 from symbreak.metrics.fid import extrapolated, group_distance
 from symbreak.metrics.kernel import kid
 from symbreak.metrics.memorization import nearest_summary
@@ -109,9 +108,7 @@ def evaluate(
 
     if features_in is None:
         features_in = default_extractor(data)
-    if not isinstance(features_in, str) and (weights, sha256) != (None, None):
-        raise InputError("weights came with an extractor that is no name; it brings its own. Leave them out.")
-    extract: Any = extractor(features_in, data, weights, sha256) if isinstance(features_in, str) else named(features_in)
+    extract = chosen(features_in, data, weights, sha256)
     judge = _judge(classify, extract, data)
     about = described(extract)
     notes: list[str] = []
@@ -222,6 +219,8 @@ def _fitting(samples: torch.Tensor | Images, data: Images, holdout: Images | Non
     if low < -1.001 or high > 1.001:
         far = 255.0 if low >= 0 else max(-low, high)
         mend = f"images(samples, value_range=({'0' if low >= 0 else f'-{far:.3g}'}, {far:.3g}))"
+        if far < 1.5:  # a network's own images overshoot by this much: cut, not rescaled
+            mend = "samples.clamp(-1, 1)"
         raise InputError(f"the samples lie in [{low:.3g}, {high:.3g}]; expected [-1, 1]: pass {mend} or mend them.")
 
 
@@ -356,4 +355,4 @@ def _name(samples: torch.Tensor | Images) -> str:
 def _fingerprint(samples: torch.Tensor | Images) -> str:
     if isinstance(samples, Images):
         return samples.fingerprint()
-    return hashlib.sha256(samples.detach().cpu().contiguous().numpy().tobytes()).hexdigest()[:16]
+    return digest(samples)

@@ -28,6 +28,7 @@ __all__ = [
     "Classifier",
     "Extractor",
     "accuracy",
+    "chosen",
     "described",
     "extractor",
     "feature_blocks",
@@ -249,6 +250,15 @@ def extractor(
         return _Callable(name, getattr(importlib.import_module(module), attribute))
     except (ImportError, AttributeError) as error:
         raise InputError(f"the extractor {name} cannot be imported ({error}).") from None
+
+
+def chosen(features: str | Any, data: Images, weights: str | Path | None = None, sha256: str | None = None) -> Any:
+    """The extractor of a name (see `extractor`), or the one given, which brings weights of its own."""
+    if isinstance(features, str):
+        return extractor(features, data, weights, sha256)
+    if (weights, sha256) != (None, None):
+        raise InputError("weights came with an extractor that is no name; it brings its own. Leave them out.")
+    return named(features)
 
 
 def named(function: Any) -> Any:

@@ -15,7 +15,6 @@ participation as condensation).
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.blocks import Arrays, Keep, Progress, in_blocks
+from symbreak.blocks import Arrays, Keep, Progress, in_blocks, keyed
 from symbreak.critical import CriticalTime, Curve, mean_curve, percentiles
 from symbreak.denoise import as_denoiser, ask, descend
 from symbreak.files import InputError
@@ -147,8 +146,7 @@ def nearest_flips(
         ratio = (apart[:, 0] / apart[:, 1].clamp_min(1e-300)).numpy()
         return {"watched": found, "ratio": ratio, "ends": image.numpy()}
 
-    settings = f"{trajectories} {steps} {start} {end} {seeds} {len(data)} {float(data._half.sum())}"
-    name = f"condensation-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
+    name = keyed("condensation", data.points, trajectories, steps, start, end, seeds)
     parts = in_blocks(name, range(math.ceil(trajectories / BLOCK)), block, progress, keep)
     watched = np.concatenate([p["watched"] for p in parts], axis=2)
     nearest = watched[0].astype(np.int64)
