@@ -11,6 +11,7 @@ from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.laws.overlaps import overlaps
 from symbreak.moments import Moments
 from symbreak.noise import generator
+from symbreak.parallel import over_ranks
 from symbreak.phases.collapse import (
     collapse_scaling,
     collapse_time,
@@ -288,7 +289,8 @@ def _rank(rank, file, points, sigma, out):
 
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     torch.set_num_threads(1)
-    found = overlaps(Empirical(points), sigma, 700)
+    with over_ranks():
+        found = overlaps(Empirical(points), sigma, 700)
     np.save(f"{out}-{rank}.npy", found.parts)
     dist.destroy_process_group()
 

@@ -7,7 +7,8 @@ import symbreak
 
 ROOT = Path(symbreak.__file__).parent
 FLOORS = [
-    {"files", "noise", "parallel"},
+    {"parallel"},
+    {"files", "noise"},
     {"critical", "data", "record", "sketch", "figures"},
     {"moments", "blocks"},
     {"laws", "denoise"},

@@ -40,6 +40,7 @@ __all__ = [
     "scheduler",
 ]
 
+PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Our sampler names -> diffusers class and the settings that make it that sampler.
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddpm": ("DDPMScheduler", {}),
@@ -115,16 +116,39 @@ def scheduler(name: str, like: Any = None, **settings: Any) -> Any:
     return cls.from_config(config, **own, **settings)
 
 
-def load_pipeline(source: str | Path) -> Any:
+def load_pipeline(
+    source: str | Path, *, device: str | torch.device | None = None, precision: str = "fp32", compiled: bool = False
+) -> Any:
     """A diffusers pipeline with ``.unet`` and ``.scheduler``.
 
     Args:
         source: ``"digits"`` (the bundled network), a diffusers folder or a hub id. Only
             safetensors weights are read; nothing is unpickled and no remote code runs.
+        device: where the network runs, such as ``"cuda"``; by default where it was loaded, the CPU.
+        precision: ``"fp32"``, or ``"bf16"`` / ``"fp16"``: the network's calls under autocast. States, schedulers and
+            laws keep their own precision.
+        compiled: whether the network goes through ``torch.compile``.
 
     Raises:
-        InputError: where there is no such pipeline.
+        InputError: where there is no such pipeline, device or precision.
     """
+    if precision not in PRECISIONS:
+        raise InputError(f"precision {precision!r}; expected {', '.join(PRECISIONS)}.")
+    pipe = _loaded(source)
+    if device is not None:
+        try:
+            pipe.to(device)
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"no device {device} here ({str(error).splitlines()[0][:80]}). Pass cpu.") from None
+    if PRECISIONS[precision] is not None:
+        kind = next(iter(pipe.unet.parameters())).device.type
+        pipe.unet.forward = torch.autocast(kind, PRECISIONS[precision])(pipe.unet.forward)
+    if compiled:
+        pipe.unet.compile()
+    return pipe
+
+
+def _loaded(source: str | Path) -> Any:
     if str(source) == "digits":
         source = str(resources.files("symbreak") / "weights" / "digits")
     path = Path(source).expanduser()

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from symbreak.files import InputError, digest, read_json, read_tensors, write_json, write_tensors
+from symbreak.parallel import agreed, dealt, rank_of
 from symbreak.record import plain
 
 __all__ = ["Arrays", "Blocks", "Keep", "Progress", "in_blocks", "keyed", "unkept"]
@@ -39,7 +40,7 @@ def unkept(_: str, make: Callable[[], Arrays]) -> Arrays:
 def in_blocks(
     name: str, items: Sequence[Item], make: Callable[[Item], Arrays], progress: Progress | None, keep: Keep | None
 ) -> list[Arrays]:
-    """The arrays of every item, a block each, made without gradients.
+    """The arrays of every item, a block each, made without gradients; ranks share them, see `dealt`.
 
     Args:
         name: first part of the keys, "name/number".
@@ -48,13 +49,20 @@ def in_blocks(
         progress: called with (blocks done, of how many).
         keep: ``keep(key, make)`` gives the stored arrays of a block, or stores those that make() gives.
     """
-    found = []
-    for j, item in enumerate(items):
+
+    def block(j: int) -> Arrays:
         with torch.inference_mode():
-            found.append((keep or unkept)(f"{name}/{j}", partial(make, item)))
-        if progress is not None:
-            progress(j + 1, len(items))
-    return found
+            return (keep or unkept)(f"{name}/{j}", partial(make, items[j]))
+
+    return dealt(range(len(items)), block, progress)
+
+
+def _stored(path: Path) -> Arrays:
+    """A finished block; nothing where there is none, or a damaged one, which is made again."""
+    try:
+        return {k: v.numpy() for k, v in read_tensors(path)[0].items()}
+    except InputError:
+        return {}
 
 
 class Blocks:
@@ -67,29 +75,30 @@ class Blocks:
 
     def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
         text = json.dumps(plain(identity), sort_keys=True)
-        self.identity = hashlib.sha256(text.encode()).hexdigest()
+        # Networks may differ in the last bits from machine to machine: all ranks keep the first one's blocks.
+        self.identity = agreed(hashlib.sha256(text.encode()).hexdigest)
         self.folder = None if folder is None else folder / f"blocks-{self.identity[:16]}"
         self.path = None if folder is None else folder / "cells.json"
         self.values: dict[str, Any] | None = None  # not read before the first one is asked for
 
     def keep(self, key: str, make: Callable[[], Arrays]) -> Arrays:
-        """The arrays of a block, from the folder or fresh."""
+        """The arrays of a block, from the folder or fresh.
+
+        A block that was dealt to this rank is its own affair; any other is read and written by the first rank.
+        """
         if self.folder is None:
             return make()
         path = self.folder / f"{key.replace('/', '-')}.safetensors"
-        if path.exists():
-            try:
-                return {k: v.numpy() for k, v in read_tensors(path)[0].items()}
-            except InputError:
-                pass  # a damaged block is made again
-        arrays = make()
-        write_tensors(path, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
+        arrays = dealt([path], _stored)[0]
+        if not arrays:
+            arrays = make()
+            write_tensors(path, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
         return arrays
 
     def value(self, key: str, make: Callable[[], Any]) -> Any:
         """A plain value, from the file, from an earlier call or fresh; it is fit for JSON once it is `plain`."""
         if self.values is None:
-            self.values = self._read()
+            self.values = agreed(self._read)
         if key not in self.values:
             self.values[key] = make()
             if self.path is not None:
@@ -108,6 +117,8 @@ class Blocks:
 
     def close(self) -> None:
         """Blocks are of no use once the record is written."""
+        if rank_of()[0]:
+            return
         if self.path is not None and self.values is not None:
             self.path.unlink(missing_ok=True)
         if self.folder is not None and self.folder.exists():

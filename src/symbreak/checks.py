@@ -386,7 +386,7 @@ class _Ruler:
                 picks = torch.randint(len(self.images), (len(seeds),), generator=generator(62, seeds[0]))
                 clean = self.images[picks]
             x = generate(self.unet, start, seeds, micro_batch=self.micro_batch, clean=clean)
-            f = features(self.extract, [x])
+            f = features(self.extract, x)
             found = distance(f, self.reference, repeats, self.extract.name)
             out = {"values": np.array(found.values), "pooled": np.array([found.pooled])}
             if whole:
@@ -413,7 +413,7 @@ class _Ruler:
         near = nearest_summary(held[:NEAREST], self.images, None)["samples"]
         keys = ("precision", "recall", "entropy", "nearest", "memorized")
         x = self.images[order]
-        found = dict(zip(keys, self._more(x, features(self.extract, [x])).tolist()))
+        found = dict(zip(keys, self._more(x, features(self.extract, x)).tolist()))
         return {**found, "nearest": near["median_nearest"], "memorized": near["memorized"], "images": len(x)}
 
     def record(self, kind: str, settings: dict[str, Any], content: dict[str, Any]) -> Record:

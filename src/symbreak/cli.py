@@ -24,6 +24,7 @@ from rich.table import Table
 
 from symbreak import __version__
 from symbreak.files import InputError
+from symbreak.parallel import agreed, dealt, joined, lost, rank_of
 from symbreak.tables import audit_table, evaluation_table, out_console, phases_table, study_table
 
 app = typer.Typer(
@@ -52,7 +53,15 @@ Holdout = Annotated[
 Clusters = Annotated[int | None, typer.Option("--clusters", metavar="K", help="clusters of a start's mixture law")]
 START = "a file of `symbreak fit` (moments, law or start), auto: fitted to --data and chosen, none: white noise"
 SAMPLER, STEPS = "dpm++2m-karras", 5
+Placed = tuple[str, str, bool]  # device, precision, compiled
+HERE: Placed = ("auto", "fp32", False)
 Pad = Annotated[int | None, typer.Option("--pad", metavar="N", help="pad images with black to N x N pixels")]
+Device = Annotated[
+    str, typer.Option("--device", help="where the network runs: auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
+]
+Precision = Annotated[str, typer.Option("--precision", help="of the network's calls: fp32, bf16 or fp16 (autocast)")]
+Compile = Annotated[bool, typer.Option("--compile", help="put the network through torch.compile")]
+Memory = Annotated[str | None, typer.Option("--memory", metavar="SIZE", help="working memory, such as 4GB")]
 Weights = Annotated[
     str | None, typer.Option("--weights", metavar="FILE|DIR", help="of inception (file) or dinov2 (folder)")
 ]
@@ -74,7 +83,7 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    progress = Progress(*columns, console=err)
+    progress = Progress(*columns, console=err, disable=rank_of()[0] > 0)
     tasks: dict[str, Any] = {}
 
     def tell(stage: str, done: int, total: int) -> None:
@@ -125,12 +134,47 @@ def _limits(text: str | None) -> tuple[float, float] | None:
 
 
 def _emit(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> None:
+    if rank_of()[0]:
+        return  # one process speaks for all
     if as_json:
         from symbreak.record import plain
 
         sys.stdout.write(json.dumps(plain(value), sort_keys=True) + "\n")
     else:
         draw()
+
+
+def _pipeline(source: str, placed: Placed) -> Any:
+    """A network where and how it is to run."""
+    import torch
+
+    from symbreak.adapters import load_pipeline, refuse_conditional
+
+    device, precision, compiled = placed
+    if device == "auto":
+        device = f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    if precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # ten bits of a product are no single precision
+    where = None if device == "cpu" else device
+    pipe = load_pipeline(source, device=where, precision=precision, compiled=compiled)
+    refuse_conditional(pipe, source)
+    return pipe
+
+
+def _bytes(text: str | None) -> int | None:
+    """A size such as 4GB, 512MiB or a number of bytes."""
+    if text is None:
+        return None
+    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+    try:
+        size = float(number) * units[text.strip()[len(number) :].lower()]
+    except (ValueError, KeyError):
+        size = 0.0
+    if not 2**20 <= size < 2**60:
+        raise InputError(f"--memory {text}; expected at least 1MiB, such as 512MB or 4GB.")
+    return int(size)
 
 
 def _one(source: str | None, name: str) -> str:
@@ -164,6 +208,9 @@ def study(
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    compiled: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Measure the late start against the standard start, at equal network calls, and write a report."""
@@ -194,7 +241,7 @@ def study(
     if quick:
         settings = settings.smoke()
     with _bars() as tell:
-        record = run(settings, out, tell)
+        record = run(settings, out, tell, _pipeline(model, (device, precision, compiled)))
     path = write_report(record, out / "report.html")
     _emit(as_json, {**record.to_dict(), "report": str(path)}, lambda: study_table(record, path))
 
@@ -235,10 +282,12 @@ def phases(
     classes: Classes = None,
     pad: Pad = None,
     limit: Limit = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    compiled: Compile = False,
     as_json: Json = False,
 ) -> None:
     """When does it decide? Every criterion on one sigma axis, of a data set and, with --model, of a network."""
-    from symbreak.adapters import load_pipeline
     from symbreak.diagnosis import Effort, diagnose
     from symbreak.files import output_folder
     from symbreak.metrics import extractor
@@ -248,7 +297,7 @@ def phases(
         output_folder(out)
     found = _images(data, value_range, skip_bad, classes, pad, limit)
     kept = None if holdout is None else _images(holdout, value_range, skip_bad, classes, pad)
-    pipe = None if model is None else load_pipeline(model)
+    pipe = None if model is None else _pipeline(model, (device, precision, compiled))
     if classify == "pixels":
         raise InputError(
             "--classify pixels gives no classes; expected a classifier, FILE.safetensors or module:callable."
@@ -298,6 +347,9 @@ def fit(
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    compiled: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Mean and covariance of a data set in one pass; with --start, a start for a network, ready to sample with."""
@@ -315,7 +367,8 @@ def fit(
     output_folder(out.parent)
     if start:
         options = (value_range, skip_bad, classes, pad)
-        begin, _ = _fitted(data, holdout, clusters, options, _one(model, "--model"), sampler, steps)
+        pipe = _pipeline(_one(model, "--model"), (device, precision, compiled))
+        begin, _ = _fitted(data, holdout, clusters, options, pipe, sampler, steps)
         begin.save(out)
         value = {"out": str(out), **_start_dict(begin)}
         _emit(as_json, value, lambda: _say_start(begin, f"start: {out}"))
@@ -359,16 +412,14 @@ def _fitted(
     holdout: str | None,
     clusters: int | None,
     options: tuple[Any, ...],
-    model: str,
+    pipe: Any,
     sampler: str | None,
     steps: int | None,
 ) -> tuple[Any, Any]:
     """A start fitted and chosen for a network, and the network."""
-    from symbreak.adapters import load_pipeline, refuse_conditional, scheduler
+    from symbreak.adapters import scheduler
     from symbreak.start import LateStartWarning, fit_start
 
-    pipe = load_pipeline(model)
-    refuse_conditional(pipe, model)
     base = scheduler(SAMPLER if sampler is None else sampler, like=pipe.scheduler)
     train = _images(data, *options)
     kept = None if holdout is None else _images(holdout, *options)
@@ -439,6 +490,9 @@ def sample(
     classes: Classes = None,
     pad: Pad = None,
     micro_batch: Annotated[int, typer.Option("--micro-batch", help="fixed size of every network call")] = 64,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    compiled: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Sample images, one a seed, from white noise or from a late start."""
@@ -453,7 +507,7 @@ def sample(
     fitting = None if start != "auto" else (_one(data, "--data"), holdout, clusters, options)
     if fitting is None and (data, holdout, clusters, *options) != (None, None, None, None, False, None, None):
         raise InputError("--data and its options, --holdout and --clusters belong to --start auto. Add it.")
-    begin, unet = _plan(model, start, at, sampler, steps, fitting)
+    begin, unet = _plan(model, start, at, sampler, steps, fitting, placed=(device, precision, compiled))
     check(unet, begin, wanted, micro_batch)
     settings = {
         "model": model,
@@ -462,6 +516,7 @@ def sample(
         "scheduler": json.loads(begin.full.to_json_string()),
         "law": None if begin.law is None else law_hash(begin.law),
         "micro_batch": micro_batch,
+        "precision": precision,
         "steps": begin.steps,
         "calls": begin.calls,
         "level": begin.level.to_dict(),
@@ -472,7 +527,7 @@ def sample(
     info = out / "sample.json"
     if info.exists() and read_json(info) != settings:
         raise InputError(f"{out} holds images made with other settings. Choose another --out.")
-    missing = [s for s in wanted if not (out / f"{s:08d}.png").exists()]
+    missing = agreed(lambda: [s for s in wanted if not (out / f"{s:08d}.png").exists()])
     write_json(info, settings)
     if missing:
         _write_images(out, unet, begin, missing, micro_batch)
@@ -493,9 +548,10 @@ def _plan(
     steps: int | None,
     fitting: tuple[Any, ...] | None = None,
     default_steps: int = STEPS,
+    placed: Placed = HERE,
 ) -> tuple[Any, Any]:
     """The start and the network that a command line asks for."""
-    from symbreak.adapters import load_pipeline, refuse_conditional, scheduler
+    from symbreak.adapters import scheduler
     from symbreak.cut import LateStart, check_same_network
     from symbreak.files import read_tensors
     from symbreak.laws import Gaussian
@@ -508,9 +564,8 @@ def _plan(
     steps_asked = default_steps if steps is None else steps
     if fitting is not None:
         data, holdout, clusters, options = fitting
-        return _fitted(data, holdout, clusters, options, model, sampler, steps_asked)
-    pipe = load_pipeline(model)
-    refuse_conditional(pipe, model)
+        return _fitted(data, holdout, clusters, options, _pipeline(model, placed), sampler, steps_asked)
+    pipe = _pipeline(model, placed)
     base = scheduler(SAMPLER if sampler is None else sampler, like=pipe.scheduler)
     if start == "none":
         return standard_start(base, steps_asked), pipe.unet
@@ -576,16 +631,21 @@ def _write_images(out: Path, unet: Any, begin: Any, seeds: list[int], micro_batc
     from symbreak.files import write_whole
     from symbreak.sample import batches
 
-    done = 0
-    with _bars() as tell, torch.inference_mode():
+    with _bars() as tell:
         tell("images", 0, len(seeds))
-        for part in batches(unet, begin, seeds, micro_batch=micro_batch):
+
+        def make(first: int) -> dict[str, Any]:
+            own = seeds[first : first + micro_batch]
+            with torch.inference_mode():
+                part = next(batches(unet, begin, own, micro_batch=micro_batch))
             pixels = ((part.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            for image in pixels.permute(0, 2, 3, 1).numpy():
+            for seed, image in zip(own, pixels.permute(0, 2, 3, 1).numpy()):
                 picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-                write_whole(out / f"{seeds[done]:08d}.png", partial(picture.save, format="PNG"))
-                done += 1
-            tell("images", done, len(seeds))
+                write_whole(out / f"{seed:08d}.png", partial(picture.save, format="PNG"))
+            return {}
+
+        starts = range(0, len(seeds), micro_batch)
+        dealt(starts, make, lambda done, _: tell("images", min(done * micro_batch, len(seeds)), len(seeds)))
 
 
 @app.command(
@@ -645,6 +705,9 @@ def evaluate(
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    compiled: Compile = False,
     as_json: Json = False,
 ) -> None:
     """How far samples are from held-out images, what they leave out, and whether they copy training images."""
@@ -660,12 +723,13 @@ def evaluate(
         output_folder(out)
     options = (value_range, skip_bad, classes, pad)
     train = _images(data, *options)
-    if holdout is None and data == "digits" and (reference is None or not reference.exists()):
+    if holdout is None and data == "digits" and (reference is None or not agreed(reference.exists)):
         holdout = "digits:held-out"
     held_out = None if holdout is None else _images(holdout, *options)
     with _bars() as tell:
         if model is not None:
-            begin, unet = _plan(model, start, at, sampler, steps, default_steps=10)
+            placed = (device, precision, compiled)
+            begin, unet = _plan(model, start, at, sampler, steps, default_steps=10, placed=placed)
             x = generate(unet, begin, parse_seeds(seeds), progress=lambda d, n: tell("images", d, n))
         else:
             x = _images(_one(samples, "--samples"), samples_range, skip_bad)
@@ -735,10 +799,12 @@ def audit(
     classes: Classes = None,
     pad: Pad = None,
     limit: Limit = None,
+    device: Device = "auto",
+    precision: Precision = "fp32",
+    compiled: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Does it copy? Duplicates in the data, memorized samples, training against held-out images."""
-    from symbreak.adapters import load_pipeline
     from symbreak.copying import audit as measure
     from symbreak.files import output_folder
     from symbreak.report import write_report
@@ -761,7 +827,7 @@ def audit(
     train = _images(data, value_range, skip_bad, classes, pad, limit)
     kept = None if holdout is None else _images(holdout, value_range, skip_bad, classes, pad)
     made = None if samples is None else _images(samples, samples_range, skip_bad)
-    pipe = None if model is None else load_pipeline(model)
+    pipe = None if model is None else _pipeline(model, (device, precision, compiled))
     with _bars() as tell:
         record = measure(
             train,
@@ -924,7 +990,9 @@ def main(argv: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, terminate)
     try:
         arguments = sys.argv[1:] if argv is None else argv
-        code = app(args=arguments or ["--help"], standalone_mode=False)
+        with joined() as (rank, _):
+            err.quiet = out_console.quiet = rank > 0  # one process speaks for all
+            code = app(args=arguments or ["--help"], standalone_mode=False)
     except InputError as error:
         _fail(2, f"symbreak: {error}")
     except SystemExit as left:
@@ -934,6 +1002,8 @@ def main(argv: list[str] | None = None) -> None:
     except (OSError, MemoryError) as error:
         _fail(1, f"symbreak: the machine failed: {error or type(error).__name__}")
     except Exception as error:
+        if lost(error):
+            _fail(1, "symbreak: the machine failed: another process of this run ended. The same command goes on.")
         # Usage errors carry their own exit code and know how to print themselves.
         if not hasattr(error, "exit_code"):
             raise

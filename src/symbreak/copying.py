@@ -274,7 +274,7 @@ def _tensor(samples: torch.Tensor | Images, train: Images) -> torch.Tensor:
 def _side(source: Images | torch.Tensor, eight_bit: bool, extract: Extractor) -> _Side:
     x = source if isinstance(source, torch.Tensor) else source.tensor()
     # As they are: no float64 copy, and no bound on their number as for a distance.
-    rows = x.flatten(1) if extract.name == "pixels" else features_of(extract, x.split(1024))
+    rows = x.flatten(1) if extract.name == "pixels" else features_of(extract, x)
     return _Side(x, rows, tuple(_bytes(x.split(1024), eight_bit)))
 
 

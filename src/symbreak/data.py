@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from symbreak.files import InputError, file_hash
+from symbreak.parallel import agreed
 
 __all__ = ["Images", "describe", "images", "png_row"]
 
@@ -63,7 +64,7 @@ class Images:
     labels: torch.Tensor | None
     classes: tuple[str, ...]
     batch_size: int
-    _items: Callable[[], Iterator[Item]] = field(repr=False)
+    _items: Callable[[int], Iterator[Item]] = field(repr=False)  # the items from a position on
     _fingerprint: Callable[[], str] = field(repr=False)
     keep: np.ndarray | None = field(default=None, repr=False)
     pad: int | None = None
@@ -80,11 +81,12 @@ class Images:
     def _kept(self) -> Iterator[Item]:
         """The items that belong to this selection, not yet loaded."""
         if self.keep is None:
-            yield from self._items()
+            yield from self._items(0)
             return
         wanted = iter(self.keep.tolist())
         target = next(wanted, None)
-        for index, item in enumerate(self._items()):
+        first = target or 0
+        for index, item in enumerate(self._items(first), first):
             if target is None:
                 return
             if index == target:
@@ -131,9 +133,13 @@ class Images:
 
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) of the source's content and of every selection made."""
-        digest = hashlib.sha256(self._fingerprint().encode())
+        digest = hashlib.sha256(agreed(self._fingerprint).encode())  # the source is read by one rank
         digest.update(json.dumps([self.shape, self.history, self.pad]).encode())
         return digest.hexdigest()[:16]
+
+    def rows(self, first: int, last: int) -> Images:
+        """The images first .. last - 1; what comes before is not read."""
+        return self.take(np.arange(first, last), f"rows {first}-{last - 1}")
 
     def take(self, index: np.ndarray, note: str) -> Images:
         """The images at the given positions, in rising order; ``note`` says why, for records."""
@@ -323,7 +329,7 @@ def _digits(source: str) -> Images:
         labels=torch.from_numpy(bunch.target.astype(np.int64)),
         classes=tuple(str(i) for i in range(10)),
         batch_size=1024,
-        _items=lambda: ((f"image {i}", partial(raw.__getitem__, i)) for i in range(len(raw))),
+        _items=lambda start: ((f"image {i}", partial(raw.__getitem__, i)) for i in range(start, len(raw))),
         _fingerprint=lambda: hashlib.sha256(raw.tobytes()).hexdigest(),
     )
     if source == "digits:all":
@@ -367,7 +373,7 @@ def _first_shape(name: str, items: Iterator[Item]) -> tuple[int, int, int]:
 
 def _eight_bit(
     name: str,
-    items: Callable[[], Iterator[Item]],
+    items: Callable[[int], Iterator[Item]],
     count: int,
     labels: torch.Tensor | None,
     classes: tuple[str, ...],
@@ -377,7 +383,7 @@ def _eight_bit(
         raise InputError(f"{name} holds {count} image{'s' * (count != 1)}; at least 2 are needed.")
     return Images(
         name=name,
-        shape=_first_shape(name, items()),
+        shape=_first_shape(name, items(0)),
         count=count,
         scale=127.5,
         offset=-127.5,
@@ -399,8 +405,8 @@ def _from_folder(path: Path) -> Images:
     if classes and None not in tops:
         labels = torch.tensor([classes.index(t) for t in tops])
 
-    def items() -> Iterator[Item]:
-        for file in files:
+    def items(start: int) -> Iterator[Item]:
+        for file in files[start:]:
             yield str(file.relative_to(path)), partial(_attempt, file)
 
     def fingerprint() -> str:
@@ -447,11 +453,17 @@ def _from_parquet(path: Path) -> Images:
             labels = torch.from_numpy(values.astype(np.int64))
             names = _label_names(schema.metadata, label) or tuple(str(i) for i in range(int(values.max()) + 1))
 
-    def items() -> Iterator[Item]:
-        index = 0
+    def items(start: int) -> Iterator[Item]:
         with pq.ParquetFile(path) as stream:
-            for batch in stream.iter_batches(batch_size=512, columns=[column]):
-                for cell in batch.column(0).to_pylist():
+            sizes = [stream.metadata.row_group(g).num_rows for g in range(stream.num_row_groups)]
+            ends = np.cumsum(sizes)
+            skipped = int(np.searchsorted(ends, start, side="right"))
+            index = int(ends[skipped - 1]) if skipped else 0
+            groups = range(skipped, len(sizes))
+            for batch in stream.iter_batches(batch_size=512, row_groups=list(groups), columns=[column]):
+                own = batch.column(0).slice(max(0, start - index))
+                index += len(batch) - len(own)
+                for cell in own.to_pylist():
                     data = cell.get("bytes") if isinstance(cell, dict) else cell
                     yield f"row {index}", partial(_attempt, data)
                     index += 1
@@ -477,8 +489,8 @@ def _from_hub(source: str) -> Images:
     labels = None if label is None else torch.tensor(found[label])
     names = () if label is None else tuple(found.features[label].names)
 
-    def items() -> Iterator[Item]:
-        for i, row in enumerate(undecoded):
+    def items(start: int) -> Iterator[Item]:
+        for i, row in enumerate(undecoded.select(range(start, len(undecoded))), start):
             data = row[column]["bytes"] or Path(row[column]["path"])
             yield f"row {i}", partial(_attempt, data)
 
@@ -561,8 +573,8 @@ def _from_array(
         raw = raw[None] if layout == "NHW" else raw.transpose(2, 0, 1) if layout == "NHWC" else raw
         return raw if integer else raw.astype(np.float32)
 
-    def items() -> Iterator[Item]:
-        return ((f"image {i}", partial(load, i)) for i in range(count))
+    def items(start: int) -> Iterator[Item]:
+        return ((f"image {i}", partial(load, i)) for i in range(start, count))
 
     classes: tuple[str, ...] = ()
     tags = None

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from symbreak.parallel import rank_of
+
 __all__ = [
     "InputError",
     "digest",
@@ -29,8 +31,13 @@ class InputError(ValueError):
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
-    """Call ``write`` on a temporary neighbour of ``path``, then rename it into place."""
+    """Call ``write`` on a temporary neighbour of ``path``, then rename it into place.
+
+    Of ranks that work together the first one writes.
+    """
     path = Path(path)
+    if rank_of()[0]:
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -28,6 +28,7 @@ from scipy.sparse.linalg import eigsh
 
 from symbreak.critical import jackknife
 from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.parallel import from_each, from_first, own_rows, summed
 from symbreak.sketch import FORMAT, LARGEST_DIM, LowRankMoments, Spectrum, sketch_moments
 
 __all__ = ["LowRankMoments", "Moments", "Spectrum", "frechet_distance", "grouped", "mode_images"]
@@ -151,6 +152,7 @@ class Moments:
                 raise InputError("parts= came with rank=; a sketch has no parts to leave out. Drop one of them.")
             return sketch_moments(batches, rank, passes, seed)
         sums: _Sums | None = None
+        batches, first, shared = own_rows(batches)
         blocks = getattr(batches, "blocks", None)
         exact = bool(blocks is not None and getattr(batches, "integer", False))
         for batch in blocks() if exact and blocks is not None else batches:
@@ -158,10 +160,13 @@ class Moments:
             if rows.ndim < 2:
                 raise InputError(f"a batch of shape {rows.shape}; expected [B, *S] with at least one dimension in S.")
             if sums is None:
-                sums = _Sums(rows.shape[1:], parts, exact)
+                sums = _Sums(rows.shape[1:], parts, exact, first)
+                sums.begin(rows, shared)
             sums.add(rows)
         if sums is None:
             raise InputError("no batches came; expected at least 2 samples.")
+        if shared:
+            sums.share()
         scale, offset = (batches.scale, batches.offset) if exact else (1.0, 0.0)  # type: ignore[attr-defined]
         return sums.finish(cls, scale, offset)
 
@@ -345,7 +350,7 @@ class Moments:
 class _Sums:
     """Running sums of disjoint parts of a stream of rows."""
 
-    def __init__(self, shape: tuple[int, ...], parts: int | None, exact: bool) -> None:
+    def __init__(self, shape: tuple[int, ...], parts: int | None, exact: bool, first: int = 0) -> None:
         self.shape, self.exact = shape, exact
         self.d = math.prod(shape)
         if self.d == 0:
@@ -357,7 +362,7 @@ class _Sums:
             )
         # Every part costs d^2 of memory and of finishing touches: fewer for large d.
         self.groups = parts or max(1, min(8 if self.d <= 1024 else 5, PARTS_BYTES // (8 * self.d**2)))
-        self.rows = 0
+        self.rows = self.first = first  # the stream's rows before these belong to others
         self.counts = [0] * self.groups
         self.sums = [np.zeros(self.d) for _ in range(self.groups)]
         # Fortran order: BLAS syrk adds into one triangle of these in place, at half the work of a product.
@@ -369,12 +374,28 @@ class _Sums:
         # Enough rows a product that adding into the sum (d^2) costs little beside it (rows d^2).
         self.capacity = EXACT_ROWS if exact else max(64, min(1024, BUFFER_BYTES // (8 * self.d * self.groups)))
 
+    def begin(self, rows: np.ndarray, shared: bool) -> None:
+        """Choose what is taken off every row; ranks that share a stream take the first one's."""
+        flat = rows.reshape(len(rows), self.d)
+        self.shift = np.full(self.d, 128.0) if self.exact else flat.mean(axis=0, dtype=np.float64)
+        if shared and not self.exact:
+            from_first(torch.from_numpy(self.shift))
+
+    def share(self) -> None:
+        """Add the rows of all ranks together: exact for 8-bit images, whose sums are integers."""
+        for g in range(self.groups):
+            self._flush(g)
+            counts = torch.tensor([self.counts[g]])
+            summed(counts, torch.from_numpy(self.sums[g]), torch.from_numpy(self.products[g].T))
+            self.counts[g] = int(counts)
+        self.first, self.rows = 0, sum(self.counts)
+
     def add(self, rows: np.ndarray) -> None:
         if rows.shape[1:] != self.shape:
             raise InputError(f"a batch of shape {rows.shape}; the first batches had samples of shape {self.shape}.")
         flat = rows.reshape(len(rows), self.d)
         if not self.shift.size:
-            self.shift = np.full(self.d, 128.0) if self.exact else flat.mean(axis=0, dtype=np.float64)
+            self.begin(rows, False)
         if not self.waiting:
             kind = np.uint8 if self.exact else np.float64
             self.waiting = [np.empty((self.capacity, self.d), kind) for _ in range(self.groups)]
@@ -455,12 +476,13 @@ class _Sums:
         return result
 
 
-def grouped(batches: Iterable[torch.Tensor], group: np.ndarray) -> list[Moments]:
+def grouped(batches: Iterable[torch.Tensor], group: np.ndarray, shared: bool = False) -> list[Moments]:
     """Moments of several disjoint groups of the rows of one stream, in one pass.
 
     Args:
         batches: tensors [B, *S], rows in the order of ``group``.
         group: [n] the group 0 .. G - 1 of every row; rows of a negative group belong to none.
+        shared: whether every rank brings rows of its own; the moments are of all of them.
 
     Returns:
         G moments, each without parts to leave out; memory is G times d^2. Rows may all be equal: samples collapse.
@@ -469,19 +491,26 @@ def grouped(batches: Iterable[torch.Tensor], group: np.ndarray) -> list[Moments]
         InputError: where a group has fewer than 2 rows, or the stream another number of rows.
     """
     sums: list[_Sums] = []
-    start = 0
+    most, start = torch.tensor([int(group.max(initial=-1)) + 1]), 0
+    if shared:
+        most = torch.tensor([max(int(each["groups"][0]) for each in from_each({"groups": most.numpy()}))])
     for batch in batches:
         rows = batch.detach().cpu().numpy()
         own = group[start : start + len(rows)]
         start += len(rows)
         if start > len(group):
             break
-        sums = sums or [_Sums(rows.shape[1:], 1, False) for _ in range(int(group.max()) + 1)]
+        if not sums:
+            sums = [_Sums(rows.shape[1:], 1, False) for _ in range(int(most))]
+            for one in sums:
+                one.begin(rows, shared)
         for g, one in enumerate(sums):
             if (own == g).any():
                 one.add(rows[own == g])
     if start != len(group):
         raise InputError(f"a stream of {start:,} rows or more for groups of {len(group):,}; expected as many.")
+    for one in sums if shared else ():
+        one.share()
     return [one.finish(Moments, 1.0, 0.0, equal=True) for one in sums]
 
 

@@ -1,54 +1,213 @@
-"""One answer from many processes: blocks of work are dealt to the ranks in turn and added up on all of them.
+"""One answer from many processes: blocks of work are dealt to the ranks in turn, and every rank learns all of them.
 
-Every block is made by one rank from its own seed, whatever the number of ranks; the sum over ranks adds zeros to
-it, so one process and many give the same bits. Without an initialised ``torch.distributed`` there is one rank.
+A block is made by one rank, from its own seed, as it would be made alone: one process and many give the same bits.
+What is not dealt every rank computes for itself, so that all of them take the same way. Ranks are those of
+``torch.distributed``, started by ``accelerate launch`` or ``torchrun``; they share work only inside `over_ranks`, so
+that a call on one rank of somebody's own program waits for nobody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 
-__all__ = ["dealt", "rank_of"]
+__all__ = [
+    "agreed",
+    "alone",
+    "dealt",
+    "from_each",
+    "from_first",
+    "joined",
+    "over_ranks",
+    "own_rows",
+    "rank_of",
+    "summed",
+]
+
+PATIENCE = timedelta(days=7)  # ranks wait for what one of them does; launchers watch for dead ones
+_together: ContextVar[bool] = ContextVar("together", default=False)
+
+
+@contextmanager
+def over_ranks() -> Iterator[tuple[int, int]]:
+    """Within it the ranks of ``torch.distributed`` share the work; all of them have to make the same calls.
+
+    Yields:
+        This process's rank and the number of ranks; (0, 1) where no group of processes was started.
+    """
+    token = _together.set(True)
+    try:
+        yield rank_of()
+    finally:
+        _together.reset(token)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process waits for no other: for work that was dealt to it."""
+    token = _together.set(False)
+    try:
+        yield
+    finally:
+        _together.reset(token)
+
+
+@contextmanager
+def joined(environment: dict[str, str] | None = None) -> Iterator[tuple[int, int]]:
+    """`over_ranks` for a process that a launcher started: joins the group that the environment names, and leaves it.
+
+    Args:
+        environment: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and LOCAL_RANK as torchrun sets them; by default
+            those of this process. Without them there is one rank.
+
+    Yields:
+        Rank and number of ranks.
+    """
+    given = os.environ if environment is None else environment
+    if int(given.get("WORLD_SIZE", "1")) < 2 or "RANK" not in given or dist.is_initialized():
+        with over_ranks() as place:
+            yield place
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(given.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        backend = "nccl"
+    else:
+        backend = "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        with over_ranks() as place:
+            yield place
+        dist.barrier()  # nobody leaves while another still needs it
+    finally:
+        dist.destroy_process_group()
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl"))
 
 
 def rank_of() -> tuple[int, int]:
-    """This process's rank and the number of ranks, (0, 1) alone."""
-    if dist.is_available() and dist.is_initialized():
+    """This process's rank and the number of ranks; (0, 1) outside `over_ranks`."""
+    if _together.get() and dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
-def dealt(
-    count: int,
-    shape: tuple[int, ...],
-    make: Callable[[int], np.ndarray],
-    progress: Callable[[int, int], None] | None = None,
-) -> np.ndarray:
-    """[count, *shape] float64: make(i) for every block i, each made on one rank, known on all.
+def own_rows(stream: Any, multiple: int = 1) -> tuple[Any, int, bool]:
+    """The part of a data set that this rank reads, the position of its first row, and whether ranks share it.
 
-    Args:
-        count: blocks.
-        shape: of each block's float64 array.
-        make: block -> array; it depends on nothing but the block.
-        progress: called with (blocks of this rank done, blocks of this rank).
+    A data set is a tensor, or anything with a length and ``rows(first, last)``, such as `Images`; another stream, and
+    one too short for all ranks to have rows of it, every rank reads as a whole. Parts begin at multiples of
+    ``multiple``.
     """
     rank, ranks = rank_of()
-    out = np.zeros((count, *shape))
-    own = range(rank, count, ranks)
-    for done, i in enumerate(own):
-        block = make(i)
-        if block.shape != tuple(shape):
-            raise ValueError(f"block {i} has the shape {block.shape}; expected {tuple(shape)}.")
-        out[i] = block
+    whole = isinstance(stream, torch.Tensor)
+    if ranks == 1 or not (whole or hasattr(stream, "rows")) or -(-len(stream) // multiple) < ranks:
+        return stream, 0, False
+    blocks = -(-len(stream) // multiple)
+    first, last = (min(len(stream), multiple * (blocks * r // ranks)) for r in (rank, rank + 1))
+    return (stream[first:last] if whole else stream.rows(first, last)), first, True
+
+
+def dealt(
+    items: Sequence[Any],
+    make: Callable[[Any], dict[str, np.ndarray]],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, np.ndarray]]:
+    """make(item) for every item, each made on one rank, known on all.
+
+    Args:
+        items: what the blocks are made of.
+        make: item -> arrays, which depend on nothing but the item.
+        progress: called with (about how many are done, of how many).
+    """
+    rank, ranks = rank_of()
+    if ranks == 1:
+        found = []
+        for done, item in enumerate(items):
+            found.append(make(item))
+            if progress is not None:
+                progress(done + 1, len(items))
+        return found
+    own: dict[str, torch.Tensor] = {}
+    for i in range(rank, len(items), ranks):
+        with alone():
+            own |= {f"{i}/{k}": torch.from_numpy(np.array(v)) for k, v in make(items[i]).items()}
         if progress is not None:
-            progress(done + 1, len(own))
-    if ranks > 1:
-        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else None
-        whole = torch.from_numpy(out).to(device)
-        dist.all_reduce(whole)
-        out = whole.cpu().numpy()
+            progress(min(i + ranks - rank, len(items)), len(items))
+    out: list[dict[str, np.ndarray]] = [{} for _ in items]
+    for payload in _gathered(save(own)):
+        for key, value in load(payload).items():
+            item, _, name = key.partition("/")
+            out[int(item)][name] = value.numpy()
+    return out
+
+
+def from_each(own: dict[str, np.ndarray], shared: bool = True) -> list[dict[str, np.ndarray]]:
+    """What every rank found, by rank; this rank's alone where nothing is shared."""
+    return dealt(range(rank_of()[1]), lambda _: own) if shared else [own]
+
+
+def summed(*arrays: torch.Tensor) -> None:
+    """Add what all ranks hold into every rank's tensors, in place."""
+    if rank_of()[1] > 1:
+        for a in arrays:
+            there = a.to(_device())
+            dist.all_reduce(there)
+            if there is not a:
+                a.copy_(there)
+
+
+def from_first(*arrays: torch.Tensor) -> None:
+    """Put the first rank's numbers into every rank's tensors, in place."""
+    for a in arrays:
+        if rank_of()[0]:
+            a.zero_()
+    summed(*arrays)
+
+
+def agreed(make: Callable[[], Any]) -> Any:
+    """The first rank's make(), a value fit for JSON, on every rank: for what may differ between them."""
+    rank, ranks = rank_of()
+    if ranks == 1:
+        return make()
+    text = b""
+    if rank == 0:
+        with alone():
+            text = json.dumps(make()).encode()
+    return json.loads(_gathered(text)[0])
+
+
+def _device() -> torch.device:
+    """Where collective calls want their tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _gathered(own: bytes) -> list[bytes]:
+    """What every rank has to say, by rank, without pickling."""
+    ranks, device = dist.get_world_size(), _device()
+    sizes = torch.zeros(ranks, dtype=torch.int64, device=device)
+    sizes[dist.get_rank()] = len(own)
+    dist.all_reduce(sizes)
+    out = []
+    for source, size in enumerate(sizes.tolist()):  # one after the other: no rank holds them all padded
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        if source == dist.get_rank() and size:
+            buffer.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        if size:
+            dist.broadcast(buffer, source)
+        out.append(buffer.cpu().numpy().tobytes())
     return out

@@ -13,9 +13,11 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from symbreak.files import InputError
+from symbreak.parallel import dealt
 from symbreak.start import LateStart
 
 __all__ = ["generate", "parse_seeds"]
@@ -183,13 +185,29 @@ def batches(
 ) -> Iterator[torch.Tensor]:
     """Images [b, C, H, W] of the seeds, one micro-batch after the other; see `generate`."""
     seeds = [int(s) for s in seeds]
+    make = _maker(unet, start, seeds, labels, micro_batch, clean, device, condition)
+    return (make(first) for first in range(0, len(seeds), micro_batch))
+
+
+def _maker(
+    unet: Any,
+    start: LateStart,
+    seeds: list[int],
+    labels: Any,
+    micro_batch: int,
+    clean: torch.Tensor | None,
+    device: str | torch.device | None,
+    condition: dict[str, Any],
+) -> Callable[[int], torch.Tensor]:
+    """What makes the images of the micro-batch that begins at a position among the seeds."""
     shape = check(unet, start, seeds, micro_batch)
     # Who hands the network its classes directly keeps them from the start, and answers for them.
     known = None if "class_labels" in condition else check_labels(unet, labels, len(seeds))
     if clean is not None and len(clean) != len(seeds):
         raise InputError(f"{len(clean)} clean images for {len(seeds)} seeds; expected one each.")
     device = device or getattr(unet, "device", "cpu")
-    for first in range(0, len(seeds), micro_batch):
+
+    def make(first: int) -> torch.Tensor:
         some = slice(first, first + micro_batch)
         generators = [torch.Generator().manual_seed(s) for s in seeds[some]]
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
@@ -203,7 +221,9 @@ def batches(
             clean=None if clean is None else clean[some],
             **condition,
         )
-        yield state.float().cpu()
+        return state.float().cpu()
+
+    return make
 
 
 def generate(
@@ -234,6 +254,8 @@ def generate(
         progress: called with (images done, images in all).
         **condition: passed to the network.
 
+    Ranks share the micro-batches, and all of them get all images (`symbreak.parallel`).
+
     Returns:
         Images [N, C, H, W] float32.
 
@@ -241,14 +263,17 @@ def generate(
         InputError: where the law's shape is not the network's, seeds and images do not match, or labels
             are missing, too many, or not the network's.
     """
-    parts: list[torch.Tensor] = []
-    done = 0
-    with torch.inference_mode():
-        for part in batches(
-            unet, start, seeds, labels=labels, micro_batch=micro_batch, clean=clean, device=device, **condition
-        ):
-            parts.append(part.clamp(-1, 1) if clamp else part)
-            done += len(part)
-            if progress is not None:
-                progress(done, len(seeds))
-    return torch.cat(parts).clone()
+    seeds = [int(s) for s in seeds]
+    make = _maker(unet, start, seeds, labels, micro_batch, clean, device, condition)
+
+    def block(first: int) -> dict[str, np.ndarray]:
+        with torch.inference_mode():
+            part = make(first)
+            return {"x": (part.clamp(-1, 1) if clamp else part).numpy()}
+
+    def tell(done: int, _: int) -> None:
+        if progress is not None:
+            progress(min(done * micro_batch, len(seeds)), len(seeds))
+
+    found = dealt(range(0, len(seeds), micro_batch), block, tell)
+    return torch.from_numpy(np.concatenate([part["x"] for part in found]))

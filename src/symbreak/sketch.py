@@ -30,6 +30,7 @@ import torch
 
 from symbreak.files import InputError, read_tensors, write_tensors
 from symbreak.noise import generator
+from symbreak.parallel import from_first, own_rows, summed
 
 __all__ = ["Certificate", "LowRankMoments", "Spectrum", "project_moments", "sketch_moments", "truncation_bound"]
 
@@ -339,12 +340,28 @@ class _Walk:
     total: torch.Tensor  # [d] float64, sum of x - s
     squares: torch.Tensor  # [d] float64, sum of (x - s)^2
     products: list[torch.Tensor]  # [d, m] float32 each
-    coordinates: list[torch.Tensor]  # [n, m] float64 each
+    coordinates: list[torch.Tensor]  # [n, m] float64 each, of this rank's rows
+    shared: bool = False
+
+    def mean(self, basis: int) -> torch.Tensor:
+        """Mean coordinates [m] of all ranks' rows."""
+        total = self.coordinates[basis].sum(0)
+        if self.shared:
+            summed(total)
+        return total / self.count
+
+    def gram(self, basis: int) -> torch.Tensor:
+        """Products [m, m] of the coordinates around their mean, over all ranks' rows."""
+        y = self.coordinates[basis] - self.mean(basis)
+        out = y.T @ y
+        if self.shared:
+            summed(out)
+        return out
 
     def covariance_products(self) -> list[torch.Tensor]:
         """C B of every basis, in place of the products."""
-        for product, y in zip(self.products, self.coordinates):
-            product.addr_(self.total.float(), y.mean(0).float(), alpha=-1.0)
+        for basis, product in enumerate(self.products):
+            product.addr_(self.total.float(), self.mean(basis).float(), alpha=-1.0)
             product /= self.count - 1
         return self.products
 
@@ -353,6 +370,7 @@ class _Rows:
     """A stream of samples, walked in blocks of rows around a shift."""
 
     def __init__(self, batches: Iterable[Any], again: bool) -> None:
+        batches, self.first, self.shared = own_rows(batches)
         self.batches = batches
         stream = iter(batches)
         if stream is batches and again:
@@ -374,6 +392,8 @@ class _Rows:
         # Around a pilot mean a mean far larger than the spread costs no digits.
         pilot = rows.reshape(len(rows), -1)[: max(1, 2**24 // self.dim)].mean(0, dtype=torch.float64)
         self.shift = torch.nan_to_num(pilot, 0.0, 0.0, 0.0)  # the walk says which sample it is
+        if self.shared:
+            from_first(self.shift)
 
     def blocks(self, total: torch.Tensor | None = None, squares: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         """Rows x - shift [b, d] float32, in one buffer that is filled again; sums are added in float64."""
@@ -414,7 +434,9 @@ class _Rows:
                 lengths += torch.linalg.vector_norm(block[:, a : a + COLUMNS], dim=1).double().square_()
             bad = (~torch.isfinite(lengths)).nonzero()
             if len(bad):
-                raise InputError(f"sample {count + int(bad[0])} holds NaN or infinity; expected finite numbers.")
+                raise InputError(
+                    f"sample {self.first + count + int(bad[0])} holds NaN or infinity; expected finite numbers."
+                )
             count, energy = count + len(block), energy + float(lengths.sum())
             for basis, product, found in zip(bases, products, coordinates):
                 y = torch.zeros(len(block), basis.shape[1], dtype=torch.float64)
@@ -423,9 +445,14 @@ class _Rows:
                     y += block[:, a : a + COLUMNS] @ basis[a : a + COLUMNS]
                 product.addmm_(block.T, y.float())
                 found.append(y)
+        if self.shared:
+            numbers = torch.tensor([float(count), energy], dtype=torch.float64)
+            summed(numbers, total, squares, *products)
+            count, energy = int(numbers[0]), float(numbers[1])
         if count < 2:
             raise InputError(f"{count} sample{'s' * (count != 1)} came; at least 2 are needed.")
-        return _Walk(count, energy, total, squares, products, [torch.cat(found) for found in coordinates])
+        found = [torch.cat(some) for some in coordinates]
+        return _Walk(count, energy, total, squares, products, found, self.shared)
 
 
 def _tensor(batch: Any) -> torch.Tensor:
@@ -501,10 +528,8 @@ def _rayleigh_ritz(
 ) -> LowRankMoments:
     """Ritz pairs of C from the walk over a basis and its probes; the vectors take the basis's place."""
     q, inside = basis.q, basis.inside
-    y = walk.coordinates[0]
-    y = y - y.mean(0)
     # With the true Gram matrix of Q the Ritz values are q^T C q for |q| = 1, whatever Q lacks in orthonormality.
-    found, turn = scipy.linalg.eigh((y.T @ y / (walk.count - 1)).numpy(), basis.gram.numpy())
+    found, turn = scipy.linalg.eigh((walk.gram(0) / (walk.count - 1)).numpy(), basis.gram.numpy())
     values, u = torch.from_numpy(found[::-1].copy()).clamp_(min=0.0), torch.from_numpy(turn[:, ::-1].copy())
     rank = min(rank, len(values))
     kept, dropped = u[:, :rank], u[:, rank:]
@@ -624,13 +649,15 @@ def project_moments(
 
 def _gathered(rows: _Rows, count: int) -> torch.Tensor:
     """All samples around the mean, [d, n]."""
-    out, seen = torch.empty(rows.dim, count), 0
+    out, seen = torch.zeros(rows.dim, count), rows.first
     for block in rows.blocks():
         if seen + len(block) > count:
             break
         out[:, seen : seen + len(block)] = block.T
         seen += len(block)
-    if seen < count:
+    if rows.shared:
+        summed(out)
+    elif seen < count:
         raise _changed(f"{count:,} samples came in the first pass and not in a later one")
     return out
 

@@ -23,6 +23,7 @@ from symbreak.adapters import denoiser, load_pipeline, refuse_conditional, sched
 from symbreak.blocks import Blocks
 from symbreak.cut import standard_start, standard_starts, steps_for
 from symbreak.data import Images, describe, images, png_row
+from symbreak.denoise import fingerprint
 from symbreak.files import InputError, output_folder
 from symbreak.findings import spectral_times
 from symbreak.laws import Gaussian
@@ -94,7 +95,7 @@ class Study:
         )
 
 
-def run(study: Study, out: str | Path | None = None, progress: Progress | None = None) -> Record:
+def run(study: Study, out: str | Path | None = None, progress: Progress | None = None, pipeline: Any = None) -> Record:
     """Run a study.
 
     Args:
@@ -102,6 +103,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         out: folder for ``record.json`` and, while it runs, for the finished cells: the same call goes
             on after an interruption and ends with the same record.
         progress: called with (stage, done, total).
+        pipeline: the network that ``study.model`` names where it is loaded already, for another device or precision.
 
     Returns:
         The `Record`; it is also saved where ``out`` is given.
@@ -121,7 +123,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
     if study.samples < 2 * study.repeats or study.repeats < 1:
         raise InputError(f"{study.samples} samples in {study.repeats} repeats; expected at least 2 samples a repeat.")
     train, held_out = _data(study)
-    pipe = load_pipeline(study.model)
+    pipe = load_pipeline(study.model) if pipeline is None else pipeline
     refuse_conditional(pipe, study.model)
     network = denoiser(pipe.unet, pipe.scheduler)
     if tuple(network.shape) != train.shape:
@@ -150,7 +152,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
 
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
     weights, packages = weights_hash(pipe.unet), versions(torch.get_num_threads())
-    whole = [settings, train.fingerprint(), held_out.fingerprint(), weights, packages]
+    whole = [settings, train.fingerprint(), held_out.fingerprint(), weights, fingerprint(network), packages]
     cells = Blocks(folder, {"study": whole})
     train_images = train.tensor()
 
@@ -162,7 +164,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
             picks = torch.randint(len(train_images), (len(seeds),), generator=generator(11, seeds[0]))
             clean = train_images[picks]
         x = generate(pipe.unet, start, seeds, micro_batch=study.micro_batch, clean=clean)
-        return distance(features(extract, [x]), reference, repeats, extract.name).to_dict(), x
+        return distance(features(extract, x), reference, repeats, extract.name).to_dict(), x
 
     def cell(key: str, start: LateStart, choice: dict[str, Any], noised: bool = False) -> dict[str, Any]:
         """A reported cell: all repeats, on the reporting seeds."""

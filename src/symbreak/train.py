@@ -23,6 +23,7 @@ from diffusers.training_utils import EMAModel
 from symbreak.data import Images
 from symbreak.files import InputError, output_folder, read_json, read_tensors, write_json, write_tensors
 from symbreak.noise import generator
+from symbreak.parallel import agreed, rank_of, summed
 
 __all__ = ["Recipe", "train_network"]
 
@@ -117,7 +118,8 @@ def train_network(
     """Train a network on ``data`` and save a `diffusers.DDPMPipeline` folder.
 
     Called again with the same arguments after an interruption it goes on from the checkpoint in
-    ``out``; called after the end it returns the result at once.
+    ``out``; called after the end it returns the result at once. Ranks share every batch and add their gradients;
+    dropout draws from a generator a rank, so that a run is the same bits on the same number of processes.
 
     Args:
         data: images in [-1, 1].
@@ -138,11 +140,14 @@ def train_network(
     identity: dict[str, Any] = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
     identity["recipe"]["channels"] = list(recipe.channels)
     done = out / "training.json"
-    if done.exists():
+    if agreed(done.exists):
         result = read_json(done)
         if {k: result.get(k) for k in identity} != identity:
             raise InputError(f"{out} holds a network trained with other settings. Choose another --out.")
         return result
+    rank, ranks = rank_of()
+    if recipe.batch < ranks:
+        raise InputError(f"a batch of {recipe.batch} images for {ranks} processes; expected at least one image each.")
     x = data.tensor()
     # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
     with torch.random.fork_rng(devices=[]):
@@ -177,11 +182,15 @@ def train_network(
             rate = min(1.0, (step + 1) / max(1, recipe.warmup)) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * rate
+            mine = slice(len(t) * rank // ranks, len(t) * (rank + 1) // ranks)
             with torch.random.fork_rng(devices=[]):  # dropout knows only the global generator
-                torch.manual_seed(int(torch.randint(2**62, (1,), generator=g)))
-                loss = torch.nn.functional.mse_loss(unet(noisy, t).sample, noise)
+                torch.manual_seed(int(torch.randint(2**62, (ranks,), generator=g)[rank]))
+                loss = torch.nn.functional.mse_loss(unet(noisy[mine], t[mine]).sample, noise[mine])
+                loss = loss * (len(t[mine]) / len(t))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
+            if ranks > 1:
+                loss = _shared(loss, parameters)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             whole = False
             optimizer.step()
@@ -201,8 +210,9 @@ def train_network(
     average.copy_to(unet.parameters())
     unet.eval()
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    with _staging(out) as stage:
-        DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(stage, safe_serialization=True)
+    if rank == 0:
+        with _staging(out) as stage:
+            DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(stage, safe_serialization=True)
     stride = max(1, len(losses) // 100)
     result = {
         **identity,
@@ -213,8 +223,20 @@ def train_network(
         "torch": torch.__version__,
     }
     write_json(done, result)
-    checkpoint.unlink(missing_ok=True)
+    if rank == 0:
+        checkpoint.unlink(missing_ok=True)
     return result
+
+
+def _shared(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
+    """The loss of all ranks' rows, and its gradient in place of each rank's own: one sum for all of them."""
+    parts = [loss.detach().reshape(1), *(p.grad.reshape(-1) for p in parameters if p.grad is not None)]
+    whole = torch.cat(parts)
+    summed(whole)
+    found = whole.split([len(part) for part in parts])
+    for p, grad in zip((p for p in parameters if p.grad is not None), found[1:]):
+        p.grad = grad.reshape(p.shape)
+    return found[0][0]
 
 
 class _staging:

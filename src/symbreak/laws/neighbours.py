@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
 
 from symbreak.blocks import Keep, unkept
 from symbreak.files import InputError
+from symbreak.parallel import dealt
 
 __all__ = ["Search", "neighbours"]
 
@@ -49,6 +51,8 @@ def neighbours(
         keep: keep(key, make) -> arrays, for blocks that may have been made before; ``name`` begins their keys.
         progress: called with (queries done, queries in all).
 
+    Ranks share the blocks (`symbreak.parallel`).
+
     Returns:
         Distances [N, k] float64, rising, and the points' indices [N, k].
 
@@ -60,23 +64,23 @@ def neighbours(
     ([[1.0, 4.0], [1.0, 2.0]], [[0, 2], [2, 1]])
     """
     search = Search(queries, points, k, block, memory)
-    found: list[Pairs] = []
-    for start in range(0, len(queries), KEPT):
-        stop = min(start + KEPT, len(queries))
 
-        def make(start: int = start, stop: int = stop) -> dict[str, np.ndarray]:
-            parts = []
-            for some in torch.arange(start, stop).split(search.block):
-                parts.append(search.ask(some))
-                if progress is not None:
-                    progress(int(some[-1]) + 1, len(queries))
-            return {"d": torch.cat([d for d, _ in parts]).numpy(), "j": torch.cat([j for _, j in parts]).numpy()}
+    def make(start: int) -> dict[str, np.ndarray]:
+        parts = []
+        for some in torch.arange(start, min(start + KEPT, len(queries))).split(search.block):
+            parts.append(search.ask(some))
+            if progress is not None:
+                progress(int(some[-1]) + 1, len(queries))
+        return {"d": torch.cat([d for d, _ in parts]).numpy(), "j": torch.cat([j for _, j in parts]).numpy()}
 
-        arrays = (keep or unkept)(f"{name}/{start}", make)
-        found.append((torch.from_numpy(arrays["d"]), torch.from_numpy(arrays["j"])))
+    def block_of(start: int) -> dict[str, np.ndarray]:
+        found = (keep or unkept)(f"{name}/{start}", partial(make, start))
         if progress is not None:
-            progress(stop, len(queries))
-    return torch.cat([d for d, _ in found]), torch.cat([j for _, j in found])
+            progress(min(start + KEPT, len(queries)), len(queries))
+        return found
+
+    found = dealt(range(0, len(queries), KEPT), block_of)
+    return tuple(torch.from_numpy(np.concatenate([f[key] for f in found])) for key in ("d", "j"))  # type: ignore[return-value]
 
 
 class Search:

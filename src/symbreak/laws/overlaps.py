@@ -22,11 +22,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from symbreak.blocks import Keep, Progress, keyed, unkept
+from symbreak.blocks import Arrays, Keep, Progress, in_blocks, keyed
 from symbreak.files import InputError
 from symbreak.laws.empirical import Empirical
 from symbreak.noise import generator
-from symbreak.parallel import dealt
 
 __all__ = ["PARTS", "Overlaps", "overlaps"]
 
@@ -81,7 +80,7 @@ def overlaps(
     Raises:
         InputError: for fewer than 2 queries.
 
-    Processes of ``torch.distributed`` share the blocks.
+    Ranks share the blocks (`symbreak.parallel`).
     """
     if queries < 2:
         raise InputError(f"{queries} queries; expected at least 2.")
@@ -98,7 +97,7 @@ def overlaps(
     key = name if keep is None else keyed(name, law.points, torch.from_numpy(sigma), len(chosen), seed, tails)
     faint = np.where(fine, 0.5 * LEAST[torch.float64], 0.5 * LEAST[torch.float32])
 
-    def make(i: int) -> np.ndarray:
+    def make(i: int) -> Arrays:
         mine = place[blocks[i]]
         out = np.full((QUERIES, PARTS, len(sigma)), -np.inf)
         z = torch.randn(len(mine), d, generator=generator(seed, n, 2, i))
@@ -113,13 +112,10 @@ def overlaps(
                 exact = _tail(points, mine[rows], z[rows].double(), sigma[some], edges)
                 whole = np.ix_(rows, np.arange(PARTS), some)
                 found[whole] = np.where(again[np.ix_(rows, some)][:, None], exact, found[whole])
-        return out
+        return {"log": out}
 
-    def stored(i: int) -> np.ndarray:
-        return (keep or unkept)(f"{key}/{i}", lambda: {"log": make(i)})["log"]
-
-    whole = dealt(len(blocks), (QUERIES, PARTS, len(sigma)), stored, progress)
-    return Overlaps(sigma, np.concatenate([b[: len(q)] for b, q in zip(whole, blocks)]), n)
+    whole = in_blocks(key, range(len(blocks)), make, progress, keep)
+    return Overlaps(sigma, np.concatenate([b["log"][: len(q)] for b, q in zip(whole, blocks)]), n)
 
 
 class _Points:

@@ -25,6 +25,7 @@ from symbreak.files import InputError
 from symbreak.laws.classes import class_of
 from symbreak.metrics.features import BATCH, padded_blocks
 from symbreak.noise import generator
+from symbreak.parallel import from_each, own_rows
 
 __all__ = [
     "class_counts",
@@ -103,13 +104,15 @@ def class_counts(classify: Callable[[torch.Tensor], Any], batches: Iterable[torc
     Args:
         classify: images [B, C, H, W] -> classes [B] or scores [B, K] (the largest, the dominant attribute, counts), or
             a dictionary of such by the attribute's name.
-        batches: the images; the classifier sees them in padded batches of 256.
+        batches: the images, which ranks share where they are `Images` or one tensor; the classifier sees them in padded
+            batches of 256.
 
     Raises:
         InputError: for NaN, fractions, negative classes or another shape.
     """
     found: dict[str, np.ndarray] = {}
-    for block, rows in padded_blocks(batches, BATCH):
+    own, _, shared = own_rows(batches, BATCH)
+    for block, rows in padded_blocks([own] if isinstance(own, torch.Tensor) else own, BATCH):
         with torch.inference_mode():
             out = classify(block)
         by_name = out if isinstance(out, Mapping) else {CLASSES: out}
@@ -124,7 +127,12 @@ def class_counts(classify: Callable[[torch.Tensor], Any], batches: Iterable[torc
             found[name] = counts
     if not found:
         raise InputError("no images to classify; expected at least one.")
-    return found
+    each = from_each(found, shared)
+    widths = {name: max(len(one[name]) for one in each) for name in found}
+    return {
+        name: sum((np.pad(one[name], (0, width - len(one[name]))) for one in each), np.zeros(width, np.int64))
+        for name, width in widths.items()
+    }
 
 
 def composition(

@@ -27,6 +27,7 @@ from symbreak.metrics.kernel import kid
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import ROWS, Statistics, cache_folder, load_statistics, statistics
 from symbreak.noise import generator
+from symbreak.parallel import agreed
 from symbreak.record import Record, versions
 
 __all__ = ["default_extractor", "evaluate"]
@@ -100,7 +101,8 @@ def evaluate(
         timings[stage] = time.perf_counter() - began
 
     store = cache_folder() if cache is True else None if cache is False else Path(cache)
-    saved = None if reference is None or not Path(reference).exists() else load_statistics(reference)
+    there = reference is not None and agreed(Path(reference).exists)
+    saved = load_statistics(reference) if there and reference is not None else None
     data, holdout = _halves(data, holdout, saved, reference)
     _fitting(samples, data, holdout)
     if repeats < 1 or len(samples) < 2 * repeats:
@@ -326,7 +328,7 @@ def _composition(
     by_attribute = names if isinstance(names, dict) else {} if names is None else {CLASSES: list(names)}
     function = getattr(inner, "logits", inner)
     train = class_counts(function, _part(data, rows, seed))
-    found = class_counts(function, [samples] if isinstance(samples, torch.Tensor) else samples)
+    found = class_counts(function, samples)
     tables = composition(train, found, by_attribute)
     about = described(named(judge))
     return [{**t, "classifier": about["name"], "held_out_accuracy": about["held_out_accuracy"]} for t in tables]

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,6 +24,7 @@ from symbreak.data import Images
 from symbreak.files import InputError, read_tensors, write_tensors
 from symbreak.metrics.pretrained import Dinov2, Inception
 from symbreak.noise import generator
+from symbreak.parallel import from_each, own_rows
 
 __all__ = [
     "Classifier",
@@ -317,8 +319,15 @@ def feature_blocks(extract: Extractor, batches: Iterable[torch.Tensor]) -> Itera
 
 
 def features(extract: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Features [N, F] float64 of a stream of image batches, on padded batches of one fixed size."""
-    out = list(feature_blocks(extract, batches))
+    """Features [N, F] float64 of images, on padded batches of one fixed size.
+
+    Args:
+        extract: the extractor.
+        batches: `Images` or one tensor [N, C, H, W], which ranks share, or a stream of batches.
+    """
+    own, _, shared = own_rows(batches, getattr(extract, "batch", BATCH))
+    out = list(feature_blocks(extract, [own] if isinstance(own, torch.Tensor) else own))
     if not out:
         raise InputError("no images to extract features from; expected at least one.")
-    return torch.cat(out)
+    found = from_each({"features": torch.cat(out).numpy()}, shared)
+    return torch.from_numpy(np.concatenate([f["features"] for f in found]))

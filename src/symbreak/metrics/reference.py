@@ -21,14 +21,15 @@ import torch
 
 from symbreak.data import Images
 from symbreak.files import InputError, read_tensors, write_tensors
-from symbreak.metrics.features import Extractor, described, feature_blocks
+from symbreak.metrics.features import BATCH, Extractor, described, feature_blocks
 from symbreak.metrics.fid import together
 from symbreak.moments import Moments, grouped
 from symbreak.noise import generator
+from symbreak.parallel import dealt, from_each, own_rows
 
 __all__ = ["Statistics", "cache_folder", "load_statistics", "statistics"]
 
-FORMAT, VERSION = "symbreak.statistics", "1"
+FILE = {"format": "symbreak.statistics", "version": "1"}
 ROWS = 10_000
 
 
@@ -70,18 +71,28 @@ def _tensors(found: Statistics) -> tuple[dict[str, torch.Tensor], dict[str, str]
         # most networks answer in single precision: nothing is lost
         "rows": single if bool((single.double() == found.rows).all()) else found.rows,
     }
-    return tensors, {"format": FORMAT, "version": VERSION, "origin": json.dumps(found.origin, sort_keys=True)}
+    return tensors, {**FILE, "origin": json.dumps(found.origin, sort_keys=True)}
 
 
 def _from_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Any) -> Statistics:
-    if metadata.get("format") != FORMAT or not {"counts", "means", "covs", "rows"} <= set(tensors):
+    if metadata.get("format") != FILE["format"] or not {"counts", "means", "covs", "rows"} <= set(tensors):
         raise InputError(f"{path} holds no reference statistics. Expected a file that symbreak evaluate wrote.")
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") != FILE["version"]:
         raise InputError(f"{path} was written by another version of symbreak. Remove it, and it is made again.")
     groups = tuple(
         Moments(int(n), mean, cov) for n, mean, cov in zip(tensors["counts"], tensors["means"], tensors["covs"])
     )
     return Statistics(groups, tensors["rows"].double(), json.loads(metadata["origin"]))
+
+
+def _kept(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a cached file; nothing where there is none, or a damaged one, which is made again."""
+    try:
+        tensors, metadata = read_tensors(path)
+        _from_tensors(tensors, metadata, path)
+    except InputError:
+        return {}
+    return {k: v.numpy() for k, v in tensors.items()}
 
 
 def load_statistics(path: str | Path) -> Statistics:
@@ -108,7 +119,7 @@ def statistics(
     cache: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Statistics:
-    """Statistics of the features of a set of images, in one pass.
+    """Statistics of the features of a set of images, in one pass, which ranks share.
 
     Args:
         extract: the extractor.
@@ -143,31 +154,33 @@ def statistics(
         key = {k: v for k, v in origin.items() if k != "data"}
         key |= {"groups": groups, "rows": rows, "torch": torch.__version__, "threads": torch.get_num_threads()}
         path = cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
-        if path.exists():
-            try:
-                return load_statistics(path)
-            except InputError:
-                pass  # a damaged file is made again
+        kept = dealt([path], _kept)[0]
+        if kept:
+            tensors = {k: torch.from_numpy(v) for k, v in kept.items()}
+            return _from_tensors(tensors, {**FILE, "origin": json.dumps(origin)}, path)
     order = torch.randperm(count, generator=generator(seed, 21, 0)).numpy()
     group = np.empty(count, np.int64)
     for g, part in enumerate(np.array_split(order, groups)):
         group[part] = g
-    kept = np.sort(torch.randperm(count, generator=generator(seed, 22, 0))[:rows].numpy())
+    wanted = np.sort(torch.randperm(count, generator=generator(seed, 22, 0))[:rows].numpy())
     chosen: list[torch.Tensor] = []
+    # Ranks begin where a padded block begins: the network sees the same blocks whoever asks it.
+    stream, first, shared = own_rows(images, getattr(extract, "batch", BATCH))
+    last = first + len(stream)
 
     def blocks() -> Any:
-        done = 0
-        stream = [images] if isinstance(images, torch.Tensor) else images
-        for block in feature_blocks(extract, stream):
-            own = kept[np.searchsorted(kept, done) : np.searchsorted(kept, done + len(block))] - done
+        done = first
+        for block in feature_blocks(extract, [stream] if isinstance(stream, torch.Tensor) else stream):
+            own = wanted[np.searchsorted(wanted, done) : np.searchsorted(wanted, done + len(block))] - done
             chosen.append(block[torch.from_numpy(own)])
             done += len(block)
             if progress is not None:
-                progress(done, count)
+                progress(done - first, last - first)
             yield block
 
-    moments = grouped(blocks(), group)
-    fresh = Statistics(tuple(moments), torch.cat(chosen), origin)
+    moments = grouped(blocks(), group[first:last], shared)
+    found = from_each({"rows": torch.cat(chosen).numpy()}, shared)
+    fresh = Statistics(tuple(moments), torch.from_numpy(np.concatenate([f["rows"] for f in found])), origin)
     tensors, metadata = _tensors(fresh)
     if path is not None:
         write_tensors(path, tensors, metadata)

@@ -40,6 +40,7 @@ from symbreak.files import InputError
 from symbreak.laws.classes import class_of, mixture_of
 from symbreak.laws.mixture import Mixture
 from symbreak.noise import NoiseLevel, generator
+from symbreak.parallel import dealt
 
 __all__ = ["Clones", "Opportunity", "UTurns", "clone_agreement", "clones", "opportunity", "u_turns"]
 
@@ -317,8 +318,9 @@ def _blocks(
         make: (block, which trajectories, tell) -> arrays.
         axis: array -> axis of the trajectories.
     """
-    found = []
-    for block, first in enumerate(range(0, total, size)):
+
+    def block_of(block: int) -> Arrays:
+        first = block * size
         part = slice(first, min(first + size, total))
         done = first * cost
 
@@ -328,9 +330,12 @@ def _blocks(
             if progress is not None:
                 progress(done, total * cost)
 
-        found.append((keep or unkept)(f"{name}/{block}", partial(make, block, part, tell)))
+        arrays = (keep or unkept)(f"{name}/{block}", partial(make, block, part, tell))
         if progress is not None and done == first * cost:  # it came from the store
             progress(part.stop * cost, total * cost)
+        return arrays
+
+    found = dealt(range(-(-total // size)), block_of)
     return {k: np.concatenate([f[k] for f in found], axis=a) for k, a in axis.items()}
 
 
