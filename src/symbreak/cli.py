@@ -177,6 +177,15 @@ def _bytes(text: str | None) -> int | None:
     return int(size)
 
 
+def _report(folder: Path) -> Path:
+    """Draw the record in a folder; of several processes the one that wrote it does."""
+    from symbreak.record import Record
+    from symbreak.report import write_report
+
+    path = folder / "report.html"
+    return path if rank_of()[0] else write_report(Record.load(folder), path)
+
+
 def _one(source: str | None, name: str) -> str:
     if source is None:
         raise InputError(f"{name} is missing.")
@@ -215,7 +224,6 @@ def study(
 ) -> None:
     """Measure the late start against the standard start, at equal network calls, and write a report."""
     from symbreak.files import output_folder
-    from symbreak.report import write_report
     from symbreak.study import SAMPLERS, Study, run
 
     output_folder(out)
@@ -242,7 +250,7 @@ def study(
         settings = settings.smoke()
     with _bars() as tell:
         record = run(settings, out, tell, _pipeline(model, (device, precision, compiled)))
-    path = write_report(record, out / "report.html")
+    path = _report(out)
     _emit(as_json, {**record.to_dict(), "report": str(path)}, lambda: study_table(record, path))
 
 
@@ -291,7 +299,6 @@ def phases(
     from symbreak.diagnosis import Effort, diagnose
     from symbreak.files import output_folder
     from symbreak.metrics import extractor
-    from symbreak.report import write_report
 
     if out is not None:
         output_folder(out)
@@ -319,7 +326,7 @@ def phases(
             progress=tell,
         )
     if out is not None:
-        write_report(record, out / "report.html")
+        _report(out)
     _emit(as_json, record.to_dict(), lambda: phases_table(record, out))
 
 
@@ -713,8 +720,6 @@ def evaluate(
     """How far samples are from held-out images, what they leave out, and whether they copy training images."""
     from symbreak.files import output_folder
     from symbreak.metrics import evaluate as measure
-    from symbreak.record import Record
-    from symbreak.report import write_report
     from symbreak.sample import generate, parse_seeds
 
     if (samples is None) == (model is None):
@@ -750,7 +755,7 @@ def evaluate(
             progress=tell,
         )
     if out is not None:
-        write_report(Record.load(out), out / "report.html")
+        _report(out)
     _emit(as_json, result, lambda: evaluation_table(result, out))
 
 
@@ -807,7 +812,6 @@ def audit(
     """Does it copy? Duplicates in the data, memorized samples, training against held-out images."""
     from symbreak.copying import audit as measure
     from symbreak.files import output_folder
-    from symbreak.report import write_report
     from symbreak.sample import parse_seeds
 
     given = {"count": count, "steps": steps, "sampler": sampler, "seeds": seeds}
@@ -845,7 +849,7 @@ def audit(
             **asked,
         )
     if out is not None:
-        write_report(record, out / "report.html")
+        _report(out)
     _emit(as_json, record.to_dict(), lambda: audit_table(record, out))
 
 

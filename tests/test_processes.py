@@ -1,0 +1,440 @@
+"""One process, two processes, another order of the seeds: the same answer.
+
+Two gloo processes are forked from this one and run the command line as a launcher would have it. Tolerances: images,
+8-bit moments, neighbours, clones and collapse are made in blocks that know nothing of ranks, so they are equal bit for
+bit; float moments differ by the order of sums, 1e-12; Fréchet distances by 1e-6 (a root of small eigenvalues).
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import symbreak as sb
+from symbreak.cli import main
+from symbreak.files import read_json, read_tensors, write_json, write_whole
+from symbreak.noise import generator
+from symbreak.parallel import agreed, alone, dealt, from_each, from_first, joined, own_rows, rank_of, summed
+
+FORK = multiprocessing.get_context("fork")
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def on_ranks(function, *arguments, ranks=2, wait=240):
+    """Exit codes of ``ranks`` forked processes that call function(*arguments) as a launcher's."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+
+    def child(rank):
+        os.environ.update(place, RANK=str(rank), LOCAL_RANK=str(rank))
+        torch.set_num_threads(1)
+        function(*arguments)
+
+    began = torch.get_num_threads()
+    torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    try:
+        children = [FORK.Process(target=child, args=(rank,)) for rank in range(ranks)]
+        for c in children:
+            c.start()
+        for c in children:
+            c.join(wait)
+        for c in children:
+            c.kill()
+        return [c.exitcode for c in children]
+    finally:
+        torch.set_num_threads(began)
+
+
+def command(*arguments, ranks=2):
+    """Run a command of the command line on one or two processes."""
+    assert on_ranks(main, [str(a) for a in arguments], ranks=ranks) == [0] * ranks
+
+
+def content(folder):
+    """A record without what is allowed to differ."""
+    record = read_json(Path(folder) / "record.json")
+    return {k: v for k, v in record.items() if k not in ("timings", "versions")}
+
+
+def close(a, b, tolerance):
+    """Plain values equal, floats up to a relative tolerance."""
+    if isinstance(a, dict):
+        assert set(a) == set(b)
+        for k in a:
+            if k not in ("grid", "png", "pictures"):  # drawn from images that are compared elsewhere
+                close(a[k], b[k], tolerance)
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            close(x, y, tolerance)
+    elif isinstance(a, float) and isinstance(b, float):
+        assert a == pytest.approx(b, rel=tolerance, abs=tolerance)
+    else:
+        assert a == b
+
+
+# --- the pieces -----------------------------------------------------------------------------------
+
+
+def _pieces(out):
+    with joined() as (rank, ranks):
+        found = dealt(range(5), lambda i: {"of": np.array([i, rank_of()[1]]), "none": np.zeros((0, 3))})
+        part, first, shared = own_rows(torch.arange(10), 4)  # blocks 0-3, 4-7, 8-9
+        whole = torch.full((2,), float(rank + 1))
+        summed(whole)
+        pilot = torch.full((2,), rank + 7.0)
+        from_first(pilot)
+        each = from_each({"rank": np.array(rank)})
+        told = agreed(lambda: {"rank": rank})
+        with alone():
+            assert rank_of() == (0, 1)
+        assert len(own_rows(torch.arange(3), 4)[0]) == 3  # too short to share
+        write_whole(out / "one", lambda p: p.write_text(str(rank)))
+        write_json(out.parent / f"{out.name}-{rank}.json", {})  # only the first rank's appears
+        with alone():
+            write_json(
+                out / f"{rank}.json",
+                {
+                    "place": [rank, ranks],
+                    "found": [f["of"].tolist() for f in found],
+                    "none": [list(f["none"].shape) for f in found],
+                    "part": [part.tolist(), first, shared],
+                    "sum": whole.tolist(),
+                    "pilot": pilot.tolist(),
+                    "each": [int(e["rank"]) for e in each],
+                    "told": told,
+                },
+            )
+    assert rank_of() == (0, 1)
+
+
+def test_blocks_are_dealt_and_known_to_all(tmp_path):
+    out = tmp_path / "out"
+    assert on_ranks(_pieces, out) == [0, 0]
+    parts = [[0, 1, 2, 3], 0, True], [[4, 5, 6, 7, 8, 9], 4, True]
+    for rank in (0, 1):
+        assert read_json(out / f"{rank}.json") == {
+            "place": [rank, 2],
+            "found": [[i, 1] for i in range(5)],  # each block is made alone
+            "none": [[0, 3]] * 5,
+            "part": list(parts[rank]),
+            "sum": [3.0, 3.0],
+            "pilot": [7.0, 7.0],
+            "each": [0, 1],
+            "told": {"rank": 0},
+        }
+    assert (out / "one").read_text() == "0"
+    assert [p.name for p in tmp_path.glob("out-*.json")] == ["out-0.json"]
+
+
+def _rank_alone(out):
+    """A program of somebody's own, where only one rank calls us."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    if dist.get_rank() == 0:
+        sb.Moments.fit(sb.images("digits")).save(out)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_one_rank_of_somebody_elses_program_waits_for_nobody(tmp_path):
+    assert on_ranks(_rank_alone, tmp_path / "m.safetensors", wait=60) == [0, 0]
+    assert sb.Moments.load(tmp_path / "m.safetensors").count == 898
+
+
+# --- moments --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory):
+    """Float images with a mean far from zero, in a file that three processes cannot share evenly."""
+    path = tmp_path_factory.mktemp("floats") / "x.npy"
+    x = torch.rand(1001, 1, 6, 6, generator=generator(3)) * torch.linspace(0.1, 1, 36).reshape(1, 1, 6, 6)
+    np.save(path, x.numpy())
+    return path
+
+
+def test_moments_of_bytes_have_the_same_bits(tmp_path):
+    command("fit", "--data", "digits", "--out", tmp_path / "two.safetensors")
+    command("fit", "--data", "digits", "--out", tmp_path / "one.safetensors", ranks=1)
+    assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("rank", "tolerance"), [(None, 1e-12), (5, 1e-5)])  # a sketch is float32 inside
+def test_moments_of_floats(floats, tmp_path, rank, tolerance):
+    extra = () if rank is None else ("--rank", rank)
+    for ranks in (1, 3):
+        command("fit", "--data", floats, "--out", tmp_path / f"{ranks}.safetensors", *extra, ranks=ranks)
+    one, three = (sb.Moments.load(tmp_path / f"{ranks}.safetensors") for ranks in (1, 3))
+    assert one.count == three.count == 1001
+    scale = float(one.spectrum(1).values[0])
+    np.testing.assert_allclose(three.mean, one.mean, rtol=1e-12)
+    np.testing.assert_allclose(three.spectrum(5).values, one.spectrum(5).values, rtol=tolerance)
+    if rank is None:
+        np.testing.assert_allclose(three.cov, one.cov, rtol=tolerance, atol=tolerance * scale)
+        np.testing.assert_allclose(three.spectrum(3).low, one.spectrum(3).low, rtol=1e-9)
+    else:
+        np.testing.assert_allclose(three.variances, one.variances, rtol=1e-12)
+
+
+def test_a_fault_in_one_part_of_the_data_is_everybodys(tmp_path):
+    x = np.full((40, 1, 4, 4), 0.5, np.float32)
+    x += np.arange(40, dtype=np.float32).reshape(-1, 1, 1, 1) / 100
+    x[33, 0, 1, 1] = np.nan
+    np.save(tmp_path / "x.npy", x)
+    codes = on_ranks(main, ["fit", "--data", str(tmp_path / "x.npy"), "--out", str(tmp_path / "m.safetensors")])
+    assert codes[1] == 2  # it read the row; the other one lost its partner
+    assert codes[0] in (1, 2)
+    assert not (tmp_path / "m.safetensors").exists()
+
+
+def test_parts_of_every_source_are_the_rows_of_the_whole(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    (tmp_path / "folder").mkdir()
+    rows = []
+    for i in range(23):
+        picture = Image.fromarray(np.full((4, 4), 10 * i, np.uint8))
+        picture.save(tmp_path / "folder" / f"{i:02d}.png")
+        rows.append({"bytes": (tmp_path / "folder" / f"{i:02d}.png").read_bytes(), "path": None})
+    pq.write_table(pa.table({"image": rows}), tmp_path / "x.parquet", row_group_size=7)
+    np.save(tmp_path / "x.npy", np.arange(23 * 16, dtype=np.uint8).reshape(23, 4, 4))
+    for source in (tmp_path / "folder", tmp_path / "x.parquet", tmp_path / "x.npy"):
+        data = sb.images(source)
+        for first, last in ((0, 5), (5, 9), (6, 7), (7, 14), (13, 23), (21, 23)):
+            part = data.rows(first, last)
+            assert torch.equal(part.tensor(), data.tensor()[first:last]), (source, first, last)
+            assert part.names() == data.names()[first:last]
+            some = data.take(np.array([1, 8, 20]), "some").rows(1, 3)
+            assert some.names() == [data.names()[8], data.names()[20]]
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory):
+    out = tmp_path_factory.mktemp("hundred")
+    command("sample", "--steps", 2, "--seeds", "0-99", "--out", out, "--micro-batch", 16, ranks=1)
+    return {p.name: p.read_bytes() for p in out.glob("*.png")}
+
+
+def test_an_image_is_its_seed(hundred, tmp_path):
+    assert len(hundred) == 100
+    command("sample", "--steps", 2, "--seeds", "0-99", "--out", tmp_path, "--micro-batch", 16)
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.png")} == hundred
+
+
+@pytest.mark.parametrize("at_a_time", [7, 33])
+def test_an_image_knows_nothing_of_its_neighbours(hundred, tmp_path, at_a_time):
+    for first in range(0, 99, at_a_time):
+        seeds = ",".join(str(s) for s in reversed(range(first, min(first + at_a_time, 100))))
+        with pytest.raises(SystemExit, match="0"):
+            main(["sample", "--steps", "2", "--seeds", seeds, "--out", str(tmp_path), "--micro-batch", "16"])
+    found = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    assert found == {k: hundred[k] for k in found}
+    assert len(found) >= 99
+
+
+# --- measurements ---------------------------------------------------------------------------------
+
+
+def test_an_evaluation_on_two_processes(tmp_path):
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        extra = ("--model", "digits", "--seeds", "0-599", "--steps", 2, "--no-cache", "--out", out)
+        command("evaluate", "--data", "digits", "--repeats", 3, *extra, ranks=ranks)
+    close(content(tmp_path / "1"), content(tmp_path / "2"), 1e-6)
+    assert "Fréchet" in (tmp_path / "2" / "report.html").read_text()
+
+
+def test_reference_statistics_are_written_once_and_read_by_all(tmp_path):
+    np.save(tmp_path / "x.npy", sb.images("digits").tensor()[:300].numpy())
+    run = ("evaluate", "--samples", tmp_path / "x.npy", "--data", "digits", "--reference", tmp_path / "r.safetensors")
+    command(*run, "--no-cache", "--out", tmp_path / "fresh")
+    written = (tmp_path / "r.safetensors").read_bytes()
+    command(*run, "--no-cache", "--out", tmp_path / "read")
+    assert (tmp_path / "r.safetensors").read_bytes() == written
+    assert content(tmp_path / "fresh")["content"]["distance"] == content(tmp_path / "read")["content"]["distance"]
+
+
+def test_an_audit_on_two_processes(tmp_path):
+    run = ("audit", "--data", "digits", "--model", "digits", "--count", 200, "--steps", 2)
+    for ranks in (1, 2):
+        command(*run, "--out", tmp_path / str(ranks), ranks=ranks)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+def test_a_study_on_two_processes(tmp_path):
+    run = ("study", "--quick", "--samples", 40, "--repeats", 2, "--samplers", "ddim", "--calls", 3)
+    for ranks in (1, 2):
+        command(*run, "--out", tmp_path / str(ranks), ranks=ranks)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+def test_phases_of_data_on_two_processes(tmp_path):
+    for ranks in (1, 2):
+        command("phases", "--data", "digits", "--limit", 300, "--out", tmp_path / str(ranks), ranks=ranks)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+def _network_phases(out):
+    from symbreak.phases.clones import clones, u_turns
+    from symbreak.phases.information import loss_curve
+
+    with joined() as (rank, _):
+        pipe = sb.load_pipeline("digits")
+        network, x = sb.denoiser(pipe.unet, pipe.scheduler), sb.images("digits:held-out").tensor()[:40]
+        judge = sb.extractor("digits-classifier")
+        pairs = clones(network, [0.5, 2.0], judge.logits, pairs=130, steps=4)
+        turns = u_turns(network, x, [0.5, 2.0], judge.logits, steps=4, turns=3)
+        loss = loss_curve(network, x, [0.3, 1.0, 3.0]).mmse
+        with alone():
+            write_json(
+                out / f"{rank}.json",
+                {
+                    "clones": pairs.curve.value.tolist(),
+                    "ends": np.asarray(pairs.ends, np.float64).sum((1, 2, 3)).tolist(),
+                    "turns": turns.features.value.tolist(),
+                    "loss": [loss.value.tolist(), loss.low.tolist()],
+                },
+            )
+
+
+def test_experiments_on_a_network_on_two_processes(tmp_path):
+    assert on_ranks(_network_phases, tmp_path / "two") == [0, 0]
+    assert on_ranks(_network_phases, tmp_path / "one", ranks=1) == [0]
+    alone_ = read_json(tmp_path / "one" / "0.json")
+    assert alone_ == read_json(tmp_path / "two" / "0.json") == read_json(tmp_path / "two" / "1.json")
+    assert 0 < alone_["clones"][0] <= 1
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def _recipe(path, **settings):
+    given = {"channels": [8, 16], "steps": 12, "batch": 20, "dropout": 0.0, "warmup": 2}
+    return write_json(path, {**given, **settings})
+
+
+def _weights(folder):
+    return read_tensors(folder / "unet" / "diffusion_pytorch_model.safetensors")[0]
+
+
+def test_two_processes_train_the_network_of_one(tmp_path):
+    recipe = _recipe(tmp_path / "recipe.json")
+    for ranks in (1, 2):
+        command("train", "--data", "digits", "--recipe", recipe, "--out", tmp_path / str(ranks), ranks=ranks)
+    one, two = (_weights(tmp_path / str(ranks)) for ranks in (1, 2))
+    # Adam divides by the size of gradients: where one is nearly zero, rounding moves a weight by up to a step (1e-3).
+    gaps = torch.cat([(one[k] - two[k]).abs().reshape(-1) for k in one])
+    assert float(gaps.median()) < 1e-6
+    assert float(gaps.max()) < 12 * 1e-3
+    losses = [read_json(tmp_path / str(ranks) / "training.json")["loss"] for ranks in (1, 2)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def _train_until(out, recipe, steps):
+    class Enough(Exception):
+        pass
+
+    def tell(step, *_):
+        if steps is not None and step >= steps:
+            raise Enough
+
+    with joined(), contextlib.suppress(Enough):
+        sb.train_network(sb.images("digits"), out, sb.Recipe.load(recipe), checkpoint_seconds=0.0, progress=tell)
+
+
+def test_interrupted_training_on_two_processes_ends_with_the_same_bits(tmp_path):
+    recipe = _recipe(tmp_path / "recipe.json", dropout=0.1, steps=25)
+    assert on_ranks(_train_until, tmp_path / "whole", recipe, None) == [0, 0]
+    assert on_ranks(_train_until, tmp_path / "cut", recipe, 10) == [0, 0]
+    assert (tmp_path / "cut" / "checkpoint.safetensors").exists()
+    assert on_ranks(_train_until, tmp_path / "cut", recipe, None) == [0, 0]
+    one, two = _weights(tmp_path / "whole"), _weights(tmp_path / "cut")
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_batch_smaller_than_the_number_of_processes(tmp_path):
+    recipe = _recipe(tmp_path / "recipe.json", batch=1)
+    assert on_ranks(main, ["train", "--data", "digits", "--recipe", str(recipe), "--out", str(tmp_path / "o")]) == [
+        2,
+        2,
+    ]
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def _dies(out):
+    with joined() as (rank, _):
+
+        def make(i):
+            if rank == 1 and i == 3:
+                os._exit(9)
+            return {"x": np.array(i)}
+
+        sb_blocks = __import__("symbreak.blocks", fromlist=["Blocks"]).Blocks(out, {"of": "us"})
+        dealt(range(6), lambda i: sb_blocks.keep(f"b/{i}", lambda: make(i)))
+
+
+def _survives(out):
+    try:
+        _dies(out)
+    except Exception as error:
+        from symbreak.parallel import lost
+
+        raise SystemExit(1 if lost(error) else 7) from None
+
+
+def test_a_dead_rank_ends_the_others_and_costs_its_own_block_only(tmp_path):
+    codes = on_ranks(_survives, tmp_path / "out", wait=60)
+    assert codes == [1, 9]
+    kept = sorted(p.name for p in (tmp_path / "out").glob("blocks-*/*"))
+    assert kept == [f"b-{i}.safetensors" for i in (0, 1, 2, 4)]
+
+
+# --- launchers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "PORT"],
+        pytest.param(
+            ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "PORT"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_launchers(hundred, tmp_path, launcher):
+    words = [str(free_port()) if w == "PORT" else w for w in launcher]
+    run = ["-m", "symbreak", "sample", "--steps", "2", "--seeds", "0-40", "--out", str(tmp_path), "--micro-batch", "16"]
+    done = subprocess.run(
+        [sys.executable, "-m", *words, *run, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["made"] == 41  # one process speaks for all
+    found = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    assert len(found) == 41
+    assert found == {k: hundred[k] for k in found}
