@@ -22,11 +22,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/symbreak study --data digits --model digits --out $(DEMO)
 
+# A process a core, one thread each: most tests are too small for a pool of threads.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
+test-slow: export OMP_NUM_THREADS = 1
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600 --numprocesses auto --dist loadfile
 
 # torchvision breaks other packages beside the CPU build of torch: it gets an environment of its own, and comes
 # without its dependencies, which would bring CUDA libraries.

@@ -173,7 +173,7 @@ def _bytes(text: str | None) -> int | None:
     except (ValueError, KeyError):
         size = 0.0
     if not 2**20 <= size < 2**60:
-        raise InputError(f"--memory {text}; expected at least 1MiB, such as 512MB or 4GB.")
+        raise InputError(f"--memory {text}; expected at least 1 MiB, such as 512MB or 4GB.")
     return int(size)
 
 
@@ -290,6 +290,7 @@ def phases(
     classes: Classes = None,
     pad: Pad = None,
     limit: Limit = None,
+    memory: Memory = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     compiled: Compile = False,
@@ -322,6 +323,7 @@ def phases(
             clusters=clusters,
             effort=replace(effort, **{k: v for k, v in asked.items() if v is not None}),
             seed=seed,
+            memory=_bytes(memory),
             out=out,
             progress=tell,
         )
@@ -354,6 +356,7 @@ def fit(
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
+    memory: Memory = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     compiled: Compile = False,
@@ -371,6 +374,8 @@ def fit(
         raise InputError("--model, --sampler, --steps, --holdout and --clusters belong to a start. Add --start.")
     if start and rank is not None:
         raise InputError("--rank came with --start, which decides on the rank itself. Leave one of them out.")
+    if start and memory is not None:
+        raise InputError("--memory came with --start; it is for moments. Leave one of them out.")
     output_folder(out.parent)
     if start:
         options = (value_range, skip_bad, classes, pad)
@@ -382,7 +387,7 @@ def fit(
         return
     found = _images(data, value_range, skip_bad, classes, pad)
     with err.status("one pass over the data" if rank is None else "two passes over the data"):
-        moments = Moments.fit(found, rank=rank)
+        moments = Moments.fit(found, rank=rank, memory=_bytes(memory))
     moments.save(out)
     spectrum = moments.spectrum(min(5, moments.dim))
     critical = speciation_time(moments)
@@ -712,6 +717,7 @@ def evaluate(
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
+    memory: Memory = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     compiled: Compile = False,
@@ -750,6 +756,7 @@ def evaluate(
             repeats=repeats,
             rows=rows,
             seed=seed,
+            memory=_bytes(memory),
             cache=cache,
             out=out,
             progress=tell,
@@ -792,7 +799,7 @@ def audit(
         str | None, typer.Option("--seeds", metavar="A-B", help="with --model, instead of --count")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="of the thinned references and the permutations")] = 0,
-    memory: Annotated[int, typer.Option("--memory", metavar="MIB", help="working memory beside the images")] = 256,
+    memory: Memory = None,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="also write record.json and report.html; resumable")
     ] = None,
@@ -843,7 +850,7 @@ def audit(
             sha256=weights_sha256,
             threshold=threshold,
             seed=seed,
-            memory=memory * 2**20,
+            memory=_bytes(memory) or 2**28,
             out=out,
             progress=tell,
             **asked,

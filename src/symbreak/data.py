@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from symbreak.files import InputError, file_hash
-from symbreak.parallel import agreed
+from symbreak.parallel import agreed, from_each, own_rows
 
 __all__ = ["Images", "describe", "images", "png_row"]
 
@@ -109,23 +109,25 @@ class Images:
             yield np.stack(block)
 
     def _usable(self) -> Images:
-        """The images without a fault; the others are named in ``skipped``. One pass."""
-        good, skipped = [], []
-        for position, (name, load) in enumerate(self._kept()):
-            fault = self._fault(load())
-            if fault is None:
-                good.append(position)
-            else:
-                skipped.append(f"{name}: {fault}")
+        """The images without a fault; the others are named in ``skipped``. One pass, which ranks share."""
+        part, first, shared = own_rows(self)
+        faulty = [first + i for i, (_, load) in enumerate(part._kept()) if self._fault(load()) is not None]
+        bad = np.concatenate([f["bad"] for f in from_each({"bad": np.array(faulty, np.int64)}, shared)])
+        good = np.setdiff1d(np.arange(len(self)), bad)
+        skipped = [f"{name}: {self._fault(load())}" for name, load in self.take(bad, "bad")._kept()]
         if len(good) < 2:
             raise InputError(f"{self.name}: {len(good)} usable images; at least 2 are needed. First: {skipped[0]}.")
         if not skipped:
             return self
-        return replace(self.take(np.array(good), f"without {len(skipped)} unusable"), skipped=tuple(skipped))
+        return replace(self.take(good, f"without {len(skipped)} unusable"), skipped=tuple(skipped))
 
     def tensor(self) -> torch.Tensor:
         """All images at once, [N, C, H, W] float32 in [-1, 1]."""
-        return torch.cat(list(self))
+        out, done = torch.empty(len(self), *self.shape), 0
+        for batch in self:
+            out[done : done + len(batch)] = batch
+            done += len(batch)
+        return out
 
     def names(self) -> list[str]:
         """What every image is called in its source: its file, row or position."""

@@ -28,6 +28,7 @@ from symbreak.files import InputError, digest, output_folder
 from symbreak.findings import Findings, Stages, spectral_times
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.classes import class_of, posterior_average
+from symbreak.laws.empirical import COPIES
 from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments import Moments, mode_images
 from symbreak.noise import NoiseLevel, generator, schedule
@@ -110,6 +111,7 @@ def diagnose(
     clusters: int | None = None,
     effort: Effort | None = None,
     seed: int = 0,
+    memory: int | None = None,
     out: str | Path | None = None,
     progress: Stages | None = None,
 ) -> Record:
@@ -128,6 +130,8 @@ def diagnose(
             10 where a network comes without labels and classifier.
         effort: how much to spend; `Effort` counts.
         seed: of all noise.
+        memory: bytes for the covariance, and for the images held for the collapse: a subset where not all fit.
+            By default 4 GiB and 1 GiB.
         out: folder for ``record.json``, and for finished blocks while it runs: the same call goes on after an
             interruption and finds the same numbers.
         progress: called with (stage, done, total).
@@ -176,12 +180,13 @@ def diagnose(
         "clusters": clusters,
         "modes": modes,
         "seed": seed,
+        "memory": memory,
         **plain(asdict(effort)),
     }
     packages = versions(torch.get_num_threads())
     store = Blocks(folder, {**settings, "versions": packages, "probes": _probes(network, classify, held)})
     with found.stage("spectrum"):
-        moments = Moments.fit(data) if moments is None else moments
+        moments = Moments.fit(data, memory=memory) if moments is None else moments
         content = {"schedule": name, **spectral_times(data, found.steps, moments, modes)}
         found.add("spectral", "data", speciation_time(moments))
         found.add("signal-to-noise", "data", speciation_time(moments, "signal-to-noise"))
@@ -201,7 +206,7 @@ def diagnose(
             "No two classes of at least 2 images by the labels: no criterion of classes. Pass --clusters K for some."
         )
     laws = _laws(found, fit, held, network is None, clusters, effort, scale, seed)
-    whole = _collapse(found, store, data, laws, effort, scale, seed)
+    whole = _collapse(found, store, data, laws, effort, scale, seed, memory)
     if network is not None:
         _network(found, store, network, fit, held, moments, laws, judge, effort, scale, seed)
         _condensation(found, store, network, whole, effort, scale, seed)
@@ -464,14 +469,24 @@ def _labelled(found: Findings, empirical: Empirical, labels: Any, sigma: np.ndar
 
 
 def _collapse(
-    found: Findings, store: Blocks, data: Images, laws: _Laws, effort: Effort, scale: float, seed: int
+    found: Findings,
+    store: Blocks,
+    data: Images,
+    laws: _Laws,
+    effort: Effort,
+    scale: float,
+    seed: int,
+    memory: int | None,
 ) -> Empirical:
     """Below which level would a perfect score only replay the data set? All its images count; they are returned."""
-    most = max(3, NUMBERS // math.prod(data.shape))
+    room = 4 * NUMBERS if memory is None else memory // 3  # the images; a copy of them; work
+    most = max(3, room // (4 * math.prod(data.shape)))
     if len(data) > most:
-        found.notes.append(f"The collapse is that of {most:,} of the {len(data):,} images, as many as fit into 1 GiB.")
+        found.notes.append(
+            f"The collapse is that of {most:,} of the {len(data):,} images, as many as fit into {room / 2**30:.3g} GiB."
+        )
         data = data.subset(most)
-    n, whole = len(data), Empirical(data.tensor())
+    n, whole = len(data), Empirical(data.tensor(), **({} if memory is None else {"memory": max(2**16, room // COPIES)}))
     sigma = scale * np.geomspace(0.05, 4.0, 24)
     mixture = None if laws.classes is None else laws.classes.inner
     own: dict[str, Any] = {"data": whole, "Gaussian": laws.gaussian}

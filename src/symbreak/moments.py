@@ -36,6 +36,7 @@ __all__ = ["LowRankMoments", "Moments", "Spectrum", "frechet_distance", "grouped
 EXACT_ROWS = 1024  # 1,024 products of two numbers up to 128 stay below 2^24
 BUFFER_BYTES = 2**28
 PANEL = 512
+SPARE = 5  # matrices beside the parts: their sum, the covariance, eigenvectors and what finds them
 PARTS_BYTES = 2**32  # the jackknife parts together stay below this
 SAVED_PARTS_BYTES = 64 * 2**20
 
@@ -114,12 +115,21 @@ class Moments:
 
     @overload
     @classmethod
-    def fit(cls, batches: Iterable[torch.Tensor], rank: None = None, parts: int | None = None) -> Moments: ...
+    def fit(
+        cls, batches: Iterable[torch.Tensor], rank: None = None, parts: int | None = None, *, memory: int | None = None
+    ) -> Moments: ...
 
     @overload
     @classmethod
     def fit(
-        cls, batches: Iterable[torch.Tensor], rank: int, parts: None = None, passes: int = 2, seed: int = 0
+        cls,
+        batches: Iterable[torch.Tensor],
+        rank: int,
+        parts: None = None,
+        passes: int = 2,
+        seed: int = 0,
+        *,
+        memory: int | None = None,
     ) -> LowRankMoments: ...
 
     @classmethod
@@ -130,6 +140,8 @@ class Moments:
         parts: int | None = None,
         passes: int = 2,
         seed: int = 0,
+        *,
+        memory: int | None = None,
     ) -> Moments | LowRankMoments:
         """Moments of a stream of batches in one pass, or leading eigenpairs in two; memory does not grow with n.
 
@@ -140,10 +152,14 @@ class Moments:
             parts: disjoint sub-accumulators for the jackknife; by default 8, 5 above d = 1,024.
             passes: of a fit with ``rank``, at least 2; one more sharpens the last eigenpairs.
             seed: of the random vectors of a fit with ``rank``.
+            memory: bytes that a full covariance and all that is made of it may take: fewer parts where there is room
+                for fewer. By default 4 GiB of parts. A fit with ``rank`` takes what its docstring says.
+
+        Ranks share `Images` (`symbreak.parallel`): bit for bit the same moments of 8-bit ones.
 
         Raises:
             InputError: for fewer than 2 rows, changing shapes, NaN or infinity, or all rows equal; with ``rank``,
-                for batches that can be walked only once.
+                for batches that can be walked only once; where ``memory`` does not hold a covariance.
         """
         if isinstance(batches, torch.Tensor | np.ndarray) and batches.ndim > 1:
             batches = [batches]  # type: ignore[list-item]  # one batch, not a walk over its rows
@@ -160,7 +176,7 @@ class Moments:
             if rows.ndim < 2:
                 raise InputError(f"a batch of shape {rows.shape}; expected [B, *S] with at least one dimension in S.")
             if sums is None:
-                sums = _Sums(rows.shape[1:], parts, exact, first)
+                sums = _Sums(rows.shape[1:], parts, exact, first, memory)
                 sums.begin(rows, shared)
             sums.add(rows)
         if sums is None:
@@ -350,7 +366,9 @@ class Moments:
 class _Sums:
     """Running sums of disjoint parts of a stream of rows."""
 
-    def __init__(self, shape: tuple[int, ...], parts: int | None, exact: bool, first: int = 0) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], parts: int | None, exact: bool, first: int = 0, memory: int | None = None
+    ) -> None:
         self.shape, self.exact = shape, exact
         self.d = math.prod(shape)
         if self.d == 0:
@@ -361,7 +379,16 @@ class _Sums:
                 "Pass rank= for the leading eigenpairs, or resize the images."
             )
         # Every part costs d^2 of memory and of finishing touches: fewer for large d.
-        self.groups = parts or max(1, min(8 if self.d <= 1024 else 5, PARTS_BYTES // (8 * self.d**2)))
+        matrix, room = 8 * self.d**2, PARTS_BYTES
+        if memory is not None:
+            room = memory - SPARE * matrix - memory // 8
+            if room < matrix:
+                raise InputError(
+                    f"{memory / 1e9:.3g} GB of memory for samples of {self.d:,} elements, whose covariance takes "
+                    f"{(1 + SPARE) * matrix * 8 / 7 / 1e9:.3g} GB to find. Allow more, or pass rank= (--rank) for the "
+                    "leading eigenpairs."
+                )
+        self.groups = parts or max(1, min(8 if self.d <= 1024 else 5, room // matrix))
         self.rows = self.first = first  # the stream's rows before these belong to others
         self.counts = [0] * self.groups
         self.sums = [np.zeros(self.d) for _ in range(self.groups)]
@@ -372,7 +399,8 @@ class _Sums:
         self.waiting_rows = [0] * self.groups
         self.shift = np.empty(0)
         # Enough rows a product that adding into the sum (d^2) costs little beside it (rows d^2).
-        self.capacity = EXACT_ROWS if exact else max(64, min(1024, BUFFER_BYTES // (8 * self.d * self.groups)))
+        buffer = BUFFER_BYTES if memory is None else min(BUFFER_BYTES, memory // 8)
+        self.capacity = EXACT_ROWS if exact else max(64, min(1024, buffer // (8 * self.d * self.groups)))
 
     def begin(self, rows: np.ndarray, shared: bool) -> None:
         """Choose what is taken off every row; ranks that share a stream take the first one's."""

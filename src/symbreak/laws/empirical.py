@@ -41,6 +41,7 @@ TOLERANCE = 3e-6  # relative error of a float32 posterior mean allowed to produc
 CANDIDATES = 32  # points a block and a query that are ranked again
 WINDOW = 30.0  # log weights this far below the highest do not count (e^-30 = 1e-13)
 QUERIES = 1024
+COPIES = 4  # times the working memory that a centred float32 copy of the data may take
 CACHED = 2**24  # numbers kept as a second, float64 copy of the data
 
 
@@ -49,7 +50,8 @@ class Empirical:
 
     Args:
         points: [N, *S], N >= 1; float32 and float64 data are kept as they are.
-        memory: bytes of working memory for products with all points; results do not depend on it.
+        memory: bytes of working memory for products with all points, beside a centred float32 copy of them where that
+            takes at most four times as much; results do not depend on it.
 
     Raises:
         InputError: for points that are no batch, or hold NaN or infinity.
@@ -97,7 +99,8 @@ class Empirical:
     def _centred(self, x: torch.Tensor, dtype: torch.dtype, part: slice) -> torch.Tensor:
         """Rows ``part`` of y - centre on the device of x."""
         key = (dtype, x.device)
-        if key not in self._copies and (dtype == torch.float32 or self.points.numel() <= CACHED):
+        room = COPIES * self.memory if dtype == torch.float32 else 8 * CACHED
+        if key not in self._copies and self.points.numel() * dtype.itemsize <= room:
             with torch.inference_mode(False):
                 whole = torch.empty(len(self), self.dim, dtype=dtype, device=x.device)
                 for i in range(0, len(self), 4096):
@@ -107,7 +110,7 @@ class Empirical:
             self._copies[key] = whole
         if key in self._copies:
             return self._copies[key][part]
-        return self._raw(x)[part].to(dtype) - self._small.like(x, dtype)[0]
+        return (self._raw(x)[part].double() - self._centre.to(x.device)).to(dtype)
 
     def _raw(self, x: torch.Tensor) -> torch.Tensor:
         """The points [N, d] as given, on the device of x."""

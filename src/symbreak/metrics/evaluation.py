@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from symbreak.metrics.diversity import (
     vendi_score,
 )
 from symbreak.metrics.features import chosen, described, extractor, named
+from symbreak.metrics.features import features as feature_rows
 from symbreak.metrics.fid import extrapolated, group_distance
 from symbreak.metrics.kernel import kid
 from symbreak.metrics.memorization import nearest_summary
@@ -55,6 +57,7 @@ def evaluate(
     repeats: int = 5,
     rows: int = ROWS,
     seed: int = 0,
+    memory: int | None = None,
     cache: bool | Path = True,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -77,6 +80,8 @@ def evaluate(
         repeats: random parts the samples are dealt into for the intervals.
         rows: feature rows to hold of each set, at most; also the training images to classify.
         seed: of parts, rows, subsets.
+        memory: bytes for what is made of the features: the moments have to fit, and fewer ``rows`` are held where
+            there is room for fewer. By default as many as ``rows``.
         cache: whether statistics of real images are kept by content in `cache_folder`; or the folder.
         out: folder for ``record.json``.
         progress: called with (stage, done, total).
@@ -114,6 +119,7 @@ def evaluate(
     judge = _judge(classify, extract, data)
     about = described(extract)
     notes: list[str] = []
+    rows = _held(rows, memory, extract, data, repeats, notes)
     if saved is not None:
         _same_extractor(saved, about, reference)
 
@@ -153,7 +159,7 @@ def evaluate(
     with lap("composition"):
         content["composition"] = [] if judge is None else _composition(judge, samples, data, rows, seed)
     with lap("neighbours"):
-        content["neighbours"] = _neighbours(samples, data, holdout, seed)
+        content["neighbours"] = _neighbours(samples, data, holdout, seed, memory or 2**30)
     shown = ("training images", data) if holdout is None else ("held-out images", holdout)
     content["pictures"] = [
         {"title": title, "png": png_row(_some(found, np.arange(min(GRID, len(found)))))}
@@ -224,6 +230,24 @@ def _fitting(samples: torch.Tensor | Images, data: Images, holdout: Images | Non
         if far < 1.5:  # a network's own images overshoot by this much: cut, not rescaled
             mend = "samples.clamp(-1, 1)"
         raise InputError(f"the samples lie in [{low:.3g}, {high:.3g}]; expected [-1, 1]: pass {mend} or mend them.")
+
+
+def _held(rows: int, memory: int | None, extract: Any, data: Images, repeats: int, notes: list[str]) -> int:
+    """How many feature rows of each set fit beside the moments."""
+    if memory is None:
+        return rows
+    width = feature_rows(extract, _some(data, np.arange(1))).shape[1]
+    # Moments of both sets and the training images by parts, beside the matrices of a distance; rows and their products.
+    moments = (3 * repeats + 8) * 8 * width**2
+    room = (memory - moments) // (64 * width)
+    if room < 100:
+        raise InputError(
+            f"{memory / 1e9:.3g} GB of memory for {width:,} features in {repeats} repeats, whose moments take "
+            f"{moments / 1e9:.3g} GB. Allow more, or choose fewer --repeats or other --features."
+        )
+    if room < rows:
+        notes.append(f"Kernel distance, precision, recall and the like on at most {room:,} images: the memory allowed.")
+    return int(min(rows, room))
 
 
 def _same_extractor(saved: Statistics, about: dict[str, Any], path: Any) -> None:
@@ -334,15 +358,16 @@ def _composition(
     return [{**t, "classifier": about["name"], "held_out_accuracy": about["held_out_accuracy"]} for t in tables]
 
 
-def _neighbours(samples: torch.Tensor | Images, data: Images, holdout: Images | None, seed: int) -> dict[str, Any]:
-    train = data.tensor()
-    most = max(GRID, int(NEIGHBOUR_COST / train.numel()))
+def _neighbours(
+    samples: torch.Tensor | Images, data: Images, holdout: Images | None, seed: int, memory: int
+) -> dict[str, Any]:
+    most = max(GRID, int(NEIGHBOUR_COST / (len(data) * math.prod(data.shape))))
     picked = []
     for i, found in enumerate((samples, holdout)):
         if found is not None:
             order = torch.randperm(len(found), generator=generator(seed, 25, i))[:most]
             picked.append(_some(found, np.sort(order.numpy())))
-    return nearest_summary(picked[0], train, picked[1] if holdout is not None else None)
+    return nearest_summary(picked[0], data, picked[1] if holdout is not None else None, memory)
 
 
 def _some(found: torch.Tensor | Images, index: np.ndarray) -> torch.Tensor:

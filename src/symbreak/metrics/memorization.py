@@ -6,6 +6,7 @@ nearest, d_1 / d_2 < 1/3 (Bonnaire et al., arXiv:2505.17638). Held-out real imag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,13 @@ from scipy.sparse.csgraph import connected_components
 from scipy.special import betaincinv
 
 from symbreak.blocks import Keep
+from symbreak.data import Images
 from symbreak.files import InputError
 from symbreak.laws.neighbours import Search, neighbours
 from symbreak.noise import generator
+from symbreak.parallel import alone, from_each, own_rows
 
-__all__ = ["apart", "groups", "nearer_to_train", "nearest", "nearest_summary", "proportion"]
+__all__ = ["apart", "groups", "nearer_to_train", "nearest", "nearest_in", "nearest_summary", "proportion"]
 
 THRESHOLD = 1 / 3
 NEAR = 0.1  # of the median distance to the eighth neighbour
@@ -40,11 +43,44 @@ def nearest(samples: torch.Tensor, train: torch.Tensor, block: int = 1024, memor
     return d, index[:, 0]
 
 
-def nearest_summary(samples: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor | None) -> dict[str, Any]:
+def nearest_in(samples: torch.Tensor, train: Images, memory: int = 2**30) -> torch.Tensor:
+    """Distances [N, 2] to the two nearest of a data set that is read as a stream, a rank its part, and never held.
+
+    Args:
+        samples: [N, *S].
+        train: at least 2 images.
+        memory: bytes of the images held at a time and what is made of them; results do not depend on it.
+    """
+    own, _, shared = own_rows(train)
+    size = max(2, memory // (16 * math.prod(train.shape)))
+    best = torch.full((len(samples), 2), math.inf, dtype=torch.float64)
+    waiting: list[torch.Tensor] = []
+
+    def ask() -> None:
+        nonlocal best
+        points = torch.cat(waiting)
+        d, _ = neighbours(samples, points, min(2, len(points)), memory=max(2**20, memory // 4))
+        best = torch.cat([best, d], 1).sort(1).values[:, :2]
+        waiting.clear()
+
+    with alone():
+        for batch in own:
+            waiting.append(batch)
+            if sum(map(len, waiting)) >= size:
+                ask()
+        if waiting:
+            ask()
+    found = np.concatenate([f["d"] for f in from_each({"d": best.numpy()}, shared)], axis=1)
+    return torch.from_numpy(np.sort(found, axis=1)[:, :2])
+
+
+def nearest_summary(
+    samples: torch.Tensor, train: torch.Tensor | Images, held_out: torch.Tensor | None, memory: int = 2**30
+) -> dict[str, Any]:
     """Median nearest distance and share with d_1/d_2 < 1/3, for samples and for held-out images."""
 
     def one(x: torch.Tensor) -> dict[str, Any]:
-        d, _ = nearest(x, train)
+        d = nearest_in(x, train, memory) if isinstance(train, Images) else nearest(x, train)[0]
         ratio = d[:, 0] / d[:, 1].clamp_min(1e-12)
         return {
             "count": len(x),

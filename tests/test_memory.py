@@ -1,0 +1,117 @@
+"""The memory that is allowed is kept: growth of the resident set of a forked child, beside one batch of images."""
+
+import multiprocessing
+import resource
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import symbreak as sb
+from symbreak.diagnosis import Effort
+from symbreak.files import InputError
+from symbreak.laws.overlaps import overlaps
+from symbreak.metrics.memorization import nearest, nearest_in
+from symbreak.noise import generator
+
+FORK = multiprocessing.get_context("fork")
+BATCH = 48 * 2**20  # a batch of images takes 32 MiB of float32, and its bytes
+
+
+def child(function, arguments, told):
+    torch.set_num_threads(1)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    function(*arguments)
+    told.put(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+
+
+def growth(function, *arguments):
+    """Bytes by which the resident set grows at most while function(*arguments) runs."""
+    began = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        told = FORK.Queue()
+        process = FORK.Process(target=child, args=(function, arguments, told))
+        process.start()
+        process.join(120)
+        assert process.exitcode == 0
+        return told.get()
+    finally:
+        torch.set_num_threads(began)
+
+
+class Stream:
+    """Images [n, 1, side, side] that are made when they are read and never held."""
+
+    def __init__(self, n, side):
+        self.n, self.side = n, side
+
+    def __iter__(self):
+        for i in range(0, self.n, 1000):
+            yield torch.randn(min(1000, self.n - i), 1, self.side, self.side, generator=generator(1, i))
+
+
+def fit(n, memory):
+    moments = sb.Moments.fit(Stream(n, 32), memory=memory)
+    assert moments.eigh[0].shape == (1024,)
+    assert np.isfinite(moments.spectrum(3).low).all() == (len(moments._parts) > 1)
+
+
+def test_moments_keep_to_the_memory_and_do_not_grow_with_the_samples():
+    allowed = 96 * 2**20  # 12 matrices of 1,024 x 1,024
+    short, long = growth(fit, 2000, allowed), growth(fit, 12_000, allowed)
+    assert max(short, long) < allowed + BATCH  # 10,000 images more are 40 MiB
+    assert growth(fit, 2000, None) > short  # eight parts
+
+
+def test_moments_that_do_not_fit_are_refused():
+    with pytest.raises(InputError, match=r"0\.0419 GB of memory for samples of 1,024 elements.*rank="):
+        sb.Moments.fit(Stream(100, 32), memory=40 * 2**20)
+
+
+def search(law):
+    overlaps(law, np.array([2.0]), 100)
+
+
+def test_overlaps_and_the_empirical_law_keep_to_the_memory():
+    points = torch.randn(40_000, 784, generator=generator(2))
+    whole = 4 * points.numel()  # 120 MiB
+    small, large = (sb.Empirical(points, memory=m * 2**20) for m in (8, 128))
+    # Beside 8 MiB: what the libraries allocate for themselves, 10 to 50 MiB.
+    assert growth(search, small) < 0.6 * whole
+    assert growth(search, large) > whole  # a copy of the points
+    x = torch.randn(50, 784, generator=generator(3))
+    assert growth(small.denoise, x, 1.0) < 0.6 * whole
+    assert growth(large.denoise, x, 1.0) > whole
+    torch.testing.assert_close(small.denoise(x, 1.0), large.denoise(x, 1.0), rtol=1e-5, atol=1e-6)
+
+
+def test_nearest_of_a_stream_is_nearest_of_all(tmp_path):
+    x = torch.rand(3000, 1, 12, 12, generator=generator(4)).numpy()
+    np.save(tmp_path / "x.npy", x)
+    data = sb.images(tmp_path / "x.npy", batch_size=250)
+    samples = torch.rand(40, 1, 12, 12, generator=generator(5)) * 2 - 1
+    exact, _ = nearest(samples, data.tensor())
+    for memory in (2**20, 2**22, 2**30):
+        assert torch.equal(nearest_in(samples, data, memory), exact)
+
+
+def test_a_diagnosis_takes_the_images_that_fit(tmp_path):
+    data = replace(sb.images("digits"), labels=None, classes=())
+    record = sb.diagnose(data, effort=Effort(queries=50, points=100), memory=2**19)
+    most = 2**19 // 3 // (4 * 64)
+    assert any(f"that of {most} of the 898 images, as many as fit" in note for note in record.content["notes"])
+
+
+def test_an_evaluation_holds_the_rows_that_fit():
+    train, held = sb.images("digits"), sb.images("digits:held-out")
+    samples = train.tensor()[:400]
+    full = sb.evaluate(samples, train, held, features_in="pixels", cache=False)
+    tight = 23 * 8 * 64**2 + 64 * 64 * 150  # moments in 5 repeats, 150 rows
+    some = sb.evaluate(samples, train, held, features_in="pixels", memory=tight, cache=False)
+    assert any("at most 150 images" in note for note in some["notes"])
+    assert some["distance"] == full["distance"]
+    assert some["precision_recall"]["samples"] == 150 < full["precision_recall"]["samples"]
+    with pytest.raises(InputError, match=r"64 features in 5 repeats.*fewer --repeats"):
+        sb.evaluate(samples, train, held, features_in="pixels", memory=10**5, cache=False)
