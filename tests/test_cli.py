@@ -12,7 +12,7 @@ from PIL import Image
 from symbreak.adapters import scheduler
 from symbreak.cli import main
 from symbreak.data import images
-from symbreak.files import read_tensors, write_json, write_tensors
+from symbreak.files import read_tensors, write_tensors
 from symbreak.laws import Gaussian
 from symbreak.moments import Moments
 from symbreak.start import late_start
@@ -94,19 +94,6 @@ def test_phases_on_every_kind_of_file(capsys, tmp_path):
 
 
 FEW = ("--quick", "--pairs", 20, "--steps", 8, "--branches", 4)
-
-
-def test_phases_of_a_small_network(capsys, tmp_path):
-    recipe = write_json(tmp_path / "recipe.json", {"channels": [8], "steps": 20, "batch": 16, "warmup": 2})
-    two = ("--data", "digits", "--classes", "0,1", "--limit", 100)
-    assert symbreak(capsys, "train", *two, "--recipe", recipe, "--out", tmp_path / "network")[0] == 0
-    asked = (*two, "--model", tmp_path / "network", *FEW, "--out", tmp_path / "out")
-    code, out, _ = symbreak(capsys, "phases", *asked, "--json")
-    assert code == 0
-    content = json.loads(out)["content"]
-    assert {c["name"] for c in content["checks"]} >= {"early fluctuations revert"}
-    assert {"cloning", "U-turn, class", "centre loses stability"} <= {c["name"] for c in content["criteria"]}
-    assert "<svg" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -700,7 +700,9 @@ def _stability(
             label = f"top eigenvalue of dD/dx over its threshold, {frame.upper()}"
             color = None if frame == "ve" else "#b3424a"
             found.draw("stability", label, "network", Curve(sigma, ratio, ratio, ratio), "o-", color)
-            if frame == "ve":
+            if frame == "ve" and not np.isfinite(ratio).any():
+                found.notes.append("No fixed point of the network was found on any of these levels.")
+            elif frame == "ve":
                 most = int(np.nanargmax(np.where(np.isfinite(ratio), ratio, -np.inf)))
                 found.notes.append(
                     f"Jacobian of the network at the centre, VE: asymmetry {np.nanmin(centre.asymmetry):.1%} to "

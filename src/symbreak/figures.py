@@ -78,7 +78,7 @@ def phases_figure(content: dict[str, Any]) -> Any:
         for line in content["lines"]:
             if line["panel"] == panel:
                 ax.axhline(line["value"], color="#888", linestyle=":", linewidth=1, label=line["label"])
-        if panel in ("loss", "information"):
+        if panel in ("loss", "information") and any(v is not None and v > 0 for c in own for v in c["value"]):
             ax.set_yscale("log")
         if panel == "information":
             ax.set_ylim(bottom=1e-2)
