@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
+import time
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,15 +28,23 @@ __all__ = [
 ]
 
 
+PART = re.compile(r"\..+\.(\d+)-([0-9a-f]{8})\.part")  # of a file being written: its process, its machine
+DAY = 86_400.0
+
+
 class InputError(ValueError):
     """The input is wrong; the message is one line: what came, what was expected, what to do."""
+
+    def __init__(self, message: object = "") -> None:
+        # file names, class labels and what other libraries say may hold line breaks
+        super().__init__(" ".join(str(message).split()))
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Call ``write`` on a temporary neighbour of ``path``, then rename it into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{_machine()}.part")
     try:
         write(beside)
         with beside.open("rb") as stream:
@@ -41,6 +53,37 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed processes left of files they were writing, never that of one which may be alive.
+
+    Of another machine's processes nothing is known: theirs goes when it is a day old.
+    """
+    with os.scandir(folder) as entries:
+        left = [(entry, found) for entry in entries if (found := PART.fullmatch(entry.name))]
+    for entry, found in left:
+        try:
+            if found[2] == _machine() and not _alive(int(found[1])) or time.time() - entry.stat().st_mtime > DAY:
+                os.unlink(entry.path)
+        except OSError:
+            pass  # another process was quicker, or it is not ours to remove
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":
+        return True  # asking is no harmless signal there
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # it is somebody else's
+    return True
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -62,11 +105,32 @@ def read_json(path: str | Path) -> Any:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a safetensors file."""
+    """Write a safetensors file: the same tensors and metadata give the same bytes."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    return write_whole(path, lambda p: save_file(whole, p, metadata=dict(metadata or {})))
+
+    def write(beside: Path) -> None:
+        save_file(whole, beside, metadata=dict(metadata or {}))
+        _sort_metadata(beside)
+
+    try:
+        return write_whole(path, write)
+    except SafetensorError as error:  # its own name for a full disk
+        raise OSError(f"{path} cannot be written ({str(error)[:160]})") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in an order that changes from run to run."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # else something was escaped in another way: the order stays
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -105,9 +169,14 @@ def file_hash(path: str | Path) -> str:
 
 
 def output_folder(path: str | Path) -> Path:
-    """An output folder that can be made; a file in its place is refused before any work is done."""
+    """An output folder that can be made, rid of what killed runs left half-written in it.
+
+    A file in its place is refused before any work is done.
+    """
     path = Path(path)
     blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
     if blocked is not None:
         raise InputError(f"{blocked} is a file, but an output folder is needed there. Choose another --out.")
+    if path.is_dir():
+        _clear(path)
     return path

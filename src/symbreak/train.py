@@ -137,11 +137,12 @@ def train_network(
     out = output_folder(out)
     identity: dict[str, Any] = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
     identity["recipe"]["channels"] = list(recipe.channels)
-    done = out / "training.json"
+    done, checkpoint = out / "training.json", out / "checkpoint.safetensors"
     if done.exists():
         result = read_json(done)
-        if {k: result.get(k) for k in identity} != identity:
+        if not isinstance(result, dict) or {k: result.get(k) for k in identity} != identity:
             raise InputError(f"{out} holds a network trained with other settings. Choose another --out.")
+        checkpoint.unlink(missing_ok=True)  # a run that was killed at its very end leaves it
         return result
     x = data.tensor()
     # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
@@ -152,7 +153,6 @@ def train_network(
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     average = EMAModel(unet.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75)
     noising = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    checkpoint = out / "checkpoint.safetensors"
     step, losses, seconds = _resume(checkpoint, identity, unet, optimizer, average)
     started = saved = time.monotonic()
     unet.train()

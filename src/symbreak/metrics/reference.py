@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from symbreak.data import Images
-from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.files import InputError, output_folder, read_tensors, write_tensors
 from symbreak.metrics.features import Extractor, described, feature_blocks
 from symbreak.metrics.fid import together
 from symbreak.moments import Moments, grouped
@@ -58,6 +58,7 @@ class Statistics:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file; it appears whole or not at all."""
+        output_folder(Path(path).parent)
         return write_tensors(path, *_tensors(self))
 
 
@@ -170,6 +171,7 @@ def statistics(
     fresh = Statistics(tuple(moments), torch.cat(chosen), origin)
     tensors, metadata = _tensors(fresh)
     if path is not None:
+        output_folder(path.parent)
         write_tensors(path, tensors, metadata)
     # Through the file's content on both ways, so that a cached result has the same last bits.
     return _from_tensors(tensors, metadata, "the statistics")
