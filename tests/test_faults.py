@@ -17,6 +17,7 @@ import time
 import zipfile
 import zlib
 from contextlib import redirect_stderr, redirect_stdout
+from html.parser import HTMLParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,14 +25,25 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 import symbreak
+from symbreak.adapters import scheduler
 from symbreak.cli import main
+from symbreak.cut import LateStart, standard_start
 from symbreak.data import describe, images
-from symbreak.files import InputError, read_tensors
+from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.laws import Gaussian, PrincipalMixture
+from symbreak.laws.store import load_law, save_law
+from symbreak.metrics import extractor
+from symbreak.metrics.features import load_classifier, save_classifier
+from symbreak.metrics.reference import load_statistics, statistics
+from symbreak.moments import Moments
+from symbreak.start import late_start
+from tests.worlds import low_rank_mixture
 
 FIT = "fit --data IN/images --start --model digits --sampler dpm++2m --steps 1 --clusters 3 --out OUT/start.safetensors"
 COMMANDS = {
@@ -67,7 +79,7 @@ class Forks:
             "sample --start IN/law.safetensors --seeds 0-99 --steps 2 --out IN/images",
         ):
             assert self(line, folder)["code"] == 0
-        self.known = {}
+        self.known, self.folders = {}, {}
 
     def _answer(self):
         line = self.server.stdout.readline()
@@ -94,7 +106,7 @@ class Forks:
             out = tmp_path_factory.mktemp(f"whole-{name}")
             done = self(COMMANDS[name], out)
             assert done["code"] == 0, done["said"]
-            self.known[name] = content(out), done["seconds"]
+            self.known[name], self.folders[name] = (content(out), done["seconds"]), out
         return self.known[name]
 
     def close(self):
@@ -268,7 +280,7 @@ def reads(read):
         return read()
     except InputError as error:
         assert "\n" not in str(error)
-        assert len(str(error)) < 600
+        assert len(str(error)) <= 1000
         return error
 
 
@@ -528,3 +540,207 @@ def test_a_path_in_a_parquet_file_is_not_followed(tmp_path):
     cells = [{"bytes": picture(), "path": None}] * 2 + [{"bytes": None, "path": str(tmp_path / "secret.png")}]
     pq.write_table(pa.table({"image": pa.array(cells, STRUCT)}), tmp_path / "x.parquet")
     assert "row 2 cannot be read (ValueError: no bytes)" in str(walked(tmp_path / "x.parquet"))
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-3, 300)
+    | st.floats()
+    | st.sampled_from([10**400, -1, 2**63, 2**70, 1e300, math.nan, math.inf, "", "inf", "<script>", "$\\frac$", "\ud800"])
+    | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=6,
+)
+
+
+def places(value, at=()):
+    """Every place of a JSON value, as keys and indices."""
+    found = [at] if at else []
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(min(len(value), 3)):
+            found += places(value[key], (*at, key))
+    return found
+
+
+@st.composite
+def altered(draw, value):
+    """A JSON value with a part replaced by another or taken away."""
+    value = json.loads(json.dumps(value))
+    # long lists of numbers hold most places: those nearer to the root are drawn as often as the deep ones
+    known = places(value)
+    depth = draw(st.integers(1, max(map(len, known))))
+    at = draw(st.sampled_from([p for p in known if len(p) == depth]))
+    parent = value
+    for key in at[:-1]:
+        parent = parent[key]
+    if draw(st.booleans()):
+        del parent[at[-1]]
+    else:
+        parent[at[-1]] = draw(JSON)
+    return value
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A file of every kind that is read again, and its reader: it uses what it reads."""
+    folder = tmp_path_factory.mktemp("saved")
+    data = images("digits")
+    law = Gaussian(Moments.fit(data))
+    x = data.tensor()
+
+    def use_law(found):
+        z = torch.randn(2, *found.shape, generator=torch.Generator().manual_seed(0))
+        found.transport(z, 0.7), found.denoise(z, 0.7)
+
+    def use_moments(path):
+        found = Moments.load(path)
+        found.spectrum(min(3, found.dim))
+        use_law(Gaussian(found))
+
+    def use_start(path):
+        found = LateStart.load(path)
+        found(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+        found.explain()
+
+    def use_statistics(path):
+        found = load_statistics(path)
+        assert found.whole.cov.shape == (64, 64)
+        assert found.count > 1
+
+    plain = extractor("pixels")
+    late = late_start(scheduler("dpm++2m"), law, 3, check=False)
+    return {
+        "moments": (Moments.fit(data).save(folder / "a.safetensors"), use_moments),
+        "one part": (Moments(9, np.zeros((1, 2, 2)), np.eye(4)).save(folder / "b.safetensors"), use_moments),
+        "low rank": (Moments.fit(data, rank=5).save(folder / "c.safetensors"), use_moments),
+        "gaussian": (save_law(law, folder / "d.safetensors"), lambda p: use_law(load_law(p))),
+        "mixture": (save_law(low_rank_mixture(), folder / "e.safetensors"), lambda p: use_law(load_law(p))),
+        "principal": (
+            save_law(PrincipalMixture.fit(data, components=4), folder / "f.safetensors"),
+            lambda p: use_law(load_law(p)),
+        ),
+        "start": (late.save(folder / "g.safetensors"), use_start),
+        "standard start": (standard_start(scheduler("ddim"), 3).save(folder / "h.safetensors"), use_start),
+        "statistics": (statistics(plain, data, groups=3, rows=50).save(folder / "i.safetensors"), use_statistics),
+        "classifier": (
+            save_classifier(extractor("digits-classifier"), folder / "j.safetensors", "x"),
+            lambda p: load_classifier(p)(x[:2]),
+        ),
+    }
+
+
+def spoiled(tensor, how):
+    """A tensor that does not fit, or holds what it may not hold."""
+    if how == "shorter":
+        return tensor.reshape(-1)[:-1].clone()
+    if how == "scalar":
+        return torch.zeros((), dtype=tensor.dtype)
+    if how == "empty":
+        return tensor.new_zeros((0, *tensor.shape[1:]))
+    if how == "more":
+        return torch.stack([tensor, tensor])
+    if how in ("half", "bool", "complex", "int"):
+        kinds = {"half": torch.bfloat16, "bool": torch.bool, "complex": torch.complex64, "int": torch.int8}
+        return tensor.to(kinds[how])
+    fill = {"nan": math.nan, "inf": math.inf, "negative": -3.0, "large": 1e300, "zero": 0.0}[how]
+    whole = tensor.clone() if tensor.is_floating_point() else tensor.double()
+    whole.reshape(-1)[:1] = fill
+    return whole
+
+
+SPOILED = "shorter scalar empty more half bool complex int nan inf negative large zero".split()
+WORLDS = "moments,one part,low rank,gaussian,mixture,principal,start,standard start,statistics,classifier".split(",")
+
+
+@examples(300)
+@given(st.data(), st.sampled_from(WORLDS), st.sampled_from(["bytes", "length", "tensor", "without", "metadata"]))
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value", "ignore:Casting complex", "ignore:divide by zero")
+def test_damaged_tensors(saved, draw, which, how):
+    path, use = saved[which]
+    raw = path.read_bytes()
+    tensors, metadata = read_tensors(path)
+    if how == "bytes":
+        raw = draw.draw(damage(raw))
+    elif how == "length":
+        length = draw.draw(st.sampled_from([0, 1, 7, 2**20, 2**31, 2**60, 2**63, 2**64 - 1]))
+        raw = struct.pack("<Q", length) + raw[8:]
+    else:
+        name = draw.draw(st.sampled_from(sorted(metadata if how == "metadata" else tensors)))
+        if how == "tensor":
+            tensors[name] = spoiled(tensors[name], draw.draw(st.sampled_from(SPOILED)))
+        elif how == "without":
+            del tensors[name]
+        else:
+            try:
+                inner = json.loads(metadata[name])
+            except ValueError:
+                inner = None
+            whole = draw.draw(altered(inner) if isinstance(inner, dict) else JSON)
+            metadata[name] = json.dumps(whole) if draw.draw(st.integers(0, 4)) else "[" * 5000
+    with TemporaryDirectory() as folder:
+        copy = Path(folder, path.name)
+        if how in ("bytes", "length"):
+            copy.write_bytes(raw)
+        else:
+            write_tensors(copy, tensors, metadata)
+        reads(lambda: use(copy))
+
+
+PHASES = "phases --data digits --quick --limit 100 --out OUT"
+
+
+@pytest.fixture(scope="module")
+def records(forks, tmp_path_factory):
+    """A record of every kind."""
+    out = tmp_path_factory.mktemp("phases")
+    done = forks(PHASES, out)
+    assert done["code"] == 0, done["said"]
+    folders = {"phases": out}
+    for name in ("study", "evaluate", "audit"):
+        forks.undisturbed(name, tmp_path_factory)
+        folders[name] = forks.folders[name]
+    return {name: json.loads((folder / "record.json").read_text()) for name, folder in folders.items()}
+
+
+class Page(HTMLParser):
+    """The tags of a page, and the attributes that run scripts or load what is elsewhere."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.active = set(), []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.add(tag)
+        for key, value in attributes:
+            elsewhere = key in ("src", "href", "xlink:href") and not (value or "").startswith(("data:image/png", "#"))
+            if key.startswith("on") or elsewhere:
+                self.active.append((tag, key, value))
+
+
+def harmless(path):
+    text = path.read_text()
+    page = Page(text)
+    assert not page.tags & {"script", "iframe", "object", "form", "base"}
+    assert page.active == []
+    assert text.rstrip().endswith("</html>")
+
+
+@examples(60)
+@given(st.data(), st.sampled_from(["study", "phases", "audit", "evaluate"]))
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_records(records, draw, which):
+    record = draw.draw(altered(records[which]))
+    text = json.dumps(record)
+    if draw.draw(st.integers(0, 9)) == 0:
+        text = draw.draw(damage(text.encode())).decode(errors="replace")
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "record.json")
+        path.write_text(text, errors="surrogatepass")
+        code, out, err = command("report", path)
+        if code == 0:
+            harmless(Path(folder, "report.html"))
+        else:
+            assert (code, out, err.count("\n")) == (2, "", 1)
+            assert sorted(p.name for p in Path(folder).iterdir()) == ["record.json"]

@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -338,6 +339,7 @@ def _decode(data: bytes | Path) -> np.ndarray:
     from PIL import Image
 
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd tags in a picture that can be read
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -407,7 +409,7 @@ def _from_folder(path: Path) -> Images:
     def fingerprint() -> str:
         digest = hashlib.sha256()
         for file in files:
-            digest.update(str(file.relative_to(path)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+            digest.update(os.fsencode(file.relative_to(path)) + b"\0" + hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
 
     return _eight_bit(str(path), items, len(files), labels, classes if labels is not None else (), fingerprint)
@@ -504,7 +506,8 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
     labels = None
     try:
         if path.suffix.lower() == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            with np.errstate(over="ignore"):  # a declared shape beyond every file
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             with np.load(path, allow_pickle=False) as archive:
                 names = list(archive.files)

@@ -9,7 +9,8 @@ import platform
 import re
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 __all__ = [
     "InputError",
+    "damaged",
     "digest",
     "file_hash",
     "output_folder",
@@ -30,14 +32,33 @@ __all__ = [
 
 PART = re.compile(r"\..+\.(\d+)-([0-9a-f]{8})\.part")  # of a file being written: its process, its machine
 DAY = 86_400.0
+LONGEST = 1000  # characters of an error
 
 
 class InputError(ValueError):
     """The input is wrong; the message is one line: what came, what was expected, what to do."""
 
     def __init__(self, message: object = "") -> None:
-        # file names, class labels and what other libraries say may hold line breaks
-        super().__init__(" ".join(str(message).split()))
+        # File names, class labels and what other libraries say may hold line breaks; what a file says has no end.
+        line = " ".join(str(message).split())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")
+
+
+@contextmanager
+def damaged(path: Any, what: str) -> Iterator[None]:
+    """Whatever a damaged file makes go wrong while it is taken apart becomes one line of `InputError`.
+
+    Args:
+        path: names the file in the message.
+        what: what it should hold, with an article.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {str(error)[:80]}"
+        raise InputError(f"{path} holds {what} that is broken ({said}). Make it again.") from error
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -142,7 +163,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     try:
         with safe_open(str(path), framework="pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no safetensors file ({str(error)[:80]}).") from None
 
 

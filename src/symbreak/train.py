@@ -21,7 +21,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from symbreak.data import Images
-from symbreak.files import InputError, output_folder, read_json, read_tensors, write_json, write_tensors
+from symbreak.files import InputError, damaged, output_folder, read_json, read_tensors, write_json, write_tensors
 from symbreak.noise import generator
 
 __all__ = ["Recipe", "train_network"]
@@ -275,16 +275,17 @@ def _resume(
     tensors, metadata = read_tensors(path)
     if metadata.get("identity") != _canonical(identity):
         raise InputError(f"{path} belongs to a run with other settings. Choose another --out or delete it.")
-    unet.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    for i, shadow in enumerate(average.shadow_params):
-        shadow.copy_(tensors[f"ema.{i}"])
-    state = optimizer.state_dict()
-    state["state"] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, slot, name = key.split(".")
-            state["state"].setdefault(int(slot), {})[name] = value
-    optimizer.load_state_dict(state)
-    losses = tensors["losses"].tolist()
-    average.optimization_step = len(losses)
-    return len(losses), losses, float(tensors["seconds"])
+    with damaged(path, "a checkpoint"):
+        unet.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        for i, shadow in enumerate(average.shadow_params):
+            shadow.copy_(tensors[f"ema.{i}"])
+        state = optimizer.state_dict()
+        state["state"] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, slot, name = key.split(".")
+                state["state"].setdefault(int(slot), {})[name] = value
+        optimizer.load_state_dict(state)
+        losses = tensors["losses"].tolist()
+        average.optimization_step = len(losses)
+        return len(losses), losses, float(tensors["seconds"])

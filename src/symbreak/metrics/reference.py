@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from symbreak.data import Images
-from symbreak.files import InputError, output_folder, read_tensors, write_tensors
+from symbreak.files import InputError, damaged, output_folder, read_tensors, write_tensors
 from symbreak.metrics.features import Extractor, described, feature_blocks
 from symbreak.metrics.fid import together
 from symbreak.moments import Moments, grouped
@@ -29,6 +29,7 @@ from symbreak.noise import generator
 __all__ = ["Statistics", "cache_folder", "load_statistics", "statistics"]
 
 FORMAT, VERSION = "symbreak.statistics", "1"
+ORIGIN = {"extractor", "resize", "identity", "data", "fingerprint", "seed"}
 ROWS = 10_000
 
 
@@ -79,10 +80,14 @@ def _from_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str], pa
         raise InputError(f"{path} holds no reference statistics. Expected a file that symbreak evaluate wrote.")
     if metadata.get("version") != VERSION:
         raise InputError(f"{path} was written by another version of symbreak. Remove it, and it is made again.")
-    groups = tuple(
-        Moments(int(n), mean, cov) for n, mean, cov in zip(tensors["counts"], tensors["means"], tensors["covs"])
-    )
-    return Statistics(groups, tensors["rows"].double(), json.loads(metadata["origin"]))
+    with damaged(path, "a set of statistics"):
+        parts, rows = [tensors[k] for k in ("counts", "means", "covs")], tensors["rows"].double()
+        groups = tuple(Moments(int(n), mean, cov) for n, mean, cov in zip(*parts))
+        origin = json.loads(metadata["origin"])
+        whole = groups and len({len(p) for p in parts}) == 1 and rows.shape[1:] == groups[0].shape
+        if not whole or not bool(torch.isfinite(rows).all()) or not ORIGIN <= set(origin):
+            raise InputError(f"{path} holds broken statistics. Remove it, and it is made again.")
+        return Statistics(groups, rows, origin)
 
 
 def load_statistics(path: str | Path) -> Statistics:
