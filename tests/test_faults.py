@@ -32,7 +32,7 @@ from PIL import Image
 
 import symbreak
 from symbreak.adapters import scheduler
-from symbreak.cli import main
+from symbreak.cli import _level, _limits, main
 from symbreak.cut import LateStart, standard_start
 from symbreak.data import describe, images
 from symbreak.files import InputError, read_tensors, write_tensors
@@ -42,7 +42,9 @@ from symbreak.metrics import extractor
 from symbreak.metrics.features import load_classifier, save_classifier
 from symbreak.metrics.reference import load_statistics, statistics
 from symbreak.moments import Moments
+from symbreak.sample import parse_seeds
 from symbreak.start import late_start
+from symbreak.train import Recipe
 from tests.worlds import low_rank_mixture
 
 FIT = "fit --data IN/images --start --model digits --sampler dpm++2m --steps 1 --clusters 3 --out OUT/start.safetensors"
@@ -53,8 +55,9 @@ COMMANDS = {
     "train": "train --data digits --recipe IN/recipe.json --out OUT",
     "study": "study --quick --samplers ddim --calls 3 --out OUT",
     "audit": "audit --data digits --samples IN/images --out OUT",
+    "phases": "phases --data IN/small.npy --quick --out OUT",
 }
-KILLED = [name for name in COMMANDS if name != "audit"]
+KILLED = ["fit", "sample", "evaluate", "train", "study"]
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
 WHILE_IT_RUNS = re.compile(r"(blocks-.*/.*|cells\.json|checkpoint\.safetensors|\.stage/.*|.*\.part)")
 CHECKPOINT_SECONDS = 0.15
@@ -230,12 +233,12 @@ FULL = [
     ("audit", {"largest_file": 2000}),
     ("audit", {"full_at": 1}),
 ]
-SLOW_TO_FILL = {("train", 20_000), ("study", 2), ("audit", 2000), ("evaluate", 3000), ("fit", 1)}
+QUICK_TO_FILL = [("fit", 2000), ("sample", 9), ("train", 300_000)]
 
 
 @pytest.mark.parametrize(
     ("name", "fault"),
-    [pytest.param(n, f, marks=[pytest.mark.slow] * ((n, *f.values()) in SLOW_TO_FILL)) for n, f in FULL],
+    [pytest.param(n, f, marks=[pytest.mark.slow] * ((n, *f.values()) not in QUICK_TO_FILL)) for n, f in FULL],
 )
 def test_a_full_disk(forks, tmp_path, tmp_path_factory, name, fault):
     """EFBIG from a limit on file sizes, or ENOSPC when a file is to reach the disk."""
@@ -341,7 +344,13 @@ def walked(source, **options):
     return reads(read)
 
 
-PICTURES = [picture(), picture(kind="JPEG"), picture(kind="GIF"), picture(kind="TIFF"), picture(kind="WEBP", mode="RGB")]
+PICTURES = [
+    picture(),
+    picture(kind="JPEG"),
+    picture(kind="GIF"),
+    picture(kind="TIFF"),
+    picture(kind="WEBP", mode="RGB"),
+]
 
 
 @examples(60)
@@ -524,7 +533,7 @@ def tables(draw):
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
-@examples(150)
+@examples(100)
 @given(tables(), st.booleans())
 def test_damaged_parquet(data, skip_bad):
     with TemporaryDirectory() as folder:
@@ -547,7 +556,9 @@ JSON = st.recursive(
     | st.booleans()
     | st.integers(-3, 300)
     | st.floats()
-    | st.sampled_from([10**400, -1, 2**63, 2**70, 1e300, math.nan, math.inf, "", "inf", "<script>", "$\\frac$", "\ud800"])
+    | st.sampled_from(
+        [10**400, -1, 2**63, 2**70, 1e300, math.nan, math.inf, "", "inf", "<script>", "$\\frac$", "\ud800"]
+    )
     | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=6,
@@ -653,9 +664,11 @@ SPOILED = "shorter scalar empty more half bool complex int nan inf negative larg
 WORLDS = "moments,one part,low rank,gaussian,mixture,principal,start,standard start,statistics,classifier".split(",")
 
 
-@examples(300)
+@examples(150)
 @given(st.data(), st.sampled_from(WORLDS), st.sampled_from(["bytes", "length", "tensor", "without", "metadata"]))
-@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value", "ignore:Casting complex", "ignore:divide by zero")
+@pytest.mark.filterwarnings(
+    "ignore:overflow", "ignore:invalid value", "ignore:Casting complex", "ignore:divide by zero"
+)
 def test_damaged_tensors(saved, draw, which, how):
     path, use = saved[which]
     raw = path.read_bytes()
@@ -687,20 +700,18 @@ def test_damaged_tensors(saved, draw, which, how):
         reads(lambda: use(copy))
 
 
-PHASES = "phases --data digits --quick --limit 100 --out OUT"
-
-
 @pytest.fixture(scope="module")
 def records(forks, tmp_path_factory):
-    """A record of every kind."""
-    out = tmp_path_factory.mktemp("phases")
-    done = forks(PHASES, out)
-    assert done["code"] == 0, done["said"]
-    folders = {"phases": out}
-    for name in ("study", "evaluate", "audit"):
+    """A record of a kind, made when it is asked for."""
+    small = np.random.default_rng(0).integers(0, 255, (40, 4, 4), dtype=np.uint8)
+    small[:20, :2], small[20:, :2] = 250, 3
+    np.save(forks.folder / "small.npy", small)
+
+    def record(name):
         forks.undisturbed(name, tmp_path_factory)
-        folders[name] = forks.folders[name]
-    return {name: json.loads((folder / "record.json").read_text()) for name, folder in folders.items()}
+        return json.loads((forks.folders[name] / "record.json").read_text())
+
+    return record
 
 
 class Page(HTMLParser):
@@ -727,11 +738,8 @@ def harmless(path):
     assert text.rstrip().endswith("</html>")
 
 
-@examples(60)
-@given(st.data(), st.sampled_from(["study", "phases", "audit", "evaluate"]))
-@pytest.mark.filterwarnings("ignore")
-def test_damaged_records(records, draw, which):
-    record = draw.draw(altered(records[which]))
+def report_of_damaged(records, draw, which):
+    record = draw.draw(altered(records(which)))
     text = json.dumps(record)
     if draw.draw(st.integers(0, 9)) == 0:
         text = draw.draw(damage(text.encode())).decode(errors="replace")
@@ -744,3 +752,172 @@ def test_damaged_records(records, draw, which):
         else:
             assert (code, out, err.count("\n")) == (2, "", 1)
             assert sorted(p.name for p in Path(folder).iterdir()) == ["record.json"]
+
+
+RECORDS = ["study", "audit", "evaluate", "phases"]
+
+
+@examples(6)
+@given(st.data(), st.sampled_from(RECORDS[:3]))
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_records(records, draw, which):
+    report_of_damaged(records, draw, which)
+
+
+@pytest.mark.slow
+@examples(150)
+@given(st.data(), st.sampled_from(RECORDS))
+@pytest.mark.filterwarnings("ignore")
+def test_many_damaged_records(records, draw, which):
+    report_of_damaged(records, draw, which)
+
+
+@pytest.mark.parametrize("which", RECORDS[:3])
+def test_records_without_a_part(records, tmp_path, which):
+    path, whole = tmp_path / "record.json", records(which)
+    for part in ("kind", "settings", "content", "versions", "timings"):
+        for value in ("missing", [], "x", None, 3) + (({}, {"data": {}}) if part == "content" else ()):
+            record = dict(whole)
+            if value == "missing":
+                del record[part]
+            else:
+                record[part] = value
+            path.write_text(json.dumps(record))
+            refused("report", path)
+
+
+def test_records_that_are_none(tmp_path):
+    path = tmp_path / "record.json"
+    for text in ("[" * 100_000, '{"a":' * 100_000, "", "null", "1e999", '"x"', "{", "[1,2", "\ud800", "NaN"):
+        path.write_text(text, errors="surrogatepass")
+        refused("report", path)
+    refused("report", tmp_path / "nowhere")
+    deep = {"format": "symbreak.record", "version": 1, "kind": "study", "settings": {}, "versions": {}, "timings": {}}
+    path.write_text(json.dumps(deep)[:-1] + ', "content": ' + '{"data":' * 600 + "1" + "}" * 601)
+    refused("report", path)
+    # nothing in a record names a file to write
+    path.write_text(json.dumps({**deep, "content": {}, "settings": {"out": "../../x"}, "kind": "../../x"}))
+    assert "no report for records of kind" in refused("report", path)
+
+
+EVIL = '<script>alert("1")</script><img src=x onerror=alert(1)>$\\frac$[/red]'
+NAMED = {
+    "name",
+    "title",
+    "caption",
+    "notes",
+    "sentence",
+    "source",
+    "reason",
+    "sample",
+    "nearest",
+    "second",
+    "extractor",
+}
+NAMED |= {"classifier", "class", "note", "resize", "kernel", "classes", "label", "names", "features", "attribute"}
+
+
+def evil(value, name=""):
+    """A record whose names and sentences are scripts."""
+    if isinstance(value, dict):
+        return {k: evil(v, k) for k, v in value.items()}
+    if isinstance(value, list):
+        return [evil(v, name) for v in value]
+    return EVIL if isinstance(value, str) and name in NAMED else value
+
+
+@pytest.mark.parametrize("which", [pytest.param(n, marks=[pytest.mark.slow] * (n in RECORDS[::3])) for n in RECORDS])
+def test_scripts_in_a_record_are_text(records, tmp_path, which):
+    record = records(which)
+    for part in ("settings", "versions", "timings"):
+        record = {**record, part: {**record[part], EVIL: 1.0 if part == "timings" else EVIL}}
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps({**record, "content": evil(record["content"])}))
+    code, _, err = command("report", path)
+    assert code == 0, err
+    harmless(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("&lt;script&gt;") > 5
+    assert "<script" not in text
+
+
+def test_scripts_in_names_of_files_and_classes_are_text(forks, tmp_path):
+    """From the folder to the page; a name of a file holds no slash."""
+    name, data = EVIL.replace("/", ""), forks.folder / "images"
+    for i, file in enumerate(sorted(data.glob("*.png"))):
+        target = tmp_path / "in" / f"{i % 2}{name}" / f"{i}{name}{'' if i % 5 else os.fsdecode(bytes([255]))}.png"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    (tmp_path / "in" / f"0{name}" / f"twin{name}.png").write_bytes(file.read_bytes())
+    judge = extractor("digits-classifier")
+    judge.classes = tuple(f"{i}{EVIL}" for i in range(10))
+    save_classifier(judge, tmp_path / "judge.safetensors", EVIL)
+    for i, line in enumerate(
+        (
+            f"audit --data {tmp_path / 'in'} --samples IN/images --out OUT",
+            f"evaluate --data {tmp_path / 'in'} --samples IN/images --features {tmp_path}/judge.safetensors --out OUT",
+        )
+    ):
+        done = forks(line, tmp_path / str(i))
+        assert done["code"] == 0, done["said"]
+        harmless(tmp_path / str(i) / "report.html")
+        assert "&lt;script&gt;" in (tmp_path / str(i) / "report.html").read_text()
+
+
+RECIPE = {"channels": [8, 16], "layers": 1, "dropout": 0.1, "steps": 2, "batch": 4, "lr": 0.001, "warmup": 1}
+RECIPE |= {"ema": 0.9, "weight_decay": 0.01, "seed": 0}
+
+
+@examples(150)
+@given(st.data())
+def test_damaged_recipes(draw):
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "r.json")
+        text = json.dumps(draw.draw(altered(RECIPE)))
+        path.write_bytes(draw.draw(damage(text.encode())) if draw.draw(st.integers(0, 3)) == 0 else text.encode())
+        found = reads(lambda: Recipe.load(path))
+        if isinstance(found, Recipe):  # what is not refused can be trained, and counts are of a possible size
+            assert all(math.isfinite(getattr(found, k)) for k in ("lr", "ema", "dropout", "weight_decay"))
+            assert max(*found.channels, found.layers) <= 8192
+            assert found.seed < 2**63
+
+
+NUMBER = st.one_of(
+    st.integers(-5, 2000).map(str),
+    st.floats().map(str),
+    st.sampled_from(["", "1e400", "9" * 5000, "0x10", "1_0", "١", " 7 ", "nan", "-inf", "0-9999999", "5-", "-", "\0"]),
+)
+
+
+@examples(200)
+@given(st.lists(NUMBER, max_size=4).map(",".join) | st.lists(NUMBER, max_size=3).map("-".join) | st.text(max_size=8))
+def test_seeds(text):
+    found = reads(lambda: parse_seeds(text))
+    assert isinstance(found, InputError) or 0 < len(found) <= 10_000_000
+
+
+def test_seeds_without_end():
+    assert isinstance(reads(lambda: parse_seeds(",".join(["0-9999999"] * 100_000))), InputError)
+
+
+@examples(100)
+@given(st.lists(NUMBER, max_size=3).map(",".join) | st.text(max_size=8))
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+def test_ranges(text):
+    def read():
+        limits = _limits(text)
+        assert limits is None or len(limits) == 2
+        images(np.linspace(0, 1, 48, dtype=np.float32).reshape(3, 4, 4), value_range=limits).tensor()
+
+    reads(read)
+
+
+LEVELS = st.sampled_from(["", "sigma=", "step=", "tau=", "log_snr=", "speciation", "x=", "=", "sigma=sigma="])
+
+
+@examples(100)
+@given(LEVELS, NUMBER)
+@pytest.mark.filterwarnings("ignore")
+def test_levels(saved, name, number):
+    law = load_law(saved["gaussian"][0])
+    reads(lambda: late_start(scheduler("dpm++2m"), law, 2, at=_level(name + number)))

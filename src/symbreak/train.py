@@ -26,6 +26,8 @@ from symbreak.noise import generator
 
 __all__ = ["Recipe", "train_network"]
 
+LARGEST = 8192  # channels, layers: beyond what any machine trains
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -64,7 +66,7 @@ class Recipe:
         try:
             recipe = cls(**{**raw, "channels": tuple(raw.get("channels", cls.channels))})
             recipe.check()
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise InputError(f"{path} is no recipe ({error}).") from None
         return recipe
 
@@ -77,8 +79,12 @@ class Recipe:
             raise InputError(f"recipe channels {self.channels}; expected positive multiples of 8.")
         if min(self.layers, self.steps, self.batch) < 1 or not self.lr > 0 or not 0 <= self.ema < 1:
             raise InputError("a recipe needs layers, steps and batch >= 1, lr > 0 and 0 <= ema < 1.")
-        if min(self.warmup, self.seed, self.weight_decay) < 0:
-            raise InputError("a recipe needs warmup, seed and weight_decay >= 0.")
+        if max(self.channels) > LARGEST or self.layers > LARGEST or len(self.channels) > LARGEST:
+            raise InputError(f"a recipe has at most {LARGEST:,} channels and layers.")
+        if min(self.warmup, self.seed, self.weight_decay) < 0 or self.seed >= 2**63:
+            raise InputError("a recipe needs warmup, seed and weight_decay >= 0, and a seed below 2^63.")
+        if not (math.isfinite(self.lr) and math.isfinite(self.weight_decay)):
+            raise InputError("a recipe needs finite numbers for lr and weight_decay.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"recipe dropout {self.dropout}; expected 0 <= dropout < 1.")
 
