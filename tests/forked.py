@@ -80,8 +80,13 @@ def run(task, ear, mouth):
         os._exit(code)
 
 
+def answer(**values):
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
 def serve():
-    import matplotlib.figure
+    import matplotlib.figure  # noqa: F401
     import sklearn.datasets  # noqa: F401
     import torch
 
@@ -95,7 +100,7 @@ def serve():
         getattr(symbreak, name)
     load_pipeline("digits")
     extractor("digits-classifier")
-    print(json.dumps({"ready": os.getpid()}), flush=True)
+    answer(ready=os.getpid())
     for line in sys.stdin:
         task = json.loads(line)
         began = time.monotonic()
@@ -104,12 +109,11 @@ def serve():
         if pid == 0:
             run(task, ear, mouth)
         os.close(mouth)
-        print(json.dumps({"pid": pid}), flush=True)
+        answer(pid=pid)
         with open(ear, errors="replace") as stream:
             said = stream.read()
         _, status = os.waitpid(pid, 0)
-        done = {"code": os.waitstatus_to_exitcode(status), "said": said, "seconds": time.monotonic() - began}
-        print(json.dumps(done), flush=True)
+        answer(code=os.waitstatus_to_exitcode(status), said=said, seconds=time.monotonic() - began)
 
 
 if __name__ == "__main__":

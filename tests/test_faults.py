@@ -76,7 +76,7 @@ class Forks:
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(symbreak.__file__).parents[1])},
         )
         self._answer()
-        (folder / "recipe.json").write_text('{"channels": [8, 16], "steps": 25, "batch": 32, "warmup": 5}')
+        (folder / "recipe.json").write_text('{"channels": [8, 16], "steps": 15, "batch": 32, "warmup": 5}')
         for line in (
             "fit --data digits --out IN/law.safetensors",
             "sample --start IN/law.safetensors --seeds 0-99 --steps 2 --out IN/images",
@@ -98,8 +98,8 @@ class Forks:
         began = time.monotonic()
         pid = self._answer()["pid"]
         if kill is not None:
-            # the child stays a process of this number until the server has told of its end
-            if not select.select([self.server.stdout], [], [], max(0, began + kill[0] - time.monotonic()))[0]:
+            ended, _, _ = select.select([self.server.stdout], [], [], max(0, began + kill[0] - time.monotonic()))
+            if not ended:  # so the child still is the process of this number
                 os.kill(pid, kill[1])
         return self._answer()
 
@@ -233,7 +233,7 @@ FULL = [
     ("audit", {"largest_file": 2000}),
     ("audit", {"full_at": 1}),
 ]
-QUICK_TO_FILL = [("fit", 2000), ("sample", 9), ("train", 300_000)]
+QUICK_TO_FILL = [("sample", 9), ("train", 300_000)]
 
 
 @pytest.mark.parametrize(
@@ -282,9 +282,10 @@ def reads(read):
     try:
         return read()
     except InputError as error:
-        assert "\n" not in str(error)
-        assert len(str(error)) <= 1000
-        return error
+        said = error
+    assert "\n" not in str(said)
+    assert len(str(said)) <= 1000
+    return said
 
 
 def command(*argv):
@@ -420,7 +421,7 @@ def test_pickles_are_never_loaded(tmp_path):
     refused("report", tmp_path / "i.json")
     refused("train", "--data", "digits", "--recipe", tmp_path / "i.json", "--out", tmp_path / "t")
     assert not mark.exists()
-    pickle.loads(plain)  # the payload is a live one
+    pickle.loads(plain)  # noqa: S301 - the payload is a live one
     assert mark.exists()
 
 
@@ -660,8 +661,33 @@ def spoiled(tensor, how):
     return whole
 
 
-SPOILED = "shorter scalar empty more half bool complex int nan inf negative large zero".split()
-WORLDS = "moments,one part,low rank,gaussian,mixture,principal,start,standard start,statistics,classifier".split(",")
+SPOILED = [
+    "shorter",
+    "scalar",
+    "empty",
+    "more",
+    "half",
+    "bool",
+    "complex",
+    "int",
+    "nan",
+    "inf",
+    "negative",
+    "large",
+    "zero",
+]
+WORLDS = [
+    "moments",
+    "one part",
+    "low rank",
+    "gaussian",
+    "mixture",
+    "principal",
+    "start",
+    "standard start",
+    "statistics",
+    "classifier",
+]
 
 
 @examples(150)
@@ -757,7 +783,7 @@ def report_of_damaged(records, draw, which):
 RECORDS = ["study", "audit", "evaluate", "phases"]
 
 
-@examples(6)
+@examples(4)
 @given(st.data(), st.sampled_from(RECORDS[:3]))
 @pytest.mark.filterwarnings("ignore")
 def test_damaged_records(records, draw, which):

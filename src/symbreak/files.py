@@ -89,7 +89,8 @@ def _clear(folder: Path) -> None:
         left = [(entry, found) for entry in entries if (found := PART.fullmatch(entry.name))]
     for entry, found in left:
         try:
-            if found[2] == _machine() and not _alive(int(found[1])) or time.time() - entry.stat().st_mtime > DAY:
+            dead = found[2] == _machine() and not _alive(int(found[1]))
+            if dead or time.time() - entry.stat().st_mtime > DAY:
                 os.unlink(entry.path)
         except OSError:
             pass  # another process was quicker, or it is not ours to remove

@@ -85,7 +85,7 @@ def _from_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str], pa
         groups = tuple(Moments(int(n), mean, cov) for n, mean, cov in zip(*parts))
         origin = json.loads(metadata["origin"])
         whole = groups and len({len(p) for p in parts}) == 1 and rows.shape[1:] == groups[0].shape
-        if not whole or not bool(torch.isfinite(rows).all()) or not ORIGIN <= set(origin):
+        if not whole or not bool(torch.isfinite(rows).all()) or ORIGIN - set(origin):
             raise InputError(f"{path} holds broken statistics. Remove it, and it is made again.")
         return Statistics(groups, rows, origin)
 
