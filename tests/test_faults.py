@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
 import resource
@@ -35,7 +36,7 @@ from symbreak.adapters import scheduler
 from symbreak.cli import _level, _limits, main
 from symbreak.cut import LateStart, standard_start
 from symbreak.data import describe, images
-from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.files import InputError, output_folder, read_tensors, write_json, write_tensors
 from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.laws.store import load_law, save_law
 from symbreak.metrics import extractor
@@ -216,6 +217,34 @@ def test_killed_at_every_change_of_a_file(forks, tmp_path, tmp_path_factory, nam
         assert content(out) == whole
         assert left_over(out) == []
     assert fallen >= 2
+
+
+def test_what_dead_processes_left_goes(tmp_path):
+    """And nothing else does: not what a living process writes, not what another machine may be writing."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    here, there = f"{zlib.crc32(platform.node().encode()):08x}", "00000000"
+    for name in (
+        f".a.{dead.pid}-{here}.part",
+        f".b.{os.getpid()}-{here}.part",
+        f".c.{dead.pid}-{there}.part",
+        ".x.part",
+    ):
+        (tmp_path / name).touch()
+    old = tmp_path / f".d.7-{there}.part"
+    old.touch()
+    os.utime(old, (time.time() - 2 * 86_400,) * 2)
+    write_json(output_folder(tmp_path) / "e", 1)
+    kept = sorted(p.name for p in tmp_path.iterdir())
+    assert kept == sorted([f".b.{os.getpid()}-{here}.part", f".c.{dead.pid}-{there}.part", ".x.part", "e"])
+
+
+def test_the_same_tensors_are_the_same_bytes(tmp_path):
+    """What was fitted again after a kill is the same file, by whose hash images are continued."""
+    about = {k: f'{k} é "\x01\\' for k in "abcdef"}
+    files = [write_tensors(tmp_path / str(i), {"x": torch.arange(3), "y": torch.ones(2)}, about) for i in range(10)]
+    assert len({path.read_bytes() for path in files}) == 1
+    assert read_tensors(files[0])[1] == about
 
 
 FULL = [
