@@ -38,6 +38,7 @@ __all__ = [
     "encode",
     "load_pipeline",
     "scheduler",
+    "usable",
 ]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -136,16 +137,27 @@ def load_pipeline(
         raise InputError(f"precision {precision!r}; expected {', '.join(PRECISIONS)}.")
     pipe = _loaded(source)
     if device is not None:
-        try:
-            pipe.to(device)
-        except (RuntimeError, AssertionError) as error:
-            raise InputError(f"no device {device} here ({str(error).splitlines()[0][:80]}). Pass cpu.") from None
+        pipe.to(usable(device))
     if PRECISIONS[precision] is not None:
         kind = next(iter(pipe.unet.parameters())).device.type
         pipe.unet.forward = torch.autocast(kind, PRECISIONS[precision])(pipe.unet.forward)
     if compiled:
         pipe.unet.compile()
     return pipe
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """A device of this machine.
+
+    Raises:
+        InputError: for one that is not there.
+    """
+    try:
+        there = torch.device(device)
+        torch.zeros(1, device=there)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device {device} here ({str(error).splitlines()[0][:80]}). Pass cpu.") from None
+    return there
 
 
 def _loaded(source: str | Path) -> Any:

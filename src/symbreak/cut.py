@@ -221,10 +221,8 @@ class LateStart:
             asked, level, timesteps = (tensors[key] for key in ("asked", "level", "timesteps"))
             asked_level = NoiseLevel(*asked.tolist())
             check_steps(steps)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{path} holds a broken start ({' '.join(str(error).split())[:80]}). Save it again."
-            ) from None
+        except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+            raise InputError(f"{path} holds a broken start ({str(error)[:80]}). Save it again.") from None
         kind: Any = getattr(diffusers, name, None)
         known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
         if not known:
@@ -243,14 +241,14 @@ class LateStart:
                 found = standard_start(full, steps)
         except InputError:
             raise
-        except ValueError as error:
-            raise InputError(
-                f"{path} holds a broken start ({' '.join(str(error).split())[:80]}). Save it again."
-            ) from None
+        except Exception as error:  # diffusers meets settings that do not fit each other in many ways
+            raise InputError(f"{path} holds a broken start ({str(error)[:80]}). Save it again.") from None
         again = torch.as_tensor(found.scheduler.timesteps).double()
         there = torch.tensor([found.level.sigma, found.level.alpha], dtype=torch.float64)
         # Another machine's logarithm may differ in the last digits; another rule of diffusers differs in the first.
-        same = again.shape == timesteps.shape and torch.allclose(again, timesteps) and torch.allclose(there, level)
+        same = all(
+            a.shape == b.shape and torch.allclose(a, b.double()) for a, b in ((again, timesteps), (there, level))
+        )
         if not same:
             raise InputError(
                 f"{path}: this diffusers {diffusers.__version__} gives {name} other timesteps than the start was saved "

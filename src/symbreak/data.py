@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ __all__ = ["Images", "describe", "images", "png_row"]
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 BLOCK_BYTES = 32 * 2**20
 SPLIT_SEED = 20231  # the digits are split once, for everybody
+MAX_CLASSES = 2**20
 MAX_PIXELS = 64 * 2**20  # an image beyond this is a bomb or a mistake
 
 # One item: its name, and how to load its raw [C, H, W] array (or the error in its place).
@@ -345,6 +347,7 @@ def _decode(data: bytes | Path) -> np.ndarray:
     from PIL import Image
 
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd tags in a picture that can be read
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         with Image.open(data if isinstance(data, Path) else io.BytesIO(data)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
@@ -414,7 +417,7 @@ def _from_folder(path: Path) -> Images:
     def fingerprint() -> str:
         digest = hashlib.sha256()
         for file in files:
-            digest.update(str(file.relative_to(path)).encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+            digest.update(os.fsencode(file.relative_to(path)) + b"\0" + hashlib.sha256(file.read_bytes()).digest())
         return digest.hexdigest()
 
     return _eight_bit(str(path), items, len(files), labels, classes if labels is not None else (), fingerprint)
@@ -450,10 +453,18 @@ def _from_parquet(path: Path) -> Images:
     labels: torch.Tensor | None = None
     names: tuple[str, ...] = ()
     if label is not None and pa.types.is_integer(schema.field(label).type):
-        values = pq.read_table(path, columns=[label]).column(0).to_numpy()
+        try:
+            values = file.read(columns=[label]).column(0).to_numpy()
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path} has damaged labels ({str(error)[:80]}).") from None
         if len(values) and values.min() >= 0:
+            most = int(values.max())
+            if most >= MAX_CLASSES:
+                raise InputError(f"{path} has the label {most}; expected class numbers below {MAX_CLASSES:,}.")
             labels = torch.from_numpy(values.astype(np.int64))
-            names = _label_names(schema.metadata, label) or tuple(str(i) for i in range(int(values.max()) + 1))
+            names = _label_names(schema.metadata, label) or tuple(str(i) for i in range(most + 1))
+            if len(names) <= most:
+                raise InputError(f"{path} has the label {most}, but only {len(names)} class names.")
 
     def items(start: int) -> Iterator[Item]:
         with pq.ParquetFile(path) as stream:
@@ -470,7 +481,13 @@ def _from_parquet(path: Path) -> Images:
                     yield f"row {index}", partial(_attempt, data)
                     index += 1
 
-    return _eight_bit(str(path), items, file.metadata.num_rows, labels, names, lambda: file_hash(path))
+    def readable(*start: int) -> Iterator[Item]:
+        try:
+            yield from items(*start)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{path} is a damaged parquet file ({str(error)[:80]}).") from None
+
+    return _eight_bit(str(path), readable, file.metadata.num_rows, labels, names, lambda: file_hash(path))
 
 
 def _from_hub(source: str) -> Images:
@@ -503,7 +520,8 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
     labels = None
     try:
         if path.suffix.lower() == ".npy":
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            with np.errstate(over="ignore"):  # a declared shape beyond every file
+                array = np.load(path, mmap_mode="r", allow_pickle=False)
         else:
             with np.load(path, allow_pickle=False) as archive:
                 names = list(archive.files)
@@ -513,6 +531,8 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
                 array = archive[key]
                 tag = next((k for k in ("labels", "label", "y", "y_train") if k in names), None)
                 labels = None if tag is None else archive[tag]
+        if not all(isinstance(a, (np.ndarray, type(None))) for a in (array, labels)):
+            raise InputError(f"{path} holds no plain array. Expected a {path.suffix} file that numpy wrote.")
     except InputError:
         raise
     except Exception as error:
@@ -555,8 +575,8 @@ def _from_array(
         low, high = 0.0, 255.0
     elif value_range is not None:
         low, high = map(float, value_range)
-        if not (math.isfinite(low) and math.isfinite(high) and low < high):
-            raise InputError(f"--range {low:g},{high:g} is empty; expected LOW,HIGH with LOW < HIGH.")
+        if not (math.isfinite(high - low) and (high - low) / 2 > 0):
+            raise InputError(f"--range {low:g},{high:g} is empty or endless; expected LOW,HIGH with LOW < HIGH.")
         if (low, high) == (0.0, 255.0) and not np.issubdtype(array.dtype, np.integer):
             largest = max(float(np.fmax.reduce(part, axis=None)) for part in _slabs(array))
             if largest <= 1:  # declared so, all would be black
@@ -583,6 +603,8 @@ def _from_array(
     if labels is not None:
         if labels.shape != (count,):
             raise InputError(f"{name} has labels of shape {labels.shape} for {count} images; expected ({count},).")
+        if labels.dtype.kind not in "biufSU":
+            raise InputError(f"{name} has labels of the type {labels.dtype}; expected numbers or text.")
         values, codes = np.unique(labels, return_inverse=True)
         classes, tags = tuple(str(v) for v in values), torch.from_numpy(codes.astype(np.int64))
     shape = load(0).shape  # type: ignore[union-attr]

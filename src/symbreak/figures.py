@@ -235,6 +235,11 @@ def composition_figure(table: dict[str, Any]) -> str:
 
 
 def svg(figure: Any) -> str:
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if "$" in text.get_text().replace("$\\mathdefault", ""):
+            text.set_parse_math(False)  # a name with dollars is no formula
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     return buffer.getvalue().split("?>", 1)[-1].split('dtd">', 1)[-1]

@@ -5,7 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+import platform
+import re
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,7 @@ from symbreak.parallel import rank_of
 
 __all__ = [
     "InputError",
+    "damaged",
     "digest",
     "file_hash",
     "output_folder",
@@ -26,8 +32,35 @@ __all__ = [
 ]
 
 
+PART = re.compile(r"\..+\.(\d+)-([0-9a-f]{8})\.part")  # of a file being written: its process, its machine
+DAY = 86_400.0
+LONGEST = 1000  # characters of an error
+
+
 class InputError(ValueError):
     """The input is wrong; the message is one line: what came, what was expected, what to do."""
+
+    def __init__(self, message: object = "") -> None:
+        # File names, class labels and what other libraries say may hold line breaks; what a file says has no end.
+        line = " ".join(str(message).split())
+        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")
+
+
+@contextmanager
+def damaged(path: Any, what: str) -> Iterator[None]:
+    """Whatever a damaged file makes go wrong while it is taken apart becomes one line of `InputError`.
+
+    Args:
+        path: names the file in the message.
+        what: what it should hold, with an article.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        said = f"{type(error).__name__}: {str(error)[:80]}"
+        raise InputError(f"{path} holds {what} that is broken ({said}). Make it again.") from error
 
 
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -39,7 +72,7 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     if rank_of()[0]:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{_machine()}.part")
     try:
         write(beside)
         with beside.open("rb") as stream:
@@ -48,6 +81,38 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode()):08x}"
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed processes left of files they were writing, never that of one which may be alive.
+
+    Of another machine's processes nothing is known: theirs goes when it is a day old.
+    """
+    with os.scandir(folder) as entries:
+        left = [(entry, found) for entry in entries if (found := PART.fullmatch(entry.name))]
+    for entry, found in left:
+        try:
+            dead = found[2] == _machine() and not _alive(int(found[1]))
+            if dead or time.time() - entry.stat().st_mtime > DAY:
+                os.unlink(entry.path)
+        except OSError:
+            pass  # another process was quicker, or it is not ours to remove
+
+
+def _alive(process: int) -> bool:
+    if os.name != "posix":
+        return True  # asking is no harmless signal there
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass  # it is somebody else's
+    return True
 
 
 def write_json(path: str | Path, value: Any) -> Path:
@@ -69,11 +134,32 @@ def read_json(path: str | Path) -> Any:
 def write_tensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a safetensors file."""
+    """Write a safetensors file: the same tensors and metadata give the same bytes."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    return write_whole(path, lambda p: save_file(whole, p, metadata=dict(metadata or {})))
+
+    def write(beside: Path) -> None:
+        save_file(whole, beside, metadata=dict(metadata or {}))
+        _sort_metadata(beside)
+
+    try:
+        return write_whole(path, write)
+    except SafetensorError as error:  # its own name for a full disk
+        raise OSError(f"{path} cannot be written ({str(error)[:160]})") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in an order that changes from run to run."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if len(text) <= size:  # else something was escaped in another way: the order stays
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -85,7 +171,7 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
     try:
         with safe_open(str(path), framework="pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no safetensors file ({str(error)[:80]}).") from None
 
 
@@ -112,9 +198,14 @@ def file_hash(path: str | Path) -> str:
 
 
 def output_folder(path: str | Path) -> Path:
-    """An output folder that can be made; a file in its place is refused before any work is done."""
+    """An output folder that can be made, rid of what killed runs left half-written in it.
+
+    A file in its place is refused before any work is done.
+    """
     path = Path(path)
     blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)
     if blocked is not None:
         raise InputError(f"{blocked} is a file, but an output folder is needed there. Choose another --out.")
+    if path.is_dir():
+        _clear(path)
     return path

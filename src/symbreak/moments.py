@@ -27,7 +27,7 @@ from scipy.linalg import blas
 from scipy.sparse.linalg import eigsh
 
 from symbreak.critical import jackknife
-from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.parallel import from_each, from_first, own_rows, summed
 from symbreak.sketch import FORMAT, LARGEST_DIM, LowRankMoments, Spectrum, sketch_moments
 
@@ -349,14 +349,23 @@ class Moments:
             raise InputError(f"{path} holds no moments. Expected a file that `symbreak fit` wrote.")
         if metadata.get("version") != "1":
             raise InputError(f"{path} was written by a newer symbreak (format {metadata.get('version')}). Update it.")
-        self = cls(int(tensors["count"]), tensors["mean"], tensors["cov"])
-        if "parts.count" in tensors:
-            counts, means, scatters = (tensors[f"parts.{k}"].numpy() for k in ("count", "mean", "scatter"))
-            if means.shape != (len(counts), self.dim) or scatters.shape != (len(counts), self.dim, self.dim):
-                raise InputError(f"{path} holds moments whose parts do not fit together. Fit it again.")
-            self._parts = [_Part(int(n), m, s) for n, m, s in zip(counts, means, scatters)]
-        elif "left_out" in tensors:
-            self.__dict__["_saved_left_out"] = tensors["left_out"].numpy()
+        with damaged(path, "a set of moments"):
+            self = cls(int(tensors["count"]), tensors["mean"], tensors["cov"])
+            if "parts.count" in tensors:
+                counts, means, scatters = (tensors[f"parts.{k}"].numpy() for k in ("count", "mean", "scatter"))
+                fit = means.shape == (len(counts), self.dim) and scatters.shape == (len(counts), self.dim, self.dim)
+                if not fit or counts.min() < 1 or counts.sum() != self.count:
+                    raise InputError(f"{path} holds moments whose parts do not fit together. Fit it again.")
+                if not (np.isfinite(means).all() and np.isfinite(scatters).all()):
+                    raise InputError(f"{path} holds NaN or infinity in the parts of its moments. Fit it again.")
+                self._parts = [
+                    _Part(int(n), m, s) for n, m, s in zip(counts, means.astype(float), scatters.astype(float))
+                ]
+            elif "left_out" in tensors:
+                left_out = tensors["left_out"].double().numpy()
+                if left_out.ndim != 2 or len(left_out) < 2:
+                    raise InputError(f"{path} holds moments whose parts do not fit together. Fit it again.")
+                self.__dict__["_saved_left_out"] = left_out
         return self
 
     def __repr__(self) -> str:

@@ -43,16 +43,20 @@ def write_report(record: Record, path: str | Path) -> Path:
         known = ", ".join(PAGES)
         raise InputError(f"there is no report for records of kind {record.kind!r}; expected one of {known}.")
     page, find = PAGES[record.kind]
-    try:
-        values = find(record)
-    except (KeyError, TypeError, IndexError) as error:
-        raise InputError(f"the record lacks {error}; it is damaged or from another version. Run it again.") from None
     loader = jinja2.FunctionLoader(
         lambda n: (resources.files("symbreak") / "templates" / n).read_text(encoding="utf-8")
     )
     pages = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader)
-    html = pages.get_template(page).render(**values)
-    return write_whole(path, lambda p: p.write_text(html, encoding="utf-8"))
+    template = pages.get_template(page)
+    try:
+        html = template.render(**find(record))
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # a text for a number, a list for a table: figures and pages fail in any way
+        said = f"lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {str(error)[:100]}"
+        raise InputError(f"this is a damaged record, or one of another version ({said}). Run it again.") from error
+    # half of a pair of surrogates, from JSON or a file name, has no place in UTF-8
+    return write_whole(path, lambda p: p.write_text(html, encoding="utf-8", errors="replace"))
 
 
 def _number(value: float | str | None, digits: int = 4) -> str:

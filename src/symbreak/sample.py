@@ -37,8 +37,8 @@ def parse_seeds(text: str) -> list[int]:
             b = int(last) if last else a
         except ValueError:
             raise InputError(f"seeds {text!r}; expected numbers and ranges such as 0-99 or 1,4,10-12.") from None
-        if b < a or b - a >= 10_000_000:
-            raise InputError(f"the seed range {part.strip()} is empty or longer than ten million.")
+        if b < a or len(seeds) + b - a >= 10_000_000:
+            raise InputError(f"the seed range {part.strip()} is empty, or makes more than ten million seeds.")
         seeds.extend(range(a, b + 1))
     return seeds
 

@@ -28,7 +28,7 @@ import scipy.linalg
 import scipy.special
 import torch
 
-from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.noise import generator
 from symbreak.parallel import from_first, own_rows, summed
 
@@ -314,9 +314,15 @@ class LowRankMoments:
             raise InputError(f"{path} holds no low-rank moments. Expected a file that LowRankMoments.save wrote.")
         if metadata.get("version") != "1":
             raise InputError(f"{path} was written by a newer symbreak (format {metadata.get('version')}). Update it.")
-        count, mean, variances, vectors, eigenvalues, residuals, dropped = (tensors[name] for name in names)
-        largest, squares, failure = dropped.tolist()
-        return cls(int(count), mean, variances, vectors, eigenvalues, residuals, largest, squares, failure)
+        with damaged(path, "a set of low-rank moments"):
+            count, mean, variances, vectors, eigenvalues, residuals, dropped = (tensors[name] for name in names)
+            for name, tensor in zip(names, (count, mean, variances, vectors, eigenvalues, residuals, dropped)):
+                if not bool(torch.isfinite(tensor).all()):
+                    raise InputError(f"{path} holds NaN or infinity in {name}; expected finite numbers. Fit it again.")
+            if bool((eigenvalues < 0).any()):
+                raise InputError(f"{path} holds a negative variance; expected eigenvalues >= 0. Fit it again.")
+            largest, squares, failure = dropped.tolist()
+            return cls(int(count), mean, variances, vectors, eigenvalues, residuals, largest, squares, failure)
 
     def __repr__(self) -> str:
         return f"LowRankMoments(count={self.count}, shape={self.shape}, rank={self.rank})"

@@ -26,7 +26,9 @@ def study_table(record: Any, path: Path) -> None:
     """Standard against late starts, row by row."""
     content = record.content
     ground = content["floor"]
-    title = f"Fréchet distance in {ground['extractor']}, {ground['samples']} images x {ground['repeats']} repeats"
+    title = (
+        f"Fréchet distance in {escape(ground['extractor'])}, {ground['samples']} images x {ground['repeats']} repeats"
+    )
     table = Table(title=title + (" (smoke, not evidence)" if content["smoke"] else ""))
     for name in (
         "sampler",
@@ -99,7 +101,7 @@ def _between(d: dict[str, Any], name: str = "", digits: int = 4) -> str:
 def evaluation_table(result: dict[str, Any], out: Path | None) -> None:
     """Distances, diversity, composition and copies."""
     d = result["distance"]
-    table = Table(title=f"{d['name']} in {d['extractor']}, to {d['reference']:,} held-out images")
+    table = Table(title=f"{d['name']} in {escape(d['extractor'])}, to {d['reference']:,} held-out images")
     for name in ("", "images x repeats", "mean", "95 % interval", "pooled"):
         table.add_column(name, justify="right")
     for name in ("distance", "floor"):

@@ -20,12 +20,15 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
+from symbreak.adapters import usable
 from symbreak.data import Images
-from symbreak.files import InputError, output_folder, read_json, read_tensors, write_json, write_tensors
+from symbreak.files import InputError, damaged, output_folder, read_json, read_tensors, write_json, write_tensors
 from symbreak.noise import generator
 from symbreak.parallel import agreed, rank_of, summed
 
 __all__ = ["Recipe", "train_network"]
+
+LARGEST = 8192  # channels, layers: beyond what any machine trains
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Recipe:
         try:
             recipe = cls(**{**raw, "channels": tuple(raw.get("channels", cls.channels))})
             recipe.check()
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise InputError(f"{path} is no recipe ({error}).") from None
         return recipe
 
@@ -78,8 +81,12 @@ class Recipe:
             raise InputError(f"recipe channels {self.channels}; expected positive multiples of 8.")
         if min(self.layers, self.steps, self.batch) < 1 or not self.lr > 0 or not 0 <= self.ema < 1:
             raise InputError("a recipe needs layers, steps and batch >= 1, lr > 0 and 0 <= ema < 1.")
-        if min(self.warmup, self.seed, self.weight_decay) < 0:
-            raise InputError("a recipe needs warmup, seed and weight_decay >= 0.")
+        if max(self.channels) > LARGEST or self.layers > LARGEST or len(self.channels) > LARGEST:
+            raise InputError(f"a recipe has at most {LARGEST:,} channels and layers.")
+        if min(self.warmup, self.seed, self.weight_decay) < 0 or self.seed >= 2**63:
+            raise InputError("a recipe needs warmup, seed and weight_decay >= 0, and a seed below 2^63.")
+        if not (math.isfinite(self.lr) and math.isfinite(self.weight_decay)):
+            raise InputError("a recipe needs finite numbers for lr and weight_decay.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"recipe dropout {self.dropout}; expected 0 <= dropout < 1.")
 
@@ -113,6 +120,9 @@ def train_network(
     recipe: Recipe | None = None,
     *,
     checkpoint_seconds: float = 60.0,
+    device: str | torch.device = "cpu",
+    precision: str = "fp32",
+    compiled: bool = False,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Train a network on ``data`` and save a `diffusers.DDPMPipeline` folder.
@@ -126,6 +136,9 @@ def train_network(
         out: folder for the pipeline, ``training.json`` and, while it runs, the checkpoint.
         recipe: settings; the default is the one of the bundled digits network.
         checkpoint_seconds: time between checkpoints.
+        device: where the network is trained; batches and noise are drawn on the CPU, the same everywhere.
+        precision: ``"fp32"``, or ``"bf16"``: forward passes under autocast; weights and averages stay float32.
+        compiled: whether the network goes through ``torch.compile``.
         progress: called with (step, steps, {"loss": running mean}).
 
     Returns:
@@ -136,14 +149,18 @@ def train_network(
     """
     recipe = recipe or Recipe()
     recipe.check()
+    if precision not in ("fp32", "bf16"):
+        raise InputError(f"precision {precision!r} for training; expected fp32 or bf16, which needs no scaled loss.")
     out = output_folder(out)
     identity: dict[str, Any] = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
     identity["recipe"]["channels"] = list(recipe.channels)
-    done = out / "training.json"
+    done, checkpoint = out / "training.json", out / "checkpoint.safetensors"
     if agreed(done.exists):
         result = read_json(done)
-        if {k: result.get(k) for k in identity} != identity:
+        if not isinstance(result, dict) or {k: result.get(k) for k in identity} != identity:
             raise InputError(f"{out} holds a network trained with other settings. Choose another --out.")
+        if rank_of()[0] == 0:
+            checkpoint.unlink(missing_ok=True)  # a run that was killed at its very end leaves it
         return result
     rank, ranks = rank_of()
     if recipe.batch < ranks:
@@ -153,11 +170,15 @@ def train_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         unet = _network(recipe, data.shape)
+    there = usable(device)
+    unet.to(there)
+    if compiled:
+        unet.compile()
+    rolled = [there] if there.type == "cuda" else []  # whose global generator dropout draws from
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
     average = EMAModel(unet.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75)
     noising = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    checkpoint = out / "checkpoint.safetensors"
     step, losses, seconds = _resume(checkpoint, identity, unet, optimizer, average)
     started = saved = time.monotonic()
     unet.train()
@@ -183,9 +204,11 @@ def train_network(
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * rate
             mine = slice(len(t) * rank // ranks, len(t) * (rank + 1) // ranks)
-            with torch.random.fork_rng(devices=[]):  # dropout knows only the global generator
+            with torch.random.fork_rng(devices=rolled):  # dropout knows only the global generator
                 torch.manual_seed(int(torch.randint(2**62, (ranks,), generator=g)[rank]))
-                loss = torch.nn.functional.mse_loss(unet(noisy[mine], t[mine]).sample, noise[mine])
+                with torch.autocast(there.type, torch.bfloat16, enabled=precision == "bf16"):
+                    answer = unet(noisy[mine].to(there), t[mine].to(there)).sample
+                loss = torch.nn.functional.mse_loss(answer.float(), noise[mine].to(there))
                 loss = loss * (len(t[mine]) / len(t))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -208,7 +231,7 @@ def train_network(
             save()
         raise
     average.copy_to(unet.parameters())
-    unet.eval()
+    unet.eval().to("cpu")
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     if rank == 0:
         with _staging(out) as stage:
@@ -297,16 +320,17 @@ def _resume(
     tensors, metadata = read_tensors(path)
     if metadata.get("identity") != _canonical(identity):
         raise InputError(f"{path} belongs to a run with other settings. Choose another --out or delete it.")
-    unet.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-    for i, shadow in enumerate(average.shadow_params):
-        shadow.copy_(tensors[f"ema.{i}"])
-    state = optimizer.state_dict()
-    state["state"] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, slot, name = key.split(".")
-            state["state"].setdefault(int(slot), {})[name] = value
-    optimizer.load_state_dict(state)
-    losses = tensors["losses"].tolist()
-    average.optimization_step = len(losses)
-    return len(losses), losses, float(tensors["seconds"])
+    with damaged(path, "a checkpoint"):
+        unet.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        for i, shadow in enumerate(average.shadow_params):
+            shadow.copy_(tensors[f"ema.{i}"])
+        state = optimizer.state_dict()
+        state["state"] = {}
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, slot, name = key.split(".")
+                state["state"].setdefault(int(slot), {})[name] = value
+        optimizer.load_state_dict(state)
+        losses = tensors["losses"].tolist()
+        average.optimization_step = len(losses)
+        return len(losses), losses, float(tensors["seconds"])

@@ -119,10 +119,8 @@ def law_from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str,
         return makers[kind](own, json.loads(metadata[kind]), path)
     except InputError:
         raise
-    except (TypeError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path} holds a broken {kind} ({' '.join(str(error).split())[:80]}). Save it again."
-        ) from None
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise InputError(f"{path} holds a broken {kind} ({str(error)[:80]}). Save it again.") from None
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

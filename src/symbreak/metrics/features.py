@@ -21,7 +21,7 @@ from torch import nn
 
 from symbreak.adapters import weights_hash
 from symbreak.data import Images
-from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.metrics.pretrained import Dinov2, Inception
 from symbreak.noise import generator
 from symbreak.parallel import from_each, own_rows
@@ -178,11 +178,12 @@ def load_classifier(path: str | Path) -> Classifier:
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != "symbreak.classifier":
         raise InputError(f"{path} holds no symbreak classifier. Train one with train_classifier.")
-    shape = tuple(int(n) for n in metadata["shape"].split(","))
-    model = Classifier(shape, tuple(metadata["classes"].split("\t")))  # type: ignore[arg-type]
-    model.load_state_dict(tensors)
-    model.name, model.accuracy = metadata["name"], float(metadata["held_out_accuracy"])
-    return model.eval().requires_grad_(False)
+    with damaged(path, "a classifier"):
+        shape = tuple(int(n) for n in metadata["shape"].split(","))
+        model = Classifier(shape, tuple(metadata["classes"].split("\t")))  # type: ignore[arg-type]
+        model.load_state_dict(tensors)
+        model.name, model.accuracy = metadata["name"], float(metadata["held_out_accuracy"])
+        return model.eval().requires_grad_(False)
 
 
 class _Pixels:

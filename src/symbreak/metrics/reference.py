@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from symbreak.data import Images
-from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.files import InputError, damaged, output_folder, read_tensors, write_tensors
 from symbreak.metrics.features import BATCH, Extractor, described, feature_blocks
 from symbreak.metrics.fid import together
 from symbreak.moments import Moments, grouped
@@ -30,6 +30,7 @@ from symbreak.parallel import dealt, from_each, own_rows
 __all__ = ["Statistics", "cache_folder", "load_statistics", "statistics"]
 
 FILE = {"format": "symbreak.statistics", "version": "1"}
+ORIGIN = {"extractor", "resize", "identity", "data", "fingerprint", "seed"}
 ROWS = 10_000
 
 
@@ -59,6 +60,7 @@ class Statistics:
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file; it appears whole or not at all."""
+        output_folder(Path(path).parent)
         return write_tensors(path, *_tensors(self))
 
 
@@ -79,10 +81,14 @@ def _from_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str], pa
         raise InputError(f"{path} holds no reference statistics. Expected a file that symbreak evaluate wrote.")
     if metadata.get("version") != FILE["version"]:
         raise InputError(f"{path} was written by another version of symbreak. Remove it, and it is made again.")
-    groups = tuple(
-        Moments(int(n), mean, cov) for n, mean, cov in zip(tensors["counts"], tensors["means"], tensors["covs"])
-    )
-    return Statistics(groups, tensors["rows"].double(), json.loads(metadata["origin"]))
+    with damaged(path, "a set of statistics"):
+        parts, rows = [tensors[k] for k in ("counts", "means", "covs")], tensors["rows"].double()
+        groups = tuple(Moments(int(n), mean, cov) for n, mean, cov in zip(*parts))
+        origin = json.loads(metadata["origin"])
+        whole = groups and len({len(p) for p in parts}) == 1 and rows.shape[1:] == groups[0].shape
+        if not whole or not bool(torch.isfinite(rows).all()) or ORIGIN - set(origin):
+            raise InputError(f"{path} holds broken statistics. Remove it, and it is made again.")
+        return Statistics(groups, rows, origin)
 
 
 def _kept(path: Path) -> dict[str, np.ndarray]:
@@ -183,6 +189,7 @@ def statistics(
     fresh = Statistics(tuple(moments), torch.from_numpy(np.concatenate([f["rows"] for f in found])), origin)
     tensors, metadata = _tensors(fresh)
     if path is not None:
+        output_folder(path.parent)
         write_tensors(path, tensors, metadata)
     # Through the file's content on both ways, so that a cached result has the same last bits.
     return _from_tensors(tensors, metadata, "the statistics")
