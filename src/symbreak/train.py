@@ -151,7 +151,7 @@ def train_network(
     x = data.tensor()
     # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)
         unet = _network(recipe, data.shape)
     parameters = list(unet.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -184,7 +184,7 @@ def train_network(
                 group["lr"] = recipe.lr * rate
             mine = slice(len(t) * rank // ranks, len(t) * (rank + 1) // ranks)
             with torch.random.fork_rng(devices=[]):  # dropout knows only the global generator
-                torch.manual_seed(int(torch.randint(2**62, (ranks,), generator=g)[rank]))
+                torch.default_generator.manual_seed(int(torch.randint(2**62, (ranks,), generator=g)[rank]))
                 loss = torch.nn.functional.mse_loss(unet(noisy[mine], t[mine]).sample, noise[mine])
                 loss = loss * (len(t[mine]) / len(t))
             optimizer.zero_grad(set_to_none=True)
