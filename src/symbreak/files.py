@@ -73,7 +73,25 @@ def write_tensors(
     from safetensors.torch import save_file
 
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    return write_whole(path, lambda p: save_file(whole, p, metadata=dict(metadata or {})))
+
+    def write(beside: Path) -> None:
+        save_file(whole, beside, metadata=dict(metadata or {}))
+        _sort_metadata(beside)
+
+    return write_whole(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in an order that changes from process to process; one content is to be one file."""
+    with path.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+            text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            if len(text) <= size:
+                stream.seek(8)
+                stream.write(text.ljust(size))
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
