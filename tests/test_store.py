@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from symbreak.adapters import SAMPLERS, as_unet, scheduler
 from symbreak.cut import LateStart
 from symbreak.data import images
-from symbreak.files import InputError, read_tensors
+from symbreak.files import InputError, read_tensors, write_tensors
 from symbreak.laws import Empirical, Gaussian, Mixture, PrincipalMixture
 from symbreak.laws.store import load_law, save_law
 from symbreak.moments import Moments
@@ -271,3 +271,15 @@ def test_a_scheduler_of_ones_own_is_not_written(tmp_path):
     with pytest.raises(InputError, match="diffusers has no such class"):
         standard_start(Own(), 3).save(tmp_path / "s.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_same_content_is_the_same_file(tmp_path):
+    """A start's images remember the hash of its file; safetensors by itself orders metadata anew in every process."""
+    metadata = {name: f'{name} "é\n' for name in "hcadgbfe"}
+    path = write_tensors(tmp_path / "x.safetensors", {"a": torch.arange(3.0), "b": torch.ones(2, 2)}, metadata)
+    tensors, found = read_tensors(path)
+    assert found == metadata
+    assert tensors["a"].tolist() == [0, 1, 2]
+    raw = path.read_bytes()
+    places = [raw.index(f'"{name}":"{name}'.encode()) for name in sorted(metadata)]
+    assert places == sorted(places)

@@ -261,7 +261,8 @@ class NetworkDenoiser:
             # Where a step is meant exactly, the network is asked exactly there.
             t = torch.where((t - t.round()).abs() < 1e-6, t.round(), t)
         weight = next(iter(self.unet.parameters()), x)
-        out = self.unet(state.to(weight.dtype), t.to(weight.dtype), **self.condition, return_dict=False)[0].to(x.dtype)
+        seen, given = state.to(weight), _at(weight.device, self.condition)
+        out = self.unet(seen, t.to(weight), **given, return_dict=False)[0].to(x)
         out = out[:, : self.shape[0]]  # learned-variance networks append variance channels
         return self._denoised(out, x, alpha * x, alpha, s)
 
@@ -317,16 +318,21 @@ class SigmaDenoiser:
                 f"{high:.6g}. Choose a level in that range."
             )
         weights = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
-        dtype = next(iter(weights), x).dtype
+        weight = next(iter(weights), x)
         each = s.clamp(low, high).expand(len(x)) if len(s) == 1 else s.clamp(low, high)
-        out = self.model(x.to(dtype), each.to(dtype), **self.condition)
+        out = self.model(x.to(weight), each.to(weight), **_at(weight.device, self.condition))
         if not isinstance(out, torch.Tensor) or out.shape != x.shape:
             came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise InputError(
                 f"model(x, sigma) gave {came} for states of {tuple(x.shape)}; expected denoised states of the same "
                 "shape. A diffusers network needs its scheduler: sb.denoiser(unet, scheduler)."
             )
-        return out.to(x.dtype)
+        return out.to(x)
+
+
+def _at(device: torch.device, condition: dict[str, Any]) -> dict[str, Any]:
+    """A condition whose tensors lie where the network does."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in condition.items()}
 
 
 @overload

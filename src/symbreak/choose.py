@@ -474,7 +474,7 @@ def _some(data: Any, labels: Any, count: int, seed: int) -> tuple[torch.Tensor, 
         raise InputError(f"data={data!r} is a name; expected images. Pass sb.images({data!r}).")
     if isinstance(data, torch.Tensor | np.ndarray):
         data = [data]
-    batches = [torch.as_tensor(batch).float() for batch in data]
+    batches = [torch.as_tensor(batch).float().cpu() for batch in data]
     if not batches:
         raise InputError("no images to choose a start with; expected at least 16, better 256.")
     whole = torch.cat(batches)
@@ -482,7 +482,7 @@ def _some(data: Any, labels: Any, count: int, seed: int) -> tuple[torch.Tensor, 
     if labels is None:
         return whole[order], None
     try:
-        y = torch.as_tensor(np.asarray(labels)).reshape(-1)
+        y = (labels.cpu() if isinstance(labels, torch.Tensor) else torch.as_tensor(np.asarray(labels))).reshape(-1)
     except TypeError:
         raise InputError("labels that are no numbers; expected one whole number an image.") from None
     if len(y) != len(whole) or y.is_floating_point():

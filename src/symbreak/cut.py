@@ -403,8 +403,9 @@ def _begins_at(scheduler: Any, full: Schedule) -> NoiseLevel:
 
 def _cut_betas(scheduler: Any, t: int) -> list[float]:
     """The first t + 1 betas of the realised schedule (after any zero-SNR rescaling), as plain floats."""
-    alpha_bar = np.asarray(scheduler.alphas_cumprod, dtype=np.float64)[: t + 1]
-    betas = np.asarray(scheduler.betas, dtype=np.float64)[: t + 1]
+    alpha_bar, betas = (
+        torch.as_tensor(v, device="cpu").double().numpy()[: t + 1] for v in (scheduler.alphas_cumprod, scheduler.betas)
+    )
     if betas[-1] >= 1 or not np.allclose(np.cumprod(1 - betas), alpha_bar, rtol=1e-4, atol=1e-9):
         betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
     return [float(b) for b in np.minimum(betas, 1 - 1e-7)]

@@ -97,9 +97,9 @@ def images_for(denoiser: Denoiser, data: Any, sigma: np.ndarray, least: int = 2)
     if isinstance(data, str):
         raise InputError(f"data={data!r} is a name; expected images. Pass sb.images({data!r}).")
     if isinstance(data, torch.Tensor | np.ndarray):
-        whole = torch.as_tensor(data)
+        whole = torch.as_tensor(data).cpu()
     else:
-        batches = [torch.as_tensor(batch) for batch in data]
+        batches = [torch.as_tensor(batch).cpu() for batch in data]
         whole = torch.cat(batches) if batches else torch.zeros(0)
     if len(whole) < least:
         raise InputError(f"{len(whole)} images; expected at least {least}, better 256.")

@@ -268,7 +268,8 @@ def schedule(source: Any = "ddpm-linear") -> Schedule:
             f"{name} has no alphas_cumprod. Pass a diffusers scheduler (beta-type, EDM or flow matching) "
             "or one of ddpm-linear, cosine, ou, edm."
         )
-    return _table(name, np.asarray(alphas_cumprod, dtype=np.float64))
+    # diffusers' add_noise leaves them where it worked.
+    return _table(name, torch.as_tensor(alphas_cumprod, device="cpu").double().numpy())
 
 
 def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:

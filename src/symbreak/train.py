@@ -168,7 +168,7 @@ def train_network(
     x = data.tensor()
     # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)
         unet = _network(recipe, data.shape)
     there = usable(device)
     unet.to(there)
@@ -205,7 +205,11 @@ def train_network(
                 group["lr"] = recipe.lr * rate
             mine = slice(len(t) * rank // ranks, len(t) * (rank + 1) // ranks)
             with torch.random.fork_rng(devices=rolled):  # dropout knows only the global generator
-                torch.manual_seed(int(torch.randint(2**62, (ranks,), generator=g)[rank]))
+                drawn = int(torch.randint(2**62, (ranks,), generator=g)[rank])
+                torch.default_generator.manual_seed(drawn)
+                for one in rolled:
+                    with torch.cuda.device(one):
+                        torch.cuda.manual_seed(drawn)
                 with torch.autocast(there.type, torch.bfloat16, enabled=precision == "bf16"):
                     answer = unet(noisy[mine].to(there), t[mine].to(there)).sample
                 loss = torch.nn.functional.mse_loss(answer.float(), noise[mine].to(there))

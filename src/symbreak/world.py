@@ -315,7 +315,7 @@ def train_point_network(
     sched = schedule("ddpm-linear")
     table = torch.tensor([sched.level(k).sigma for k in range(1000)], dtype=torch.float32)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         net = PointNetwork(points.shape[1], width, sched.sigma_range)
     data, g = points.float(), generator(seed, 17)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0)

@@ -96,6 +96,8 @@ def evaluate(
         InputError: where sizes or ranges differ, images hold NaN, or statistics come from another extractor.
     """
     tell = progress or (lambda stage, done, total: None)
+    if isinstance(samples, torch.Tensor):
+        samples = samples.detach().cpu()  # as pipelines on a GPU give them
     folder = None if out is None else output_folder(out)
     timings: dict[str, float] = {}
 

@@ -120,7 +120,7 @@ def train_classifier(
     held_out = None if held_out is None else held_out.numbered(train.classes)
     x, y = train.tensor(), train.labels
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = Classifier(train.shape, train.classes)
     batch = 64
     steps = epochs * math.ceil(len(x) / batch)
@@ -313,7 +313,7 @@ def feature_blocks(extract: Extractor, batches: Iterable[torch.Tensor]) -> Itera
     """
     for block, rows in padded_blocks(batches, getattr(extract, "batch", BATCH)):
         with torch.inference_mode():
-            found = extract(block)[:rows].double().clone()
+            found = extract(block)[:rows].double().cpu().clone()
         if not bool(torch.isfinite(found).all()):
             raise InputError(f"the extractor {extract.name} gave NaN or infinity; check the images' range.")
         yield found

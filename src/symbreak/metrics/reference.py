@@ -169,23 +169,28 @@ def statistics(
     for g, part in enumerate(np.array_split(order, groups)):
         group[part] = g
     wanted = np.sort(torch.randperm(count, generator=generator(seed, 22, 0))[:rows].numpy())
-    chosen: list[torch.Tensor] = []
     # Ranks begin where a padded block begins: the network sees the same blocks whoever asks it.
     stream, first, shared = own_rows(images, getattr(extract, "batch", BATCH))
     last = first + len(stream)
+    share = int(np.searchsorted(wanted, last) - np.searchsorted(wanted, first))
+    # Filled in place: a few rows kept of every block would lie between the blocks and break the memory up.
+    chosen = torch.zeros(share, 0)
 
     def blocks() -> Any:
-        done = first
+        nonlocal chosen
+        done, filled = first, 0
         for block in feature_blocks(extract, [stream] if isinstance(stream, torch.Tensor) else stream):
             own = wanted[np.searchsorted(wanted, done) : np.searchsorted(wanted, done + len(block))] - done
-            chosen.append(block[torch.from_numpy(own)])
-            done += len(block)
+            if not filled:
+                chosen = torch.empty(share, block.shape[1], dtype=block.dtype)
+            chosen[filled : filled + len(own)] = block[torch.from_numpy(own)]
+            done, filled = done + len(block), filled + len(own)
             if progress is not None:
                 progress(done - first, last - first)
             yield block
 
     moments = grouped(blocks(), group[first:last], shared)
-    found = from_each({"rows": torch.cat(chosen).numpy()}, shared)
+    found = from_each({"rows": chosen.numpy()}, shared)
     fresh = Statistics(tuple(moments), torch.from_numpy(np.concatenate([f["rows"] for f in found])), origin)
     tensors, metadata = _tensors(fresh)
     if path is not None:

@@ -634,7 +634,7 @@ def u_turns(
     s, shape = levels(sigma)
     sampler = _sampler(law_or_denoiser, s, steps, sigma_start, sigma_end, dtype)
     x = images.tensor() if hasattr(images, "tensor") else images
-    x = torch.as_tensor(np.asarray(x) if not isinstance(x, torch.Tensor) else x).to(sampler.dtype)
+    x = torch.as_tensor(np.asarray(x) if not isinstance(x, torch.Tensor) else x).to("cpu", sampler.dtype)
     if tuple(x.shape[1:]) != tuple(sampler.denoiser.shape):
         raise InputError(
             f"images of shape {tuple(x.shape[1:])} for a network of {tuple(sampler.denoiser.shape)}. Resize the data."

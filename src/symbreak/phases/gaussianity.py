@@ -427,7 +427,7 @@ def _states(
         own = np.unique(levels(np.array(list(source), dtype=float))[0])
         if sigma is not None and not np.array_equal(own, np.unique(levels(sigma)[0])):
             raise InputError("levels came with states of other levels; leave sigma out.")
-        known = {float(u): torch.as_tensor(x) for u, x in source.items()}
+        known = {float(u): torch.as_tensor(x).cpu() for u, x in source.items()}
         count = {len(x) for x in known.values()}
         if len(count) != 1:
             raise InputError(f"states of {min(count)} to {max(count)} samples; expected one number at every level.")
@@ -458,7 +458,7 @@ def _clean(source: Any, samples: int | None, seed: int) -> torch.Tensor:
         torch.as_tensor(source)
         if isinstance(source, torch.Tensor | np.ndarray)
         else torch.cat([torch.as_tensor(batch) for batch in source])
-    )
+    ).cpu()
     n = min(samples or LARGEST, len(whole))
     if samples is not None and samples > len(whole):
         raise InputError(f"{samples} samples of {len(whole)} images; expected at most that many.")

@@ -600,7 +600,7 @@ def _same_shape(network: Any, laws: Mapping[str, Any]) -> None:
 
 
 def _labels(labels: Any, count: int, network: Any) -> torch.Tensor:
-    y = torch.as_tensor(np.asarray(labels)).reshape(-1)
+    y = (labels.cpu() if isinstance(labels, torch.Tensor) else torch.as_tensor(np.asarray(labels))).reshape(-1)
     if len(y) != count or y.is_floating_point():
         raise InputError(f"{len(y)} labels for {count} images; expected one whole number each.")
     if not (hasattr(network, "bind") or isinstance(network, LawDenoiser)):
