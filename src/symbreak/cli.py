@@ -54,6 +54,7 @@ Holdout = Annotated[
 Clusters = Annotated[int | None, typer.Option("--clusters", metavar="K", help="clusters of a start's mixture law")]
 START = "a file of `symbreak fit` (moments, law or start), auto: fitted to --data and chosen, none: white noise"
 SAMPLER, STEPS = "dpm++2m-karras", 5
+MICRO = 64
 Placed = tuple[str, str, bool]  # device, precision, compiled
 HERE: Placed = ("auto", "fp32", False)
 Pad = Annotated[int | None, typer.Option("--pad", metavar="N", help="pad images with black to N x N pixels")]
@@ -508,16 +509,14 @@ def sample(
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
-    micro_batch: Annotated[int, typer.Option("--micro-batch", help="fixed size of every network call")] = 64,
+    micro_batch: Annotated[int, typer.Option("--micro-batch", help="fixed size of every network call")] = MICRO,
     device: Device = "auto",
     precision: Precision = "fp32",
     compiled: Compile = False,
     as_json: Json = False,
 ) -> None:
     """Sample images, one a seed, from white noise or from a late start."""
-    from symbreak.adapters import weights_hash
     from symbreak.files import output_folder, read_json, write_json
-    from symbreak.laws.store import law_hash
     from symbreak.sample import check, parse_seeds
 
     output_folder(out)
@@ -528,21 +527,7 @@ def sample(
         raise InputError("--data and its options, --holdout and --clusters belong to --start auto. Add it.")
     begin, unet = _plan(model, start, at, sampler, steps, fitting, placed=(device, precision, compiled))
     check(unet, begin, wanted, micro_batch)
-    settings = {
-        "model": model,
-        "weights": weights_hash(unet),
-        "start": start if start in ("none", "auto") else _hash(Path(start)),
-        "scheduler": json.loads(begin.full.to_json_string()),
-        "law": None if begin.law is None else law_hash(begin.law),
-        "micro_batch": micro_batch,
-        "precision": precision,
-        "steps": begin.steps,
-        "calls": begin.calls,
-        "level": begin.level.to_dict(),
-    }
-    from symbreak.record import plain
-
-    settings = plain(settings)
+    settings = _made(model, start, unet, begin, precision, micro_batch)
     info = out / "sample.json"
     if info.exists() and read_json(info) != settings:
         raise InputError(f"{out} holds images made with other settings. Choose another --out.")
@@ -557,6 +542,30 @@ def sample(
         sys.stdout.write(f"{len(missing)} of {len(wanted)} images made: {out}\n")
 
     _emit(as_json, value, draw)
+
+
+def _made(model: str, start: str, unet: Any, begin: Any, precision: str, micro_batch: int) -> dict[str, Any]:
+    """Everything that decides an image beside its seed."""
+    from symbreak.adapters import weights_hash
+    from symbreak.laws.store import law_hash
+    from symbreak.record import plain
+
+    found: dict[str, Any] = plain(
+        {
+            "model": model,
+            "weights": weights_hash(unet),
+            "start": start if start in ("none", "auto") else _hash(Path(start)),
+            "scheduler": json.loads(begin.full.to_json_string()),
+            "law": None if begin.law is None else law_hash(begin.law),
+            "micro_batch": micro_batch,
+            "precision": precision,
+            "device": next(iter(unet.parameters())).device.type,
+            "steps": begin.steps,
+            "calls": begin.calls,
+            "level": begin.level.to_dict(),
+        }
+    )
+    return found
 
 
 def _plan(
@@ -731,9 +740,13 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How far samples are from held-out images, what they leave out, and whether they copy training images."""
+    import torch
+
+    from symbreak.blocks import Blocks
     from symbreak.files import output_folder
     from symbreak.metrics import evaluate as measure
     from symbreak.metrics.reference import load_statistics
+    from symbreak.record import versions
     from symbreak.sample import generate, parse_seeds
 
     if (samples is None) == (model is None):
@@ -749,11 +762,16 @@ def evaluate(
         known = load_statistics(reference) if reference is not None and agreed(reference.exists) else None
         if known is None or known.origin["fingerprint"] == half.fingerprint():
             held_out = half
+    store = None
     with _bars() as tell:
         if model is not None:
             placed = (device, precision, compiled)
             begin, unet = _plan(model, start, at, sampler, steps, default_steps=10, placed=placed)
-            x = generate(unet, begin, parse_seeds(seeds), progress=lambda d, n: tell("images", d, n))
+            made = _made(model, start, unet, begin, precision, MICRO)
+            store = Blocks(out, {**made, "seeds": seeds, "versions": versions(torch.get_num_threads())})
+            wanted, kept = parse_seeds(seeds), None if out is None else store.keep
+            said = partial(tell, "images")
+            x = generate(unet, begin, wanted, micro_batch=MICRO, keep=kept, progress=said)
         else:
             x = _images(_one(samples, "--samples"), samples_range, skip_bad)
         result = measure(
@@ -769,10 +787,13 @@ def evaluate(
             rows=rows,
             seed=seed,
             memory=_bytes(memory),
+            device=_device(device),
             cache=cache,
             out=out,
             progress=tell,
         )
+    if store is not None:
+        store.close()
     if out is not None:
         _report(out)
     _emit(as_json, result, lambda: evaluation_table(result, out))
@@ -863,6 +884,7 @@ def audit(
             threshold=threshold,
             seed=seed,
             memory=_bytes(memory) or 2**28,
+            device=_device(device),
             out=out,
             progress=tell,
             **asked,

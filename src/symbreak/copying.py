@@ -37,7 +37,6 @@ from symbreak.start import standard_start
 __all__ = ["audit"]
 
 COUNT, STEPS, SAMPLER = 1000, 50, "dpm++2m"
-MADE = 256  # samples a kept block
 BINS = 40
 SHOWN = 24  # pairs drawn
 LISTED = 100  # duplicate groups listed
@@ -81,6 +80,7 @@ def audit(
     seeds: Sequence[int] | None = None,
     seed: int = 0,
     memory: int = 2**28,
+    device: str | torch.device | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Record:
@@ -101,6 +101,7 @@ def audit(
         seeds: of the model's samples, instead of 0 .. count - 1.
         seed: of the subset of references and the permutations.
         memory: bytes of working memory beside the images themselves; results do not depend on it.
+        device: where a feature network named here runs; by default on the CPU.
         out: folder for ``record.json``, and for finished blocks while it runs: the same call goes on after an
             interruption and finds the same numbers.
         progress: called with (stage, done, total).
@@ -128,7 +129,7 @@ def audit(
 
     packages = versions(torch.get_num_threads())
     held, notes = _held_out(train, holdout)
-    extract = chosen(features, train, weights, sha256)
+    extract = chosen(features, train, weights, sha256, device)
     name = extract.name
     made: dict[str, Any] | None = None
     drawn: Blocks | None = None
@@ -318,18 +319,7 @@ def _sampling(
     store = Blocks(folder, {**made, "all": seeds, "versions": packages})
 
     def draw(step: Callable[[int, int], None]) -> torch.Tensor:
-        parts = []
-        step(0, len(seeds))
-        for start in range(0, len(seeds), MADE):
-            some = seeds[start : start + MADE]
-
-            def make(start: int = start, some: list[int] = some) -> dict[str, np.ndarray]:
-                x = generate(model.unet, begin, some, progress=lambda done, _: step(start + done, len(seeds)))
-                return {"x": x.numpy()}
-
-            parts.append(torch.from_numpy(store.keep(f"samples/{start}", make)["x"]))
-            step(start + len(some), len(seeds))
-        return torch.cat(parts)
+        return generate(model.unet, begin, seeds, keep=store.keep, progress=step)
 
     return made, store, draw
 

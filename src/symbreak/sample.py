@@ -11,16 +11,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
+from symbreak.blocks import Arrays, Keep, unkept
 from symbreak.files import InputError
 from symbreak.parallel import dealt
 from symbreak.start import LateStart
 
 __all__ = ["generate", "parse_seeds"]
+
+KEPT = 256  # images of a kept block, about
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -236,6 +240,7 @@ def generate(
     clean: torch.Tensor | None = None,
     device: str | torch.device | None = None,
     clamp: bool = True,
+    keep: Keep | None = None,
     progress: Callable[[int, int], None] | None = None,
     **condition: Any,
 ) -> torch.Tensor:
@@ -251,6 +256,8 @@ def generate(
         clean: images [N, C, H, W] to noise to the start level instead of drawing from the law
             (the best any law could do there).
         clamp: cut the result to [-1, 1] (pixels).
+        keep: ``keep(key, make)`` gives stored images of a block of seeds, or stores those that make() gives, e.g.
+            `Blocks.keep` under the settings that decide them.
         progress: called with (images done, images in all).
         **condition: passed to the network.
 
@@ -266,14 +273,23 @@ def generate(
     seeds = [int(s) for s in seeds]
     make = _maker(unet, start, seeds, labels, micro_batch, clean, device, condition)
 
-    def block(first: int) -> dict[str, np.ndarray]:
+    size = micro_batch if keep is None else micro_batch * max(1, KEPT // micro_batch)
+
+    def fresh(first: int) -> Arrays:
+        parts = []
         with torch.inference_mode():
-            part = make(first)
-            return {"x": (part.clamp(-1, 1) if clamp else part).numpy()}
+            for at in range(first, min(first + size, len(seeds)), micro_batch):
+                parts.append(make(at))
+                if progress is not None:
+                    progress(min(at + micro_batch, len(seeds)), len(seeds))
+        x = torch.cat(parts)
+        return {"x": (x.clamp(-1, 1) if clamp else x).numpy()}
 
-    def tell(done: int, _: int) -> None:
-        if progress is not None:
-            progress(min(done * micro_batch, len(seeds)), len(seeds))
+    def block(first: int) -> Arrays:
+        found = (keep or unkept)(f"images/{first}", partial(fresh, first))
+        if progress is not None and keep is not None:
+            progress(min(first + size, len(seeds)), len(seeds))
+        return found
 
-    found = dealt(range(0, len(seeds), micro_batch), block, tell)
+    found = dealt(range(0, len(seeds), size), block)
     return torch.from_numpy(np.concatenate([part["x"] for part in found]))

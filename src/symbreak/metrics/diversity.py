@@ -23,7 +23,7 @@ from scipy import stats
 from symbreak.critical import jackknife, mean_interval
 from symbreak.files import InputError
 from symbreak.laws.classes import class_of
-from symbreak.metrics.features import BATCH, padded_blocks
+from symbreak.metrics.features import BATCH, padded_blocks, place_of
 from symbreak.noise import generator
 from symbreak.parallel import from_each, own_rows
 
@@ -112,9 +112,10 @@ def class_counts(classify: Callable[[torch.Tensor], Any], batches: Iterable[torc
     """
     found: dict[str, np.ndarray] = {}
     own, _, shared = own_rows(batches, BATCH)
+    where = place_of(classify)
     for block, rows in padded_blocks([own] if isinstance(own, torch.Tensor) else own, BATCH):
         with torch.inference_mode():
-            out = classify(block)
+            out = classify(block.to(where))
         by_name = out if isinstance(out, Mapping) else {CLASSES: out}
         for name, values in by_name.items():
             labels = class_of(lambda _, v=values: v, block)[:rows]  # type: ignore[misc]

@@ -22,7 +22,7 @@ from symbreak.metrics.diversity import (
     precision_recall,
     vendi_score,
 )
-from symbreak.metrics.features import chosen, described, extractor, named
+from symbreak.metrics.features import chosen, described, extractor, named, placed
 from symbreak.metrics.features import features as feature_rows
 from symbreak.metrics.fid import extrapolated, group_distance
 from symbreak.metrics.kernel import kid
@@ -58,6 +58,7 @@ def evaluate(
     rows: int = ROWS,
     seed: int = 0,
     memory: int | None = None,
+    device: str | torch.device | None = None,
     cache: bool | Path = True,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -82,6 +83,7 @@ def evaluate(
         seed: of parts, rows, subsets.
         memory: bytes for what is made of the features: the moments have to fit, and fewer ``rows`` are held where
             there is room for fewer. By default as many as ``rows``.
+        device: where a feature network or classifier named here runs; by default on the CPU.
         cache: whether statistics of real images are kept by content in `cache_folder`; or the folder.
         out: folder for ``record.json``.
         progress: called with (stage, done, total).
@@ -117,8 +119,8 @@ def evaluate(
 
     if features_in is None:
         features_in = default_extractor(data)
-    extract = chosen(features_in, data, weights, sha256)
-    judge = _judge(classify, extract, data)
+    extract = chosen(features_in, data, weights, sha256, device)
+    judge = _judge(classify, extract, data, device)
     about = described(extract)
     notes: list[str] = []
     rows = _held(rows, memory, extract, data, repeats, notes)
@@ -336,13 +338,13 @@ def _vendi(own: Statistics, real: Statistics, seed: int) -> dict[str, Any]:
     return {**found, "reference_value": other["value"], **ends}
 
 
-def _judge(classify: Any, extract: Any, data: Images) -> Any:
+def _judge(classify: Any, extract: Any, data: Images, device: Any) -> Any:
     """What says the class of an image, ``None`` where there is nothing."""
     if classify == "pixels":
         raise InputError(
             "--classify pixels gives no classes; expected a classifier, FILE.safetensors, module:callable."
         )
-    judge = extractor(classify, data) if isinstance(classify, str) else classify
+    judge = placed(extractor(classify, data), device) if isinstance(classify, str) else classify
     return extract if judge is None and hasattr(extract, "logits") else judge
 
 

@@ -255,13 +255,41 @@ def extractor(
         raise InputError(f"the extractor {name} cannot be imported ({error}).") from None
 
 
-def chosen(features: str | Any, data: Images, weights: str | Path | None = None, sha256: str | None = None) -> Any:
-    """The extractor of a name (see `extractor`), or the one given, which brings weights of its own."""
+def chosen(
+    features: str | Any,
+    data: Images,
+    weights: str | Path | None = None,
+    sha256: str | None = None,
+    device: str | torch.device | None = None,
+) -> Any:
+    """The extractor of a name (see `extractor`) on a device, or the one given, which brings weights and place."""
     if isinstance(features, str):
-        return extractor(features, data, weights, sha256)
+        return placed(extractor(features, data, weights, sha256), device)
     if (weights, sha256) != (None, None):
         raise InputError("weights came with an extractor that is no name; it brings its own. Leave them out.")
     return named(features)
+
+
+def _network(function: Any) -> nn.Module | None:
+    """What has weights in an extractor, a classifier or a method of one."""
+    owner = getattr(function, "__self__", function)
+    network = getattr(owner, "network", owner)
+    return network if isinstance(network, nn.Module) else None
+
+
+def placed(function: Any, device: str | torch.device | None) -> Any:
+    """An extractor or classifier with its network on a device."""
+    network = _network(function)
+    if network is not None and device is not None:
+        network.to(device)
+    return function
+
+
+def place_of(function: Any) -> torch.device:
+    """Where an extractor or classifier wants its images."""
+    network = _network(function)
+    weight = None if network is None else next(network.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device
 
 
 def named(function: Any) -> Any:
@@ -311,9 +339,10 @@ def feature_blocks(extract: Extractor, batches: Iterable[torch.Tensor]) -> Itera
     Raises:
         InputError: for NaN or infinity among the features.
     """
+    where = place_of(extract)
     for block, rows in padded_blocks(batches, getattr(extract, "batch", BATCH)):
         with torch.inference_mode():
-            found = extract(block)[:rows].double().cpu().clone()
+            found = extract(block.to(where))[:rows].double().cpu().clone()
         if not bool(torch.isfinite(found).all()):
             raise InputError(f"the extractor {extract.name} gave NaN or infinity; check the images' range.")
         yield found

@@ -158,5 +158,5 @@ class Dinov2:
         """Features [B, F] of images [B, 1 or 3, H, W] in [-1, 1]."""
         pixels = _eight_bit(x).float() / 255
         pixels = nn.functional.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
-        out: torch.Tensor = self.network(pixel_values=(pixels - self.mean) / self.std).pooler_output
+        out: torch.Tensor = self.network(pixel_values=(pixels - self.mean.to(x)) / self.std.to(x)).pooler_output
         return out
