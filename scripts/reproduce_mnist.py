@@ -240,12 +240,10 @@ def cell(d):
 
 
 def write_page(whole):
-    """docs/mnist.md."""
+    """The measured part of docs/mnist.md; what stands around it was written by hand."""
     about, train = whole["about"], whole["train"]
     n = about["samples"]
     lines = [
-        "# The paper's table on MNIST",
-        "",
         "Written by `make reproduce-mnist` (scripts/reproduce_mnist.py). Fréchet distance in the 64 features of a",
         f"classifier ({about['accuracy']:.1%} right on the test images) to the 10,000 test images: mean of",
         f"{n // REPEAT} repeats of {REPEAT:,} images with a 95 % interval, and in brackets all {n:,} at once.",
@@ -254,7 +252,8 @@ def write_page(whole):
         "",
         "## Equal network calls",
         "",
-        "Late starts choose their level and grid by themselves (`at=\"auto\"`), from one Gaussian or from all laws.",
+        "The standard start is the scheduler's own, with the settings diffusers gives it. Late starts choose their level",
+        "and grid by themselves (`at=\"auto\"`), from one Gaussian or from all laws.",
         "",
         "| sampler | calls | standard start | late, one Gaussian | late, `auto` |",
         "|---|---|---|---|---|",
@@ -309,7 +308,11 @@ def write_page(whole):
         f"it is farther beyond them in {len(worse)}.",
         "",
     ]
-    write_whole(ROOT / "docs" / "mnist.md", lambda p: p.write_text("\n".join(lines), encoding="utf-8"))
+    path = ROOT / "docs" / "mnist.md"
+    begin, end = "<!-- measured:begin, written by scripts/reproduce_mnist.py -->", "<!-- measured:end -->"
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    text = before + "\n".join([begin, *lines]) + end + rest.split(end)[1]
+    write_whole(path, lambda p: p.write_text(text, encoding="utf-8"))
 
 
 if __name__ == "__main__":

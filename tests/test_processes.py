@@ -9,9 +9,11 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +35,11 @@ def free_port():
         return s.getsockname()[1]
 
 
-def on_ranks(function, *arguments, ranks=2, wait=240):
-    """Exit codes of ``ranks`` forked processes that call function(*arguments) as a launcher's."""
+def on_ranks(function, *arguments, ranks=2, wait=240, meanwhile=None):
+    """Exit codes of ``ranks`` forked processes that call function(*arguments) as a launcher's.
+
+    ``meanwhile`` is called with them once they run.
+    """
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
 
     def child(rank):
@@ -48,6 +53,8 @@ def on_ranks(function, *arguments, ranks=2, wait=240):
         children = [FORK.Process(target=child, args=(rank,)) for rank in range(ranks)]
         for c in children:
             c.start()
+        if meanwhile is not None:
+            meanwhile(children)
         for c in children:
             c.join(wait)
         for c in children:
@@ -409,6 +416,23 @@ def test_a_dead_rank_ends_the_others_and_costs_its_own_block_only(tmp_path):
     assert codes == [1, 9]
     kept = sorted(p.name for p in (tmp_path / "out").glob("blocks-*/*"))
     assert kept == [f"b-{i}.safetensors" for i in (0, 1, 2, 4)]
+
+
+def test_sampling_goes_on_after_a_rank_was_killed(hundred, tmp_path):
+    run = ["sample", "--steps", "2", "--seeds", "0-99", "--out", str(tmp_path), "--micro-batch", "16"]
+
+    def kill_second(children):
+        while not list(tmp_path.glob("*.png")) and children[1].is_alive():
+            time.sleep(0.002)
+        os.kill(children[1].pid, signal.SIGKILL)
+
+    codes = on_ranks(main, run, meanwhile=kill_second)
+    made = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    assert codes == [1, -signal.SIGKILL]  # the first rank says that the other one is gone
+    assert 0 < len(made) < 100
+    assert made == {k: hundred[k] for k in made}
+    command(*run)
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("*.png")} == hundred
 
 
 # --- launchers ------------------------------------------------------------------------------------
