@@ -7,8 +7,8 @@ import symbreak
 
 ROOT = Path(symbreak.__file__).parent
 FLOORS = [
-    {"parallel"},
     {"files", "noise"},
+    {"parallel"},
     {"critical", "data", "record", "sketch", "figures"},
     {"moments", "blocks"},
     {"laws", "denoise"},

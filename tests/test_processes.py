@@ -22,7 +22,7 @@ import torch
 
 import symbreak as sb
 from symbreak.cli import main
-from symbreak.files import read_json, read_tensors, write_json, write_whole
+from symbreak.files import InputError, read_json, read_tensors, write_json, write_whole
 from symbreak.noise import generator
 from symbreak.parallel import agreed, alone, dealt, from_each, from_first, joined, own_rows, rank_of, summed
 
@@ -144,6 +144,30 @@ def test_blocks_are_dealt_and_known_to_all(tmp_path):
         }
     assert (out / "one").read_text() == "0"
     assert [p.name for p in tmp_path.glob("out-*.json")] == ["out-0.json"]
+
+
+def _refused(out):
+    def make(i):
+        if i == 3:
+            raise InputError("block 3 is wrong. Mend it.")
+        return {"x": np.array(i)}
+
+    def make_nothing():
+        raise InputError("the first rank cannot read it.")
+
+    with joined() as (rank, _):
+        with pytest.raises(InputError, match="block 3 is wrong"):
+            dealt(range(8), make)
+        with pytest.raises(InputError, match="first rank"):
+            agreed(make_nothing)
+        assert sum(int(d["x"]) for d in dealt(range(3), make)) == 3  # and they go on together
+        with alone():
+            write_json(out / f"{rank}.json", {})
+
+
+def test_what_one_rank_refuses_all_refuse(tmp_path):
+    assert on_ranks(_refused, tmp_path) == [0, 0]
+    assert len(list(tmp_path.glob("*.json"))) == 2
 
 
 def _rank_alone(out):

@@ -11,18 +11,18 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import torch
-
-from symbreak.parallel import rank_of
 
 __all__ = [
     "InputError",
     "damaged",
     "digest",
     "file_hash",
+    "left_to_another",
     "output_folder",
     "read_json",
     "read_tensors",
@@ -46,6 +46,19 @@ class InputError(ValueError):
         super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")
 
 
+_left: ContextVar[bool] = ContextVar("left", default=False)
+
+
+@contextmanager
+def left_to_another(yes: bool) -> Iterator[None]:
+    """Within it nothing is written here, if ``yes``: another process writes the same files."""
+    token = _left.set(yes)
+    try:
+        yield
+    finally:
+        _left.reset(token)
+
+
 @contextmanager
 def damaged(path: Any, what: str) -> Iterator[None]:
     """Whatever a damaged file makes go wrong while it is taken apart becomes one line of `InputError`.
@@ -66,10 +79,10 @@ def damaged(path: Any, what: str) -> Iterator[None]:
 def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     """Call ``write`` on a temporary neighbour of ``path``, then rename it into place.
 
-    Of ranks that work together the first one writes.
+    Does nothing where writing is left to another process, see `left_to_another`.
     """
     path = Path(path)
-    if rank_of()[0]:
+    if _left.get():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}-{_machine()}.part")

@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
 
+from symbreak.files import InputError, left_to_another
+
 __all__ = [
     "agreed",
     "alone",
@@ -34,6 +36,7 @@ __all__ = [
     "summed",
 ]
 
+ERROR = "error"
 PATIENCE = timedelta(days=7)  # ranks wait for what one of them does; launchers watch for dead ones
 _together: ContextVar[bool] = ContextVar("together", default=False)
 
@@ -43,11 +46,14 @@ def over_ranks() -> Iterator[tuple[int, int]]:
     """Within it the ranks of ``torch.distributed`` share the work; all of them have to make the same calls.
 
     Yields:
-        This process's rank and the number of ranks; (0, 1) where no group of processes was started.
+        This process's rank and the number of ranks; (0, 1) where no group of processes was started. Files are written
+        by the first rank, but for what is dealt.
     """
     token = _together.set(True)
     try:
-        yield rank_of()
+        place = rank_of()
+        with left_to_another(place[0] > 0):
+            yield place
     finally:
         _together.reset(token)
 
@@ -57,7 +63,8 @@ def alone() -> Iterator[None]:
     """Within it this process waits for no other: for work that was dealt to it."""
     token = _together.set(False)
     try:
-        yield
+        with left_to_another(False):
+            yield
     finally:
         _together.reset(token)
 
@@ -133,6 +140,9 @@ def dealt(
         items: what the blocks are made of.
         make: item -> arrays, which depend on nothing but the item.
         progress: called with (about how many are done, of how many).
+
+    Raises:
+        InputError: on all ranks, where one met it.
     """
     rank, ranks = rank_of()
     if ranks == 1:
@@ -143,16 +153,27 @@ def dealt(
                 progress(done + 1, len(items))
         return found
     own: dict[str, torch.Tensor] = {}
+    refused = None
     for i in range(rank, len(items), ranks):
-        with alone():
-            own |= {f"{i}/{k}": torch.from_numpy(np.array(v)) for k, v in make(items[i]).items()}
+        try:
+            with alone():
+                own |= {f"{i}/{k}": torch.from_numpy(np.array(v)) for k, v in make(items[i]).items()}
+        except InputError as error:  # the others have to know, or they would wait for this rank's blocks
+            refused = error
+            own = {ERROR: torch.tensor(list(str(error).encode()), dtype=torch.uint8)}
+            break
         if progress is not None:
             progress(min(i + ranks - rank, len(items)), len(items))
     out: list[dict[str, np.ndarray]] = [{} for _ in items]
     for payload in _gathered(save(own)):
         for key, value in load(payload).items():
+            if key == ERROR:
+                refused = refused or InputError(value.numpy().tobytes().decode())
+                continue
             item, _, name = key.partition("/")
             out[int(item)][name] = value.numpy()
+    if refused is not None:
+        raise refused
     return out
 
 
@@ -181,14 +202,10 @@ def from_first(*arrays: torch.Tensor) -> None:
 
 def agreed(make: Callable[[], Any]) -> Any:
     """The first rank's make(), a value fit for JSON, on every rank: for what may differ between them."""
-    rank, ranks = rank_of()
-    if ranks == 1:
+    if rank_of()[1] == 1:
         return make()
-    text = b""
-    if rank == 0:
-        with alone():
-            text = json.dumps(make()).encode()
-    return json.loads(_gathered(text)[0])
+    found = dealt([0], lambda _: {"text": np.frombuffer(json.dumps(make()).encode(), np.uint8)})
+    return json.loads(found[0]["text"].tobytes())
 
 
 def _device() -> torch.device:
