@@ -20,7 +20,7 @@ from PIL import Image
 import symbreak as sb
 from symbreak.cli import main
 from symbreak.denoise import ask
-from symbreak.files import InputError
+from symbreak.files import InputError, write_json
 from symbreak.metrics.features import features, train_classifier
 from symbreak.noise import generator
 from symbreak.start import standard_start
@@ -107,6 +107,23 @@ def test_a_precision_or_a_device_that_there_is_not_is_one_line(capsys, tmp_path)
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 def test_no_gpu_is_one_line(capsys, tmp_path):
     assert "no device cuda here" in refused(capsys, "sample", "--out", tmp_path, "--device", "cuda")
+    np.save(tmp_path / "x.npy", sb.images("digits").tensor()[:40].numpy())
+    for command in ("evaluate", "audit"):
+        run = (command, "--samples", tmp_path / "x.npy", "--data", "digits", "--device", "cuda")
+        assert "no device cuda here" in refused(capsys, *run)
+    recipe = write_json(tmp_path / "r.json", {"channels": [8], "steps": 2, "batch": 4, "warmup": 1})
+    train = ("train", "--data", "digits", "--recipe", recipe, "--out", tmp_path / "net")
+    assert "no device cuda here" in refused(capsys, *train, "--device", "cuda")
+
+
+def test_a_network_trained_in_one_precision_is_not_taken_for_another(capsys, tmp_path):
+    recipe = write_json(tmp_path / "r.json", {"channels": [8], "steps": 2, "batch": 4, "warmup": 1})
+    train = ("train", "--data", "digits", "--recipe", recipe, "--out", tmp_path / "net")
+    with pytest.raises(SystemExit, match="0"):
+        main([str(a) for a in (*train, "--precision", "bf16")])
+    capsys.readouterr()
+    assert "other settings" in refused(capsys, *train)
+    assert "needs no scaled loss" in refused(capsys, *train, "--precision", "fp16")
 
 
 def test_autocast_changes_images_by_little_but_not_by_nothing(tmp_path):

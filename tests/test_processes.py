@@ -21,8 +21,10 @@ import pytest
 import torch
 
 import symbreak as sb
+from symbreak.blocks import Blocks, in_blocks
 from symbreak.cli import main
 from symbreak.files import InputError, read_json, read_tensors, write_json, write_whole
+from symbreak.metrics.memorization import nearest_in
 from symbreak.noise import generator
 from symbreak.parallel import agreed, alone, dealt, from_each, from_first, joined, own_rows, rank_of, summed
 
@@ -99,6 +101,8 @@ def _pieces(out):
     with joined() as (rank, ranks):
         found = dealt(range(5), lambda i: {"of": np.array([i, rank_of()[1]]), "none": np.zeros((0, 3))})
         part, first, shared = own_rows(torch.arange(10), 4)  # blocks 0-3, 4-7, 8-9
+        turned = dealt(range(3), lambda i: {"x": np.asfortranarray(np.arange(6.0).reshape(2, 3))})
+        assert all(np.array_equal(t["x"], np.arange(6.0).reshape(2, 3)) for t in turned)
         whole = torch.full((2,), float(rank + 1))
         summed(whole)
         pilot = torch.full((2,), rank + 7.0)
@@ -219,6 +223,65 @@ def test_moments_of_floats(floats, tmp_path, rank, tolerance):
         np.testing.assert_allclose(three.spectrum(3).low, one.spectrum(3).low, rtol=1e-9)
     else:
         np.testing.assert_allclose(three.variances, one.variances, rtol=1e-12)
+
+
+def _few(out):
+    with joined() as (rank, ranks):
+        data = sb.images(torch.arange(3 * 16.0).reshape(3, 4, 4) / 48)  # fewer images than ranks
+        moments = sb.Moments.fit(data)
+        near = nearest_in(data.tensor()[:2] + 0.01, data)
+        with alone():
+            assert torch.equal(moments.cov, sb.Moments.fit(data).cov)
+            assert torch.equal(near, nearest_in(data.tensor()[:2] + 0.01, data))
+            write_json(out / f"{rank}.json", {"ranks": ranks})
+
+
+def test_more_ranks_than_images(tmp_path):
+    assert on_ranks(_few, tmp_path, ranks=4) == [0] * 4
+    assert len(list(tmp_path.glob("*.json"))) == 4
+
+
+def test_unusable_images_are_left_out_by_all(tmp_path):
+    from PIL import Image
+
+    for i in range(9):
+        Image.fromarray(np.full((4, 4), 20 * i, np.uint8)).save(tmp_path / f"{i}.png")
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    (tmp_path / "7.png").write_bytes(b"")
+    run = ("fit", "--data", tmp_path, "--skip-bad", "--out")
+    for ranks in (1, 2):
+        command(*run, tmp_path.parent / f"{ranks}.safetensors", ranks=ranks)
+    one, two = ((tmp_path.parent / f"{ranks}.safetensors").read_bytes() for ranks in (1, 2))
+    assert one == two
+    assert sb.Moments.load(tmp_path.parent / "2.safetensors").count == 7
+
+
+def _kept_by(out, ranks_said):
+    with joined():
+        made = []
+        store = Blocks(out, {"of": "us"})
+        found = in_blocks("b", range(5), lambda i: made.append(i) or {"x": np.array(i)}, None, store.keep)
+        assert [int(f["x"]) for f in found] == list(range(5))
+        assert bool(made) == (ranks_said == "first")
+
+
+def test_blocks_serve_another_number_of_ranks(tmp_path):
+    assert on_ranks(_kept_by, tmp_path, "first", ranks=3) == [0] * 3
+    assert on_ranks(_kept_by, tmp_path, "again", ranks=2) == [0] * 2
+    assert on_ranks(_kept_by, tmp_path, "again", ranks=1) == [0]
+
+
+def _of_their_own(out):
+    """Ranks that differ, as those of different machines do in the last bits."""
+    with joined() as (rank, _):
+        for folder in (out / "kept", None):
+            store = Blocks(folder, {"of": f"rank {rank}"})
+            assert int(store.keep("b", lambda: {"x": np.array(rank)})["x"]) == 0
+            assert store.value("v", lambda: rank + 0.25) == 0.25
+
+
+def test_ranks_take_what_the_first_one_made(tmp_path):
+    assert on_ranks(_of_their_own, tmp_path) == [0, 0]
 
 
 def test_a_fault_in_one_part_of_the_data_is_everybodys(tmp_path):
@@ -348,6 +411,34 @@ def _network_phases(out):
             )
 
 
+@pytest.mark.slow
+def test_phases_of_a_network_on_two_processes(tmp_path):
+    few = ("--quick", "--pairs", 20, "--steps", 6, "--branches", 3, "--classes", "0,1", "--limit", 150)
+    for ranks in (1, 2):
+        out = ("--model", "digits", "--out", tmp_path / str(ranks))
+        codes = on_ranks(main, [str(a) for a in ("phases", "--data", "digits", *few, *out)], ranks=ranks, wait=1500)
+        assert codes == [0] * ranks
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+
+
+@pytest.mark.slow
+def test_a_start_fitted_on_two_processes(tmp_path):
+    for ranks in (1, 2):
+        out = (
+            "--start",
+            "--model",
+            "digits",
+            "--sampler",
+            "ddim",
+            "--steps",
+            3,
+            "--out",
+            tmp_path / f"{ranks}.safetensors",
+        )
+        command("fit", "--data", "digits", *out, ranks=ranks)
+    assert (tmp_path / "1.safetensors").read_bytes() == (tmp_path / "2.safetensors").read_bytes()
+
+
 def test_experiments_on_a_network_on_two_processes(tmp_path):
     assert on_ranks(_network_phases, tmp_path / "two") == [0, 0]
     assert on_ranks(_network_phases, tmp_path / "one", ranks=1) == [0]
@@ -422,8 +513,8 @@ def _dies(out):
                 os._exit(9)
             return {"x": np.array(i)}
 
-        sb_blocks = __import__("symbreak.blocks", fromlist=["Blocks"]).Blocks(out, {"of": "us"})
-        dealt(range(6), lambda i: sb_blocks.keep(f"b/{i}", lambda: make(i)))
+        store = Blocks(out, {"of": "us"})
+        dealt(range(6), lambda i: store.keep(f"b/{i}", lambda: make(i)))
 
 
 def _survives(out):

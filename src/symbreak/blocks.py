@@ -57,6 +57,11 @@ def in_blocks(
     return dealt(range(len(items)), block, progress)
 
 
+def _first(arrays: Arrays) -> Arrays:
+    """The first rank's arrays, on all: machines may differ in the last bits, but have to go the same way."""
+    return arrays if rank_of()[1] == 1 else dealt([arrays], lambda own: own)[0]
+
+
 def _stored(path: Path) -> Arrays:
     """A finished block; nothing where there is none, or a damaged one, which is made again."""
     try:
@@ -75,7 +80,7 @@ class Blocks:
 
     def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
         text = json.dumps(plain(identity), sort_keys=True)
-        # Networks may differ in the last bits from machine to machine: all ranks keep the first one's blocks.
+        # Networks may differ in the last bits from machine to machine: the first one's says whose blocks these are.
         self.identity = agreed(hashlib.sha256(text.encode()).hexdigest)
         self.folder = None if folder is None else folder / f"blocks-{self.identity[:16]}"
         self.path = None if folder is None else folder / "cells.json"
@@ -84,14 +89,14 @@ class Blocks:
     def keep(self, key: str, make: Callable[[], Arrays]) -> Arrays:
         """The arrays of a block, from the folder or fresh.
 
-        A block that was dealt to this rank is its own affair; any other is read and written by the first rank.
+        A block that was dealt to this rank is its own affair; any other all ranks make, and take from the first one.
         """
         if self.folder is None:
-            return make()
+            return _first(make())
         path = self.folder / f"{key.replace('/', '-')}.safetensors"
         arrays = dealt([path], _stored)[0]
         if not arrays:
-            arrays = make()
+            arrays = _first(make())
             write_tensors(path, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
         return arrays
 
@@ -100,7 +105,8 @@ class Blocks:
         if self.values is None:
             self.values = agreed(self._read)
         if key not in self.values:
-            self.values[key] = make()
+            made = make()
+            self.values[key] = agreed(lambda: made)
             if self.path is not None:
                 write_json(self.path, {"identity": self.identity, "cells": plain(self.values)})
         return self.values[key]

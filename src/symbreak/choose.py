@@ -31,6 +31,7 @@ from symbreak.denoise import as_denoiser
 from symbreak.files import InputError
 from symbreak.laws import Gaussian
 from symbreak.noise import NoiseLevel, generator
+from symbreak.parallel import agreed
 from symbreak.phases.information import integral_above, loss_curve
 from symbreak.record import plain
 
@@ -403,7 +404,8 @@ def choose(
     candidates = [c for c in candidates if math.isfinite(c.cost)]
     if not candidates:
         raise InputError(f"{type(scheduler).__name__} has no start of {steps} steps here. Ask for fewer.")
-    best = min(candidates, key=lambda c: c.cost)
+    # Ranks on different machines may differ in the last bits of a cost, but have to take one start.
+    best = candidates[agreed(lambda: min(range(len(candidates)), key=lambda i: candidates[i].cost))]
     at = best.level.sigma
     of = single if best.law is None else gaps[best.law]
     nats = of.at("nats", at), of.at("error", at)

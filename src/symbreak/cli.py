@@ -148,13 +148,9 @@ def _emit(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> Non
 
 def _pipeline(source: str, placed: Placed) -> Any:
     """A network where and how it is to run."""
-    import torch
-
     from symbreak.adapters import load_pipeline, refuse_conditional
 
     device, precision, compiled = placed
-    if precision == "fp32":
-        torch.backends.cudnn.allow_tf32 = False  # ten bits of a product are no single precision
     pipe = load_pipeline(source, device=_device(device), precision=precision, compiled=compiled)
     refuse_conditional(pipe, source)
     return pipe
@@ -164,6 +160,7 @@ def _device(name: str) -> str:
     """The device that ``auto`` stands for: this process's GPU where there is one."""
     import torch
 
+    torch.backends.cudnn.allow_tf32 = False  # ten bits of a product are no single precision
     if name != "auto":
         return name
     return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
@@ -527,12 +524,12 @@ def sample(
         raise InputError("--data and its options, --holdout and --clusters belong to --start auto. Add it.")
     begin, unet = _plan(model, start, at, sampler, steps, fitting, placed=(device, precision, compiled))
     check(unet, begin, wanted, micro_batch)
-    settings = _made(model, start, unet, begin, precision, micro_batch)
+    settings = _made(model, start, unet, begin, (device, precision, compiled), micro_batch)
     info = out / "sample.json"
     if info.exists() and read_json(info) != settings:
         raise InputError(f"{out} holds images made with other settings. Choose another --out.")
+    write_json(info, settings)  # before any rank writes an image
     missing = agreed(lambda: [s for s in wanted if not (out / f"{s:08d}.png").exists()])
-    write_json(info, settings)
     if missing:
         _write_images(out, unet, begin, missing, micro_batch)
     value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": len(missing)}
@@ -544,15 +541,19 @@ def sample(
     _emit(as_json, value, draw)
 
 
-def _made(model: str, start: str, unet: Any, begin: Any, precision: str, micro_batch: int) -> dict[str, Any]:
-    """Everything that decides an image beside its seed."""
-    from symbreak.adapters import weights_hash
+def _made(model: str, start: str, unet: Any, begin: Any, placed: Placed, micro_batch: int) -> dict[str, Any]:
+    """Everything that decides an image beside its seed; the first rank's answers to fixed states are everybody's."""
+    from symbreak.adapters import denoiser, weights_hash
+    from symbreak.denoise import fingerprint
     from symbreak.laws.store import law_hash
     from symbreak.record import plain
 
+    _, precision, compiled = placed
     found: dict[str, Any] = plain(
         {
             "model": model,
+            "probe": agreed(lambda: fingerprint(denoiser(unet, begin.full))),
+            "compiled": compiled,
             "weights": weights_hash(unet),
             "start": start if start in ("none", "auto") else _hash(Path(start)),
             "scheduler": json.loads(begin.full.to_json_string()),
@@ -767,7 +768,7 @@ def evaluate(
         if model is not None:
             placed = (device, precision, compiled)
             begin, unet = _plan(model, start, at, sampler, steps, default_steps=10, placed=placed)
-            made = _made(model, start, unet, begin, precision, MICRO)
+            made = _made(model, start, unet, begin, placed, MICRO)
             store = Blocks(out, {**made, "seeds": seeds, "versions": versions(torch.get_num_threads())})
             wanted, kept = parse_seeds(seeds), None if out is None else store.keep
             said = partial(tell, "images")
@@ -1059,7 +1060,7 @@ def main(argv: list[str] | None = None) -> None:
         _fail(1, f"symbreak: the machine failed: {error or type(error).__name__}")
     except Exception as error:
         if lost(error):
-            _fail(1, "symbreak: the machine failed: another process of this run ended. The same command goes on.")
+            _fail(1, f"symbreak: the machine failed: another process of this run ended ({str(error)[:160]}).")
         # Usage errors carry their own exit code and know how to print themselves.
         if not hasattr(error, "exit_code"):
             raise

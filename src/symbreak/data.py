@@ -142,7 +142,7 @@ class Images:
         return digest.hexdigest()[:16]
 
     def rows(self, first: int, last: int) -> Images:
-        """The images first .. last - 1; what comes before is not read."""
+        """The images first .. last - 1; of what comes before nothing is read, in parquet no whole row group."""
         return self.take(np.arange(first, last), f"rows {first}-{last - 1}")
 
     def take(self, index: np.ndarray, note: str) -> Images:

@@ -205,7 +205,8 @@ def diagnose(
         found.notes.append(
             "No two classes of at least 2 images by the labels: no criterion of classes. Pass --clusters K for some."
         )
-    laws = _laws(found, fit, held, network is None, clusters, effort, scale, seed)
+    own = moments if fit is data else Moments.fit(fit, memory=memory)
+    laws = _laws(found, fit, held, Gaussian(own), network is None, clusters, effort, scale, seed, memory)
     whole = _collapse(found, store, data, laws, effort, scale, seed, memory)
     if network is not None:
         _network(found, store, network, fit, held, moments, laws, judge, effort, scale, seed)
@@ -403,17 +404,18 @@ def _laws(
     found: Findings,
     fit: Images,
     held: Images,
+    gaussian: Gaussian,
     alone: bool,
     clusters: int | None,
     effort: Effort,
     scale: float,
     seed: int,
+    memory: int | None,
 ) -> _Laws:
     """Everything that the data alone can say."""
     with found.stage("laws"):
-        gaussian = Gaussian.fit(fit)
         points, labels = _some(fit, effort.points, seed)
-        empirical = Empirical(points)
+        empirical = Empirical(points, **_room(memory))
         classes = None
         if clusters is not None:
             classes = PrincipalMixture.fit(fit, components=clusters, gaussian=gaussian, seed=seed)
@@ -468,6 +470,11 @@ def _labelled(found: Findings, empirical: Empirical, labels: Any, sigma: np.ndar
     found.add("class entropy", "data", _passes(open_, 0.5 * total, "class entropy at 0.5 H[c]", "derived"))
 
 
+def _room(memory: int | None) -> dict[str, int]:
+    """Working memory of an empirical law: with the copy that it may make, a third of what is allowed."""
+    return {} if memory is None else {"memory": max(2**16, memory // (3 * COPIES))}
+
+
 def _collapse(
     found: Findings,
     store: Blocks,
@@ -486,7 +493,7 @@ def _collapse(
             f"The collapse is that of {most:,} of the {len(data):,} images, as many as fit into {room / 2**30:.3g} GiB."
         )
         data = data.subset(most)
-    n, whole = len(data), Empirical(data.tensor(), **({} if memory is None else {"memory": max(2**16, room // COPIES)}))
+    n, whole = len(data), Empirical(data.tensor(), **_room(memory))
     sigma = scale * np.geomspace(0.05, 4.0, 24)
     mixture = None if laws.classes is None else laws.classes.inner
     own: dict[str, Any] = {"data": whole, "Gaussian": laws.gaussian}

@@ -153,7 +153,7 @@ class Moments:
             passes: of a fit with ``rank``, at least 2; one more sharpens the last eigenpairs.
             seed: of the random vectors of a fit with ``rank``.
             memory: bytes that a full covariance and all that is made of it may take: fewer parts where there is room
-                for fewer. By default 4 GiB of parts. A fit with ``rank`` takes what its docstring says.
+                for fewer. By default 4 GiB of parts. Not with ``rank``, see `sketch_moments`.
 
         Ranks share `Images` (`symbreak.parallel`): bit for bit the same moments of 8-bit ones.
 
@@ -166,6 +166,11 @@ class Moments:
         if rank is not None:
             if parts is not None:
                 raise InputError("parts= came with rank=; a sketch has no parts to leave out. Drop one of them.")
+            if memory is not None:
+                raise InputError(
+                    "memory= (--memory) came with rank= (--rank); a sketch takes 8 d (rank + 60) bytes beside 0.25 GB "
+                    "of rows whatever is allowed. Leave one of them out."
+                )
             return sketch_moments(batches, rank, passes, seed)
         sums: _Sums | None = None
         batches, first, shared = own_rows(batches)

@@ -86,6 +86,12 @@ def joined(environment: dict[str, str] | None = None) -> Iterator[tuple[int, int
             yield place
         return
     if torch.cuda.is_available():
+        here = int(given.get("LOCAL_WORLD_SIZE", "1"))
+        if here > torch.cuda.device_count():
+            raise InputError(
+                f"{here} processes for {torch.cuda.device_count()} GPUs; expected one each. Start fewer, or hide the "
+                "GPUs with CUDA_VISIBLE_DEVICES= to use the CPU."
+            )
         torch.cuda.set_device(int(given.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "nccl"
     else:
@@ -157,7 +163,7 @@ def dealt(
     for i in range(rank, len(items), ranks):
         try:
             with alone():
-                own |= {f"{i}/{k}": torch.from_numpy(np.array(v)) for k, v in make(items[i]).items()}
+                own |= {f"{i}/{k}": torch.from_numpy(np.array(v, order="C")) for k, v in make(items[i]).items()}
         except InputError as error:  # the others have to know, or they would wait for this rank's blocks
             refused = error
             own = {ERROR: torch.tensor(list(str(error).encode()), dtype=torch.uint8)}

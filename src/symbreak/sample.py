@@ -19,7 +19,7 @@ import torch
 
 from symbreak.blocks import Arrays, Keep, unkept
 from symbreak.files import InputError
-from symbreak.parallel import dealt
+from symbreak.parallel import dealt, rank_of
 from symbreak.start import LateStart
 
 __all__ = ["generate", "parse_seeds"]
@@ -292,4 +292,6 @@ def generate(
         return found
 
     found = dealt(range(0, len(seeds), size), block)
+    if progress is not None and rank_of()[1] > 1:
+        progress(len(seeds), len(seeds))  # the last block may have been another rank's
     return torch.from_numpy(np.concatenate([part["x"] for part in found]))

@@ -19,7 +19,7 @@ import torch
 
 from symbreak.blocks import Keep, unkept
 from symbreak.files import InputError
-from symbreak.parallel import dealt
+from symbreak.parallel import dealt, rank_of
 
 __all__ = ["Search", "neighbours"]
 
@@ -80,6 +80,8 @@ def neighbours(
         return found
 
     found = dealt(range(0, len(queries), KEPT), block_of)
+    if progress is not None and rank_of()[1] > 1:
+        progress(len(queries), len(queries))
     return tuple(torch.from_numpy(np.concatenate([f[key] for f in found])) for key in ("d", "j"))  # type: ignore[return-value]
 
 

@@ -241,9 +241,10 @@ def _held(rows: int, memory: int | None, extract: Any, data: Images, repeats: in
     if memory is None:
         return rows
     width = feature_rows(extract, _some(data, np.arange(1))).shape[1]
-    # Moments of both sets and the training images by parts, beside the matrices of a distance; rows and their products.
+    # Moments of both sets and the training images by parts, beside the matrices of a distance; the rows of both sets,
+    # and blocks of 1,024 of them against all others, a few at a time.
     moments = (3 * repeats + 8) * 8 * width**2
-    room = (memory - moments) // (64 * width)
+    room = (memory - moments) // (64 * width + 4 * 8 * 1024)
     if room < 100:
         raise InputError(
             f"{memory / 1e9:.3g} GB of memory for {width:,} features in {repeats} repeats, whose moments take "

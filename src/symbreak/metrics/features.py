@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from symbreak.adapters import weights_hash
+from symbreak.adapters import usable, weights_hash
 from symbreak.data import Images
 from symbreak.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.metrics.pretrained import Dinov2, Inception
@@ -278,10 +278,10 @@ def _network(function: Any) -> nn.Module | None:
 
 
 def placed(function: Any, device: str | torch.device | None) -> Any:
-    """An extractor or classifier with its network on a device."""
-    network = _network(function)
-    if network is not None and device is not None:
-        network.to(device)
+    """An extractor or classifier with its network on a device, which is refused where it is not there."""
+    network, there = _network(function), None if device is None else usable(device)
+    if network is not None and there is not None:
+        network.to(there)
     return function
 
 

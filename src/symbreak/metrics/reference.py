@@ -21,7 +21,7 @@ import torch
 
 from symbreak.data import Images
 from symbreak.files import InputError, damaged, output_folder, read_tensors, write_tensors
-from symbreak.metrics.features import BATCH, Extractor, described, feature_blocks
+from symbreak.metrics.features import BATCH, Extractor, described, feature_blocks, place_of
 from symbreak.metrics.fid import together
 from symbreak.moments import Moments, grouped
 from symbreak.noise import generator
@@ -158,6 +158,8 @@ def statistics(
     if cache is not None and about["identity"] is not None and origin["fingerprint"] is not None:
         # The name does not decide the content; torch and its threads decide the last bits.
         key = {k: v for k, v in origin.items() if k != "data"}
+        place = place_of(extract).type
+        key |= {} if place == "cpu" else {"device": place}
         key |= {"groups": groups, "rows": rows, "torch": torch.__version__, "threads": torch.get_num_threads()}
         path = cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
         kept = dealt([path], _kept)[0]

@@ -40,7 +40,7 @@ from symbreak.files import InputError
 from symbreak.laws.classes import class_of, mixture_of
 from symbreak.laws.mixture import Mixture
 from symbreak.noise import NoiseLevel, generator
-from symbreak.parallel import dealt
+from symbreak.parallel import dealt, rank_of
 
 __all__ = ["Clones", "Opportunity", "UTurns", "clone_agreement", "clones", "opportunity", "u_turns"]
 
@@ -336,6 +336,8 @@ def _blocks(
         return arrays
 
     found = dealt(range(-(-total // size)), block_of)
+    if progress is not None and rank_of()[1] > 1:
+        progress(total * cost, total * cost)  # the last block may have been another rank's
     return {k: np.concatenate([f[k] for f in found], axis=a) for k, a in axis.items()}
 
 
