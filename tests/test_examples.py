@@ -27,7 +27,7 @@ def test_examples(name, told, tmp_path):
     text = script.read_text(encoding="utf-8")
     assert len(text.splitlines()) < 60
     assert "# %%" in text
-    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert told in done.stdout
     figure = tmp_path / "build" / f"{name}.png"
