@@ -270,7 +270,10 @@ def test_data_outside_the_network_s_range_are_refused(scale):
         late_start(base, Gaussian.fit([x]), 3, denoiser=denoiser(pipe.unet, pipe.scheduler), data=x)
 
 
-@pytest.mark.parametrize(("name", "steps"), [("ddim", 1001), ("ddpm", 1001), ("lcm", 60), ("unipc", 2000)])
+@pytest.mark.parametrize(
+    ("name", "steps"),
+    [("ddim", 1001), ("ddpm", 1001), ("lcm", 60), pytest.param("unipc", 2000, marks=pytest.mark.slow)],
+)
 def test_more_steps_than_there_are(name, steps):
     law, gaussian = clumps()
     data = law.sample(64, 0.0, generator(2)).float()

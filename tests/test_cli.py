@@ -381,7 +381,9 @@ def test_the_machine_fails_with_exit_code_1(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_interrupted_studies_leave_no_half_written_record(tmp_path, sent, code):
     out = tmp_path / "s"
     process = subprocess.Popen(

@@ -113,7 +113,7 @@ def test_an_interrupted_diagnosis_goes_on_and_finds_the_same(tmp_path):
         return tell
 
     out = tmp_path / "out"
-    for stage in ("U-turns", "clones, same image"):
+    for stage in ("clones, same image",):  # one of the last: everything before comes from the store
         with pytest.raises(Stop):
             diagnose(data, pipe, classify=nearest_sign, effort=TINY, out=out, progress=stop_in(stage))
         assert list(out.glob("blocks-*/*.safetensors"))

@@ -111,6 +111,7 @@ def measure(samples, train, held, memory):
     sb.evaluate(noise, train, held, features_in="pixels", memory=memory, rows=len(samples), cache=False)
 
 
+@pytest.mark.slow
 def test_an_evaluation_keeps_to_the_memory():
     x = torch.rand(14_000, 1, 8, 8, generator=generator(7)).numpy()
     train, held = sb.images(x[:7000], value_range=(-1, 1)), sb.images(x[7000:], value_range=(-1, 1))
