@@ -33,7 +33,9 @@ from PIL import Image
 
 import symbreak
 from symbreak.adapters import scheduler
-from symbreak.cli import _level, _limits, main
+from symbreak.asked import level
+from symbreak.asked import limits as range_limits
+from symbreak.cli import main
 from symbreak.cut import LateStart, standard_start
 from symbreak.data import describe, images
 from symbreak.files import InputError, output_folder, read_tensors, write_json, write_tensors
@@ -960,7 +962,7 @@ def test_seeds_without_end():
 @pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
 def test_ranges(text):
     def read():
-        limits = _limits(text)
+        limits = range_limits(text)
         assert limits is None or len(limits) == 2
         images(np.linspace(0, 1, 48, dtype=np.float32).reshape(3, 4, 4), value_range=limits).tensor()
 
@@ -975,4 +977,4 @@ LEVELS = st.sampled_from(["", "sigma=", "step=", "tau=", "log_snr=", "speciation
 @pytest.mark.filterwarnings("ignore")
 def test_levels(saved, name, number):
     law = load_law(saved["gaussian"][0])
-    reads(lambda: late_start(scheduler("dpm++2m"), law, 2, at=_level(name + number)))
+    reads(lambda: late_start(scheduler("dpm++2m"), law, 2, at=level(name + number)))

@@ -99,6 +99,11 @@ def test_a_precision_or_a_device_that_there_is_not_is_one_line(capsys, tmp_path)
     assert "Pass cpu" in refused(capsys, *run, "--device", "cuda:99")
     fit = ("fit", "--data", "digits", "--start", "--model", "digits", "--out", tmp_path / "start.safetensors")
     assert "int3" in refused(capsys, *fit, "--precision", "int3")
+    samples = ("--samples", tmp_path, "--data", "digits")
+    for run in (("phases", "--data", "digits"), ("evaluate", *samples), ("audit", *samples), fit[:3]):
+        out = ("--out", tmp_path / "out")
+        assert "belong to a network" in refused(capsys, *run, *out, "--precision", "bf16")
+        assert "belong to a network" in refused(capsys, *run, *out, "--compile")
     with pytest.raises(InputError, match="precision 'fp64'"):
         sb.load_pipeline("digits", precision="fp64")
     assert not list(tmp_path.iterdir())

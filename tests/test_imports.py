@@ -20,7 +20,7 @@ FLOORS = [
     {"pipeline", "findings"},
     {"diagnosis", "world"},
     {"study", "copying", "checks", "report"},
-    {"tables"},
+    {"tables", "asked"},
     {"cli"},
 ]
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}

@@ -18,12 +18,25 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
 
 from symbreak import __version__
+from symbreak.asked import (
+    data_set,
+    decisive,
+    device_of,
+    err,
+    fitted,
+    given,
+    limits,
+    loaded,
+    memory_size,
+    planned,
+    refuse_without_network,
+    start_dict,
+)
 from symbreak.files import InputError
 from symbreak.parallel import agreed, dealt, joined, lost, rank_of
 from symbreak.tables import audit_table, evaluation_table, out_console, phases_table, study_table
@@ -37,7 +50,6 @@ app = typer.Typer(
     help="Find the moments at which a diffusion model decides, and start sampling there.",
     epilog="Start with: symbreak phases --data digits",
 )
-err = Console(stderr=True)
 
 DATA = "digits, a folder of images (sub-folders are classes), a .parquet, .npz or .npy file, or a hub id"
 Data = Annotated[str, typer.Option("--data", metavar="D", help=DATA)]
@@ -53,10 +65,7 @@ Holdout = Annotated[
 ]
 Clusters = Annotated[int | None, typer.Option("--clusters", metavar="K", help="clusters of a start's mixture law")]
 START = "a file of `symbreak fit` (moments, law or start), auto: fitted to --data and chosen, none: white noise"
-SAMPLER, STEPS = "dpm++2m-karras", 5
 MICRO = 64
-Placed = tuple[str, str, bool]  # device, precision, compiled
-HERE: Placed = ("auto", "fp32", False)
 Pad = Annotated[int | None, typer.Option("--pad", metavar="N", help="pad images with black to N x N pixels")]
 Device = Annotated[
     str, typer.Option("--device", help="where the network runs: auto (a GPU if there is one), cpu, cuda, cuda:1, ...")
@@ -102,39 +111,6 @@ def _bars() -> Iterator[Callable[[str, int, int], None]]:
             progress.stop()
 
 
-def _images(
-    source: str,
-    value_range: str | None = None,
-    skip_bad: bool = False,
-    classes: str | None = None,
-    pad: int | None = None,
-    limit: int | None = None,
-) -> Any:
-    from symbreak.data import images
-
-    found = images(
-        source,
-        value_range=_limits(value_range),
-        skip_bad=skip_bad,
-        classes=None if classes is None else classes.split(","),
-        pad=pad,
-        limit=limit,
-    )
-    if found.skipped:
-        err.print(f"left out {len(found.skipped)} unusable images (first: {found.skipped[0]})", markup=False)
-    return found
-
-
-def _limits(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        low, high = (float(v) for v in text.split(","))
-    except ValueError:
-        raise InputError(f"--range {text}; expected LOW,HIGH such as 0,255.") from None
-    return low, high
-
-
 def _emit(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> None:
     if rank_of()[0]:
         return  # one process speaks for all
@@ -146,42 +122,6 @@ def _emit(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> Non
         draw()
 
 
-def _pipeline(source: str, placed: Placed) -> Any:
-    """A network where and how it is to run."""
-    from symbreak.adapters import load_pipeline, refuse_conditional
-
-    device, precision, compiled = placed
-    pipe = load_pipeline(source, device=_device(device), precision=precision, compiled=compiled)
-    refuse_conditional(pipe, source)
-    return pipe
-
-
-def _device(name: str) -> str:
-    """The device that ``auto`` stands for: this process's GPU where there is one."""
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = False  # ten bits of a product are no single precision
-    if name != "auto":
-        return name
-    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
-
-
-def _bytes(text: str | None) -> int | None:
-    """A size such as 4GB, 512MiB or a number of bytes."""
-    if text is None:
-        return None
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-    number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-    try:
-        size = float(number) * units[text.strip()[len(number) :].lower()]
-    except (ValueError, KeyError):
-        size = 0.0
-    if not 2**20 <= size < 2**60:
-        raise InputError(f"--memory {text}; expected at least 1 MiB, such as 512MB or 4GB.")
-    return int(size)
-
-
 def _report(folder: Path) -> Path:
     """Draw the record in a folder; of several processes the one that wrote it does."""
     from symbreak.record import Record
@@ -189,12 +129,6 @@ def _report(folder: Path) -> Path:
 
     path = folder / "report.html"
     return path if rank_of()[0] else write_report(Record.load(folder), path)
-
-
-def _one(source: str | None, name: str) -> str:
-    if source is None:
-        raise InputError(f"{name} is missing.")
-    return source
 
 
 @app.command(epilog="Example: symbreak study --data digits --model digits --out build/demo")
@@ -231,6 +165,7 @@ def study(
     from symbreak.files import output_folder
     from symbreak.study import SAMPLERS, Study, run
 
+    placed = (device, precision, compiled)
     output_folder(out)
     try:
         numbers = tuple(int(n) for n in calls.split(","))
@@ -246,7 +181,7 @@ def study(
         samples,
         repeats,
         features=features,
-        value_range=_limits(value_range),
+        value_range=limits(value_range),
         skip_bad=skip_bad,
         classes=None if classes is None else tuple(classes.split(",")),
         pad=pad,
@@ -254,7 +189,7 @@ def study(
     if quick:
         settings = settings.smoke()
     with _bars() as tell:
-        record = run(settings, out, tell, _pipeline(model, (device, precision, compiled)))
+        record = run(settings, out, tell, loaded(model, placed))
     path = _report(out)
     _emit(as_json, {**record.to_dict(), "report": str(path)}, lambda: study_table(record, path))
 
@@ -306,11 +241,13 @@ def phases(
     from symbreak.files import output_folder
     from symbreak.metrics import extractor
 
+    placed = (device, precision, compiled)
+    refuse_without_network(model, placed)
     if out is not None:
         output_folder(out)
-    found = _images(data, value_range, skip_bad, classes, pad, limit)
-    kept = None if holdout is None else _images(holdout, value_range, skip_bad, classes, pad)
-    pipe = None if model is None else _pipeline(model, (device, precision, compiled))
+    found = data_set(data, value_range, skip_bad, classes, pad, limit)
+    kept = None if holdout is None else data_set(holdout, value_range, skip_bad, classes, pad)
+    pipe = None if model is None else loaded(model, placed)
     if classify == "pixels":
         raise InputError(
             "--classify pixels gives no classes; expected a classifier, FILE.safetensors or module:callable."
@@ -328,7 +265,7 @@ def phases(
             clusters=clusters,
             effort=replace(effort, **{k: v for k, v in asked.items() if v is not None}),
             seed=seed,
-            memory=_bytes(memory),
+            memory=memory_size(memory),
             out=out,
             progress=tell,
         )
@@ -373,6 +310,8 @@ def fit(
     from symbreak.moments import Moments
     from symbreak.phases.speciation import speciation_time
 
+    placed = (device, precision, compiled)
+    refuse_without_network(model if start else None, placed)
     if out.is_dir():
         raise InputError(f"{out} is a folder; expected a file name such as {out / 'moments.safetensors'}.")
     if not start and (model, sampler, steps, holdout, clusters) != (None,) * 5:
@@ -384,15 +323,15 @@ def fit(
     output_folder(out.parent)
     if start:
         options = (value_range, skip_bad, classes, pad)
-        pipe = _pipeline(_one(model, "--model"), (device, precision, compiled))
-        begin, _ = _fitted(data, holdout, clusters, options, pipe, sampler, steps)
+        pipe = loaded(given(model, "--model"), placed)
+        begin, _ = fitted(data, holdout, clusters, options, pipe, sampler, steps)
         begin.save(out)
-        value = {"out": str(out), **_start_dict(begin)}
+        value = {"out": str(out), **start_dict(begin)}
         _emit(as_json, value, lambda: _say_start(begin, f"start: {out}"))
         return
-    found = _images(data, value_range, skip_bad, classes, pad)
+    found = data_set(data, value_range, skip_bad, classes, pad)
     with err.status("one pass over the data" if rank is None else "two passes over the data"):
-        moments = Moments.fit(found, rank=rank, memory=_bytes(memory))
+        moments = Moments.fit(found, rank=rank, memory=memory_size(memory))
     moments.save(out)
     spectrum = moments.spectrum(min(5, moments.dim))
     critical = speciation_time(moments)
@@ -404,9 +343,9 @@ def fit(
         "eigenvalues": spectrum.values.tolist(),
         "speciation": critical.to_dict(),
     }
-    lost = None if rank is None or critical.sigma is None else Gaussian(moments).certificate(critical.sigma)
-    if lost is not None:
-        value["certificate_nats"] = lost.nats
+    left = None if rank is None or critical.sigma is None else Gaussian(moments).certificate(critical.sigma)
+    if left is not None:
+        value["certificate_nats"] = left.nats
 
     def draw() -> None:
         out_console.print(
@@ -417,57 +356,11 @@ def fit(
         out_console.print(
             "no spectral speciation level" if level is None else f"spectral speciation at sigma {level:.4g}"
         )
-        if lost is not None:
-            out_console.print(lost.sentence(), markup=False)
+        if left is not None:
+            out_console.print(left.sentence(), markup=False)
         sys.stdout.write(f"moments: {out}\n")
 
     _emit(as_json, value, draw)
-
-
-def _fitted(
-    data: str,
-    holdout: str | None,
-    clusters: int | None,
-    options: tuple[Any, ...],
-    pipe: Any,
-    sampler: str | None,
-    steps: int | None,
-) -> tuple[Any, Any]:
-    """A start fitted and chosen for a network, and the network."""
-    from symbreak.adapters import scheduler
-    from symbreak.start import LateStartWarning, fit_start
-
-    base = scheduler(SAMPLER if sampler is None else sampler, like=pipe.scheduler)
-    train = _images(data, *options)
-    kept = None if holdout is None else _images(holdout, *options)
-    with err.status("fitting laws and choosing"), _warnings(LateStartWarning):
-        begin = fit_start(train, pipe.unet, base, STEPS if steps is None else steps, kept, clusters)
-    return begin, pipe.unet
-
-
-@contextmanager
-def _warnings(kind: type[Warning]) -> Iterator[None]:
-    """Warnings of a kind as lines of our own on stderr."""
-    import warnings
-
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", kind)
-        yield
-    for warning in caught:
-        if issubclass(warning.category, kind):
-            err.print(f"warning: {warning.message}", markup=False)
-
-
-def _start_dict(begin: Any) -> dict[str, Any]:
-    return {
-        "scheduler": type(begin.scheduler).__name__,
-        "steps": begin.steps,
-        "calls": begin.calls,
-        "level": begin.level.to_dict(),
-        "law": None if begin.law is None else repr(begin.law),
-        "notes": list(begin.notes),
-        "choice": None if begin.choice is None else begin.choice.to_dict(),
-    }
 
 
 def _say_start(begin: Any, line: str) -> None:
@@ -516,15 +409,16 @@ def sample(
     from symbreak.files import output_folder, read_json, write_json
     from symbreak.sample import check, parse_seeds
 
+    placed = (device, precision, compiled)
     output_folder(out)
     wanted = parse_seeds(seeds)
     options = (value_range, skip_bad, classes, pad)
-    fitting = None if start != "auto" else (_one(data, "--data"), holdout, clusters, options)
+    fitting = None if start != "auto" else (given(data, "--data"), holdout, clusters, options)
     if fitting is None and (data, holdout, clusters, *options) != (None, None, None, None, False, None, None):
         raise InputError("--data and its options, --holdout and --clusters belong to --start auto. Add it.")
-    begin, unet = _plan(model, start, at, sampler, steps, fitting, placed=(device, precision, compiled))
+    begin, unet = planned(model, start, at, sampler, steps, placed, fitting)
     check(unet, begin, wanted, micro_batch)
-    settings = _made(model, start, unet, begin, (device, precision, compiled), micro_batch)
+    settings = decisive(model, start, unet, begin, placed, micro_batch)
     info = out / "sample.json"
     if info.exists() and read_json(info) != settings:
         raise InputError(f"{out} holds images made with other settings. Choose another --out.")
@@ -541,133 +435,19 @@ def sample(
     _emit(as_json, value, draw)
 
 
-def _made(model: str, start: str, unet: Any, begin: Any, placed: Placed, micro_batch: int) -> dict[str, Any]:
-    """Everything that decides an image beside its seed; the first rank's answers to fixed states are everybody's."""
-    from symbreak.adapters import denoiser, weights_hash
-    from symbreak.denoise import fingerprint
-    from symbreak.laws.store import law_hash
-    from symbreak.record import plain
-
-    _, precision, compiled = placed
-    found: dict[str, Any] = plain(
-        {
-            "model": model,
-            "probe": agreed(lambda: fingerprint(denoiser(unet, begin.full))),
-            "compiled": compiled,
-            "weights": weights_hash(unet),
-            "start": start if start in ("none", "auto") else _hash(Path(start)),
-            "scheduler": json.loads(begin.full.to_json_string()),
-            "law": None if begin.law is None else law_hash(begin.law),
-            "micro_batch": micro_batch,
-            "precision": precision,
-            "device": next(iter(unet.parameters())).device.type,
-            "steps": begin.steps,
-            "calls": begin.calls,
-            "level": begin.level.to_dict(),
-        }
-    )
-    return found
-
-
-def _plan(
-    model: str,
-    start: str,
-    at: str | None,
-    sampler: str | None,
-    steps: int | None,
-    fitting: tuple[Any, ...] | None = None,
-    default_steps: int = STEPS,
-    placed: Placed = HERE,
-) -> tuple[Any, Any]:
-    """The start and the network that a command line asks for."""
-    from symbreak.adapters import scheduler
-    from symbreak.cut import LateStart, check_same_network
-    from symbreak.files import read_tensors
-    from symbreak.laws import Gaussian
-    from symbreak.laws.store import law_from_tensors
-    from symbreak.moments import Moments
-    from symbreak.start import LateStartWarning, late_start, standard_start
-
-    if at is not None and start in ("none", "auto"):
-        raise InputError(f"--at {at} came with --start {start}, which has no level to give. Leave one of them out.")
-    steps_asked = default_steps if steps is None else steps
-    if fitting is not None:
-        data, holdout, clusters, options = fitting
-        return _fitted(data, holdout, clusters, options, _pipeline(model, placed), sampler, steps_asked)
-    pipe = _pipeline(model, placed)
-    base = scheduler(SAMPLER if sampler is None else sampler, like=pipe.scheduler)
-    if start == "none":
-        return standard_start(base, steps_asked), pipe.unet
-    if start == "auto":
-        raise InputError("--start auto is for sample. Fit one with symbreak fit --start, and pass the file.")
-    _hash(Path(start))  # a missing file is named before anything is read
-    tensors, metadata = read_tensors(start)
-    kind = metadata.get("format", "")
-    if kind == "symbreak.start":
-        if (at, sampler, steps) != (None,) * 3:
-            raise InputError(
-                f"{start} is a start, which brings its own sampler, steps and level. Leave --sampler, --steps and --at "
-                "out, or pass moments or a law."
-            )
-        saved = LateStart.load(start)
-        check_same_network(saved, pipe.scheduler, start)
-        return saved, pipe.unet
-    law: Any
-    if kind == "symbreak.law":
-        law = law_from_tensors(tensors, metadata, start)
-    else:
-        law = Gaussian(Moments.from_tensors(start, tensors, metadata))
-    with _warnings(LateStartWarning):
-        begin = late_start(base, law, steps_asked, at=_level("speciation" if at is None else at))
-    return begin, pipe.unet
-
-
-def _level(text: str) -> Any:
-    from symbreak.noise import NoiseLevel
-
-    if text == "speciation":
-        return text
-    name, _, value = text.rpartition("=")
-    makers: dict[str, Callable[[float], Any]] = {
-        "": float,
-        "step": float,
-        "sigma": NoiseLevel,
-        "tau": NoiseLevel.from_ou_time,
-        "log_snr": NoiseLevel.from_log_snr,
-    }
-    try:
-        return makers[name](float(value))
-    except (ValueError, OverflowError, KeyError):
-        raise InputError(
-            f"--at {text}; expected speciation, a step such as 400, sigma=1.5, tau=0.6 or log_snr=-1."
-        ) from None
-
-
-def _hash(path: Path) -> str:
-    from symbreak.files import file_hash
-
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; expected a file of `symbreak fit`, auto or none.")
-    if not path.is_file():
-        raise InputError(f"{path} does not exist. Expected a file of `symbreak fit`, auto or none.")
-    return file_hash(path)[:16]
-
-
 def _write_images(out: Path, unet: Any, begin: Any, seeds: list[int], micro_batch: int) -> None:
     import torch
     from PIL import Image
 
     from symbreak.files import write_whole
-    from symbreak.sample import batches
+    from symbreak.sample import generate
 
     with _bars() as tell:
         tell("images", 0, len(seeds))
 
         def make(first: int) -> dict[str, Any]:
             own = seeds[first : first + micro_batch]
-            with torch.inference_mode():
-                part = next(batches(unet, begin, own, micro_batch=micro_batch))
-            pixels = ((part.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            pixels = ((generate(unet, begin, own, micro_batch=micro_batch) + 1) * 127.5).round().to(torch.uint8)
             for seed, image in zip(own, pixels.permute(0, 2, 3, 1).numpy()):
                 picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
                 write_whole(out / f"{seed:08d}.png", partial(picture.save, format="PNG"))
@@ -743,6 +523,8 @@ def evaluate(
     """How far samples are from held-out images, what they leave out, and whether they copy training images."""
     import torch
 
+    placed = (device, precision, compiled)
+    refuse_without_network(model, placed)
     from symbreak.blocks import Blocks
     from symbreak.files import output_folder
     from symbreak.metrics import evaluate as measure
@@ -755,10 +537,10 @@ def evaluate(
     if out is not None:
         output_folder(out)
     options = (value_range, skip_bad, classes, pad)
-    train = _images(data, *options)
-    held_out = None if holdout is None else _images(holdout, *options)
+    train = data_set(data, *options)
+    held_out = None if holdout is None else data_set(holdout, *options)
     if holdout is None and data == "digits":
-        half = _images("digits:held-out", *options)
+        half = data_set("digits:held-out", *options)
         # What a run writes it reads when it is called again; statistics of other images stand for themselves.
         known = load_statistics(reference) if reference is not None and agreed(reference.exists) else None
         if known is None or known.origin["fingerprint"] == half.fingerprint():
@@ -766,15 +548,14 @@ def evaluate(
     store = None
     with _bars() as tell:
         if model is not None:
-            placed = (device, precision, compiled)
-            begin, unet = _plan(model, start, at, sampler, steps, default_steps=10, placed=placed)
-            made = _made(model, start, unet, begin, placed, MICRO)
+            begin, unet = planned(model, start, at, sampler, steps, placed, default_steps=10)
+            made = decisive(model, start, unet, begin, placed, MICRO)
             store = Blocks(out, {**made, "seeds": seeds, "versions": versions(torch.get_num_threads())})
             wanted, kept = parse_seeds(seeds), None if out is None else store.keep
             said = partial(tell, "images")
             x = generate(unet, begin, wanted, micro_batch=MICRO, keep=kept, progress=said)
         else:
-            x = _images(_one(samples, "--samples"), samples_range, skip_bad)
+            x = data_set(given(samples, "--samples"), samples_range, skip_bad)
         result = measure(
             x,
             train,
@@ -787,8 +568,8 @@ def evaluate(
             repeats=repeats,
             rows=rows,
             seed=seed,
-            memory=_bytes(memory),
-            device=_device(device),
+            memory=memory_size(memory),
+            device=device_of(device),
             cache=cache,
             out=out,
             progress=tell,
@@ -855,6 +636,8 @@ def audit(
     from symbreak.files import output_folder
     from symbreak.sample import parse_seeds
 
+    placed = (device, precision, compiled)
+    refuse_without_network(model, placed)
     given = {"count": count, "steps": steps, "sampler": sampler, "seeds": seeds}
     asked: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     if samples is not None and model is not None:
@@ -869,10 +652,10 @@ def audit(
         asked["near"] = near
     if out is not None:
         output_folder(out)
-    train = _images(data, value_range, skip_bad, classes, pad, limit)
-    kept = None if holdout is None else _images(holdout, value_range, skip_bad, classes, pad)
-    made = None if samples is None else _images(samples, samples_range, skip_bad)
-    pipe = None if model is None else _pipeline(model, (device, precision, compiled))
+    train = data_set(data, value_range, skip_bad, classes, pad, limit)
+    kept = None if holdout is None else data_set(holdout, value_range, skip_bad, classes, pad)
+    made = None if samples is None else data_set(samples, samples_range, skip_bad)
+    pipe = None if model is None else loaded(model, placed)
     with _bars() as tell:
         record = measure(
             train,
@@ -884,8 +667,8 @@ def audit(
             sha256=weights_sha256,
             threshold=threshold,
             seed=seed,
-            memory=_bytes(memory) or 2**28,
-            device=_device(device),
+            memory=memory_size(memory) or 2**28,
+            device=device_of(device),
             out=out,
             progress=tell,
             **asked,
@@ -921,13 +704,13 @@ def train(
     settings = Recipe() if recipe is None else Recipe.load(recipe)
     if steps is not None:
         settings = replace(settings, steps=steps)
-    found = _images(data, value_range, skip_bad, classes, pad, limit)
+    found = data_set(data, value_range, skip_bad, classes, pad, limit)
     with _bars() as tell:
         result = train_network(
             found,
             out,
             settings,
-            device=_device(device),
+            device=device_of(device),
             precision=precision,
             compiled=compiled,
             progress=lambda s, n, v: tell("steps", s, n),

@@ -11,9 +11,7 @@ Held-out images are asked the same as the samples: they say what to expect of im
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +28,7 @@ from symbreak.metrics.features import Extractor, chosen
 from symbreak.metrics.features import features as features_of
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train, neighbours, proportion
 from symbreak.noise import generator
-from symbreak.record import Record, plain, versions
+from symbreak.record import Record, plain, stopwatch, versions
 from symbreak.sample import generate
 from symbreak.start import standard_start
 
@@ -121,12 +119,7 @@ def audit(
     timings: dict[str, float] = {}
     tell = progress or (lambda stage, done, total: None)
 
-    @contextmanager
-    def stage(name: str) -> Iterator[Callable[[int, int], None]]:
-        began = time.perf_counter()
-        yield lambda done, total: tell(name, done, total)
-        timings[name] = timings.get(name, 0.0) + time.perf_counter() - began
-
+    stage = stopwatch(timings, tell)
     packages = versions(torch.get_num_threads())
     held, notes = _held_out(train, holdout)
     extract = chosen(features, train, weights, sha256, device)

@@ -466,14 +466,14 @@ def _from_parquet(path: Path) -> Images:
             if len(names) <= most:
                 raise InputError(f"{path} has the label {most}, but only {len(names)} class names.")
 
-    def items(start: int) -> Iterator[Item]:
+    def rows(start: int) -> Iterator[Item]:
         with pq.ParquetFile(path) as stream:
-            sizes = [stream.metadata.row_group(g).num_rows for g in range(stream.num_row_groups)]
-            ends = np.cumsum(sizes)
+            groups = stream.num_row_groups
+            ends = np.cumsum([stream.metadata.row_group(g).num_rows for g in range(groups)])
             skipped = int(np.searchsorted(ends, start, side="right"))
             index = int(ends[skipped - 1]) if skipped else 0
-            groups = range(skipped, len(sizes))
-            for batch in stream.iter_batches(batch_size=512, row_groups=list(groups), columns=[column]):
+            wanted = list(range(skipped, groups))
+            for batch in stream.iter_batches(batch_size=512, row_groups=wanted, columns=[column]):
                 own = batch.column(0).slice(max(0, start - index))
                 index += len(batch) - len(own)
                 for cell in own.to_pylist():
@@ -481,13 +481,13 @@ def _from_parquet(path: Path) -> Images:
                     yield f"row {index}", partial(_attempt, data)
                     index += 1
 
-    def readable(*start: int) -> Iterator[Item]:
+    def items(start: int) -> Iterator[Item]:
         try:
-            yield from items(*start)
+            yield from rows(start)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is a damaged parquet file ({str(error)[:80]}).") from None
 
-    return _eight_bit(str(path), readable, file.metadata.num_rows, labels, names, lambda: file_hash(path))
+    return _eight_bit(str(path), items, file.metadata.num_rows, labels, names, lambda: file_hash(path))
 
 
 def _from_hub(source: str) -> Images:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import math
 import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 
 from symbreak.files import InputError, output_folder, read_json, write_json
 
-__all__ = ["Record", "plain", "versions"]
+__all__ = ["Record", "plain", "stopwatch", "versions"]
 
 FORMAT = "symbreak.record"
 VERSION = 1
@@ -39,6 +42,25 @@ def versions(threads: int) -> dict[str, str]:
         "threads": str(threads),
         **{name: metadata.version(name) for name in names},
     }
+
+
+def stopwatch(
+    timings: dict[str, float], tell: Callable[[str, int, int], None]
+) -> Callable[[str], AbstractContextManager[Callable[[int, int], None]]]:
+    """What times a stage: ``with lap("name") as progress``.
+
+    Args:
+        timings: seconds by stage, added to.
+        tell: called with (stage, done, total) where the stage calls its progress(done, total).
+    """
+
+    @contextmanager
+    def lap(stage: str) -> Iterator[Callable[[int, int], None]]:
+        began = time.perf_counter()
+        yield lambda done, total: tell(stage, done, total)
+        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - began
+
+    return lap
 
 
 @dataclass

@@ -10,7 +10,7 @@ number of threads and micro-batch size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 
 from symbreak.blocks import Arrays, Keep, unkept
 from symbreak.files import InputError
-from symbreak.parallel import dealt, rank_of
+from symbreak.parallel import dealt
 from symbreak.start import LateStart
 
 __all__ = ["generate", "parse_seeds"]
@@ -176,60 +176,6 @@ def integrate(
     return state
 
 
-def batches(
-    unet: Any,
-    start: LateStart,
-    seeds: Sequence[int],
-    *,
-    labels: Any = None,
-    micro_batch: int = 64,
-    clean: torch.Tensor | None = None,
-    device: str | torch.device | None = None,
-    **condition: Any,
-) -> Iterator[torch.Tensor]:
-    """Images [b, C, H, W] of the seeds, one micro-batch after the other; see `generate`."""
-    seeds = [int(s) for s in seeds]
-    make = _maker(unet, start, seeds, labels, micro_batch, clean, device, condition)
-    return (make(first) for first in range(0, len(seeds), micro_batch))
-
-
-def _maker(
-    unet: Any,
-    start: LateStart,
-    seeds: list[int],
-    labels: Any,
-    micro_batch: int,
-    clean: torch.Tensor | None,
-    device: str | torch.device | None,
-    condition: dict[str, Any],
-) -> Callable[[int], torch.Tensor]:
-    """What makes the images of the micro-batch that begins at a position among the seeds."""
-    shape = check(unet, start, seeds, micro_batch)
-    # Who hands the network its classes directly keeps them from the start, and answers for them.
-    known = None if "class_labels" in condition else check_labels(unet, labels, len(seeds))
-    if clean is not None and len(clean) != len(seeds):
-        raise InputError(f"{len(clean)} clean images for {len(seeds)} seeds; expected one each.")
-    device = device or getattr(unet, "device", "cpu")
-
-    def make(first: int) -> torch.Tensor:
-        some = slice(first, first + micro_batch)
-        generators = [torch.Generator().manual_seed(s) for s in seeds[some]]
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        state = integrate(
-            unet,
-            start,
-            noise.to(device, precision(unet)),
-            generators,
-            labels=None if known is None else known[some],
-            micro_batch=micro_batch,
-            clean=None if clean is None else clean[some],
-            **condition,
-        )
-        return state.float().cpu()
-
-    return make
-
-
 def generate(
     unet: Any,
     start: LateStart,
@@ -271,27 +217,42 @@ def generate(
             are missing, too many, or not the network's.
     """
     seeds = [int(s) for s in seeds]
-    make = _maker(unet, start, seeds, labels, micro_batch, clean, device, condition)
-
+    shape = check(unet, start, seeds, micro_batch)
+    # Who hands the network its classes directly keeps them from the start, and answers for them.
+    known = None if "class_labels" in condition else check_labels(unet, labels, len(seeds))
+    if clean is not None and len(clean) != len(seeds):
+        raise InputError(f"{len(clean)} clean images for {len(seeds)} seeds; expected one each.")
+    device = device or getattr(unet, "device", "cpu")
     size = micro_batch if keep is None else micro_batch * max(1, KEPT // micro_batch)
 
+    def images(some: slice) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(s) for s in seeds[some]]
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        state = integrate(
+            unet,
+            start,
+            noise.to(device, precision(unet)),
+            generators,
+            labels=None if known is None else known[some],
+            micro_batch=micro_batch,
+            clean=None if clean is None else clean[some],
+            **condition,
+        )
+        return state.clamp(-1, 1).float().cpu() if clamp else state.float().cpu()
+
     def fresh(first: int) -> Arrays:
-        parts = []
-        with torch.inference_mode():
-            for at in range(first, min(first + size, len(seeds)), micro_batch):
-                parts.append(make(at))
-                if progress is not None:
-                    progress(min(at + micro_batch, len(seeds)), len(seeds))
-        x = torch.cat(parts)
-        return {"x": (x.clamp(-1, 1) if clamp else x).numpy()}
+        parts, stop = [], min(first + size, len(seeds))
+        for at in range(first, stop, micro_batch):
+            if progress is not None and at > first:
+                progress(at, len(seeds))
+            with torch.inference_mode():
+                parts.append(images(slice(at, min(at + micro_batch, stop))))
+        return {"x": torch.cat(parts).numpy()}
 
-    def block(first: int) -> Arrays:
-        found = (keep or unkept)(f"images/{first}", partial(fresh, first))
-        if progress is not None and keep is not None:
-            progress(min(first + size, len(seeds)), len(seeds))
-        return found
+    def ended(blocks: int, _: int) -> None:
+        if progress is not None:
+            progress(min(blocks * size, len(seeds)), len(seeds))
 
-    found = dealt(range(0, len(seeds), size), block)
-    if progress is not None and rank_of()[1] > 1:
-        progress(len(seeds), len(seeds))  # the last block may have been another rank's
+    starts = range(0, len(seeds), size)
+    found = dealt(starts, lambda first: (keep or unkept)(f"images/{first}", partial(fresh, first)), ended)
     return torch.from_numpy(np.concatenate([part["x"] for part in found]))

@@ -154,12 +154,11 @@ def train_network(
     out = output_folder(out)
     identity: dict[str, Any] = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
     identity["recipe"]["channels"] = list(recipe.channels)
-    identity |= {} if precision == "fp32" else {"precision": precision}
+    identity["precision"] = precision
     done, checkpoint = out / "training.json", out / "checkpoint.safetensors"
     if agreed(done.exists):
         result = read_json(done)
-        same = isinstance(result, dict) and {k: result.get(k) for k in identity} == identity
-        if not same or result.get("precision", "fp32") != precision:
+        if not isinstance(result, dict) or {k: result.get(k) for k in identity} != identity:
             raise InputError(f"{out} holds a network trained with other settings. Choose another --out.")
         if rank_of()[0] == 0:
             checkpoint.unlink(missing_ok=True)  # a run that was killed at its very end leaves it

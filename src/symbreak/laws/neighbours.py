@@ -19,7 +19,7 @@ import torch
 
 from symbreak.blocks import Keep, unkept
 from symbreak.files import InputError
-from symbreak.parallel import dealt, rank_of
+from symbreak.parallel import dealt
 
 __all__ = ["Search", "neighbours"]
 
@@ -66,22 +66,21 @@ def neighbours(
     search = Search(queries, points, k, block, memory)
 
     def make(start: int) -> dict[str, np.ndarray]:
-        parts = []
-        for some in torch.arange(start, min(start + KEPT, len(queries))).split(search.block):
+        parts, stop = [], min(start + KEPT, len(queries))
+        for some in torch.arange(start, stop).split(search.block):
             parts.append(search.ask(some))
-            if progress is not None:
+            if progress is not None and int(some[-1]) + 1 < stop:
                 progress(int(some[-1]) + 1, len(queries))
         return {"d": torch.cat([d for d, _ in parts]).numpy(), "j": torch.cat([j for _, j in parts]).numpy()}
 
     def block_of(start: int) -> dict[str, np.ndarray]:
-        found = (keep or unkept)(f"{name}/{start}", partial(make, start))
-        if progress is not None:
-            progress(min(start + KEPT, len(queries)), len(queries))
-        return found
+        return (keep or unkept)(f"{name}/{start}", partial(make, start))
 
-    found = dealt(range(0, len(queries), KEPT), block_of)
-    if progress is not None and rank_of()[1] > 1:
-        progress(len(queries), len(queries))
+    def ended(blocks: int, _: int) -> None:
+        if progress is not None:
+            progress(min(blocks * KEPT, len(queries)), len(queries))
+
+    found = dealt(range(0, len(queries), KEPT), block_of, ended)
     return tuple(torch.from_numpy(np.concatenate([f[key] for f in found])) for key in ("d", "j"))  # type: ignore[return-value]
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +28,7 @@ from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import ROWS, Statistics, cache_folder, load_statistics, statistics
 from symbreak.noise import generator
 from symbreak.parallel import agreed
-from symbreak.record import Record, versions
+from symbreak.record import Record, stopwatch, versions
 
 __all__ = ["default_extractor", "evaluate"]
 
@@ -102,16 +100,9 @@ def evaluate(
         samples = samples.detach().cpu()  # as pipelines on a GPU give them
     folder = None if out is None else output_folder(out)
     timings: dict[str, float] = {}
-
-    @contextmanager
-    def lap(stage: str) -> Iterator[Callable[[int, int], None]]:
-        began = time.perf_counter()
-        yield lambda done, total: tell(stage, done, total)
-        timings[stage] = time.perf_counter() - began
-
+    lap = stopwatch(timings, tell)
     store = cache_folder() if cache is True else None if cache is False else Path(cache)
-    there = reference is not None and agreed(Path(reference).exists)
-    saved = load_statistics(reference) if there and reference is not None else None
+    saved = load_statistics(reference) if reference is not None and agreed(Path(reference).exists) else None
     data, holdout = _halves(data, holdout, saved, reference)
     _fitting(samples, data, holdout)
     if repeats < 1 or len(samples) < 2 * repeats:

@@ -40,7 +40,7 @@ from symbreak.files import InputError
 from symbreak.laws.classes import class_of, mixture_of
 from symbreak.laws.mixture import Mixture
 from symbreak.noise import NoiseLevel, generator
-from symbreak.parallel import dealt, rank_of
+from symbreak.parallel import dealt
 
 __all__ = ["Clones", "Opportunity", "UTurns", "clone_agreement", "clones", "opportunity", "u_turns"]
 
@@ -320,24 +320,24 @@ def _blocks(
     """
 
     def block_of(block: int) -> Arrays:
-        first = block * size
-        part = slice(first, min(first + size, total))
-        done = first * cost
+        part = slice(block * size, min((block + 1) * size, total))
+        done = part.start * cost
 
         def tell(states: int) -> None:
             nonlocal done
             done += states
-            if progress is not None:
+            if (
+                progress is not None and done < part.stop * cost
+            ):  # its end is told below, also of a block from the store
                 progress(done, total * cost)
 
-        arrays = (keep or unkept)(f"{name}/{block}", partial(make, block, part, tell))
-        if progress is not None and done == first * cost:  # it came from the store
-            progress(part.stop * cost, total * cost)
-        return arrays
+        return (keep or unkept)(f"{name}/{block}", partial(make, block, part, tell))
 
-    found = dealt(range(-(-total // size)), block_of)
-    if progress is not None and rank_of()[1] > 1:
-        progress(total * cost, total * cost)  # the last block may have been another rank's
+    def ended(blocks: int, _: int) -> None:
+        if progress is not None:
+            progress(min(blocks * size, total) * cost, total * cost)
+
+    found = dealt(range(-(-total // size)), block_of, ended)
     return {k: np.concatenate([f[k] for f in found], axis=a) for k, a in axis.items()}
 
 
