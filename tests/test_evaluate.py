@@ -6,6 +6,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from symbreak.blocks import padded_blocks
 from symbreak.cli import main
 from symbreak.copying import audit
 from symbreak.data import images
@@ -19,7 +20,7 @@ from symbreak.metrics.diversity import (
     precision_recall,
     vendi_score,
 )
-from symbreak.metrics.features import feature_blocks, padded_blocks
+from symbreak.metrics.features import feature_blocks
 from symbreak.metrics.fid import extrapolated, group_distance, together
 from symbreak.metrics.kernel import kid
 from symbreak.metrics.pretrained import INCEPTION_SHA256, Dinov2

@@ -9,6 +9,7 @@ ROOT = Path(symbreak.__file__).parent
 FLOORS = [
     {"files", "noise"},
     {"parallel"},
+    {"shards"},
     {"critical", "data", "record", "sketch", "figures"},
     {"moments", "blocks"},
     {"laws", "denoise"},

@@ -27,6 +27,7 @@ from symbreak.files import InputError, read_json, read_tensors, write_json, writ
 from symbreak.metrics.memorization import nearest_in
 from symbreak.noise import generator
 from symbreak.parallel import agreed, alone, dealt, from_each, from_first, joined, own_rows, rank_of, summed
+from symbreak.shards import Shards
 
 FORK = multiprocessing.get_context("fork")
 
@@ -378,7 +379,7 @@ def test_a_study_on_two_processes(tmp_path):
     run = ("study", "--quick", "--samples", 40, "--repeats", 2, "--samplers", "ddim", "--calls", 3)
     for ranks in (1, 2):
         command(*run, "--out", tmp_path / str(ranks), ranks=ranks)
-    assert content(tmp_path / "1") == content(tmp_path / "2")
+    close(content(tmp_path / "1"), content(tmp_path / "2"), 1e-6)  # moments of features, as in an evaluation
 
 
 def test_phases_of_data_on_two_processes(tmp_path):
@@ -500,6 +501,114 @@ def test_a_batch_smaller_than_the_number_of_processes(tmp_path):
         2,
         2,
     ]
+
+
+# --- who reads and holds what ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """1,536 digits as encoded images in a parquet file, six blocks of 256, and 200 others."""
+    import io
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("pictures")
+    data = sb.images("digits:all")
+    rows, labels = np.concatenate(list(data.blocks()))[:, 0] * 15, data.labels.tolist()
+
+    def encoded(image):
+        stream = io.BytesIO()
+        Image.fromarray(image).save(stream, "PNG")
+        return {"bytes": stream.getvalue(), "path": None}
+
+    for name, part in (("train", slice(0, 1536)), ("held", slice(1536, 1736))):
+        table = pa.table({"image": [encoded(r) for r in rows[part]], "label": labels[part]})
+        pq.write_table(table, folder / f"{name}.parquet", row_group_size=128)
+    return folder
+
+
+def _counted(out, train, arguments):
+    """Run a command, and write down how many of the training images this process decoded."""
+    import pyarrow.parquet as pq
+
+    import symbreak.data
+
+    read, real = set(), symbreak.data._attempt
+    symbreak.data._attempt = lambda data: read.add(data) or real(data)
+    try:
+        main(arguments)
+    finally:
+        known = {cell["bytes"] for cell in pq.read_table(train)["image"].to_pylist()}
+        (out / f"{os.environ['RANK']}.json").write_text(json.dumps(len(read & known)))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fit",),
+        ("fit", "--rank", 5),
+        pytest.param(("phases", "--holdout", "HELD"), marks=pytest.mark.slow),
+        ("evaluate", "--samples", "HELD", "--holdout", "HELD", "--features", "pixels", "--no-cache", "--repeats", 2),
+        pytest.param(
+            ("evaluate", "--samples", "HELD", "--holdout", "HELD", "--features", "classifier", "--no-cache"),
+            marks=pytest.mark.slow,
+        ),
+        ("audit", "--samples", "HELD", "--holdout", "HELD"),
+        pytest.param(("audit", "--samples", "HELD", "--features", "classifier"), marks=pytest.mark.slow),
+        ("study", "--quick", "--samplers", "ddim", "--calls", 3, "--holdout", "HELD", "--features", "pixels"),
+        ("train", "--recipe", "RECIPE"),
+        pytest.param(("phases", "--model", "digits", "--quick", "--holdout", "HELD"), marks=pytest.mark.slow),
+        pytest.param(("fit", "--start", "--model", "digits", "--steps", 3), marks=pytest.mark.slow),
+    ],
+    ids=lambda a: "-".join(str(w) for w in a if w not in ("HELD", "RECIPE")),
+)
+def test_no_rank_reads_everything(pictures, tmp_path, arguments):
+    given = {"HELD": pictures / "held.parquet", "RECIPE": _recipe(tmp_path / "recipe.json")}
+    out = tmp_path / ("out.safetensors" if arguments[0] == "fit" else "out")
+    train = pictures / "train.parquet"
+    whole = [arguments[0], "--data", train, *(given.get(a, a) for a in arguments[1:]), "--out", out]
+    assert on_ranks(_counted, tmp_path, train, [str(a) for a in whole], ranks=3, wait=1200) == [0] * 3
+    read = [read_json(tmp_path / f"{rank}.json") for rank in range(3)]
+    # A third each, of whole blocks of 256, and of the parts that are kept back; and pictures of the report.
+    assert max(read) <= 1024
+    assert sum(read) > 1000
+
+
+def test_images_of_a_part_and_those_asked_for(pictures, tmp_path):
+    data = sb.images(pictures / "train.parquet")
+    x = data.tensor()
+    index = torch.tensor([1535, 0, 1, 2, 600, 7, 7, 550])
+    for memory in (2**30, 1000):  # in memory, in a file
+        rows = data.shards(memory, tmp_path / "new")
+        assert (rows._held.file is None) == (memory == 2**30)
+        assert rows.shape == (1536, 1, 8, 8)
+        assert torch.equal(rows.at(index), x[index])
+        some = rows.take(np.array([3, 4, 5, 1535])).take(np.array([1, 2, 3]))
+        assert len(some) == 3
+        assert torch.equal(some.at(torch.tensor([2, 0])), x[[1535, 4]])
+        assert torch.equal(torch.cat([turn[1] for turn in some.pieces(2)]), x[[4, 5, 1535]])
+    assert list((tmp_path / "new").iterdir()) == []  # the file has no name
+    assert on_ranks(_asked_for, pictures, x, index, ranks=3) == [0] * 3
+
+
+def _asked_for(pictures, x, index):
+    with joined() as (rank, _):
+        data = sb.images(pictures / "train.parquet")
+        assert torch.equal(data.tensor(), x)
+        for rows in (data.shards(), data.shards(1000), Shards.of(x)):
+            assert (rows.first, rows.last) == (512 * rank, 512 * rank + 512)
+            assert torch.equal(rows.at(index), x[index])
+            odd = rows.take(np.arange(1, 700, 2))  # the last rank has none of them
+            assert torch.equal(odd.at(torch.tensor([349, 3])), x[[699, 7]])
+            turns = list(odd.pieces(200))
+            assert len(turns) == 2
+            mine = [x[1:512:2], x[513:700:2], x[:0]][rank]
+            assert torch.equal(torch.cat([mine[:0], *(turn[1] for turn in turns if turn)]), mine)
+        with alone():
+            assert rows.first == 512 * rank
 
 
 # --- faults ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ from symbreak.files import InputError, digest, read_json, read_tensors, write_js
 from symbreak.parallel import agreed, dealt, rank_of
 from symbreak.record import plain
 
-__all__ = ["Arrays", "Blocks", "Keep", "Progress", "in_blocks", "keyed", "unkept"]
+__all__ = ["Arrays", "Blocks", "Keep", "Progress", "in_blocks", "keyed", "padded_blocks", "unkept"]
 
 Item = TypeVar("Item")
 Arrays = dict[str, np.ndarray]
@@ -55,6 +55,23 @@ def in_blocks(
             return (keep or unkept)(f"{name}/{j}", partial(make, items[j]))
 
     return dealt(range(len(items)), block, progress)
+
+
+def padded_blocks(batches: Iterable[torch.Tensor], size: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """A stream of batches cut into blocks of one size, the last one padded, and how many rows of each are real."""
+    waiting: list[torch.Tensor] = []
+    rows = 0
+    for batch in batches:
+        for part in batch.split(size):
+            waiting.append(part)
+            rows += len(part)
+            if rows >= size:
+                whole = torch.cat(waiting)
+                yield whole[:size], size
+                waiting, rows = ([whole[size:]], rows - size) if rows > size else ([], 0)
+    if rows:
+        whole = torch.cat(waiting)
+        yield torch.cat([whole, whole[:1].expand(size - rows, *whole.shape[1:])]), rows
 
 
 def _first(arrays: Arrays) -> Arrays:

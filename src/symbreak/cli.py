@@ -156,6 +156,7 @@ def study(
     skip_bad: SkipBad = False,
     classes: Classes = None,
     pad: Pad = None,
+    memory: Memory = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     compiled: Compile = False,
@@ -189,7 +190,7 @@ def study(
     if quick:
         settings = settings.smoke()
     with _bars() as tell:
-        record = run(settings, out, tell, loaded(model, placed))
+        record = run(settings, out, tell, loaded(model, placed), memory_size(memory) or 2**30)
     path = _report(out)
     _emit(as_json, {**record.to_dict(), "report": str(path)}, lambda: study_table(record, path))
 
@@ -667,7 +668,7 @@ def audit(
             sha256=weights_sha256,
             threshold=threshold,
             seed=seed,
-            memory=memory_size(memory) or 2**28,
+            memory=memory_size(memory) or 2**30,
             device=device_of(device),
             out=out,
             progress=tell,
@@ -689,6 +690,7 @@ def train(
     classes: Classes = None,
     pad: Pad = None,
     limit: Limit = None,
+    memory: Memory = None,
     device: Device = "auto",
     precision: Precision = "fp32",
     compiled: Compile = False,
@@ -698,6 +700,7 @@ def train(
     from dataclasses import replace
 
     from symbreak.files import output_folder
+    from symbreak.shards import HELD
     from symbreak.train import Recipe, train_network
 
     output_folder(out)
@@ -713,6 +716,7 @@ def train(
             device=device_of(device),
             precision=precision,
             compiled=compiled,
+            memory=memory_size(memory) or HELD,
             progress=lambda s, n, v: tell("steps", s, n),
         )
 

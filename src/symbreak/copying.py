@@ -11,8 +11,10 @@ Held-out images are asked the same as the samples: they say what to expect of im
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,13 @@ from symbreak.blocks import Blocks
 from symbreak.data import Images, describe, images, png_row
 from symbreak.denoise import fingerprint
 from symbreak.files import InputError, digest, output_folder
-from symbreak.metrics.features import Extractor, chosen
-from symbreak.metrics.features import features as features_of
+from symbreak.metrics.features import Extractor, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train, neighbours, proportion
 from symbreak.noise import generator
+from symbreak.parallel import from_each
 from symbreak.record import Record, plain, stopwatch, versions
 from symbreak.sample import generate
+from symbreak.shards import Shards
 from symbreak.start import standard_start
 
 __all__ = ["audit"]
@@ -46,9 +49,10 @@ Progress = Callable[[str, int, int], None]
 class _Side:
     """Images that are asked about, or asked: as pixels, as rows of the features, and by their bytes."""
 
-    pixels: torch.Tensor
-    rows: torch.Tensor
+    pixels: Shards
+    rows: Shards
     digests: tuple[bytes, ...]
+    features: str  # a digest of all rows
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -77,7 +81,7 @@ def audit(
     steps: int = STEPS,
     seeds: Sequence[int] | None = None,
     seed: int = 0,
-    memory: int = 2**28,
+    memory: int = 2**30,
     device: str | torch.device | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -98,7 +102,8 @@ def audit(
         count, sampler, steps: of the model's samples; standard start.
         seeds: of the model's samples, instead of 0 .. count - 1.
         seed: of the subset of references and the permutations.
-        memory: bytes of working memory beside the images themselves; results do not depend on it.
+        memory: bytes to hold and to work in; images and features that do not fit are kept in files without a name, in
+            ``out`` or where temporary files are. Results do not depend on it.
         device: where a feature network named here runs; by default on the CPU.
         out: folder for ``record.json``, and for finished blocks while it runs: the same call goes on after an
             interruption and finds the same numbers.
@@ -132,33 +137,35 @@ def audit(
         with stage("samples") as step:
             samples = draw(step)
     with stage("features"):
-        known = _side(train, train.integer, extract)
-        asked = None if samples is None else _side(_tensor(samples, train), train.integer, extract)
-        kept = None if held is None else _side(held, train.integer, extract)
+
+        def taken(of: Images | torch.Tensor) -> _Side:
+            return _side(of, train.integer, extract, memory // 8, folder)
+
+        known = taken(train)
+        asked, kept = (None if of is None else taken(of) for of in (samples, held))
     settings = {
         "data": train.name,
         "content": train.fingerprint(),
         "selection": list(train.history),
         "holdout": None if held is None else held.fingerprint(),
-        "samples": None if asked is None else digest(asked.pixels),
+        "samples": None if asked is None else digest(asked.digests),
         "made": made,
         "features": name,
         "threshold": threshold,
         "near": near,
         "seed": seed,
     }
-    rows = [digest(side.rows) for side in (known, asked, kept) if side is not None]
+    rows = [side.features for side in (known, asked, kept) if side is not None]
     store = Blocks(folder, {**settings, "versions": packages, "rows": rows})
     with stage("duplicates") as step:
         first = known.first()
         if len(first) == 1:
             raise InputError(f"all {len(train):,} images of {train.name} are equal; expected different ones.")
-        points = known.rows[torch.from_numpy(first)]
+        points = known.rows.take(first)
         group, radius, scale = groups(points, near, memory=memory, keep=store.keep, progress=step)
         if group.max() == 0:
             raise InputError(f"the features {name} are the same for all images of {train.name}. Choose others.")
-        labels = train.names()
-        twins = _duplicates(known, first, group, labels)
+        twins = _duplicates(known, first, group, train.name_of)
     found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     for title, side in (("samples", asked), ("held_out", kept)):
         if side is not None:
@@ -183,7 +190,7 @@ def audit(
         notes.append(
             f"No comparison of training with held-out images: fewer than {LEAST} different ones in one of the sets."
         )
-    titles = _titles(samples, made, asked)
+    titles = _titles(samples, made)
     content = {
         "data": describe(train),
         "held_out": None if held is None else describe(held),
@@ -200,7 +207,7 @@ def audit(
         "memorized": memorized,
         "comparison": comparison,
         "histograms": _histograms(found),
-        "pairs": [] if asked is None else _pairs(found["samples"], asked, known, titles, labels, threshold),
+        "pairs": [] if asked is None else _pairs(found["samples"], asked, known, titles, train.name_of, threshold),
         "notes": notes,
     }
     content["verdict"] = _verdict(content)
@@ -261,23 +268,33 @@ def _held_out(train: Images, holdout: Images | None) -> tuple[Images | None, lis
     ]
 
 
-def _tensor(samples: torch.Tensor | Images, train: Images) -> torch.Tensor:
-    return samples.tensor() if isinstance(samples, Images) else samples.detach().float().cpu()
+def _side(
+    source: Images | torch.Tensor, eight_bit: bool, extract: Extractor, memory: int, folder: Path | None
+) -> _Side:
+    if isinstance(source, torch.Tensor):
+        source = source.detach().float().cpu()
+    x = Shards.of(source) if isinstance(source, torch.Tensor) else source.shards(memory, folder)
+    size = max(1, min(1024, memory // (4 * math.prod(x.shape[1:]))))
+    digests = _digests(x, size, partial(_bytes, eight_bit=eight_bit))
+    if extract.name == "pixels":  # as they are: no float64 copy, and no bound on their number as for a distance
+        return _Side(x, x, digests, digest(digests))
+    rows = feature_shards(extract, source, memory, folder)
+    return _Side(x, rows, digests, digest(_digests(rows, size, lambda batch: batch)))
 
 
-def _side(source: Images | torch.Tensor, eight_bit: bool, extract: Extractor) -> _Side:
-    x = source if isinstance(source, torch.Tensor) else source.tensor()
-    # As they are: no float64 copy, and no bound on their number as for a distance.
-    rows = x.flatten(1) if extract.name == "pixels" else features_of(extract, x)
-    return _Side(x, rows, tuple(_bytes(x.split(1024), eight_bit)))
+def _digests(rows: Shards, size: int, content: Callable[[torch.Tensor], torch.Tensor]) -> tuple[bytes, ...]:
+    """A digest of every row's content, ``size`` rows at a time, each rank its own."""
+    own = []
+    for first in range(rows.first, rows.last, size):
+        for row in content(rows.own(first, min(first + size, rows.last))).contiguous().numpy():
+            own.append(hashlib.blake2b(row.tobytes(), digest_size=16).digest())
+    found = from_each({"digests": np.frombuffer(b"".join(own), np.uint8).reshape(-1, 16)}, rows.shared)
+    return tuple(one.tobytes() for f in found for one in f["digests"])
 
 
-def _bytes(batches: Iterable[torch.Tensor], eight_bit: bool) -> Iterator[bytes]:
-    """A digest of every image: of its pixels as 8-bit numbers, or as the floats they came as."""
-    for batch in batches:
-        raw = ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) if eight_bit else batch + 0.0
-        for image in raw.contiguous().numpy():
-            yield hashlib.blake2b(image.tobytes(), digest_size=16).digest()
+def _bytes(batch: torch.Tensor, eight_bit: bool) -> torch.Tensor:
+    """Pixels as 8-bit numbers, or as the floats they came as."""
+    return ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) if eight_bit else batch + 0.0
 
 
 def _sampling(
@@ -326,7 +343,7 @@ def _ranges(seeds: list[int]) -> str:
 # --- findings -------------------------------------------------------------------------------------
 
 
-def _duplicates(known: _Side, first: np.ndarray, group: np.ndarray, names: list[str]) -> dict[str, Any]:
+def _duplicates(known: _Side, first: np.ndarray, group: np.ndarray, name_of: Callable[[int], str]) -> dict[str, Any]:
     """Groups of equal images, and groups of near ones among the different images."""
     place = {known.digests[i]: n for n, i in enumerate(first.tolist())}
     own = np.array([place[d] for d in known.digests])  # different image of every training image
@@ -335,15 +352,15 @@ def _duplicates(known: _Side, first: np.ndarray, group: np.ndarray, names: list[
     pictures = [
         {
             "title": f"{kind}, {len(g)} images",
-            "png": png_row(known.pixels[torch.from_numpy(g[:8])]),
-            "names": [names[i] for i in g[:8].tolist()],
+            "png": png_row(known.pixels.at(torch.from_numpy(g[:8]))),
+            "names": [name_of(i) for i in g[:8].tolist()],
         }
         for kind, some in (("equal", exact), ("near", near))
         for g in some[:4]
     ]
     return {
-        "exact": _count(exact, names),
-        "near": _count(near, names),
+        "exact": _count(exact, name_of),
+        "near": _count(near, name_of),
         "different": len(first),
         "deduplicated": int(group.max()) + 1,
         "pictures": pictures,
@@ -357,13 +374,13 @@ def _members(label: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
     return sorted((p for p in parts if len(p) > 1), key=lambda p: (-len(p), int(p[0])))
 
 
-def _count(some: list[np.ndarray], names: list[str]) -> dict[str, Any]:
+def _count(some: list[np.ndarray], name_of: Callable[[int], str]) -> dict[str, Any]:
     return {
         "groups": len(some),
         "images": sum(map(len, some)),
         "spare": sum(len(g) - 1 for g in some),
         "largest": max(map(len, some), default=0),
-        "listed": [{"index": g[:20].tolist(), "names": [names[i] for i in g[:20].tolist()]} for g in some[:LISTED]],
+        "listed": [{"index": g[:20].tolist(), "names": [name_of(i) for i in g[:20].tolist()]} for g in some[:LISTED]],
     }
 
 
@@ -404,7 +421,7 @@ def _compare(
         def tell(done: int, total: int, number: int = number) -> None:
             step(number * total + done, 2 * total)
 
-        points, name = side.rows[own[:count].sort().values], f"compare-{number}"
+        points, name = side.rows.take(own[:count].sort().values.numpy()), f"compare-{number}"
         d, j = neighbours(asked.rows, points, 1, memory=memory, keep=store.keep, name=name, progress=tell)
         found.append((d[:, 0], j[:, 0]))
     edges = np.linspace(0, float(max(f[0].max() for f in found)) or 1.0, BINS + 1)
@@ -437,24 +454,25 @@ def _histograms(found: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str
     return out
 
 
-def _titles(samples: Any, made: dict[str, Any] | None, asked: _Side | None) -> list[str]:
+def _titles(samples: Any, made: dict[str, Any] | None) -> Callable[[int], str]:
+    """What a sample is called."""
     if isinstance(samples, Images):
-        return samples.names()
-    if asked is None:
-        return []
-    if made is not None and "," not in made["seeds"]:
-        first = int(made["seeds"].split("-")[0])
-        return [f"seed {first + i}" for i in range(len(asked))]
-    names = [f"seed {s}" for s in made["seeds"].split(",")] if made else [f"sample {i}" for i in range(len(asked))]
-    return names
+        return samples.name_of
+    if made is None:
+        return "sample {}".format
+    if "," in made["seeds"]:
+        seeds = made["seeds"].split(",")
+        return lambda i: f"seed {seeds[i]}"
+    first = int(made["seeds"].split("-")[0])
+    return lambda i: f"seed {first + i}"
 
 
 def _pairs(
     found: tuple[torch.Tensor, torch.Tensor],
     asked: _Side,
     known: _Side,
-    titles: list[str],
-    names: list[str],
+    title_of: Callable[[int], str],
+    name_of: Callable[[int], str],
     threshold: float,
 ) -> list[dict[str, Any]]:
     """The samples of lowest d1/d2 beside their two training images."""
@@ -464,16 +482,16 @@ def _pairs(
     copies = set(known.digests)
     return [
         {
-            "sample": titles[i],
-            "nearest": names[int(j[i, 0])],
-            "second": names[int(j[i, 1])],
+            "sample": title_of(i),
+            "nearest": name_of(int(j[i, 0])),
+            "second": name_of(int(j[i, 1])),
             "index": [i, *j[i].tolist()],
             "d1": float(d[i, 0]),
             "d2": float(d[i, 1]),
             "ratio": float(ratio[i]),
             "memorized": bool(ratio[i] < threshold),
             "exact": asked.digests[i] in copies,
-            "png": png_row(torch.stack([asked.pixels[i], *known.pixels[j[i]]])),
+            "png": png_row(torch.cat([asked.pixels.at(torch.tensor([i])), known.pixels.at(j[i])])),
         }
         for i in order
     ]

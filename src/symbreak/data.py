@@ -25,19 +25,22 @@ import numpy as np
 import torch
 
 from symbreak.files import InputError, file_hash
-from symbreak.parallel import agreed, from_each, own_rows
+from symbreak.parallel import agreed, dealt, from_each, own_rows, shares, summed
+from symbreak.shards import HELD, Shards
 
 __all__ = ["Images", "describe", "images", "png_row"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
 BLOCK_BYTES = 32 * 2**20
 SPLIT_SEED = 20231  # the digits are split once, for everybody
+HASHED = 1000  # files, whose hashes are a block
+PART_BYTES = 64 * 2**20  # of a large file, hashed at a time
 MAX_CLASSES = 2**20
 MAX_PIXELS = 64 * 2**20  # an image beyond this is a bomb or a mistake
 
-# One item: its name, and how to load its raw [C, H, W] array (or the error in its place).
+# One item: how to load its raw [C, H, W] array (or the error in its place).
 Raw = np.ndarray | Exception
-Item = tuple[str, Callable[[], Raw]]
+Item = Callable[[], Raw]
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Images:
     classes: tuple[str, ...]
     batch_size: int
     _items: Callable[[int], Iterator[Item]] = field(repr=False)  # the items from a position on
-    _fingerprint: Callable[[], str] = field(repr=False)
+    _fingerprint: Callable[[], str] = field(repr=False)  # called by all ranks at once
+    _name_of: Callable[[int], str] = field(repr=False)
     keep: np.ndarray | None = field(default=None, repr=False)
     pad: int | None = None
     skipped: tuple[str, ...] = field(default=(), repr=False)
@@ -77,13 +81,16 @@ class Images:
         return self.count
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for block in self.blocks():
-            yield torch.from_numpy((block.astype(np.float32) + np.float32(self.offset)) / np.float32(self.scale))
+        yield from map(self.scaled, self.blocks())
 
-    def _kept(self) -> Iterator[Item]:
-        """The items that belong to this selection, not yet loaded."""
+    def scaled(self, raw: np.ndarray) -> torch.Tensor:
+        """Raw values as float32 in [-1, 1]."""
+        return torch.from_numpy((raw.astype(np.float32) + np.float32(self.offset)) / np.float32(self.scale))
+
+    def _kept(self) -> Iterator[tuple[int, Item]]:
+        """The items that belong to this selection, not yet loaded, by their position in the source."""
         if self.keep is None:
-            yield from self._items(0)
+            yield from enumerate(self._items(0))
             return
         wanted = iter(self.keep.tolist())
         target = next(wanted, None)
@@ -92,17 +99,17 @@ class Images:
             if target is None:
                 return
             if index == target:
-                yield item
+                yield index, item
                 target = next(wanted, None)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Raw blocks [B, C, H, W]: uint8 where ``integer``, else float32 in the file's own range."""
         block: list[np.ndarray] = []
-        for name, load in self._kept():
+        for index, load in self._kept():
             raw = load()
             fault = self._fault(raw)
             if fault is not None:
-                raise self._report(name, fault)
+                raise self._report(self._name_of(index), fault)
             block.append(self._padded(raw))  # type: ignore[arg-type]
             if len(block) == self.batch_size:
                 yield np.stack(block)
@@ -116,7 +123,7 @@ class Images:
         faulty = [first + i for i, (_, load) in enumerate(part._kept()) if self._fault(load()) is not None]
         bad = np.concatenate([f["bad"] for f in from_each({"bad": np.array(faulty, np.int64)}, shared)])
         good = np.setdiff1d(np.arange(len(self)), bad)
-        skipped = [f"{name}: {self._fault(load())}" for name, load in self.take(bad, "bad")._kept()]
+        skipped = [f"{self._name_of(i)}: {self._fault(load())}" for i, load in self.take(bad, "bad")._kept()]
         if len(good) < 2:
             raise InputError(f"{self.name}: {len(good)} usable images; at least 2 are needed. First: {skipped[0]}.")
         if not skipped:
@@ -124,20 +131,32 @@ class Images:
         return replace(self.take(good, f"without {len(skipped)} unusable"), skipped=tuple(skipped))
 
     def tensor(self) -> torch.Tensor:
-        """All images at once, [N, C, H, W] float32 in [-1, 1]."""
-        out, done = torch.empty(len(self), *self.shape), 0
-        for batch in self:
+        """All images at once, [N, C, H, W] float32 in [-1, 1]; ranks read a part each, and hand it over."""
+        part, first, shared = own_rows(self)
+        out, done = torch.zeros(len(self), *self.shape), first
+        for batch in part:
             out[done : done + len(batch)] = batch
             done += len(batch)
+        if shared:
+            summed(*out.view(torch.uint8).split(1024))  # bytes, each from one rank
         return out
 
+    def shards(self, memory: int = HELD, folder: Path | None = None) -> Shards:
+        """The images as rows to be asked for, of which every rank reads and holds a part; memory, folder: `Shards`."""
+        part, _, _ = own_rows(self)
+        return Shards(part.blocks(), shares(len(self)), memory, folder, self.scaled)
+
+    def name_of(self, index: int) -> str:
+        """What the image at a position is called in its source: its file, row or position."""
+        return self._name_of(index if self.keep is None else int(self.keep[index]))
+
     def names(self) -> list[str]:
-        """What every image is called in its source: its file, row or position."""
-        return [name for name, _ in self._kept()]
+        """What every image is called."""
+        return [self.name_of(i) for i in range(len(self))]
 
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) of the source's content and of every selection made."""
-        digest = hashlib.sha256(agreed(self._fingerprint).encode())  # the source is read by one rank
+        digest = hashlib.sha256(self._fingerprint().encode())
         digest.update(json.dumps([self.shape, self.history, self.pad]).encode())
         return digest.hexdigest()[:16]
 
@@ -333,8 +352,9 @@ def _digits(source: str) -> Images:
         labels=torch.from_numpy(bunch.target.astype(np.int64)),
         classes=tuple(str(i) for i in range(10)),
         batch_size=1024,
-        _items=lambda start: ((f"image {i}", partial(raw.__getitem__, i)) for i in range(start, len(raw))),
+        _items=lambda start: (partial(raw.__getitem__, i) for i in range(start, len(raw))),
         _fingerprint=lambda: hashlib.sha256(raw.tobytes()).hexdigest(),
+        _name_of=lambda i: f"image {i}",
     )
     if source == "digits:all":
         return everything
@@ -369,7 +389,7 @@ def _attempt(data: bytes | Path | None) -> Raw:
 
 
 def _first_shape(name: str, items: Iterator[Item]) -> tuple[int, int, int]:
-    for _, load in items:
+    for load in items:
         raw = load()
         if not isinstance(raw, Exception):
             return raw.shape
@@ -383,6 +403,7 @@ def _eight_bit(
     labels: torch.Tensor | None,
     classes: tuple[str, ...],
     fingerprint: Callable[[], str],
+    name_of: Callable[[int], str] = "row {}".format,
 ) -> Images:
     if count < 2:
         raise InputError(f"{name} holds {count} image{'s' * (count != 1)}; at least 2 are needed.")
@@ -398,6 +419,7 @@ def _eight_bit(
         batch_size=1,
         _items=items,
         _fingerprint=fingerprint,
+        _name_of=name_of,
     )
 
 
@@ -412,15 +434,24 @@ def _from_folder(path: Path) -> Images:
 
     def items(start: int) -> Iterator[Item]:
         for file in files[start:]:
-            yield str(file.relative_to(path)), partial(_attempt, file)
+            yield partial(_attempt, file)
+
+    def name_of(index: int) -> str:
+        return str(files[index].relative_to(path))
+
+    def hashed(start: int) -> dict[str, np.ndarray]:
+        own = [hashlib.sha256(file.read_bytes()).digest() for file in files[start : start + HASHED]]
+        return {"hash": np.frombuffer(b"".join(own), np.uint8).reshape(-1, 32)}
 
     def fingerprint() -> str:
         digest = hashlib.sha256()
-        for file in files:
-            digest.update(os.fsencode(file.relative_to(path)) + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+        found = dealt(range(0, len(files), HASHED), hashed)
+        for file, content in zip(files, np.concatenate([f["hash"] for f in found])):
+            digest.update(os.fsencode(file.relative_to(path)) + b"\0" + content.tobytes())
         return digest.hexdigest()
 
-    return _eight_bit(str(path), items, len(files), labels, classes if labels is not None else (), fingerprint)
+    tags = classes if labels is not None else ()
+    return _eight_bit(str(path), items, len(files), labels, tags, fingerprint, name_of)
 
 
 def _label_names(field_metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...]:
@@ -475,11 +506,9 @@ def _from_parquet(path: Path) -> Images:
             wanted = list(range(skipped, groups))
             for batch in stream.iter_batches(batch_size=512, row_groups=wanted, columns=[column]):
                 own = batch.column(0).slice(max(0, start - index))
-                index += len(batch) - len(own)
+                index += len(batch)
                 for cell in own.to_pylist():
-                    data = cell.get("bytes") if isinstance(cell, dict) else cell
-                    yield f"row {index}", partial(_attempt, data)
-                    index += 1
+                    yield partial(_attempt, cell.get("bytes") if isinstance(cell, dict) else cell)
 
     def items(start: int) -> Iterator[Item]:
         try:
@@ -487,7 +516,22 @@ def _from_parquet(path: Path) -> Images:
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is a damaged parquet file ({str(error)[:80]}).") from None
 
-    return _eight_bit(str(path), items, file.metadata.num_rows, labels, names, lambda: file_hash(path))
+    return _eight_bit(str(path), items, file.metadata.num_rows, labels, names, partial(_content, path))
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of a file; of a large one that of its parts' hashes, so that ranks read a part each."""
+    size = path.stat().st_size
+    if size <= PART_BYTES:
+        return agreed(partial(file_hash, path))
+
+    def hashed(start: int) -> dict[str, np.ndarray]:
+        with path.open("rb") as stream:
+            stream.seek(start)
+            return {"hash": np.frombuffer(hashlib.sha256(stream.read(PART_BYTES)).digest(), np.uint8)}
+
+    found = dealt(range(0, size, PART_BYTES), hashed)
+    return hashlib.sha256(b"".join(f["hash"].tobytes() for f in found)).hexdigest()
 
 
 def _from_hub(source: str) -> Images:
@@ -509,9 +553,8 @@ def _from_hub(source: str) -> Images:
     names = () if label is None else tuple(found.features[label].names)
 
     def items(start: int) -> Iterator[Item]:
-        for i, row in enumerate(undecoded.select(range(start, len(undecoded))), start):
-            data = row[column]["bytes"] or Path(row[column]["path"])
-            yield f"row {i}", partial(_attempt, data)
+        for row in undecoded.select(range(start, len(undecoded))):
+            yield partial(_attempt, row[column]["bytes"] or Path(row[column]["path"]))
 
     return _eight_bit(source, items, len(found), labels, names, lambda: str(found._fingerprint))
 
@@ -542,7 +585,7 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
             else "cannot be read"
         )
         raise InputError(f"{path} {what} ({type(error).__name__}). Expected a plain numeric array.") from None
-    return _from_array(str(path), array, labels, value_range, lambda: file_hash(path))
+    return _from_array(str(path), array, labels, value_range, partial(_content, path))
 
 
 def _from_array(
@@ -578,7 +621,7 @@ def _from_array(
         if not (math.isfinite(high - low) and (high - low) / 2 > 0):
             raise InputError(f"--range {low:g},{high:g} is empty or endless; expected LOW,HIGH with LOW < HIGH.")
         if (low, high) == (0.0, 255.0) and not np.issubdtype(array.dtype, np.integer):
-            largest = max(float(np.fmax.reduce(part, axis=None)) for part in _slabs(array))
+            largest = _extreme(array, np.fmax)
             if largest <= 1:  # declared so, all would be black
                 raise InputError(
                     f"{name} has no value above {largest:g}, declared as 0 .. 255. Pass its true range, 0,1 or -1,1."
@@ -586,8 +629,7 @@ def _from_array(
     elif np.issubdtype(array.dtype, np.integer):
         low, high = 0.0, 255.0
     else:
-        smallest = min(float(np.fmin.reduce(part, axis=None)) for part in _slabs(array))  # fmin passes NaN by
-        low, high = (-1.0, 1.0) if smallest < 0 else (0.0, 1.0)
+        low, high = (-1.0, 1.0) if _extreme(array, np.fmin) < 0 else (0.0, 1.0)
     scale, offset = (high - low) / 2, -(high + low) / 2
 
     def load(i: int) -> Raw:
@@ -596,7 +638,7 @@ def _from_array(
         return raw if integer else raw.astype(np.float32)
 
     def items(start: int) -> Iterator[Item]:
-        return ((f"image {i}", partial(load, i)) for i in range(start, count))
+        return (partial(load, i) for i in range(start, count))
 
     classes: tuple[str, ...] = ()
     tags = None
@@ -621,20 +663,26 @@ def _from_array(
         _items=items,
         # the same numbers in another range are other images
         _fingerprint=lambda: f"{(fingerprint or partial(_array_hash, array))()} {low} {high}",
+        _name_of=lambda i: f"image {i}",
     )
 
 
-def _slabs(array: np.ndarray) -> Iterator[np.ndarray]:
+def _slabs(array: np.ndarray) -> list[slice]:
     """Pieces of an array small enough to look at one at a time (the array may be a memory map)."""
     step = max(1, BLOCK_BYTES // max(1, array[:1].nbytes))
-    for start in range(0, len(array), step):
-        yield np.asarray(array[start : start + step], dtype=np.float64)
+    return [slice(start, start + step) for start in range(0, len(array), step)]
+
+
+def _extreme(array: np.ndarray, of: np.ufunc) -> float:
+    """The smallest (``np.fmin``) or largest (``np.fmax``) number, NaN passed by; ranks look at a part each."""
+    found = dealt(_slabs(array), lambda part: {"found": of.reduce(np.asarray(array[part], np.float64), axis=None)})
+    return float(of.reduce([f["found"] for f in found]))
 
 
 def _array_hash(array: Any) -> str:
     digest = hashlib.sha256()
     for part in _slabs(array):
-        digest.update(part.tobytes())
+        digest.update(np.asarray(array[part], dtype=np.float64).tobytes())
     return digest.hexdigest()
 
 

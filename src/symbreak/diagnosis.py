@@ -41,6 +41,7 @@ from symbreak.phases.mechanism import Check, linear_share, linearity_check, reve
 from symbreak.phases.speciation import cloning_probability, cloning_time, speciation_time
 from symbreak.phases.stability import bifurcation
 from symbreak.record import Record, plain, versions
+from symbreak.shards import HELD
 
 __all__ = ["Effort", "diagnose"]
 
@@ -199,7 +200,7 @@ def diagnose(
     if not content["eigenvalues"][0] > 0:
         raise InputError(f"all {len(data):,} images of {data.name} are equal: nothing is decided. Choose other data.")
     if network is not None:
-        judge = _judge(found, store, fit, held, classify, clusters, seed)
+        judge = _judge(found, store, fit, held, classify, clusters, seed, memory, folder)
         clusters = judge.clusters
     elif clusters is None and not _classes(fit):
         found.notes.append(
@@ -321,7 +322,15 @@ class _Judge:
 
 
 def _judge(
-    found: Findings, store: Blocks, fit: Images, held: Images, classify: Any, clusters: int | None, seed: int
+    found: Findings,
+    store: Blocks,
+    fit: Images,
+    held: Images,
+    classify: Any,
+    clusters: int | None,
+    seed: int,
+    memory: int | None,
+    folder: Path | None,
 ) -> _Judge:
     """The user's classifier, the bundled one, one trained on the labels, or clusters."""
     if classify is not None:
@@ -340,7 +349,7 @@ def _judge(
         )
         return _Judge(None, None, k, False)
     with found.stage("classifier") as tell:
-        judge = _trained(store, fit, held, tell, seed)
+        judge = _trained(store, fit, held, tell, seed, HELD if memory is None else memory // 3, folder)
     found.notes.append(
         f"Classes of images: a classifier of {', '.join(judge.classes[:12])}"
         + (f", right on {judge.accuracy:.1%} of the held-out images." if math.isfinite(judge.accuracy) else ".")
@@ -348,7 +357,15 @@ def _judge(
     return _Judge(judge.logits, judge.logits, None, True)
 
 
-def _trained(store: Blocks, fit: Images, held: Images, tell: Callable[[int, int], None], seed: int) -> Any:
+def _trained(
+    store: Blocks,
+    fit: Images,
+    held: Images,
+    tell: Callable[[int, int], None],
+    seed: int,
+    memory: int,
+    folder: Path | None,
+) -> Any:
     """The bundled classifier for the digits, else one trained on the labels; its weights are kept."""
     if fit.name == "digits" and fit.pad is None:
         return extractor("digits-classifier")
@@ -356,7 +373,8 @@ def _trained(store: Blocks, fit: Images, held: Images, tell: Callable[[int, int]
     fresh: list[Classifier] = []
 
     def make() -> dict[str, np.ndarray]:
-        fresh.append(train_classifier(fit, epochs=epochs, seed=seed, progress=tell))
+        made = train_classifier(fit, epochs=epochs, seed=seed, memory=memory, folder=folder, progress=tell)
+        fresh.append(made)
         return {k: v.numpy() for k, v in fresh[0].state_dict().items()}
 
     weights = store.keep("classifier", make)

@@ -33,6 +33,7 @@ __all__ = [
     "over_ranks",
     "own_rows",
     "rank_of",
+    "shares",
     "summed",
 ]
 
@@ -119,6 +120,17 @@ def rank_of() -> tuple[int, int]:
     return 0, 1
 
 
+def shares(count: int, multiple: int = 1) -> list[int]:
+    """Where the ranks' parts of ``count`` rows begin, and ``count``: multiples of ``multiple``.
+
+    ``[0, count]`` for one rank, and for rows too few for all of them to have some: every rank takes the whole.
+    """
+    ranks, blocks = rank_of()[1], -(-count // multiple)
+    if blocks < ranks:
+        return [0, count]
+    return [min(count, multiple * (blocks * r // ranks)) for r in range(ranks + 1)]
+
+
 def own_rows(stream: Any, multiple: int = 1) -> tuple[Any, int, bool]:
     """The part of a data set that this rank reads, the position of its first row, and whether ranks share it.
 
@@ -126,12 +138,11 @@ def own_rows(stream: Any, multiple: int = 1) -> tuple[Any, int, bool]:
     one too short for all ranks to have rows of it, every rank reads as a whole. Parts begin at multiples of
     ``multiple``.
     """
-    rank, ranks = rank_of()
     whole = isinstance(stream, torch.Tensor)
-    if ranks == 1 or not (whole or hasattr(stream, "rows")) or -(-len(stream) // multiple) < ranks:
+    edges = shares(len(stream), multiple) if whole or hasattr(stream, "rows") else [0, 0]
+    if len(edges) == 2:
         return stream, 0, False
-    blocks = -(-len(stream) // multiple)
-    first, last = (min(len(stream), multiple * (blocks * r // ranks)) for r in (rank, rank + 1))
+    first, last = edges[rank_of()[0]], edges[rank_of()[0] + 1]
     return (stream[first:last] if whole else stream.rows(first, last)), first, True
 
 

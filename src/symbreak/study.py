@@ -29,6 +29,7 @@ from symbreak.findings import spectral_times
 from symbreak.laws import Gaussian
 from symbreak.metrics import default_extractor, distance, extractor, features, floor
 from symbreak.metrics.memorization import nearest_summary
+from symbreak.metrics.reference import statistics
 from symbreak.moments import Moments
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import speciation_time
@@ -95,7 +96,13 @@ class Study:
         )
 
 
-def run(study: Study, out: str | Path | None = None, progress: Progress | None = None, pipeline: Any = None) -> Record:
+def run(
+    study: Study,
+    out: str | Path | None = None,
+    progress: Progress | None = None,
+    pipeline: Any = None,
+    memory: int = 2**30,
+) -> Record:
     """Run a study.
 
     Args:
@@ -104,6 +111,8 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
             on after an interruption and ends with the same record.
         progress: called with (stage, done, total).
         pipeline: the network that ``study.model`` names where it is loaded already, for another device or precision.
+        memory: bytes to hold images in and to work in; more images go into files without a name, in ``out`` or where
+            temporary files are. Results do not depend on it.
 
     Returns:
         The `Record`; it is also saved where ``out`` is given.
@@ -143,18 +152,20 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
 
     mark = time.perf_counter()
     extract = extractor(study.features or default_extractor(train), train)
-    reference = Moments.fit([features(extract, held_out)], parts=1)
-    real = features(extract, train)
+    reference = statistics(extract, held_out, rows=0).whole
+    real = statistics(extract, train, rows=max(study.samples, study.selection * study.repeats))
     per_repeat = study.samples // study.repeats
-    ground = floor(real, reference, per_repeat, study.repeats, extract.name)
-    choosing_floor = floor(real, reference, study.selection, study.repeats, extract.name)
+    ground, choosing_floor = (
+        floor(real.rows, reference, size, study.repeats, extract.name, real.whole)
+        for size in (per_repeat, study.selection)
+    )
     lap("features", mark)
 
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
     weights, packages = weights_hash(pipe.unet), versions(torch.get_num_threads())
     whole = [settings, train.fingerprint(), held_out.fingerprint(), weights, fingerprint(network), packages]
     cells = Blocks(folder, {"study": whole})
-    train_images = train.tensor()
+    train_images, held_images = (data.shards(memory // 4, folder) for data in (train, held_out))
 
     def measure(
         start: LateStart, seeds: range, repeats: int, noised: bool = False
@@ -162,7 +173,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         clean = None
         if noised:
             picks = torch.randint(len(train_images), (len(seeds),), generator=generator(11, seeds[0]))
-            clean = train_images[picks]
+            clean = train_images.at(picks)
         x = generate(pipe.unet, start, seeds, micro_batch=study.micro_batch, clean=clean)
         return distance(features(extract, x), reference, repeats, extract.name).to_dict(), x
 
@@ -171,7 +182,7 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
 
         def make() -> dict[str, Any]:
             measured, x = measure(start, range(study.samples), study.repeats, noised)
-            copies = nearest_summary(x, train_images, None)["samples"]
+            copies = nearest_summary(x, train_images, None, memory)["samples"]
             return {
                 **choice,
                 **_start_dict(start),
@@ -261,10 +272,10 @@ def run(study: Study, out: str | Path | None = None, progress: Progress | None =
         },
         "floor": ground.to_dict(),
         "selection_floor": choosing_floor.to_dict(),
-        "floor_neighbours": nearest_summary(held_out.tensor(), train_images, None)["samples"],
+        "floor_neighbours": nearest_summary(held_images, train_images, None, memory)["samples"],
         "reference": best_network,
         "rows": rows,
-        "real_grid": png_row(held_out.tensor()[:GRID]),
+        "real_grid": png_row(held_images.at(torch.arange(min(GRID, len(held_out))))),
         "smoke": study.quick,
     }
     lap("all", began)

@@ -25,6 +25,7 @@ from symbreak.data import Images
 from symbreak.files import InputError, damaged, output_folder, read_json, read_tensors, write_json, write_tensors
 from symbreak.noise import generator
 from symbreak.parallel import agreed, rank_of, summed
+from symbreak.shards import HELD
 
 __all__ = ["Recipe", "train_network"]
 
@@ -123,13 +124,15 @@ def train_network(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     compiled: bool = False,
+    memory: int = HELD,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Train a network on ``data`` and save a `diffusers.DDPMPipeline` folder.
 
     Called again with the same arguments after an interruption it goes on from the checkpoint in
-    ``out``; called after the end it returns the result at once. Ranks share every batch and add their gradients;
-    dropout draws from a generator a rank, so that a run is the same bits on the same number of processes.
+    ``out``; called after the end it returns the result at once. Ranks read and hold a part of the images each, share
+    every batch and add their gradients; dropout draws from a generator a rank, so that a run is the same bits on the
+    same number of processes.
 
     Args:
         data: images in [-1, 1].
@@ -139,6 +142,7 @@ def train_network(
         device: where the network is trained; batches and noise are drawn on the CPU, the same everywhere.
         precision: ``"fp32"``, or ``"bf16"``: forward passes under autocast; weights and averages stay float32.
         compiled: whether the network goes through ``torch.compile``.
+        memory: bytes of the images that this process holds; more go into a file without a name in ``out``.
         progress: called with (step, steps, {"loss": running mean}).
 
     Returns:
@@ -166,7 +170,7 @@ def train_network(
     rank, ranks = rank_of()
     if recipe.batch < ranks:
         raise InputError(f"a batch of {recipe.batch} images for {ranks} processes; expected at least one image each.")
-    x = data.tensor()
+    images = data.shards(memory, out)
     # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
@@ -187,16 +191,16 @@ def train_network(
     def save() -> None:
         _checkpoint(checkpoint, identity, unet, optimizer, average, losses, seconds + time.monotonic() - started)
 
-    per_epoch = max(1, len(x) // recipe.batch)
+    per_epoch = max(1, len(images) // recipe.batch)
     whole = True  # weights, average and step count belong together
     epoch, order = -1, torch.empty(0, dtype=torch.long)
     try:
         while step < recipe.steps:
             if step // per_epoch != epoch:
                 epoch = step // per_epoch
-                order = torch.randperm(len(x), generator=generator(recipe.seed, 1, epoch))
+                order = torch.randperm(len(images), generator=generator(recipe.seed, 1, epoch))
             at = step % per_epoch * recipe.batch
-            clean = x[order[at : at + recipe.batch]]
+            clean = images.at(order[at : at + recipe.batch])
             g = generator(recipe.seed, 2, step)
             t = torch.randint(0, 1000, (len(clean),), generator=g)
             noise = torch.randn(clean.shape, generator=g)
@@ -244,7 +248,7 @@ def train_network(
     stride = max(1, len(losses) // 100)
     result = {
         **identity,
-        "images": len(x),
+        "images": len(images),
         "parameters": sum(p.numel() for p in parameters),
         "loss": [sum(losses[i : i + stride]) / len(losses[i : i + stride]) for i in range(0, len(losses), stride)],
         "seconds": round(seconds + time.monotonic() - started, 1),

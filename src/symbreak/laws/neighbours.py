@@ -19,21 +19,24 @@ import torch
 
 from symbreak.blocks import Keep, unkept
 from symbreak.files import InputError
-from symbreak.parallel import dealt
+from symbreak.parallel import alone, dealt, from_each, own_rows
+from symbreak.shards import Shards
 
-__all__ = ["Search", "neighbours"]
+__all__ = ["Rows", "Search", "neighbours", "searches", "shared"]
 
 SPARE = 8  # candidates kept beyond the k wanted
 PIECE = 2**18  # numbers differenced at a time: they stay in the cache
 KEPT = 4096  # queries a kept block
 Pairs = tuple[torch.Tensor, torch.Tensor]
+Rows = torch.Tensor | Shards
 
 
 def neighbours(
-    queries: torch.Tensor,
-    points: torch.Tensor | None = None,
+    queries: Rows,
+    points: Rows | None = None,
     k: int = 2,
     *,
+    classes: tuple[torch.Tensor, torch.Tensor] | None = None,
     block: int = 1024,
     memory: int = 2**28,
     keep: Keep | None = None,
@@ -43,18 +46,19 @@ def neighbours(
     """The k nearest points of every query, exact: d = |x - y| by differences in float64.
 
     Args:
-        queries: [N, *S], float32 or float64.
-        points: [M, *S] with M >= k; ``None``: the queries among themselves, none its own neighbour.
+        queries: [N, *S], float32 or float64, or `Shards` of such rows.
+        points: [M, *S] with M >= k, or `Shards`; ``None``: the queries among themselves, none its own neighbour.
         k: neighbours wanted.
+        classes: whole numbers of queries [N] and points [M]: neighbours are of another class than the query.
         block: queries at a time.
-        memory: bytes of working memory beside the data; results depend on neither.
+        memory: bytes of working memory beside tensors that came; results depend on neither.
         keep: keep(key, make) -> arrays, for blocks that may have been made before; ``name`` begins their keys.
         progress: called with (queries done, queries in all).
 
-    Ranks share the blocks (`symbreak.parallel`).
+    Ranks share the blocks of queries, or among shards each asks its own points (`symbreak.parallel`).
 
     Returns:
-        Distances [N, k] float64, rising, and the points' indices [N, k].
+        Distances [N, k] float64, rising, and the points' indices [N, k]; infinite where fewer are of other classes.
 
     Raises:
         InputError: for sizes that do not fit, too few points, NaN, or too little memory.
@@ -63,14 +67,19 @@ def neighbours(
     >>> d.tolist(), j.tolist()
     ([[1.0, 4.0], [1.0, 2.0]], [[0, 2], [2, 1]])
     """
-    search = Search(queries, points, k, block, memory)
+    _check(queries, points, k, block, memory)
+    among = queries if points is None else points
+    if isinstance(queries, Shards) or isinstance(among, Shards):
+        return _among_shards(queries, points, k, classes, block, memory, keep, name, progress)
+    search = Search(among, k, block, memory, own=points is None, classes=None if classes is None else classes[1])
+    x = _flat(queries)
 
     def make(start: int) -> dict[str, np.ndarray]:
-        parts, stop = [], min(start + KEPT, len(queries))
+        parts, stop = [], min(start + KEPT, len(x))
         for some in torch.arange(start, stop).split(search.block):
-            parts.append(search.ask(some))
+            parts.append(search.ask(x[some], some, None if classes is None else classes[0][some]))
             if progress is not None and int(some[-1]) + 1 < stop:
-                progress(int(some[-1]) + 1, len(queries))
+                progress(int(some[-1]) + 1, len(x))
         return {"d": torch.cat([d for d, _ in parts]).numpy(), "j": torch.cat([j for _, j in parts]).numpy()}
 
     def block_of(start: int) -> dict[str, np.ndarray]:
@@ -78,35 +87,131 @@ def neighbours(
 
     def ended(blocks: int, _: int) -> None:
         if progress is not None:
-            progress(min(blocks * KEPT, len(queries)), len(queries))
+            progress(min(blocks * KEPT, len(x)), len(x))
 
-    found = dealt(range(0, len(queries), KEPT), block_of, ended)
+    found = dealt(range(0, len(x), KEPT), block_of, ended)
     return tuple(torch.from_numpy(np.concatenate([f[key] for f in found])) for key in ("d", "j"))  # type: ignore[return-value]
 
 
-class Search:
-    """Points in blocks, and the rounding bounds of products with them."""
+def _check(queries: Rows, points: Rows | None, k: int, block: int, memory: int) -> None:
+    own = points is None
+    among = queries if points is None else points
+    x, y = queries.shape, among.shape
+    if not len(among) - own >= k >= 1 or len(x) < 2 or x[1:] != y[1:] or math.prod(x[1:]) == 0:
+        raise InputError(
+            f"samples {tuple(x)} against training images {tuple(y)}; expected equal sizes and at least {k + own} "
+            "training images."
+        )
+    if memory < 2**20 or block < 1:
+        raise InputError(f"{memory:,} bytes and {block} queries at a time; expected at least 1 MiB and 1.")
 
-    def __init__(self, queries: torch.Tensor, points: torch.Tensor | None, k: int, block: int, memory: int) -> None:
-        self.own = points is None
-        among = queries if points is None else points
-        enough = len(among) - self.own >= k >= 1
-        if not enough or queries.ndim < 2 or queries.shape[1:] != among.shape[1:] or queries[:1].numel() == 0:
-            raise InputError(
-                f"samples {tuple(queries.shape)} against training images {tuple(among.shape)}; expected equal sizes "
-                f"and at least {k + self.own} training images."
-            )
-        if memory < 2**20 or block < 1:
-            raise InputError(f"{memory:,} bytes and {block} queries at a time; expected at least 1 MiB and 1.")
+
+def shared(rows: Rows) -> bool:
+    """Whether `searches` gives a rank only a part of the rows."""
+    return rows.shared if isinstance(rows, Shards) else own_rows(rows)[2]
+
+
+def searches(
+    among: Rows, k: int, block: int, memory: int, own: bool = False, classes: torch.Tensor | None = None
+) -> Iterator[Search | None]:
+    """This rank's points, as many at a time as fit into a quarter of the memory; ``None`` where others have more."""
+    if isinstance(among, torch.Tensor):
+        rows, first, _ = own_rows(among)
+        turns: Iterator[tuple[int, torch.Tensor] | None] = iter([(first, rows)])
+    else:
+        turns = among.pieces(max(1, memory // (32 * math.prod(among.shape[1:]))))
+    for turn in turns:
+        if turn is None:
+            yield None
+            continue
+        first, rows = turn
+        tags = None if classes is None else classes[first : first + len(rows)]
+        yield Search(rows, min(k, len(rows)), block, max(2**18, memory // 4), first, own, tags)
+
+
+def _among_shards(
+    queries: Rows,
+    points: Rows | None,
+    k: int,
+    classes: tuple[torch.Tensor, torch.Tensor] | None,
+    block: int,
+    memory: int,
+    keep: Keep | None,
+    name: str,
+    progress: Callable[[int, int], None] | None,
+) -> Pairs:
+    """Every query is asked of every rank's own points, piece by piece; the nearest of all of them are the answer."""
+    among = queries if points is None else points
+    count, size = len(queries), max(1, min(KEPT, memory // (32 * math.prod(queries.shape[1:]))))
+    d = torch.full((count, k), math.inf, dtype=torch.float64)
+    j = torch.full((count, k), len(among))
+    points_here = among.last - among.first if isinstance(among, Shards) else len(own_rows(among)[0])
+    asked = 0
+    tags = None if classes is None else classes[1]
+    for search in searches(among, k, block, memory, points is None, tags):
+        for start in range(0, count, size):
+            some = torch.arange(start, min(start + size, count))
+            x = _flat(queries.at(some) if isinstance(queries, Shards) else queries[some])
+            if search is None:
+                continue
+
+            def make(search: Search = search, some: torch.Tensor = some, x: torch.Tensor = x) -> dict[str, np.ndarray]:
+                own = None if classes is None else classes[0][some]
+                parts = [
+                    search.ask(x[part], some[part], None if own is None else own[part])
+                    for part in torch.arange(len(some)).split(search.block)
+                ]
+                return {"d": torch.cat([d for d, _ in parts]).numpy(), "j": torch.cat([j for _, j in parts]).numpy()}
+
+            with alone():  # other ranks have other points
+                found = (keep or unkept)(f"{name}/{search.first}-{search.last}/{start}-{start + len(some)}", make)
+            new_d, new_j = (torch.from_numpy(found[key]) for key in ("d", "j"))
+            d[some], j[some] = _ranked(torch.cat([d[some], new_d], 1), torch.cat([j[some], new_j], 1), k)
+            if progress is not None and start + len(some) < count:  # done are so many queries of so many points
+                new = (search.last - search.first) * (start + len(some))
+                progress((count * asked + new) // max(1, points_here), count)
+        asked += 0 if search is None else search.last - search.first
+    ranks = from_each({"d": d.numpy(), "j": j.numpy()}, shared(among))
+    if len(ranks) > 1:
+        d, j = (torch.cat([torch.from_numpy(f[key]) for f in ranks], 1) for key in ("d", "j"))
+        d, j = _ranked(d, j, k)
+    if progress is not None:
+        progress(count, count)
+    return d, j
+
+
+class Search:
+    """Points in blocks, and the rounding bounds of products with them.
+
+    Args:
+        points: [m, *S].
+        k: neighbours wanted, at most m.
+        block, memory: queries at a time, bytes to work in.
+        first: position of the first point among all; answers are such positions.
+        own: whether queries are points: the one at a query's position does not count.
+        classes: of the points [m]: those of a query's class do not count.
+    """
+
+    def __init__(
+        self,
+        points: torch.Tensor,
+        k: int,
+        block: int,
+        memory: int,
+        first: int = 0,
+        own: bool = False,
+        classes: torch.Tensor | None = None,
+    ) -> None:
+        self.own, self.classes, self.first, self.last = own, classes, first, first + len(points)
         self.k, self.memory = k, memory
-        self.x, self.y = (_flat(t) for t in (queries, among))
-        self.dim = self.x.shape[1]
+        self.y = _flat(points)
+        self.dim = self.y.shape[1]
         self.block = max(1, min(block, memory // (64 * self.dim)))
         centre = torch.zeros(self.dim, dtype=torch.float64)
         for rows in self._rows():
             centre += self.y[rows].double().sum(0) / len(self.y)
         # Any centre will do, as long as everybody takes the same.
-        self.centre = centre.float() if self.x.dtype == self.y.dtype == torch.float32 else centre
+        self.centre = centre.float() if self.y.dtype == torch.float32 else centre
         square = [(self.y[r].double() - self.centre.double()).square().sum(1) for r in self._rows()]
         if not all(bool(torch.isfinite(s).all()) for s in square):
             raise InputError("the images or features hold NaN or infinity; expected finite numbers.")
@@ -126,15 +231,19 @@ class Search:
         return (slice(i, min(i + step, len(self.y))) for i in range(0, len(self.y), step))
 
     def _centred(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        wide = torch.float64 if dtype == torch.float64 else self.centre.dtype
+        # Float64 rows lose nothing before they are centred.
+        wide = torch.float64 if torch.float64 in (dtype, rows.dtype) else self.centre.dtype
         return (rows.to(wide) - self.centre.to(wide)).to(dtype).mul_(self.scale)
 
-    def _products(self, x: torch.Tensor, index: torch.Tensor, part: slice) -> torch.Tensor:
-        """x.y - |y|^2 / 2 [b, block] of centred queries, scaled; minus infinity for a query itself."""
+    def _products(self, x: torch.Tensor, index: torch.Tensor, tags: torch.Tensor | None, part: slice) -> torch.Tensor:
+        """x.y - |y|^2 / 2 [b, block] of centred queries, scaled; minus infinity for points that do not count."""
         g = torch.addmm(self.half[part].to(x.dtype), x, self._centred(self.y[part], x.dtype).T, beta=-1.0)
         if self.own:
-            q = ((index >= part.start) & (index < part.stop)).nonzero()[:, 0]
-            g[q, index[q] - part.start] = -math.inf
+            here = index - self.first
+            q = ((here >= part.start) & (here < part.stop)).nonzero()[:, 0]
+            g[q, here[q] - part.start] = -math.inf
+        if self.classes is not None and tags is not None:
+            g.masked_fill_(tags[:, None] == self.classes[None, part], -math.inf)
         return g
 
     def _slack(self, square: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -143,9 +252,8 @@ class Search:
         gamma = nu / (1 - nu) if nu < 0.5 else math.inf
         return gamma * (square.sqrt() * self.radius + 0.5 * self.radius**2)
 
-    def ask(self, index: torch.Tensor) -> Pairs:
-        """The k nearest of the queries at the given positions."""
-        raw = self.x[index]
+    def ask(self, raw: torch.Tensor, index: torch.Tensor, tags: torch.Tensor | None = None) -> Pairs:
+        """The k nearest of queries [b, d] at positions ``index`` [b], of classes ``tags`` [b]."""
         x = self._centred(raw, torch.float32)
         square = self._centred(raw, torch.float64).square().sum(1, keepdim=True)
         if not bool(torch.isfinite(square).all()):
@@ -153,60 +261,70 @@ class Search:
         value = torch.empty(len(index), 0)
         place = torch.empty(len(index), 0, dtype=torch.long)
         for part in self._blocks(len(index), 4):
-            g, j = _top(self._products(x, index, part), self.k + SPARE)
+            g, j = _top(self._products(x, index, tags, part), self.k + SPARE)
             value, place = torch.cat([value, g], 1), torch.cat([place, j + part.start], 1)
             if value.shape[1] > self.k + SPARE:
                 value, order = value.topk(self.k + SPARE, dim=1)
                 place = place.gather(1, order)
-        d = self.exact(index.repeat_interleave(place.shape[1]), place.reshape(-1)).reshape(place.shape)
+        row = torch.arange(len(index))
+        d = self.exact(raw, index, row.repeat_interleave(place.shape[1]), place.reshape(-1), tags).reshape(place.shape)
         d, place = _ranked(d, place, self.k)
         # Whatever was left out has a product of at most the lowest one kept.
         worst = 0.5 * (square - (d[:, -1:] * self.scale) ** 2)
         slack = self._slack(square, torch.float32) + 1e-12 * (square + worst.abs())
         sure = (value[:, -1:].double() + slack < worst)[:, 0]
+        sure |= value[:, -1] == -math.inf  # all points that count were kept
         if value.shape[1] == len(self.y):
             sure[:] = True
         doubt = (~sure).nonzero()[:, 0]
         for some in doubt.split(64) if len(doubt) else ():
-            d[some], place[some] = self._again(index[some], d[some], place[some])
-        return d, place
+            own = None if tags is None else tags[some]
+            d[some], place[some] = self._again(raw[some], index[some], own, d[some], place[some])
+        return d, place + self.first
 
-    def _again(self, index: torch.Tensor, d: torch.Tensor, place: torch.Tensor) -> Pairs:
+    def _again(
+        self, raw: torch.Tensor, index: torch.Tensor, tags: torch.Tensor | None, d: torch.Tensor, place: torch.Tensor
+    ) -> Pairs:
         """The same from float64 products: every point that may be as near as the k-th known is ranked."""
-        known = d[:, -1].clone()
         best = [(d[i : i + 1], place[i : i + 1]) for i in range(len(index))]
-        for q, j in self.within(index, known):
-            exact = self.exact(index[q].expand(len(j)), j)
+        for q, j in self.within(raw, index, d[:, -1].clone(), tags):
+            exact = self.exact(raw, index, torch.full((len(j),), q), j, tags)
             old_d, old_j = best[q]
             fresh = ~torch.isin(j, old_j[0])
             both = torch.cat([old_d, exact[None, fresh]], 1), torch.cat([old_j, j[None, fresh]], 1)
             best[q] = _ranked(*both, self.k)
         return torch.cat([b[0] for b in best]), torch.cat([b[1] for b in best])
 
-    def within(self, index: torch.Tensor, reach: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-        """For queries at the given positions, points that may lie within ``reach`` [b]: (query, indices), in parts."""
-        x = self._centred(self.x[index], torch.float64)
+    def within(
+        self, raw: torch.Tensor, index: torch.Tensor, reach: torch.Tensor, tags: torch.Tensor | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """For queries [b, d], points that may lie within ``reach`` [b]: (query, points of this search), in parts."""
+        x = self._centred(raw, torch.float64)
         square = x.square().sum(1, keepdim=True)
         lowest = 0.5 * (square - (reach[:, None] * self.scale) ** 2)
         lowest = lowest - self._slack(square, torch.float64) - 1e-12 * (square + lowest.abs())
         for part in self._blocks(len(index), 8):
-            open_ = self._products(x, index, part) >= lowest
+            open_ = self._products(x, index, tags, part) >= lowest
             for q in open_.any(1).nonzero()[:, 0].tolist():
                 yield q, open_[q].nonzero()[:, 0] + part.start
 
-    def exact(self, q: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
-        """|x_q - y_j| [pairs] by differences in float64; infinite for a query itself."""
+    def exact(
+        self, raw: torch.Tensor, index: torch.Tensor, q: torch.Tensor, j: torch.Tensor, tags: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """|x_q - y_j| [pairs] by differences in float64; infinite for points that do not count."""
         if len(q) == 1:  # a sum over a single row may be split among threads, and end in other bits
-            return self.exact(q.repeat(2), j.repeat(2))[:1]
+            return self.exact(raw, index, q.repeat(2), j.repeat(2), tags)[:1]
         out = []
         pieces = math.ceil(len(q) / max(3, min(self.memory // 32, PIECE) // self.dim))
         for a, b in zip(q.tensor_split(pieces), j.tensor_split(pieces)):
             gap = self.y[b].double()
-            gap -= self.x[a]
+            gap -= raw[a]
             out.append(gap.square_().sum(1).sqrt_())
         d = torch.cat(out)
         if self.own:
-            d[q == j] = math.inf
+            d[index[q] == j + self.first] = math.inf
+        if self.classes is not None and tags is not None:
+            d[tags[q] == self.classes[j]] = math.inf
         return d
 
 

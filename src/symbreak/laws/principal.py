@@ -27,12 +27,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from symbreak.blocks import padded_blocks
 from symbreak.files import InputError
 from symbreak.laws.flow import Parameters, column, first_level, flatten, fresh, level, path, runge_kutta
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.mixture import Mixture
 from symbreak.moments import LowRankMoments, Moments
 from symbreak.noise import generator
+from symbreak.parallel import from_each, own_rows
 from symbreak.sketch import Certificate
 
 __all__ = ["PrincipalMixture"]
@@ -44,6 +46,7 @@ TABLES = 4  # sets of matrices of the flow that are kept
 # Products of one row with a matrix peel off what is not aligned in memory, so their last bit would depend on the
 # row's place in the batch: coordinates are padded with zeros to a multiple of this.
 ALIGNED = 16
+PIECE = 2**23  # numbers of the samples whose coordinates are taken at a time
 EVALUATIONS = 4  # of the slope, a Runge-Kutta step
 
 
@@ -291,17 +294,21 @@ class _Stage:
 
 
 def _coordinates(gaussian: Gaussian, batches: Iterable[Any], p: int) -> torch.Tensor:
-    """Leading principal coordinates [N, p] float64 of all samples, batch by batch."""
+    """Leading principal coordinates [N, p] float64 of all samples, batch by batch; ranks share a data set."""
     axes, parts = gaussian.eigenvectors[:, :p], []
     mean = gaussian.moments.mean.reshape(-1)
-    for batch in batches:
-        x = batch if isinstance(batch, torch.Tensor) else torch.as_tensor(np.asarray(batch))
+    size = max(1, min(256, PIECE // math.prod(gaussian.shape)))
+    own, _, shared = own_rows(batches, size)
+    tensors = (b if isinstance(b, torch.Tensor) else torch.as_tensor(np.asarray(b)) for b in own)
+    # Products of one size: a row's last bits depend neither on its batch nor on the rank that made it.
+    for block, count in padded_blocks(tensors, size):
         # The digits of the eigenvectors: those of a sketch are float32, and a wider copy could fill the memory.
-        rows = flatten(x.float() if x.dtype not in (torch.float32, torch.float64) else x, gaussian.shape)
+        rows = flatten(block.float() if block.dtype not in (torch.float32, torch.float64) else block, gaussian.shape)
         if not bool(torch.isfinite(rows).all()):
             raise InputError("the samples hold NaN or infinity; expected finite numbers.")
-        parts.append(((rows.to(axes.dtype) - mean.to(axes.dtype)) @ axes).double())
-    return torch.cat(parts)
+        parts.append(((rows.to(axes.dtype) - mean.to(axes.dtype)) @ axes).double()[:count])
+    found = from_each({"rows": torch.cat(parts).numpy()}, shared)
+    return torch.from_numpy(np.concatenate([f["rows"] for f in found]))
 
 
 def _groups(a: torch.Tensor, labels: Any, components: int | None, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from scipy import stats
 
+from symbreak.blocks import padded_blocks
 from symbreak.critical import jackknife, mean_interval
 from symbreak.files import InputError
 from symbreak.laws.classes import class_of
-from symbreak.metrics.features import BATCH, padded_blocks, place_of
+from symbreak.metrics.features import BATCH, place_of
 from symbreak.noise import generator
 from symbreak.parallel import from_each, own_rows
 

@@ -20,11 +20,13 @@ import torch
 from torch import nn
 
 from symbreak.adapters import usable, weights_hash
+from symbreak.blocks import padded_blocks
 from symbreak.data import Images
 from symbreak.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.metrics.pretrained import Dinov2, Inception
 from symbreak.noise import generator
-from symbreak.parallel import from_each, own_rows
+from symbreak.parallel import from_each, own_rows, shares, summed
+from symbreak.shards import HELD, Shards
 
 __all__ = [
     "Classifier",
@@ -34,10 +36,10 @@ __all__ = [
     "described",
     "extractor",
     "feature_blocks",
+    "feature_shards",
     "features",
     "load_classifier",
     "named",
-    "padded_blocks",
     "train_classifier",
 ]
 
@@ -106,11 +108,14 @@ def train_classifier(
     held_out: Images | None = None,
     epochs: int = 60,
     seed: int = 0,
+    memory: int = HELD,
+    folder: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Classifier:
     """Train a `Classifier` on labelled images (Adam, cosine rate, shifts by up to one pixel).
 
-    Its ``accuracy`` is measured on ``held_out`` where given with labels, which is used for nothing else.
+    Its ``accuracy`` is measured on ``held_out`` where given with labels, which is used for nothing else. Ranks read and
+    hold a part of the images each, in ``memory`` bytes or a file (see `Shards`), and take the same steps.
 
     Raises:
         InputError: without labels, with fewer than two classes, or for held-out images of another class.
@@ -118,7 +123,7 @@ def train_classifier(
     if train.labels is None or len(train.classes) < 2:
         raise InputError(f"{train.name} has no labels of at least two classes; a classifier needs them.")
     held_out = None if held_out is None else held_out.numbered(train.classes)
-    x, y = train.tensor(), train.labels
+    x, y = train.shards(memory, folder), train.labels
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
         torch.default_generator.manual_seed(seed)
         model = Classifier(train.shape, train.classes)
@@ -130,7 +135,7 @@ def train_classifier(
     for epoch in range(epochs):
         g = generator(seed, 3, epoch)
         for index in torch.randperm(len(x), generator=g).split(batch):
-            images = torch.nn.functional.pad(x[index], (1, 1, 1, 1), value=-1.0)
+            images = torch.nn.functional.pad(x.at(index), (1, 1, 1, 1), value=-1.0)
             dy, dx = torch.randint(0, 3, (2,), generator=g).tolist()
             images = images[:, :, dy : dy + x.shape[2], dx : dx + x.shape[3]]
             loss = torch.nn.functional.cross_entropy(model.logits(images), y[index], label_smoothing=0.05)
@@ -156,9 +161,13 @@ def accuracy(model: Classifier, images: Images) -> float:
     labels = images.numbered(model.classes).labels
     if labels is None:
         raise InputError(f"{images.name} has no labels to measure a classifier's accuracy with. Pass labelled images.")
+    own, first, shared = own_rows(images)
     with torch.inference_mode():
-        found = torch.cat([model.logits(batch).argmax(1) for batch in images])
-    return float((found == labels).double().mean())
+        found = torch.cat([model.logits(batch).argmax(1) for batch in own])
+    right = (found == labels[first : first + len(found)]).double().sum()
+    if shared:
+        summed(right)
+    return float(right) / len(labels)
 
 
 def save_classifier(model: Classifier, path: str | Path, name: str) -> Path:
@@ -316,23 +325,6 @@ def described(extract: Extractor) -> dict[str, Any]:
     }
 
 
-def padded_blocks(batches: Iterable[torch.Tensor], size: int) -> Iterator[tuple[torch.Tensor, int]]:
-    """A stream of batches cut into blocks of one size, the last one padded, and how many rows of each are real."""
-    waiting: list[torch.Tensor] = []
-    rows = 0
-    for batch in batches:
-        for part in batch.split(size):
-            waiting.append(part)
-            rows += len(part)
-            if rows >= size:
-                whole = torch.cat(waiting)
-                yield whole[:size], size
-                waiting, rows = ([whole[size:]], rows - size) if rows > size else ([], 0)
-    if rows:
-        whole = torch.cat(waiting)
-        yield torch.cat([whole, whole[:1].expand(size - rows, *whole.shape[1:])]), rows
-
-
 def feature_blocks(extract: Extractor, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Features of a stream of image batches, block by block: [B, F] float64.
 
@@ -361,3 +353,19 @@ def features(extract: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tenso
         raise InputError("no images to extract features from; expected at least one.")
     found = from_each({"features": torch.cat(out).numpy()}, shared)
     return torch.from_numpy(np.concatenate([f["features"] for f in found]))
+
+
+def feature_shards(
+    extract: Extractor, images: Images | torch.Tensor, memory: int = HELD, folder: Path | None = None
+) -> Shards:
+    """Features [N, F] float64 of images as rows to be asked for, of which every rank makes and holds a part.
+
+    Args:
+        extract: the extractor.
+        images: the images.
+        memory, folder: see `Shards`.
+    """
+    size = getattr(extract, "batch", BATCH)
+    own, _, _ = own_rows(images, size)
+    blocks = feature_blocks(extract, [own] if isinstance(own, torch.Tensor) else own)
+    return Shards((rows.numpy() for rows in blocks), shares(len(images), size), memory, folder)

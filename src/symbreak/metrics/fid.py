@@ -128,18 +128,21 @@ def extrapolated(groups: list[Moments], reference: Moments, pooled: float) -> di
     }
 
 
-def floor(real: torch.Tensor, reference: Moments, samples: int, repeats: int, extractor: str) -> Distance:
+def floor(
+    real: torch.Tensor, reference: Moments, samples: int, repeats: int, extractor: str, whole: Moments | None = None
+) -> Distance:
     """The distance of real images to the reference at the same counts: the level that nothing real beats.
 
     Args:
         real: features [N, F] of images that are not in the reference.
         samples: images a repeat; where ``real`` holds fewer, all of it is used and the counts say so.
         repeats: at most; only as many as fit without sharing images.
+        whole: moments of all real images, where ``real`` are some of them.
     """
     size = min(samples, len(real))
     disjoint = min(repeats, len(real) // size)
     order = torch.randperm(len(real), generator=generator(7, 0))
-    whole = frechet_distance(Moments.fit([real], parts=1), reference)
+    pooled = frechet_distance(Moments.fit([real], parts=1) if whole is None else whole, reference)
     # Repeats that share images are not independent: as many as fit without sharing, and no interval for one.
     result = distance(real[order[: size * disjoint]], reference, disjoint, extractor)
-    return replace(result, pooled=whole)
+    return replace(result, pooled=pooled)

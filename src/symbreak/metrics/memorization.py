@@ -19,9 +19,10 @@ from scipy.special import betaincinv
 from symbreak.blocks import Keep
 from symbreak.data import Images
 from symbreak.files import InputError
-from symbreak.laws.neighbours import Search, neighbours
+from symbreak.laws.neighbours import Rows, neighbours, searches, shared
 from symbreak.noise import generator
 from symbreak.parallel import alone, from_each, own_rows
+from symbreak.shards import Shards
 
 __all__ = ["apart", "groups", "nearer_to_train", "nearest", "nearest_in", "nearest_summary", "proportion"]
 
@@ -74,13 +75,11 @@ def nearest_in(samples: torch.Tensor, train: Images, memory: int = 2**30) -> tor
     return torch.from_numpy(np.sort(found, axis=1)[:, :2])
 
 
-def nearest_summary(
-    samples: torch.Tensor, train: torch.Tensor | Images, held_out: torch.Tensor | None, memory: int = 2**30
-) -> dict[str, Any]:
+def nearest_summary(samples: Rows, train: Rows | Images, held_out: Rows | None, memory: int = 2**30) -> dict[str, Any]:
     """Median nearest distance and share with d_1/d_2 < 1/3, for samples and for held-out images."""
 
-    def one(x: torch.Tensor) -> dict[str, Any]:
-        d = nearest_in(x, train, memory) if isinstance(train, Images) else nearest(x, train)[0]
+    def one(x: Any) -> dict[str, Any]:
+        d = nearest_in(x, train, memory) if isinstance(train, Images) else neighbours(x, train, 2, memory=memory)[0]
         ratio = d[:, 0] / d[:, 1].clamp_min(1e-12)
         return {
             "count": len(x),
@@ -100,7 +99,7 @@ def nearest_summary(
 
 
 def groups(
-    points: torch.Tensor,
+    points: Rows,
     near: float = NEAR,
     *,
     memory: int = 2**28,
@@ -115,7 +114,7 @@ def groups(
     to eight times, still have their own scale. Every pair within the radius is found.
 
     Args:
-        points: [M, *S], exact duplicates taken out, M >= 2.
+        points: [M, *S] or `Shards`, exact duplicates taken out, M >= 2.
         near: fraction of the scale, 0 for none but equal points.
         memory, keep, progress: as for `neighbours`.
 
@@ -130,12 +129,9 @@ def groups(
     first, second = [rows], [j[rows, columns]]
     full = (d[:, -1] <= radius).nonzero()[:, 0]  # these may have more neighbours within the radius
     if len(full) and k < len(points) - 1:
-        search = Search(points, None, k, 64, memory)
-        for some in full.split(64):
-            for q, others in search.within(some, torch.full((len(some),), radius, dtype=torch.float64)):
-                inside = others[search.exact(some[q].expand(len(others)), others) <= radius]
-                first.append(some[q].expand(len(inside)))
-                second.append(inside)
+        more = _within(points, full, radius, memory)
+        first.append(more[0])
+        second.append(more[1])
     a, b = torch.cat(first).numpy(), torch.cat(second).numpy()
     graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), (len(points), len(points)))
     label = connected_components(graph, directed=False)[1]
@@ -144,9 +140,28 @@ def groups(
     return order[codes], radius, scale
 
 
+def _within(points: Rows, some: torch.Tensor, radius: float, memory: int) -> Pairs:
+    """All pairs of the points at some positions with others within the radius."""
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for search in searches(points, 1, 64, memory, own=True):
+        for index in some.split(64):
+            x = points.at(index) if isinstance(points, Shards) else points[index]
+            x = x.reshape(len(x), -1)
+            reach = torch.full((len(x),), radius, dtype=torch.float64)
+            if search is None:
+                continue
+            for q, others in search.within(x, index, reach):
+                one = torch.full((len(others),), q)
+                inside = others[search.exact(x, index, one, others) <= radius] + search.first
+                found.append((index[q].expand(len(inside)), inside))
+    own = {k: torch.cat([f[i] for f in found]).numpy() if found else np.zeros(0, np.int64) for i, k in enumerate("ab")}
+    every = from_each(own, shared(points))
+    return tuple(torch.from_numpy(np.concatenate([e[k] for e in every])) for k in "ab")  # type: ignore[return-value]
+
+
 def apart(
-    queries: torch.Tensor,
-    points: torch.Tensor,
+    queries: Rows,
+    points: Rows,
     group: np.ndarray,
     *,
     memory: int = 2**28,
@@ -157,7 +172,8 @@ def apart(
     """Nearest point, and nearest point of another group: d_1 / d_2 that duplicates cannot spoil.
 
     Args:
-        queries: [N, *S]; points: [M, *S] of at least two groups; group: [M] integers, see `groups`.
+        queries: [N, *S] or `Shards`; points: [M, *S] or `Shards`, of at least two groups; group: [M] integers, see
+            `groups`.
         memory, keep, name, progress: as for `neighbours`.
 
     Returns:
@@ -172,11 +188,10 @@ def apart(
     column = other.double().argmax(1, keepdim=True)
     distance, index = torch.cat([d[:, :1], d.gather(1, column)], 1), torch.cat([j[:, :1], j.gather(1, column)], 1)
     rest = (~other.any(1)).nonzero()[:, 0]  # all neighbours found belong to one large group
-    for g in own[rest, 0].unique().tolist():
-        rows = rest[own[rest, 0] == g]
-        outside = (labels != g).nonzero()[:, 0]
-        far, where = neighbours(queries[rows], points[outside], 1, memory=memory)
-        distance[rows, 1], index[rows, 1] = far[:, 0], outside[where[:, 0]]
+    if len(rest):
+        some = queries.take(rest.numpy()) if isinstance(queries, Shards) else queries[rest]
+        far, where = neighbours(some, points, 1, classes=(own[rest, 0], labels), memory=memory)
+        distance[rest, 1], index[rest, 1] = far[:, 0], where[:, 0]
     return distance, index
 
 
