@@ -531,7 +531,7 @@ def evaluate(
     from symbreak.metrics import evaluate as measure
     from symbreak.metrics.reference import load_statistics
     from symbreak.record import versions
-    from symbreak.sample import generate, parse_seeds
+    from symbreak.sample import generate_shards, parse_seeds
 
     if (samples is None) == (model is None):
         raise InputError("evaluate needs either --samples or --model.")
@@ -554,7 +554,10 @@ def evaluate(
             store = Blocks(out, {**made, "seeds": seeds, "versions": versions(torch.get_num_threads())})
             wanted, kept = parse_seeds(seeds), None if out is None else store.keep
             said = partial(tell, "images")
-            x = generate(unet, begin, wanted, micro_batch=MICRO, keep=kept, progress=said)
+            held = (memory_size(memory) or 2**30) // 8
+            x = generate_shards(
+                unet, begin, wanted, micro_batch=MICRO, keep=kept, memory=held, folder=out, progress=said
+            )
         else:
             x = data_set(given(samples, "--samples"), samples_range, skip_bad)
         result = measure(

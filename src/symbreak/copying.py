@@ -10,8 +10,6 @@ Held-out images are asked the same as the samples: they say what to expect of im
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,12 +24,11 @@ from symbreak.blocks import Blocks
 from symbreak.data import Images, describe, images, png_row
 from symbreak.denoise import fingerprint
 from symbreak.files import InputError, digest, output_folder
-from symbreak.metrics.features import Extractor, chosen, feature_shards
+from symbreak.metrics.features import BATCH, Extractor, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train, neighbours, proportion
 from symbreak.noise import generator
-from symbreak.parallel import from_each
 from symbreak.record import Record, plain, stopwatch, versions
-from symbreak.sample import generate
+from symbreak.sample import generate_shards
 from symbreak.shards import Shards
 from symbreak.start import standard_start
 
@@ -131,18 +128,19 @@ def audit(
     name = extract.name
     made: dict[str, Any] | None = None
     drawn: Blocks | None = None
+    asking: torch.Tensor | Images | Shards | None = samples
     if model is not None:
         wanted = list(range(count)) if seeds is None else [int(s) for s in seeds]
-        made, drawn, draw = _sampling(train, model, sampler, steps, wanted, folder, packages)
+        made, drawn, draw = _sampling(train, model, sampler, steps, wanted, memory // 8, folder, packages)
         with stage("samples") as step:
-            samples = draw(step)
+            asking = draw(step)
     with stage("features"):
 
-        def taken(of: Images | torch.Tensor) -> _Side:
+        def taken(of: Images | Shards | torch.Tensor) -> _Side:
             return _side(of, train.integer, extract, memory // 8, folder)
 
         known = taken(train)
-        asked, kept = (None if of is None else taken(of) for of in (samples, held))
+        asked, kept = (None if of is None else taken(of) for of in (asking, held))
     settings = {
         "data": train.name,
         "content": train.fingerprint(),
@@ -269,27 +267,16 @@ def _held_out(train: Images, holdout: Images | None) -> tuple[Images | None, lis
 
 
 def _side(
-    source: Images | torch.Tensor, eight_bit: bool, extract: Extractor, memory: int, folder: Path | None
+    source: Images | Shards | torch.Tensor, eight_bit: bool, extract: Extractor, memory: int, folder: Path | None
 ) -> _Side:
     if isinstance(source, torch.Tensor):
-        source = source.detach().float().cpu()
-    x = Shards.of(source) if isinstance(source, torch.Tensor) else source.shards(memory, folder)
-    size = max(1, min(1024, memory // (4 * math.prod(x.shape[1:]))))
-    digests = _digests(x, size, partial(_bytes, eight_bit=eight_bit))
+        source = Shards.of(source.detach().float().cpu(), BATCH)
+    x = source.shards(memory, folder) if isinstance(source, Images) else source
+    digests = x.digests(partial(_bytes, eight_bit=eight_bit))
     if extract.name == "pixels":  # as they are: no float64 copy, and no bound on their number as for a distance
         return _Side(x, x, digests, digest(digests))
     rows = feature_shards(extract, source, memory, folder)
-    return _Side(x, rows, digests, digest(_digests(rows, size, lambda batch: batch)))
-
-
-def _digests(rows: Shards, size: int, content: Callable[[torch.Tensor], torch.Tensor]) -> tuple[bytes, ...]:
-    """A digest of every row's content, ``size`` rows at a time, each rank its own."""
-    own = []
-    for first in range(rows.first, rows.last, size):
-        for row in content(rows.own(first, min(first + size, rows.last))).contiguous().numpy():
-            own.append(hashlib.blake2b(row.tobytes(), digest_size=16).digest())
-    found = from_each({"digests": np.frombuffer(b"".join(own), np.uint8).reshape(-1, 16)}, rows.shared)
-    return tuple(one.tobytes() for f in found for one in f["digests"])
+    return _Side(x, rows, digests, digest(rows.digests()))
 
 
 def _bytes(batch: torch.Tensor, eight_bit: bool) -> torch.Tensor:
@@ -303,9 +290,10 @@ def _sampling(
     sampler: str,
     steps: int,
     seeds: list[int],
+    memory: int,
     folder: Path | None,
     packages: dict[str, str],
-) -> tuple[dict[str, Any], Blocks, Callable[[Callable[[int, int], None]], torch.Tensor]]:
+) -> tuple[dict[str, Any], Blocks, Callable[[Callable[[int, int], None]], Shards]]:
     """What the samples are, where finished ones are kept, and how to make them."""
     refuse_conditional(model, "the network")
     network = denoiser(model.unet, model.scheduler)
@@ -328,8 +316,8 @@ def _sampling(
     }
     store = Blocks(folder, {**made, "all": seeds, "versions": packages})
 
-    def draw(step: Callable[[int, int], None]) -> torch.Tensor:
-        return generate(model.unet, begin, seeds, keep=store.keep, progress=step)
+    def draw(step: Callable[[int, int], None]) -> Shards:
+        return generate_shards(model.unet, begin, seeds, keep=store.keep, memory=memory, folder=folder, progress=step)
 
     return made, store, draw
 

@@ -136,10 +136,12 @@ def own_rows(stream: Any, multiple: int = 1) -> tuple[Any, int, bool]:
 
     A data set is a tensor, or anything with a length and ``rows(first, last)``, such as `Images`; another stream, and
     one too short for all ranks to have rows of it, every rank reads as a whole. Parts begin at multiples of
-    ``multiple``.
+    ``multiple``, or where the stream has ``edges`` of its own.
     """
     whole = isinstance(stream, torch.Tensor)
-    edges = shares(len(stream), multiple) if whole or hasattr(stream, "rows") else [0, 0]
+    edges = getattr(stream, "edges", None) or (
+        shares(len(stream), multiple) if whole or hasattr(stream, "rows") else [0, 0]
+    )
     if len(edges) == 2:
         return stream, 0, False
     first, last = edges[rank_of()[0]], edges[rank_of()[0] + 1]

@@ -10,8 +10,9 @@ number of threads and micro-batch size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ import torch
 
 from symbreak.blocks import Arrays, Keep, unkept
 from symbreak.files import InputError
-from symbreak.parallel import dealt
+from symbreak.parallel import alone, dealt, rank_of, shares
+from symbreak.shards import HELD, Shards
 from symbreak.start import LateStart
 
-__all__ = ["generate", "parse_seeds"]
+__all__ = ["generate", "generate_shards", "parse_seeds"]
 
 KEPT = 256  # images of a kept block, about
 
@@ -256,3 +258,44 @@ def generate(
     starts = range(0, len(seeds), size)
     found = dealt(starts, lambda first: (keep or unkept)(f"images/{first}", partial(fresh, first)), ended)
     return torch.from_numpy(np.concatenate([part["x"] for part in found]))
+
+
+def generate_shards(
+    unet: Any,
+    start: LateStart,
+    seeds: Sequence[int],
+    *,
+    micro_batch: int = 64,
+    keep: Keep | None = None,
+    memory: int = HELD,
+    folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Shards:
+    """Images of the given seeds, the same as those of `generate`, of which every rank makes and holds a part.
+
+    Args:
+        unet, start, seeds, micro_batch, keep, progress: see `generate`.
+        memory, folder: see `Shards`.
+    """
+    size = micro_batch * max(1, KEPT // micro_batch)
+    edges = shares(len(seeds), size)
+    kept = keep or unkept
+    if len(edges) == 2:  # too few for every rank to have some: they share the micro-batches
+        whole = generate(unet, start, seeds, micro_batch=micro_batch, keep=keep, progress=progress)
+        return Shards([whole.numpy()], edges, memory, folder)
+    first, last = edges[rank_of()[0] :][:2]
+
+    def own() -> Iterator[np.ndarray]:
+        for at in range(first, last, size):
+            some = seeds[at : min(at + size, last)]
+
+            def under(_: str, make: Callable[[], Arrays], at: int = at) -> Arrays:
+                return kept(f"images/{at}", make)
+
+            with alone():
+                x = generate(unet, start, some, micro_batch=micro_batch, keep=under)
+            if progress is not None:
+                progress(len(seeds) * (at + len(some) - first) // (last - first), len(seeds))
+            yield x.numpy()
+
+    return Shards(own(), edges, memory, folder)

@@ -6,6 +6,7 @@ are shared, `Shards.at` has to be called by all of them, in the same order.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import tempfile
@@ -16,11 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.parallel import own_rows, rank_of, shares, summed
+from symbreak.parallel import from_each, own_rows, rank_of, shares, summed
 
 __all__ = ["HELD", "Shards"]
 
 HELD = 2**30  # bytes of a shard held in memory
+BLOCK_BYTES = 32 * 2**20
 Decode = Callable[[np.ndarray], torch.Tensor]
 
 
@@ -115,10 +117,10 @@ class Shards:
             raise RuntimeError(f"{self._held.done} rows came for a shard of {self.last - self.first}")
 
     @classmethod
-    def of(cls, rows: torch.Tensor) -> Shards:
-        """Rows that every rank has: each keeps its own part of them."""
-        own, _, _ = own_rows(rows)
-        return cls([own.detach().cpu().numpy()], shares(len(rows)), memory=2**62)
+    def of(cls, rows: torch.Tensor, multiple: int = 1) -> Shards:
+        """Rows that every rank has: each keeps its own part of them, which begins at a multiple of ``multiple``."""
+        own, _, _ = own_rows(rows, multiple)
+        return cls([own.detach().cpu().numpy()], shares(len(rows), multiple), memory=2**62)
 
     def __len__(self) -> int:
         return self.edges[-1]
@@ -167,6 +169,30 @@ class Shards:
         out._index = index if self._index is None else self._index[index]
         out.edges = np.searchsorted(index, self.edges).tolist()
         return out
+
+    def rows(self, first: int, last: int) -> Shards:
+        """Rows of this rank at positions first .. last - 1, for itself alone: to be gone through, a block at a time."""
+        out = object.__new__(Shards)
+        out.__dict__.update(self.__dict__)
+        own = np.arange(first, last)
+        out._index = own if self._index is None else self._index[own]
+        out.edges, out.shared, out.rank = [0, last - first], False, 0
+        return out
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """This rank's rows, a block at a time."""
+        for piece in self.pieces(max(1, min(1024, BLOCK_BYTES // (4 * math.prod(self.shape[1:]))))):
+            if piece is not None:
+                yield piece[1]
+
+    def digests(self, content: Callable[[torch.Tensor], torch.Tensor] | None = None) -> tuple[bytes, ...]:
+        """16 bytes of BLAKE2b of every row, or of what ``content`` makes of blocks of rows; on all ranks at once."""
+        own = []
+        for block in self:
+            for row in (block if content is None else content(block)).contiguous().numpy():
+                own.append(hashlib.blake2b(row.tobytes(), digest_size=16).digest())
+        found = from_each({"digests": np.frombuffer(b"".join(own), np.uint8).reshape(-1, 16)}, self.shared)
+        return tuple(one.tobytes() for f in found for one in f["digests"])
 
     def pieces(self, size: int) -> Iterator[tuple[int, torch.Tensor] | None]:
         """This rank's rows, ``size`` at a time: (position of the first, rows).

@@ -20,15 +20,16 @@ from symbreak.metrics.diversity import (
     precision_recall,
     vendi_score,
 )
-from symbreak.metrics.features import chosen, described, extractor, named, placed
+from symbreak.metrics.features import BATCH, chosen, described, extractor, named, placed
 from symbreak.metrics.features import features as feature_rows
 from symbreak.metrics.fid import extrapolated, group_distance
 from symbreak.metrics.kernel import kid
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import ROWS, Statistics, cache_folder, load_statistics, statistics
 from symbreak.noise import generator
-from symbreak.parallel import agreed
+from symbreak.parallel import agreed, from_each
 from symbreak.record import Record, stopwatch, versions
+from symbreak.shards import Shards
 
 __all__ = ["default_extractor", "evaluate"]
 
@@ -43,7 +44,7 @@ def default_extractor(data: Images) -> str:
 
 
 def evaluate(
-    samples: torch.Tensor | Images,
+    samples: torch.Tensor | Images | Shards,
     data: Images,
     holdout: Images | None = None,
     *,
@@ -67,7 +68,7 @@ def evaluate(
     precision, recall and the rest hold the features of at most ``rows`` images of each set, a random subset.
 
     Args:
-        samples: images [N, C, H, W] in [-1, 1], or `Images`.
+        samples: images [N, C, H, W] in [-1, 1], `Images`, or `Shards` of such images.
         data: the training images (floor, composition and nearest neighbours are taken from them).
         holdout: images to measure against; without it ``data`` is split in stratified halves.
         features_in: extractor or its name (see `extractor`).
@@ -97,7 +98,8 @@ def evaluate(
     """
     tell = progress or (lambda stage, done, total: None)
     if isinstance(samples, torch.Tensor):
-        samples = samples.detach().cpu()  # as pipelines on a GPU give them
+        _pixels(samples)
+        samples = Shards.of(samples, BATCH)  # which takes them off a GPU
     folder = None if out is None else output_folder(out)
     timings: dict[str, float] = {}
     lap = stopwatch(timings, tell)
@@ -190,29 +192,40 @@ def _halves(data: Images, holdout: Images | None, saved: Statistics | None, path
     return train, kept
 
 
-def _fitting(samples: torch.Tensor | Images, data: Images, holdout: Images | None) -> None:
+def _pixels(samples: torch.Tensor) -> None:
+    if not samples.is_floating_point():
+        raise InputError(
+            f"the samples are {str(samples.dtype).removeprefix('torch.')}; expected floats in [-1, 1]. Pass "
+            "images(samples), which knows 8-bit images."
+        )
+
+
+def _fitting(samples: Images | Shards, data: Images, holdout: Images | None) -> None:
     """Refuse samples of other sizes, with NaN, or in another range."""
-    shape = tuple(samples.shape[1:]) if isinstance(samples, torch.Tensor) else samples.shape
+    shape = samples.shape if isinstance(samples, Images) else samples.shape[1:]
     for name, other in (
         ("the samples", shape),
         ("the held-out images", data.shape if holdout is None else holdout.shape),
     ):
         if other != data.shape:
             raise InputError(f"{name} have the shape {other}, the training images {data.shape}. Resize them.")
-    if not isinstance(samples, torch.Tensor):
+    if isinstance(samples, Images):
         return  # opened with a range, which they were checked against
-    if not samples.is_floating_point():
+    at, first, ends = samples.first, len(samples), [math.inf, -math.inf]
+    bad = 0
+    for block in samples:
+        broken = (~torch.isfinite(block.flatten(1)).all(1)).nonzero()[:, 0]
+        bad += len(broken)
+        first = min([first, *(at + broken).tolist()])
+        ends = [min(ends[0], float(block.min())), max(ends[1], float(block.max()))]
+        at += len(block)
+    each = from_each({"bad": np.array([bad, first]), "ends": np.array(ends)}, samples.shared)
+    bad, first = sum(int(e["bad"][0]) for e in each), min(int(e["bad"][1]) for e in each)
+    if bad:
         raise InputError(
-            f"the samples are {str(samples.dtype).removeprefix('torch.')}; expected floats in [-1, 1]. Pass "
-            "images(samples), which knows 8-bit images."
+            f"{bad:,} of {len(samples):,} samples hold NaN or infinity (first: sample {first}). Leave them out."
         )
-    bad = ~torch.isfinite(samples.flatten(1)).all(1)
-    if bool(bad.any()):
-        raise InputError(
-            f"{int(bad.sum()):,} of {len(samples):,} samples hold NaN or infinity (first: sample "
-            f"{int(bad.nonzero()[0])}). Leave them out."
-        )
-    low, high = float(samples.min()), float(samples.max())
+    low, high = min(float(e["ends"][0]) for e in each), max(float(e["ends"][1]) for e in each)
     if low >= 0 and float(next(iter(data)).min()) < -0.5:
         end = 1 if high <= 1 else 255
         raise InputError(
@@ -340,9 +353,7 @@ def _judge(classify: Any, extract: Any, data: Images, device: Any) -> Any:
     return extract if judge is None and hasattr(extract, "logits") else judge
 
 
-def _composition(
-    judge: Any, samples: torch.Tensor | Images, data: Images, rows: int, seed: int
-) -> list[dict[str, Any]]:
+def _composition(judge: Any, samples: Images | Shards, data: Images, rows: int, seed: int) -> list[dict[str, Any]]:
     inner = getattr(judge, "function", judge)  # a callable may give classes, which are no features
     names = getattr(inner, "classes", None)
     by_attribute = names if isinstance(names, dict) else {} if names is None else {CLASSES: list(names)}
@@ -355,7 +366,7 @@ def _composition(
 
 
 def _neighbours(
-    samples: torch.Tensor | Images, data: Images, holdout: Images | None, seed: int, memory: int
+    samples: Images | Shards, data: Images, holdout: Images | None, seed: int, memory: int
 ) -> dict[str, Any]:
     most = max(GRID, int(NEIGHBOUR_COST / (len(data) * math.prod(data.shape))))
     picked = []
@@ -366,16 +377,14 @@ def _neighbours(
     return nearest_summary(picked[0], data, picked[1] if holdout is not None else None, memory)
 
 
-def _some(found: torch.Tensor | Images, index: np.ndarray) -> torch.Tensor:
+def _some(found: Images | Shards, index: np.ndarray) -> torch.Tensor:
     """Images at rising positions [n, C, H, W]."""
-    return found[torch.from_numpy(index)] if isinstance(found, torch.Tensor) else found.take(index, "some").tensor()
+    return found.take(index, "some").tensor() if isinstance(found, Images) else found.at(torch.from_numpy(index))
 
 
-def _name(samples: torch.Tensor | Images) -> str:
-    return "array" if isinstance(samples, torch.Tensor) else samples.name
+def _name(samples: Images | Shards) -> str:
+    return samples.name if isinstance(samples, Images) else "array"
 
 
-def _fingerprint(samples: torch.Tensor | Images) -> str:
-    if isinstance(samples, Images):
-        return samples.fingerprint()
-    return digest(samples)
+def _fingerprint(samples: Images | Shards) -> str:
+    return samples.fingerprint() if isinstance(samples, Images) else digest(samples.digests())

@@ -356,7 +356,7 @@ def features(extract: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tenso
 
 
 def feature_shards(
-    extract: Extractor, images: Images | torch.Tensor, memory: int = HELD, folder: Path | None = None
+    extract: Extractor, images: Images | Shards, memory: int = HELD, folder: Path | None = None
 ) -> Shards:
     """Features [N, F] float64 of images as rows to be asked for, of which every rank makes and holds a part.
 
@@ -366,6 +366,6 @@ def feature_shards(
         memory, folder: see `Shards`.
     """
     size = getattr(extract, "batch", BATCH)
+    edges = images.edges if isinstance(images, Shards) else shares(len(images), size)
     own, _, _ = own_rows(images, size)
-    blocks = feature_blocks(extract, [own] if isinstance(own, torch.Tensor) else own)
-    return Shards((rows.numpy() for rows in blocks), shares(len(images), size), memory, folder)
+    return Shards((rows.numpy() for rows in feature_blocks(extract, own)), edges, memory, folder)

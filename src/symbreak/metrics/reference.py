@@ -26,6 +26,7 @@ from symbreak.metrics.fid import together
 from symbreak.moments import Moments, grouped
 from symbreak.noise import generator
 from symbreak.parallel import dealt, from_each, own_rows
+from symbreak.shards import Shards
 
 __all__ = ["Statistics", "cache_folder", "load_statistics", "statistics"]
 
@@ -117,7 +118,7 @@ def cache_folder() -> Path:
 
 def statistics(
     extract: Extractor,
-    images: Images | torch.Tensor,
+    images: Images | Shards | torch.Tensor,
     *,
     groups: int = 1,
     rows: int = ROWS,
@@ -129,7 +130,7 @@ def statistics(
 
     Args:
         extract: the extractor.
-        images: a data set, or images [N, C, H, W] in [-1, 1].
+        images: a data set, or images [N, C, H, W] in [-1, 1], a tensor or `Shards`.
         groups: random groups; their sizes differ by one at most.
         rows: feature rows to keep, at most.
         seed: of groups and rows.
