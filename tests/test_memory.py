@@ -2,15 +2,15 @@
 
 import multiprocessing
 import resource
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 import symbreak as sb
-from symbreak.diagnosis import Effort
+from symbreak.diagnosis import Effort, _fitting
 from symbreak.files import InputError
+from symbreak.findings import Findings
 from symbreak.laws.overlaps import overlaps
 from symbreak.metrics.memorization import nearest, nearest_in
 from symbreak.noise import generator
@@ -99,11 +99,23 @@ def test_nearest_of_a_stream_is_nearest_of_all(tmp_path):
         assert torch.equal(nearest_in(samples, data, memory), exact)
 
 
-def test_a_diagnosis_takes_the_images_that_fit(tmp_path):
-    data = replace(sb.images("digits"), labels=None, classes=())
-    record = sb.diagnose(data, effort=Effort(queries=50, points=100), memory=2**19)
-    most = 2**19 // 3 // (4 * 64)
-    assert any(f"that of {most} of the 898 images, as many as fit" in note for note in record.content["notes"])
+def test_a_diagnosis_takes_the_images_that_fit():
+    data, effort = sb.images(sb.images("digits").tensor()), Effort(queries=50, points=100)
+    # Without a network all images count, in a file where they do not fit.
+    assert data.shards(2**18 // 3)._held.file is not None
+    tight, wide = (sb.diagnose(data, effort=effort, memory=m).content["criteria"] for m in (2**18, None))
+    row = {"name": "collapse", "of": "data"}
+    found = [next(c for c in each if row.items() <= c.items())["level"]["sigma"] for each in (tight, wide)]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def test_trajectories_are_watched_with_the_images_that_fit():
+    found, data = Findings(None, None), sb.images("digits")
+    law = _fitting(found, data, 2**19)
+    assert len(law) == 2**19 // 3 // (4 * 64)
+    assert f"watched with {len(law)} of the 898 images" in found.notes[0]
+    assert len(_fitting(found, data, None)) == 898
+    assert len(found.notes) == 1
 
 
 def measure(samples, train, held, memory):

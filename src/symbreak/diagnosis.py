@@ -29,6 +29,7 @@ from symbreak.findings import Findings, Stages, spectral_times
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.classes import class_of, posterior_average
 from symbreak.laws.empirical import COPIES
+from symbreak.laws.overlaps import SharedPoints
 from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments import Moments, mode_images
 from symbreak.noise import NoiseLevel, generator, schedule
@@ -46,7 +47,6 @@ from symbreak.shards import HELD
 __all__ = ["Effort", "diagnose"]
 
 DRAWS = 5000  # of a class mixture, where nothing is exact
-NUMBERS = 2**28  # of the images held for the collapse
 CLUSTERS = 10  # classes of a network where neither labels nor a number were given
 
 
@@ -131,8 +131,9 @@ def diagnose(
             10 where a network comes without labels and classifier.
         effort: how much to spend; `Effort` counts.
         seed: of all noise.
-        memory: bytes for the covariance, and for the images held for the collapse: a subset where not all fit.
-            By default 4 GiB and 1 GiB.
+        memory: bytes for the covariance, and for the images held at a time: of the collapse's those that do not fit are
+            kept in a file without a name, in ``out`` or where temporary files are; trajectories of a network are
+            watched as they fall onto a subset. By default 4 GiB and 1 GiB.
         out: folder for ``record.json``, and for finished blocks while it runs: the same call goes on after an
             interruption and finds the same numbers.
         progress: called with (stage, done, total).
@@ -208,10 +209,10 @@ def diagnose(
         )
     own = moments if fit is data else Moments.fit(fit, memory=memory)
     laws = _laws(found, fit, held, Gaussian(own), network is None, clusters, effort, scale, seed, memory)
-    whole = _collapse(found, store, data, laws, effort, scale, seed, memory)
+    _collapse(found, store, data, laws, effort, scale, seed, memory, folder)
     if network is not None:
         _network(found, store, network, fit, held, moments, laws, judge, effort, scale, seed)
-        _condensation(found, store, network, whole, effort, scale, seed)
+        _condensation(found, store, network, _fitting(found, data, memory), effort, scale, seed)
         content["network"] = {
             "parameters": sum(p.numel() for p in model.unet.parameters()),
             "prediction": network.prediction,
@@ -349,7 +350,7 @@ def _judge(
         )
         return _Judge(None, None, k, False)
     with found.stage("classifier") as tell:
-        judge = _trained(store, fit, held, tell, seed, HELD if memory is None else memory // 3, folder)
+        judge = _trained(store, fit, held, tell, seed, _share(memory), folder)
     found.notes.append(
         f"Classes of images: a classifier of {', '.join(judge.classes[:12])}"
         + (f", right on {judge.accuracy:.1%} of the held-out images." if math.isfinite(judge.accuracy) else ".")
@@ -502,16 +503,10 @@ def _collapse(
     scale: float,
     seed: int,
     memory: int | None,
-) -> Empirical:
-    """Below which level would a perfect score only replay the data set? All its images count; they are returned."""
-    room = 4 * NUMBERS if memory is None else memory // 3  # the images; a copy of them; work
-    most = max(3, room // (4 * math.prod(data.shape)))
-    if len(data) > most:
-        found.notes.append(
-            f"The collapse is that of {most:,} of the {len(data):,} images, as many as fit into {room / 2**30:.3g} GiB."
-        )
-        data = data.subset(most)
-    n, whole = len(data), Empirical(data.tensor(), **_room(memory))
+    folder: Path | None,
+) -> None:
+    """Below which level would a perfect score only replay the data set? All its images count, a part on every rank."""
+    n, whole = len(data), SharedPoints(data.shards(_share(memory), folder), **_room(memory))
     sigma = scale * np.geomspace(0.05, 4.0, 24)
     mixture = None if laws.classes is None else laws.classes.inner
     own: dict[str, Any] = {"data": whole, "Gaussian": laws.gaussian}
@@ -532,7 +527,24 @@ def _collapse(
                 "samples", "from the images" if law is whole else name, name, samples_needed(law, sigma, **measured)
             )
     found.lines.append({"panel": "samples", "value": math.log10(n), "label": f"the {n:,} images there are"})
-    return whole
+
+
+def _fitting(found: Findings, data: Images, memory: int | None) -> Empirical:
+    """The images that trajectories may fall onto: as many as fit, on every rank, for each asks them at every step."""
+    room = _share(memory)
+    most = max(3, room // (4 * math.prod(data.shape)))
+    if len(data) > most:
+        found.notes.append(
+            f"Trajectories are watched with {most:,} of the {len(data):,} images, as many as fit into "
+            f"{room / 2**30:.3g} GiB."
+        )
+        data = data.subset(most)
+    return Empirical(data.tensor(), **_room(memory))
+
+
+def _share(memory: int | None) -> int:
+    """Bytes of images that are held: with a copy of them and work, what is allowed."""
+    return HELD if memory is None else memory // 3
 
 
 def _condensation(

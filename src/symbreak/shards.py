@@ -148,6 +148,10 @@ class Shards:
         """Rows of this rank at positions among all rows, as they are held."""
         return self._held.get((index if self._index is None else self._index[index]) - self._base)
 
+    def here(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows of this rank at positions among all, in their order."""
+        return self.decode(self._raw(index.numpy()))
+
     def at(self, index: torch.Tensor) -> torch.Tensor:
         """Rows at the given positions, in their order, on all ranks, which make this call together."""
         wanted = index.numpy()

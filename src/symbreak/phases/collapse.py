@@ -38,7 +38,7 @@ from symbreak.laws.classes import posterior_average
 from symbreak.laws.empirical import Empirical
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.mixture import Mixture
-from symbreak.laws.overlaps import PARTS, Overlaps, overlaps
+from symbreak.laws.overlaps import PARTS, Overlaps, SharedPoints, overlaps
 from symbreak.noise import NoiseLevel, generator
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
 
 SOURCE = "arXiv:2402.18491, I(x_0; x) = log n"
 MEASURED = "arXiv:2402.18491, I(x_0; x) = log n; I from leave-one-out sums, arXiv:1905.06922, extrapolated in n"
+POINTS = (Empirical, SharedPoints)  # data sets, on which things are measured
 NORMAL = 1.959963984540054
 GROUPS = 20  # of queries, left out in turn
 FEW = 8 * PARTS  # points with which nothing is extrapolated
@@ -89,7 +90,8 @@ def excess_entropy(
 
     Args:
         law: a `Gaussian` (exact), a `Mixture` (exact but for the class information, which is a quadrature
-            for two classes with one covariance and Monte Carlo otherwise), an `Empirical` (measured: f^e),
+            for two classes with one covariance and Monte Carlo otherwise), an `Empirical` or the `SharedPoints` of
+            several processes (measured: f^e),
             or any law with ``log_prob`` (Monte Carlo).
         sigma: a level, or levels [G].
         samples: number n of training samples; for an `Empirical` it is its own.
@@ -113,7 +115,7 @@ def excess_entropy(
     1.956012
     """
     grid, shape = levels(sigma)
-    if isinstance(law, Empirical):
+    if isinstance(law, POINTS):
         _own_count(law, samples)
         found = overlaps(law, grid, queries, seed, progress, keep, tails=False)
         value, low, high = _normal(np.logaddexp(0.0, found.leave_one_out()) / law.dim)
@@ -153,7 +155,7 @@ def mutual_information(
     """
     grid, shape = levels(sigma)
     name = "mutual information"
-    if not isinstance(law, Empirical):
+    if not isinstance(law, POINTS):
         value, low, high = (a.reshape(shape) for a in _information(law, grid, draws, seed))
         return Information(grid.reshape(shape), value, low, high, name, value, value)
     _own_count(law, None)
@@ -201,7 +203,7 @@ def samples_needed(
     """
     told = mutual_information(law, sigma, queries, draws, seed, progress, keep)
     low, high = told.low, told.high
-    if isinstance(law, Empirical):
+    if isinstance(law, POINTS):
         low, high = np.fmin(low, told.least), np.fmax(high, told.most)  # NaN ends take the bounds
     ten = math.log(10.0)
     return Curve(told.sigma, told.value / ten, low / ten, high / ten, name="log10 of the samples needed")
@@ -240,7 +242,7 @@ def collapse_time(
     >>> round(collapse_time(law, samples=1000).level.ou_time, 10)
     0.8195419927
     """
-    if isinstance(law, Empirical):
+    if isinstance(law, POINTS):
         _own_count(law, samples)
         if len(law) < 3:
             raise InputError(f"a data set of {len(law)} points; expected at least 3 to look for its collapse.")
@@ -360,7 +362,7 @@ def _count(samples: int | None) -> float:
     return float(samples)
 
 
-def _own_count(law: Empirical, samples: int | None) -> None:
+def _own_count(law: Empirical | SharedPoints, samples: int | None) -> None:
     if samples is not None and samples != len(law):
         raise InputError(f"samples is {samples}, but the data set holds {len(law)} points. Leave it out.")
     if len(law) < 2:
@@ -464,7 +466,9 @@ def _left_out(found: Overlaps, estimate: Callable[[Overlaps], Any]) -> np.ndarra
     return np.array([estimate(Overlaps(found.sigma, p, found.count)) for p in parts])
 
 
-def _of_points(law: Empirical, queries: int, seed: int, progress: Progress | None, keep: Keep | None) -> CriticalTime:
+def _of_points(
+    law: Empirical | SharedPoints, queries: int, seed: int, progress: Progress | None, keep: Keep | None
+) -> CriticalTime:
     """Where the information of a data set's law passes log n."""
     n, size = len(law), _size(law) / math.sqrt(law.dim)
     nats = math.log(n)
