@@ -1,4 +1,5 @@
 import io
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from symbreak.data import images
+from symbreak.data import _mapped, images
 from symbreak.files import InputError
 
 
@@ -87,6 +88,28 @@ def test_every_source_gives_the_same_images(folder, tmp_path):
         assert len(found.fingerprint()) == 16
     assert images(tmp_path / "b.npz").classes == ("x", "y")
     assert images(tmp_path / "e.parquet").labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_an_array_in_an_archive_is_mapped_and_not_read(tmp_path):
+    raw = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
+    for name, array in (("c", raw), ("f", np.asfortranarray(raw)), ("wide", raw / 255.0)):
+        np.savez(tmp_path / f"{name}.npz", labels=np.arange(6), images=array)
+        found = _mapped(tmp_path / f"{name}.npz", "images.npy")
+        assert isinstance(found, np.memmap)
+        np.testing.assert_array_equal(found, array)
+        torch.testing.assert_close(
+            images(tmp_path / f"{name}.npz").tensor()[:, 0], torch.tensor(raw / 127.5 - 1).float()
+        )
+    np.savez_compressed(tmp_path / "packed.npz", images=raw)
+    assert _mapped(tmp_path / "packed.npz", "images.npy") is None
+    assert images(tmp_path / "packed.npz").labels is None
+    with zipfile.ZipFile(tmp_path / "short.npz", "w") as archive:
+        stream = io.BytesIO()
+        np.save(stream, raw)
+        archive.writestr("images.npy", stream.getvalue()[:-1])
+        archive.writestr("secret.npy", b"not part of it")
+    with pytest.raises(InputError, match="cannot be read"):
+        images(tmp_path / "short.npz")
 
 
 def test_a_local_data_set_through_the_hub_loader(tmp_path, monkeypatch):

@@ -606,6 +606,21 @@ def test_no_rank_reads_everything(pictures, tmp_path, arguments):
     assert sum(read) > 1000
 
 
+def test_a_hub_data_set_is_read_in_parts(pictures, tmp_path, monkeypatch):
+    import datasets
+
+    train, load = pictures / "train.parquet", datasets.load_dataset
+    given = {"data_files": str(train), "cache_dir": str(tmp_path / "cache")}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda _, split: load("parquet", split=split, features=features, **given)
+    )
+    run = ["fit", "--data", "owner/digits", "--out", str(tmp_path / "m.safetensors")]
+    assert on_ranks(_counted, tmp_path, train, run, ranks=3) == [0] * 3
+    assert max(read_json(tmp_path / f"{rank}.json") for rank in range(3)) <= 514
+    assert torch.equal(sb.Moments.load(tmp_path / "m.safetensors").cov, sb.Moments.fit(sb.images(train)).cov)
+
+
 def test_images_of_a_part_and_those_asked_for(pictures, tmp_path):
     data = sb.images(pictures / "train.parquet")
     x = data.tensor()

@@ -14,7 +14,9 @@ import io
 import json
 import math
 import os
+import struct
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -571,7 +573,8 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
                 key = next((k for k in ("images", "x", "data", "arr_0", "x_train") if k in names), None)
                 if key is None:
                     raise InputError(f"{path} holds {', '.join(names[:8])}; expected an array named 'images'.")
-                array = archive[key]
+                array = _mapped(path, f"{key}.npy")
+                array = archive[key] if array is None else array
                 tag = next((k for k in ("labels", "label", "y", "y_train") if k in names), None)
                 labels = None if tag is None else archive[tag]
         if not all(isinstance(a, (np.ndarray, type(None))) for a in (array, labels)):
@@ -586,6 +589,28 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
         )
         raise InputError(f"{path} {what} ({type(error).__name__}). Expected a plain numeric array.") from None
     return _from_array(str(path), array, labels, value_range, partial(_content, path))
+
+
+def _mapped(path: Path, member: str) -> np.ndarray | None:
+    """An array of an .npz that is stored as it is, as a memory map; ``None`` where it is compressed, or pickled."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.NameToInfo.get(member)
+        if info is None or info.compress_type != zipfile.ZIP_STORED:
+            return None
+        with archive.open(info) as stream:
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(stream)
+            header = stream.tell()
+    if dtype.hasobject or math.prod(shape) == 0:
+        return None
+    if header + math.prod(shape) * dtype.itemsize != info.file_size:
+        raise ValueError(f"{member} does not have the size it declares")
+    with path.open("rb") as file:
+        file.seek(info.header_offset + 26)  # the lengths of name and extra field, which come before the content
+        name, extra = struct.unpack("<HH", file.read(4))
+    start = info.header_offset + 30 + name + extra + header
+    return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
 
 
 def _from_array(
