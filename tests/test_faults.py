@@ -56,6 +56,7 @@ COMMANDS = {
     "sample": "sample --start IN/law.safetensors --seeds 0-99 --micro-batch 8 --steps 4 --out OUT",
     "evaluate": "evaluate --data digits --samples IN/images --repeats 3 --out OUT --reference OUT/real.safetensors",
     "train": "train --data digits --recipe IN/recipe.json --out OUT",
+    "train, file": "train --data IN/large.npy --memory 1MiB --recipe IN/recipe.json --out OUT",
     "study": "study --quick --samplers ddim --calls 3 --out OUT",
     "audit": "audit --data digits --samples IN/images --out OUT",
     "phases": "phases --data IN/small.npy --quick --out OUT",
@@ -79,6 +80,7 @@ class Forks:
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(symbreak.__file__).parents[1])},
         )
         self._answer()
+        np.save(folder / "large.npy", np.random.default_rng(0).integers(0, 256, (1600, 32, 32), np.uint8))
         (folder / "recipe.json").write_text('{"channels": [8, 16], "steps": 15, "batch": 32, "warmup": 5}')
         for line in (
             "fit --data digits --out IN/law.safetensors",
@@ -259,12 +261,13 @@ FULL = [
     ("train", {"largest_file": 20_000}),
     ("train", {"largest_file": 300_000}),
     ("train", {"full_at": 2}),
+    ("train, file", {"largest_file": 1_500_000}),  # of 1.6 MB of images
     ("study", {"largest_file": 2000}),
     ("study", {"full_at": 2}),
     ("audit", {"largest_file": 2000}),
     ("audit", {"full_at": 1}),
 ]
-QUICK_TO_FILL = [("sample", 9), ("train", 300_000)]
+QUICK_TO_FILL = [("sample", 9), ("train", 300_000), ("train, file", 1_500_000)]
 
 
 @pytest.mark.parametrize(
@@ -280,7 +283,7 @@ def test_a_full_disk(forks, tmp_path, tmp_path_factory, name, fault):
     elif name == "sample":
         assert forks(COMMANDS[name].replace("0-99", "3"), tmp_path)["code"] == 0
         before = {"00000003.png": (tmp_path / "00000003.png").read_bytes()}
-    elif name != "train":
+    elif not name.startswith("train"):
         before = {"record.json": b'{"mine": 1}', "report.html": b"<html>mine</html>"}
     for file, data in before.items():
         (tmp_path / file).write_bytes(data)

@@ -11,9 +11,11 @@ import symbreak as sb
 from symbreak.diagnosis import Effort, _fitting
 from symbreak.files import InputError
 from symbreak.findings import Findings
-from symbreak.laws.overlaps import overlaps
+from symbreak.laws.neighbours import neighbours
+from symbreak.laws.overlaps import SharedPoints, overlaps
 from symbreak.metrics.memorization import nearest, nearest_in
 from symbreak.noise import generator
+from symbreak.shards import Shards
 
 FORK = multiprocessing.get_context("fork")
 BATCH = 48 * 2**20  # a batch of images takes 32 MiB of float32, and its bytes
@@ -87,6 +89,28 @@ def test_overlaps_and_the_empirical_law_keep_to_the_memory():
         assert tight < 0.6 * whole
         assert wide > tight + 0.4 * whole
     torch.testing.assert_close(small.denoise(x, 1.0), large.denoise(x, 1.0), rtol=1e-5, atol=1e-6)
+
+
+def shards(n, memory):
+    stream = Stream(n, 28)
+    return Shards((block.numpy() for block in stream), [0, n], memory)
+
+
+def asks(n, memory):
+    rows = shards(n, memory)
+    neighbours(rows.take(np.arange(100)), rows, 3, memory=memory)
+    overlaps(SharedPoints(rows, memory), np.array([2.0]), 100)
+
+
+def test_rows_in_a_file_keep_to_the_memory():
+    whole = 4 * 784 * 40_000  # 120 MiB
+    tight, wide = growth(asks, 40_000, 8 * 2**20), growth(asks, 40_000, 2**28)
+    # Beside 8 MiB and blocks of images: what the libraries allocate for themselves.
+    assert tight < 0.6 * whole
+    assert wide > tight + 0.6 * whole
+    few, some = (shards(300, m) for m in (1000, 2**20))
+    for ask in (lambda r: neighbours(r, None, 2, memory=2**20), lambda r: neighbours(torch.zeros(5, 1, 28, 28), r)):
+        assert all(torch.equal(a, b) for a, b in zip(ask(few), ask(some)))
 
 
 def test_nearest_of_a_stream_is_nearest_of_all(tmp_path):

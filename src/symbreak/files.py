@@ -7,13 +7,14 @@ import json
 import os
 import platform
 import re
+import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -23,6 +24,7 @@ __all__ = [
     "digest",
     "file_hash",
     "left_to_another",
+    "nameless_file",
     "output_folder",
     "read_json",
     "read_tensors",
@@ -94,6 +96,14 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def nameless_file(folder: Path | None) -> IO[bytes]:
+    """A file for this process alone, which goes when it is closed; by default where temporary files are."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+    # Some file systems know no files without a name: theirs has one for a moment, by which `output_folder` finds it.
+    return tempfile.TemporaryFile(dir=folder, prefix=".rows.", suffix=f".{os.getpid()}-{_machine()}.part")
 
 
 def _machine() -> str:

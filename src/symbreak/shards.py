@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from symbreak.files import nameless_file
 from symbreak.parallel import from_each, own_rows, rank_of, shares, summed
 
 __all__ = ["HELD", "Shards"]
@@ -43,9 +43,7 @@ class _Held:
             if self.count * self._bytes <= self.memory:
                 self.rows = np.empty((self.count, *self.shape), self.dtype)
             else:
-                if self.folder is not None:
-                    self.folder.mkdir(parents=True, exist_ok=True)
-                self.file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  it lives as long as the shard
+                self.file = nameless_file(self.folder)
         if len(block) == self.count and self.file is None:
             self.rows = block  # as a whole, and there already
         elif self.rows is not None:
