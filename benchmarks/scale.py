@@ -1,14 +1,14 @@
 """Time and memory against the number of images and their size, and two processes against one.
 
-    python benchmarks/scale.py                 # up to a million images, ten minutes or more on 2 cores
+    python benchmarks/scale.py                 # up to a million images, twenty minutes or more on 2 cores
     python benchmarks/scale.py --quick         # small sizes, about a minute: no evidence
     python benchmarks/scale.py --out table.md  # also writes the tables
 
 Images are synthetic 8-bit noise, made block by block as they are asked for: nobody ever holds them, and the time to
 make them is taken off. Every number of images runs in a fresh process, whose peak is its own. fit: `Moments.fit`. fid:
 streamed statistics of 256 features (a random projection, cut at zero) and a Fréchet distance; nothing but the extractor
-differs from FID. collapse: `excess_entropy` of the data set at 19 levels, 1,000 queries; it holds its points. Exponents
-are least-squares slopes of log time over log size from the second size on (the first one shows what a call costs at
+differs from FID. collapse: `excess_entropy` of the data set at 19 levels, 1,000 queries. nearest: the two nearest images
+of 1,000 queries, as `audit` looks for them. Both are allowed 256 MiB: images that do not fit are in a file. Exponents are least-squares slopes of log time over log size from the second size on (the first one shows what a call costs at
 all), with 95 % Student-t intervals. The machine's limit is a square float32 product in the same run and number of
 threads.
 """
@@ -28,28 +28,31 @@ from pathlib import Path
 
 FEATURES = 256
 LEVELS = 19
+MEMORY = 2**28
 BLOCK = 4096
 LARGE = {
     "fit": [1_000, 10_000, 100_000, 1_000_000],
     "fid": [1_000, 10_000, 100_000, 1_000_000],
-    "collapse": [1_000, 3_000, 10_000, 30_000, 100_000],
+    "collapse": [1_000, 10_000, 100_000, 1_000_000],
+    "nearest": [1_000, 10_000, 100_000, 1_000_000],
     "sides": [8, 16, 32, 64],
     "side": 28,
     "count": 20_000,
     "queries": 1_000,
     "repeats": 3,
-    "shared": {"fit": 200_000, "sample": 2_000, "collapse": 20_000},
+    "shared": {"fit": 200_000, "sample": 2_000, "collapse": 20_000, "nearest": 50_000},
 }
 SMALL = {
     "fit": [1_000, 10_000, 40_000],
     "fid": [1_000, 10_000, 40_000],
     "collapse": [1_000, 3_000, 6_000],
+    "nearest": [1_000, 10_000, 40_000],
     "sides": [8, 12, 16, 24],
     "side": 16,
     "count": 4_000,
     "queries": 256,
     "repeats": 2,
-    "shared": {"fit": 40_000, "sample": 192, "collapse": 3_000},
+    "shared": {"fit": 40_000, "sample": 192, "collapse": 3_000, "nearest": 10_000},
 }
 
 
@@ -122,14 +125,39 @@ def fid(count, side, queries, features=FEATURES):
     return sb.frechet_distance(*found)
 
 
-def collapse(count, side, queries):
-    import numpy as np
+def points(count, side):
+    """Images of which a rank holds its part, as bytes."""
     import torch
 
-    import symbreak as sb
+    from symbreak.parallel import own_rows, shares
+    from symbreak.shards import Shards
 
-    law = sb.Empirical(torch.cat(list(Synthetic(count, side))))
+    stream = Synthetic(count, side)
+
+    def scaled(raw):
+        return torch.from_numpy(raw).float().add_(stream.offset).div_(stream.scale)
+
+    return Shards(own_rows(stream)[0].blocks(), shares(count), MEMORY, decode=scaled)
+
+
+def collapse(count, side, queries):
+    import numpy as np
+
+    import symbreak as sb
+    from symbreak.laws.overlaps import SharedPoints
+
+    law = SharedPoints(points(count, side), MEMORY)
     sb.excess_entropy(law, np.geomspace(0.5, 30.0, LEVELS), queries=queries)
+
+
+def nearest(count, side, queries):
+    import torch
+
+    from symbreak.laws.neighbours import neighbours
+
+    rows = points(count, side)
+    asked = 2 * torch.rand(queries, *rows.shape[1:], generator=torch.Generator().manual_seed(1)) - 1
+    neighbours(asked, rows, 2, memory=MEMORY)
 
 
 def sample(count, side, queries):
@@ -143,22 +171,23 @@ def sample(count, side, queries):
 def walk(count, side, task):
     """Seconds to make the images as a task takes them."""
     stream, began = Synthetic(count, side), time.perf_counter()
-    for _ in stream.blocks() if task == "fit" else stream:
+    for _ in stream if task == "fid" else stream.blocks():
         pass
     return time.perf_counter() - began
 
 
 def work(task, count, side, queries):
-    """Floating-point operations that cannot be saved: one triangle of a covariance, two products of a collapse."""
+    """Floating-point operations that cannot be saved: one triangle of a covariance, the products."""
     d = side * side
     return {
         "fit": count * d * (d + 1.0),
         "fid": count * (2.0 * d * FEATURES + FEATURES * (FEATURES + 1.0)),
         "collapse": 4.0 * count * min(queries, count) * d,
+        "nearest": 2.0 * count * queries * d,
     }[task]
 
 
-TASKS = {"fit": fit, "fid": fid, "collapse": collapse, "sample": sample}
+TASKS = {"fit": fit, "fid": fid, "collapse": collapse, "nearest": nearest, "sample": sample}
 
 
 def peak():
@@ -272,7 +301,7 @@ def main():
     say("| task | images | seconds | us an image | of the limit | peak memory, MB | of it before, MB |")
     say("|---|---|---|---|---|---|---|")
     exponents = {}
-    for task in ("fit", "fid", "collapse"):
+    for task in ("fit", "fid", "collapse", "nearest"):
         several = []
         for count in plan[task]:
             found = asked({**settings, "runs": [[task, count, side]]})["found"]
@@ -290,7 +319,7 @@ def main():
     say()
     say("| task | d | seconds | of the limit |")
     say("|---|---|---|---|")
-    tasks = ("fit", "fid", "collapse")
+    tasks = ("fit", "fid", "collapse", "nearest")
     runs = [[task, plan["count"], s] for task in tasks for s in plan["sides"]]
     found = asked({**settings, "runs": runs})["found"]["runs"]
     for run in found:
