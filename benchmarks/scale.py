@@ -7,10 +7,11 @@
 Images are synthetic 8-bit noise, made block by block as they are asked for: nobody ever holds them, and the time to
 make them is taken off. Every number of images runs in a fresh process, whose peak is its own. fit: `Moments.fit`. fid:
 streamed statistics of 256 features (a random projection, cut at zero) and a Fréchet distance; nothing but the extractor
-differs from FID. collapse: `excess_entropy` of the data set at 19 levels, 1,000 queries. nearest: the two nearest images
-of 1,000 queries, as `audit` looks for them. Both are allowed 256 MiB: images that do not fit are in a file. Exponents are least-squares slopes of log time over log size from the second size on (the first one shows what a call costs at
-all), with 95 % Student-t intervals. The machine's limit is a square float32 product in the same run and number of
-threads.
+differs from FID. collapse: `excess_entropy` of the data set at 19 levels, 1,000 queries. nearest: the two nearest
+images of 1,000 queries, as `audit` looks for them. Both are allowed 256 MiB: images that do not fit are in a file.
+Exponents are least-squares slopes of log time over log size from the second size on (the first one shows what a call
+costs at all), with 95 % Student-t intervals. The machine's limit is a square float32 product in the same run and number
+of threads.
 """
 
 from __future__ import annotations
