@@ -23,6 +23,7 @@ from symbreak.metrics.memorization import apart, groups, nearer_to_train, propor
 from symbreak.moments import Moments
 from symbreak.record import Record
 from symbreak.report import write_report
+from symbreak.shards import Shards
 
 
 def rng(seed=0):
@@ -110,6 +111,46 @@ def test_kept_blocks_are_not_made_again(monkeypatch):
     assert seen[-1] == (250, 250)
     monkeypatch.setattr(neighbours_module.Search, "ask", None)
     assert all(torch.equal(a, b) for a, b in zip(first, neighbours(x, x, keep=keep)))
+
+
+@pytest.mark.parametrize(("held", "points"), [(2**30, None), (0, None), (0, 23), (2**30, 1)])
+def test_neighbours_among_shards_are_those_among_all(monkeypatch, held, points):
+    """In memory or in a file, all at once or so many points at a time."""
+    monkeypatch.setattr(neighbours_module, "KEPT", 50)
+    for name, (x, y) in worlds().items():
+        x, y = (x[:10], y[:30]) if points == 1 else (x, y)
+        queries, rows = (Shards([t.numpy()], [0, len(t)], held) for t in (x, y))
+        k = min(5, len(y) - 1)
+        want = neighbours(x, y, k), neighbours(y, None, k)
+        with monkeypatch.context() as patch:
+            if points is not None:
+                patch.setattr(Shards, "row_bytes", 2**20 // (4 * points))
+            found = neighbours(queries, rows, k, memory=2**20), neighbours(rows, None, k, memory=2**20)
+        assert all(torch.equal(a, b) for f, w in zip(found, want) for a, b in zip(f, w)), name
+
+
+def test_neighbours_of_another_class():
+    g = rng(9)
+    x, y = torch.randn(40, 6, generator=g), torch.randn(300, 6, generator=g)
+    own, classes = torch.arange(40) % 3, torch.randint(0, 3, (300,), generator=g)
+    gap = torch.cdist(x.double(), y.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    want = gap.masked_fill(own[:, None] == classes[None], torch.inf).topk(4, largest=False)
+    for points in (y, Shards.of(y)):
+        d, j = neighbours(x, points, 4, classes=(own, classes))
+        torch.testing.assert_close(d, want.values, rtol=1e-13, atol=0)
+        assert torch.equal(j, want.indices)
+    d, j = neighbours(x[:1], y, 2, classes=(torch.zeros(1, dtype=torch.int64), torch.zeros(300, dtype=torch.int64)))
+    assert torch.isinf(d).all()  # all points are of its class
+
+
+def test_kept_blocks_among_shards_do_not_depend_on_the_memory(monkeypatch):
+    monkeypatch.setattr(neighbours_module, "KEPT", 100)
+    rows, store = Shards.of(torch.randn(250, 4, generator=rng())), {}
+    keep = lambda key, make: store.setdefault(key, None) or store.update({key: make()}) or store[key]  # noqa: E731
+    first = neighbours(rows, None, 3, keep=keep)
+    assert sorted(store) == ["neighbours/0-100", "neighbours/100-200", "neighbours/200-250"]
+    monkeypatch.setattr(neighbours_module.Search, "ask", None)
+    assert all(torch.equal(a, b) for a, b in zip(first, neighbours(rows, None, 3, keep=keep, memory=2**20)))
 
 
 # --- duplicates -----------------------------------------------------------------------------------

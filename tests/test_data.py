@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import symbreak.data
 from symbreak.data import _mapped, images
 from symbreak.files import InputError
 
@@ -90,7 +91,10 @@ def test_every_source_gives_the_same_images(folder, tmp_path):
     assert images(tmp_path / "e.parquet").labels.tolist() == [0] * 4 + [1] * 4
 
 
-def test_an_array_in_an_archive_is_mapped_and_not_read(tmp_path):
+def test_an_array_in_an_archive_is_mapped_and_not_read(tmp_path, monkeypatch):
+    np.savez(tmp_path / "small.npz", images=np.zeros((3, 4, 4), np.uint8))
+    assert _mapped(tmp_path / "small.npz", "images.npy") is None  # numpy checks it
+    monkeypatch.setattr(symbreak.data, "PART_BYTES", 10)
     raw = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
     for name, array in (("c", raw), ("f", np.asfortranarray(raw)), ("wide", raw / 255.0)):
         np.savez(tmp_path / f"{name}.npz", labels=np.arange(6), images=array)

@@ -648,11 +648,11 @@ def _asked_for(pictures, x, index):
             odd = rows.take(np.arange(1, 700, 2))  # the last rank has none of them
             assert torch.equal(odd.at(torch.tensor([349, 3])), x[[699, 7]])
             turns = list(odd.pieces(200))
-            assert len(turns) == 2
+            assert [first for first, _ in turns] == [[0, 200], [256], []][rank]
             mine = [x[1:512:2], x[513:700:2], x[:0]][rank]
-            assert torch.equal(torch.cat([mine[:0], *(turn[1] for turn in turns if turn)]), mine)
-        with alone():
-            assert rows.first == 512 * rank
+            assert torch.equal(torch.cat([mine[:0], *(rows for _, rows in turns)]), mine)
+        with alone(), pytest.raises(RuntimeError, match="one of them alone"):
+            rows.at(index)
 
 
 # --- faults ---------------------------------------------------------------------------------------

@@ -312,7 +312,6 @@ def fit(
     from symbreak.phases.speciation import speciation_time
 
     placed = (device, precision, compiled)
-    refuse_without_network(model if start else None, placed)
     if out.is_dir():
         raise InputError(f"{out} is a folder; expected a file name such as {out / 'moments.safetensors'}.")
     if not start and (model, sampler, steps, holdout, clusters) != (None,) * 5:
@@ -321,6 +320,7 @@ def fit(
         raise InputError("--rank came with --start, which decides on the rank itself. Leave one of them out.")
     if start and memory is not None:
         raise InputError("--memory came with --start; it is for moments. Leave one of them out.")
+    refuse_without_network(model, placed)
     output_folder(out.parent)
     if start:
         options = (value_range, skip_bad, classes, pad)
@@ -546,7 +546,7 @@ def evaluate(
         known = load_statistics(reference) if reference is not None and agreed(reference.exists) else None
         if known is None or known.origin["fingerprint"] == half.fingerprint():
             held_out = half
-    store = None
+    store, allowed = None, memory_size(memory)
     with _bars() as tell:
         if model is not None:
             begin, unet = planned(model, start, at, sampler, steps, placed, default_steps=10)
@@ -554,7 +554,8 @@ def evaluate(
             store = Blocks(out, {**made, "seeds": seeds, "versions": versions(torch.get_num_threads())})
             wanted, kept = parse_seeds(seeds), None if out is None else store.keep
             said = partial(tell, "images")
-            held = (memory_size(memory) or 2**30) // 8
+            held = (2**30 if allowed is None else allowed) // 4
+            allowed = None if allowed is None else allowed - held
             x = generate_shards(
                 unet, begin, wanted, micro_batch=MICRO, keep=kept, memory=held, folder=out, progress=said
             )
@@ -572,7 +573,7 @@ def evaluate(
             repeats=repeats,
             rows=rows,
             seed=seed,
-            memory=memory_size(memory),
+            memory=allowed,
             device=device_of(device),
             cache=cache,
             out=out,
@@ -720,6 +721,7 @@ def train(
             precision=precision,
             compiled=compiled,
             memory=memory_size(memory) or HELD,
+            reading=partial(tell, "images"),
             progress=lambda s, n, v: tell("steps", s, n),
         )
 

@@ -124,20 +124,22 @@ def audit(
     stage = stopwatch(timings, tell)
     packages = versions(torch.get_num_threads())
     held, notes = _held_out(train, holdout)
-    extract = chosen(features, train, weights, sha256, device)
+    extract = chosen(features, train, weights, sha256, device, memory // 2, folder)
     name = extract.name
     made: dict[str, Any] | None = None
+    wanted: list[int] | None = None
     drawn: Blocks | None = None
     asking: torch.Tensor | Images | Shards | None = samples
     if model is not None:
         wanted = list(range(count)) if seeds is None else [int(s) for s in seeds]
-        made, drawn, draw = _sampling(train, model, sampler, steps, wanted, memory // 8, folder, packages)
+        made, drawn, draw = _sampling(train, model, sampler, steps, wanted, memory // 12, folder, packages)
         with stage("samples") as step:
             asking = draw(step)
-    with stage("features"):
+    held_of, work = memory // 12, max(2**20, memory // 2)  # three sides, of images and features
+    with stage("features") as step:
 
         def taken(of: Images | Shards | torch.Tensor) -> _Side:
-            return _side(of, train.integer, extract, memory // 8, folder)
+            return _side(of, train.integer, extract, held_of, folder, step)
 
         known = taken(train)
         asked, kept = (None if of is None else taken(of) for of in (asking, held))
@@ -160,7 +162,7 @@ def audit(
         if len(first) == 1:
             raise InputError(f"all {len(train):,} images of {train.name} are equal; expected different ones.")
         points = known.rows.take(first)
-        group, radius, scale = groups(points, near, memory=memory, keep=store.keep, progress=step)
+        group, radius, scale = groups(points, near, memory=work, keep=store.keep, progress=step)
         if group.max() == 0:
             raise InputError(f"the features {name} are the same for all images of {train.name}. Choose others.")
         twins = _duplicates(known, first, group, train.name_of)
@@ -168,12 +170,12 @@ def audit(
     for title, side in (("samples", asked), ("held_out", kept)):
         if side is not None:
             with stage(title.replace("_", "-")) as step:
-                d, j = apart(side.rows, points, group, memory=memory, keep=store.keep, name=title, progress=step)
+                d, j = apart(side.rows, points, group, memory=work, keep=store.keep, name=title, progress=step)
                 found[title] = d, torch.from_numpy(first)[j]
     comparison = None
     if asked is not None and kept is not None:
         with stage("train or held-out") as step:
-            comparison = _compare(asked, known, kept, first, seed, memory, store, step)
+            comparison = _compare(asked, known, kept, first, seed, work, store, step)
     memorized = {
         title: _memorized(found[title][0], side, known, threshold) if side is not None else None
         for title, side in (("samples", asked), ("held_out", kept))
@@ -188,7 +190,7 @@ def audit(
         notes.append(
             f"No comparison of training with held-out images: fewer than {LEAST} different ones in one of the sets."
         )
-    titles = _titles(samples, made)
+    titles = _titles(samples, wanted)
     content = {
         "data": describe(train),
         "held_out": None if held is None else describe(held),
@@ -267,15 +269,21 @@ def _held_out(train: Images, holdout: Images | None) -> tuple[Images | None, lis
 
 
 def _side(
-    source: Images | Shards | torch.Tensor, eight_bit: bool, extract: Extractor, memory: int, folder: Path | None
+    source: Images | Shards | torch.Tensor,
+    eight_bit: bool,
+    extract: Extractor,
+    memory: int,
+    folder: Path | None,
+    step: Callable[[int, int], None],
 ) -> _Side:
     if isinstance(source, torch.Tensor):
         source = Shards.of(source.detach().float().cpu(), BATCH)
-    x = source.shards(memory, folder) if isinstance(source, Images) else source
+    blocks = 1 if extract.name == "pixels" else BATCH
+    x = source.shards(memory, folder, step, blocks) if isinstance(source, Images) else source
     digests = x.digests(partial(_bytes, eight_bit=eight_bit))
     if extract.name == "pixels":  # as they are: no float64 copy, and no bound on their number as for a distance
         return _Side(x, x, digests, digest(digests))
-    rows = feature_shards(extract, source, memory, folder)
+    rows = feature_shards(extract, x, memory, folder, step)
     return _Side(x, rows, digests, digest(rows.digests()))
 
 
@@ -442,17 +450,11 @@ def _histograms(found: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str
     return out
 
 
-def _titles(samples: Any, made: dict[str, Any] | None) -> Callable[[int], str]:
+def _titles(samples: Any, seeds: Sequence[int] | None) -> Callable[[int], str]:
     """What a sample is called."""
     if isinstance(samples, Images):
         return samples.name_of
-    if made is None:
-        return "sample {}".format
-    if "," in made["seeds"]:
-        seeds = made["seeds"].split(",")
-        return lambda i: f"seed {seeds[i]}"
-    first = int(made["seeds"].split("-")[0])
-    return lambda i: f"seed {first + i}"
+    return "sample {}".format if seeds is None else lambda i: f"seed {seeds[i]}"
 
 
 def _pairs(

@@ -36,7 +36,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".g
 BLOCK_BYTES = 32 * 2**20
 SPLIT_SEED = 20231  # the digits are split once, for everybody
 HASHED = 1000  # files, whose hashes are a block
-PART_BYTES = 64 * 2**20  # of a large file, hashed at a time
+PART_BYTES = 64 * 2**20  # of a file; a larger one is hashed in parts, and mapped instead of read
 MAX_CLASSES = 2**20
 MAX_PIXELS = 64 * 2**20  # an image beyond this is a bomb or a mistake
 
@@ -140,13 +140,26 @@ class Images:
             out[done : done + len(batch)] = batch
             done += len(batch)
         if shared:
-            summed(*out.view(torch.uint8).split(1024))  # bytes, each from one rank
+            summed(
+                *out.view(torch.uint8).split(max(1, BLOCK_BYTES // (4 * math.prod(self.shape))))
+            )  # bytes of one rank
         return out
 
-    def shards(self, memory: int = HELD, folder: Path | None = None) -> Shards:
-        """The images as rows to be asked for, of which every rank reads and holds a part; memory, folder: `Shards`."""
-        part, _, _ = own_rows(self)
-        return Shards(part.blocks(), shares(len(self)), memory, folder, self.scaled)
+    def shards(
+        self,
+        memory: int = HELD,
+        folder: Path | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        multiple: int = 1,
+    ) -> Shards:
+        """The images as rows to be asked for, of which every rank reads and holds a part.
+
+        Args:
+            memory, folder, progress: see `Shards`.
+            multiple: parts begin at multiples of it.
+        """
+        part, _, _ = own_rows(self, multiple)
+        return Shards(part.blocks(), shares(len(self), multiple), memory, folder, self.scaled, progress)
 
     def name_of(self, index: int) -> str:
         """What the image at a position is called in its source: its file, row or position."""
@@ -592,10 +605,13 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
 
 
 def _mapped(path: Path, member: str) -> np.ndarray | None:
-    """An array of an .npz that is stored as it is, as a memory map; ``None`` where it is compressed, or pickled."""
+    """A large array of an .npz that is stored as it is, as a memory map, whose checksum nobody reads.
+
+    ``None`` where it is small, compressed or pickled.
+    """
     with zipfile.ZipFile(path) as archive:
         info = archive.NameToInfo.get(member)
-        if info is None or info.compress_type != zipfile.ZIP_STORED:
+        if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size <= PART_BYTES:
             return None
         with archive.open(info) as stream:
             version = np.lib.format.read_magic(stream)

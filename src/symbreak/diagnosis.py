@@ -506,7 +506,8 @@ def _collapse(
     folder: Path | None,
 ) -> None:
     """Below which level would a perfect score only replay the data set? All its images count, a part on every rank."""
-    n, whole = len(data), SharedPoints(data.shards(_share(memory), folder), **_room(memory))
+    with found.stage("images") as tell:
+        n, whole = len(data), SharedPoints(data.shards(_share(memory), folder, tell), **_room(memory))
     sigma = scale * np.geomspace(0.05, 4.0, 24)
     mixture = None if laws.classes is None else laws.classes.inner
     own: dict[str, Any] = {"data": whole, "Gaussian": laws.gaussian}

@@ -144,6 +144,8 @@ def own_rows(stream: Any, multiple: int = 1) -> tuple[Any, int, bool]:
     )
     if len(edges) == 2:
         return stream, 0, False
+    if rank_of()[1] == 1:
+        raise RuntimeError("rows that several ranks hold were asked for by one of them alone")
     first, last = edges[rank_of()[0]], edges[rank_of()[0] + 1]
     return (stream[first:last] if whole else stream.rows(first, last)), first, True
 

@@ -277,6 +277,7 @@ def generate_shards(
         unet, start, seeds, micro_batch, keep, progress: see `generate`.
         memory, folder: see `Shards`.
     """
+    check(unet, start, seeds, micro_batch)
     size = micro_batch * max(1, KEPT // micro_batch)
     edges = shares(len(seeds), size)
     kept = keep or unkept

@@ -92,6 +92,7 @@ class Shards:
         memory: bytes held in memory; a larger shard goes into a file without a name, which ends with the process.
         folder: where that file is; by default where temporary files are.
         decode: rows as they are held -> tensor [B, *S]; by default as they are.
+        progress: called with (rows of this rank that have come, all of them).
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Shards:
         memory: int = HELD,
         folder: Path | None = None,
         decode: Decode = torch.from_numpy,
+        progress: Callable[[int, int], None] | None = None,
     ) -> None:
         self.edges, self.decode = edges, decode
         self.shared = len(edges) > 2
@@ -110,6 +112,8 @@ class Shards:
         self._held = _Held(self.last - self.first, memory, folder)
         for block in blocks:
             self._held.add(block)
+            if progress is not None:
+                progress(self._held.done, self._held.count)
         self._held.end()
         if self._held.done != self.last - self.first:
             raise RuntimeError(f"{self._held.done} rows came for a shard of {self.last - self.first}")
@@ -127,6 +131,12 @@ class Shards:
     def shape(self) -> tuple[int, ...]:
         """(N, *S)."""
         return (len(self), *self._held.shape)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row that was asked for."""
+        one = self.decode(np.zeros((1, *self._held.shape), self._held.dtype))
+        return one.numel() * one.element_size()
 
     @property
     def first(self) -> int:
@@ -155,6 +165,8 @@ class Shards:
         wanted = index.numpy()
         if not self.shared:
             return self.decode(self._raw(wanted))
+        if rank_of()[1] == 1:
+            raise RuntimeError("rows that several ranks hold were asked for by one of them alone")
         mine = (wanted >= self.first) & (wanted < self.last)
         some = self._raw(wanted[mine])
         raw = np.zeros((len(wanted), *some.shape[1:]), some.dtype)
@@ -166,26 +178,24 @@ class Shards:
 
     def take(self, index: np.ndarray) -> Shards:
         """The rows at rising positions, without a copy of them."""
-        out = object.__new__(Shards)
-        out.__dict__.update(self.__dict__)
-        out._index = index if self._index is None else self._index[index]
-        out.edges = np.searchsorted(index, self.edges).tolist()
-        return out
+        return self._view(index, np.searchsorted(index, self.edges).tolist())
 
     def rows(self, first: int, last: int) -> Shards:
         """Rows of this rank at positions first .. last - 1, for itself alone: to be gone through, a block at a time."""
+        return self._view(np.arange(first, last), [0, last - first])
+
+    def _view(self, index: np.ndarray, edges: list[int]) -> Shards:
         out = object.__new__(Shards)
         out.__dict__.update(self.__dict__)
-        own = np.arange(first, last)
-        out._index = own if self._index is None else self._index[own]
-        out.edges, out.shared, out.rank = [0, last - first], False, 0
+        out._index = index if self._index is None else self._index[index]
+        out.edges, out.shared = edges, len(edges) > 2
+        out.rank = self.rank if out.shared else 0
         return out
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         """This rank's rows, a block at a time."""
-        for piece in self.pieces(max(1, min(1024, BLOCK_BYTES // (4 * math.prod(self.shape[1:]))))):
-            if piece is not None:
-                yield piece[1]
+        for _, rows in self.pieces(max(1, min(1024, BLOCK_BYTES // self.row_bytes))):
+            yield rows
 
     def digests(self, content: Callable[[torch.Tensor], torch.Tensor] | None = None) -> tuple[bytes, ...]:
         """16 bytes of BLAKE2b of every row, or of what ``content`` makes of blocks of rows; on all ranks at once."""
@@ -196,13 +206,7 @@ class Shards:
         found = from_each({"digests": np.frombuffer(b"".join(own), np.uint8).reshape(-1, 16)}, self.shared)
         return tuple(one.tobytes() for f in found for one in f["digests"])
 
-    def pieces(self, size: int) -> Iterator[tuple[int, torch.Tensor] | None]:
-        """This rank's rows, ``size`` at a time: (position of the first, rows).
-
-        Every rank has as many turns; one whose rows are at an end has ``None``.
-        """
-        longest = int(np.diff(self.edges).max())
-        for turn in range(-(-longest // size)):
-            first = self.first + turn * size
-            last = min(first + size, self.last)
-            yield (first, self.own(first, last)) if first < last else None
+    def pieces(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """This rank's rows, ``size`` at a time: (position of the first, rows)."""
+        for first in range(self.first, self.last, size):
+            yield first, self.own(first, min(first + size, self.last))

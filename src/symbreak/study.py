@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def run(
     lap("moments", mark)
 
     mark = time.perf_counter()
-    extract = extractor(study.features or default_extractor(train), train)
+    extract = extractor(study.features or default_extractor(train), train, memory=memory // 2, folder=folder)
     reference = statistics(extract, held_out, rows=0).whole
     real = statistics(extract, train, rows=max(study.samples, study.selection * study.repeats))
     per_repeat = study.samples // study.repeats
@@ -165,7 +166,6 @@ def run(
     weights, packages = weights_hash(pipe.unet), versions(torch.get_num_threads())
     whole = [settings, train.fingerprint(), held_out.fingerprint(), weights, fingerprint(network), packages]
     cells = Blocks(folder, {"study": whole})
-    train_images, held_images = (data.shards(memory // 4, folder) for data in (train, held_out))
 
     def measure(
         start: LateStart, seeds: range, repeats: int, noised: bool = False
@@ -182,7 +182,7 @@ def run(
 
         def make() -> dict[str, Any]:
             measured, x = measure(start, range(study.samples), study.repeats, noised)
-            copies = nearest_summary(x, train_images, None, memory)["samples"]
+            copies = nearest_summary(x, train_images, None, memory // 2)["samples"]
             return {
                 **choice,
                 **_start_dict(start),
@@ -206,6 +206,8 @@ def run(
         for sampler, full in base.items()
         for calls in study.calls
     ]
+    reading = partial(tell, "images")
+    train_images, held_images = (data.shards(memory // 4, folder, reading) for data in (train, held_out))
     rows: list[dict[str, Any]] = []
     tell("table", 0, len(plans))
     for plan in plans:
@@ -272,7 +274,7 @@ def run(
         },
         "floor": ground.to_dict(),
         "selection_floor": choosing_floor.to_dict(),
-        "floor_neighbours": nearest_summary(held_images, train_images, None, memory)["samples"],
+        "floor_neighbours": nearest_summary(held_images, train_images, None, memory // 2)["samples"],
         "reference": best_network,
         "rows": rows,
         "real_grid": png_row(held_images.at(torch.arange(min(GRID, len(held_out))))),

@@ -125,6 +125,7 @@ def train_network(
     precision: str = "fp32",
     compiled: bool = False,
     memory: int = HELD,
+    reading: Callable[[int, int], None] | None = None,
     progress: Callable[[int, int, dict[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Train a network on ``data`` and save a `diffusers.DDPMPipeline` folder.
@@ -143,6 +144,7 @@ def train_network(
         precision: ``"fp32"``, or ``"bf16"``: forward passes under autocast; weights and averages stay float32.
         compiled: whether the network goes through ``torch.compile``.
         memory: bytes of the images that this process holds; more go into a file without a name in ``out``.
+        reading: called with (images read, images of this process) before the first step.
         progress: called with (step, steps, {"loss": running mean}).
 
     Returns:
@@ -158,11 +160,12 @@ def train_network(
     out = output_folder(out)
     identity: dict[str, Any] = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
     identity["recipe"]["channels"] = list(recipe.channels)
-    identity["precision"] = precision
+    identity |= {} if precision == "fp32" else {"precision": precision}  # runs of before it was asked for were fp32
     done, checkpoint = out / "training.json", out / "checkpoint.safetensors"
     if agreed(done.exists):
         result = read_json(done)
-        if not isinstance(result, dict) or {k: result.get(k) for k in identity} != identity:
+        same = isinstance(result, dict) and {k: result.get(k) for k in identity} == identity
+        if not same or result.get("precision", "fp32") != precision:
             raise InputError(f"{out} holds a network trained with other settings. Choose another --out.")
         if rank_of()[0] == 0:
             checkpoint.unlink(missing_ok=True)  # a run that was killed at its very end leaves it
@@ -170,7 +173,7 @@ def train_network(
     rank, ranks = rank_of()
     if recipe.batch < ranks:
         raise InputError(f"a batch of {recipe.batch} images for {ranks} processes; expected at least one image each.")
-    images = data.shards(memory, out)
+    images = data.shards(memory, out, reading)
     # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)

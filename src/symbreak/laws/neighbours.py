@@ -19,10 +19,10 @@ import torch
 
 from symbreak.blocks import Keep, unkept
 from symbreak.files import InputError
-from symbreak.parallel import alone, dealt, from_each, own_rows
+from symbreak.parallel import dealt, from_each, rank_of
 from symbreak.shards import Shards
 
-__all__ = ["Rows", "Search", "neighbours", "searches", "shared"]
+__all__ = ["Rows", "Search", "neighbours", "searches"]
 
 SPARE = 8  # candidates kept beyond the k wanted
 PIECE = 2**18  # numbers differenced at a time: they stay in the cache
@@ -68,9 +68,9 @@ def neighbours(
     ([[1.0, 4.0], [1.0, 2.0]], [[0, 2], [2, 1]])
     """
     _check(queries, points, k, block, memory)
-    among = queries if points is None else points
-    if isinstance(queries, Shards) or isinstance(among, Shards):
+    if isinstance(queries, Shards) or isinstance(points, Shards):
         return _among_shards(queries, points, k, classes, block, memory, keep, name, progress)
+    among = queries if points is None else points
     search = Search(among, k, block, memory, own=points is None, classes=None if classes is None else classes[1])
     x = _flat(queries)
 
@@ -106,27 +106,16 @@ def _check(queries: Rows, points: Rows | None, k: int, block: int, memory: int) 
         raise InputError(f"{memory:,} bytes and {block} queries at a time; expected at least 1 MiB and 1.")
 
 
-def shared(rows: Rows) -> bool:
-    """Whether `searches` gives a rank only a part of the rows."""
-    return rows.shared if isinstance(rows, Shards) else own_rows(rows)[2]
-
-
 def searches(
-    among: Rows, k: int, block: int, memory: int, own: bool = False, classes: torch.Tensor | None = None
-) -> Iterator[Search | None]:
-    """This rank's points, as many at a time as fit into a quarter of the memory; ``None`` where others have more."""
-    if isinstance(among, torch.Tensor):
-        rows, first, _ = own_rows(among)
-        turns: Iterator[tuple[int, torch.Tensor] | None] = iter([(first, rows)])
-    else:
-        turns = among.pieces(max(1, memory // (32 * math.prod(among.shape[1:]))))
-    for turn in turns:
-        if turn is None:
-            yield None
-            continue
-        first, rows = turn
+    among: Shards, k: int, block: int, memory: int, own: bool = False, classes: torch.Tensor | None = None
+) -> Iterator[Search]:
+    """This rank's points, as many at a time as fit into a quarter of the memory."""
+    for piece in among.pieces(max(1, memory // (4 * among.row_bytes))):
+        first, rows = piece
         tags = None if classes is None else classes[first : first + len(rows)]
-        yield Search(rows, min(k, len(rows)), block, max(2**18, memory // 4), first, own, tags)
+        search = Search(rows, min(k, len(rows)), block, max(2**18, memory // 4), first, own, tags)
+        yield search
+        del piece, rows, search  # before the next ones are there
 
 
 def _among_shards(
@@ -140,44 +129,52 @@ def _among_shards(
     name: str,
     progress: Callable[[int, int], None] | None,
 ) -> Pairs:
-    """Every query is asked of every rank's own points, piece by piece; the nearest of all of them are the answer."""
+    """Every rank is asked for the nearest of its own points; the nearest of all of them are the answer.
+
+    A block of queries goes through all points: their pieces are read again for every block, which costs little beside
+    thousands of products with each.
+    """
     among = queries if points is None else points
-    count, size = len(queries), max(1, min(KEPT, memory // (32 * math.prod(queries.shape[1:]))))
-    d = torch.full((count, k), math.inf, dtype=torch.float64)
-    j = torch.full((count, k), len(among))
-    points_here = among.last - among.first if isinstance(among, Shards) else len(own_rows(among)[0])
-    asked = 0
+    among = Shards.of(among) if isinstance(among, torch.Tensor) else among
+    count, here = len(queries), among.last - among.first
+    size = max(1, min(KEPT, memory // (64 * math.prod(queries.shape[1:]))))
     tags = None if classes is None else classes[1]
-    for search in searches(among, k, block, memory, points is None, tags):
-        for start in range(0, count, size):
-            some = torch.arange(start, min(start + size, count))
-            x = _flat(queries.at(some) if isinstance(queries, Shards) else queries[some])
-            if search is None:
-                continue
+    pieces = partial(searches, among, k, block, memory, points is None, tags)
+    held = list(pieces()) if 4 * here * among.row_bytes <= memory else None
 
-            def make(search: Search = search, some: torch.Tensor = some, x: torch.Tensor = x) -> dict[str, np.ndarray]:
-                own = None if classes is None else classes[0][some]
-                parts = [
-                    search.ask(x[part], some[part], None if own is None else own[part])
-                    for part in torch.arange(len(some)).split(search.block)
-                ]
-                return {"d": torch.cat([d for d, _ in parts]).numpy(), "j": torch.cat([j for _, j in parts]).numpy()}
+    def asked(some: torch.Tensor, x: torch.Tensor, whole: int) -> Pairs:
+        """The nearest of this rank's points; ``whole`` queries are at an end with these."""
+        d = torch.full((len(some), k), math.inf, dtype=torch.float64)
+        j = torch.full((len(some), k), len(among))
+        done = 0
+        for search in pieces() if held is None else held:
+            for part in torch.arange(len(some)).split(search.block) if len(some) else ():
+                own = None if classes is None else classes[0][some[part]]
+                new_d, new_j = search.ask(x[part], some[part], own)
+                d[part], j[part] = _ranked(torch.cat([d[part], new_d], 1), torch.cat([j[part], new_j], 1), k)
+                done += len(part) * (search.last - search.first)
+                if progress is not None:
+                    progress(min(count - 1, int(some[0]) + whole * done // (len(some) * here)), count)
+        return d, j
 
-            with alone():  # other ranks have other points
-                found = (keep or unkept)(f"{name}/{search.first}-{search.last}/{start}-{start + len(some)}", make)
-            new_d, new_j = (torch.from_numpy(found[key]) for key in ("d", "j"))
-            d[some], j[some] = _ranked(torch.cat([d[some], new_d], 1), torch.cat([j[some], new_j], 1), k)
-            if progress is not None and start + len(some) < count:  # done are so many queries of so many points
-                new = (search.last - search.first) * (start + len(some))
-                progress((count * asked + new) // max(1, points_here), count)
-        asked += 0 if search is None else search.last - search.first
-    ranks = from_each({"d": d.numpy(), "j": j.numpy()}, shared(among))
-    if len(ranks) > 1:
-        d, j = (torch.cat([torch.from_numpy(f[key]) for f in ranks], 1) for key in ("d", "j"))
+    def make(some: torch.Tensor) -> dict[str, np.ndarray]:
+        """By all ranks at once, each from its points, or from all of them for a part of the queries."""
+        x = _flat(queries.at(some) if isinstance(queries, Shards) else queries[some])
+        rank, ranks = (0, 1) if among.shared else rank_of()
+        mine = slice(len(some) * rank // ranks, len(some) * (rank + 1) // ranks)
+        d, j = asked(some[mine], x[mine], len(some))
+        each = from_each({"d": d.numpy(), "j": j.numpy()})
+        d, j = (torch.from_numpy(np.concatenate([e[n] for e in each], int(among.shared))) for n in ("d", "j"))
         d, j = _ranked(d, j, k)
-    if progress is not None:
-        progress(count, count)
-    return d, j
+        return {"d": d.numpy(), "j": j.numpy()}
+
+    parts = []
+    for some in torch.arange(count).split(size):
+        last = int(some[-1]) + 1
+        parts.append((keep or unkept)(f"{name}/{int(some[0])}-{last}", partial(make, some)))
+        if progress is not None:
+            progress(last, count)
+    return tuple(torch.from_numpy(np.concatenate([p[n] for p in parts])) for n in ("d", "j"))  # type: ignore[return-value]
 
 
 class Search:

@@ -88,9 +88,8 @@ class SharedPoints:
         self.widest = max(float(e["widest"]) for e in each)
 
     def _own(self, step: int) -> Iterator[torch.Tensor]:
-        for turn in self.points.pieces(step):
-            if turn is not None:
-                yield turn[1].reshape(len(turn[1]), -1).double()
+        for _, rows in self.points.pieces(step):
+            yield rows.flatten(1).double()
 
     @property
     def dim(self) -> int:
@@ -171,19 +170,20 @@ def overlaps(
     identity = None if keep is None else law.points if isinstance(law, Empirical) else law.identity
     key = name if keep is None else keyed(name, identity, torch.from_numpy(sigma), len(chosen), seed, tails)
     if isinstance(law, Empirical):
-        whole = in_blocks(key, range(len(blocks)), lambda i: make(i, points.asked(blocks[i], place)), progress, keep)
+        made = in_blocks(key, range(len(blocks)), lambda i: make(i, points.asked(blocks[i], place)), progress, keep)
+        logs = [m["log"] for m in made]
     else:
-        whole = []
+        logs = []
         for i, index in enumerate(blocks):
             asked = points.asked(index, place)  # by all ranks at once
             own = f"{key}/{i}/{law.points.first}-{law.points.last}"
             with alone(), torch.inference_mode():
                 found = (keep or unkept)(own, partial(make, i, asked))
             each = from_each({"log": found["log"]}, law.points.shared)
-            whole.append({"log": np.logaddexp.reduce([e["log"] for e in each])})
+            logs.append(np.logaddexp.reduce([e["log"] for e in each]))
             if progress is not None:
                 progress(i + 1, len(blocks))
-    return Overlaps(sigma, np.concatenate([b["log"][: len(q)] for b, q in zip(whole, blocks)]), n)
+    return Overlaps(sigma, np.concatenate([log[: len(q)] for log, q in zip(logs, blocks)]), n)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from symbreak.metrics.reference import ROWS, Statistics, cache_folder, load_stat
 from symbreak.noise import generator
 from symbreak.parallel import agreed, from_each
 from symbreak.record import Record, stopwatch, versions
-from symbreak.shards import Shards
+from symbreak.shards import HELD, Shards
 
 __all__ = ["default_extractor", "evaluate"]
 
@@ -98,22 +98,22 @@ def evaluate(
     """
     tell = progress or (lambda stage, done, total: None)
     if isinstance(samples, torch.Tensor):
-        _pixels(samples)
-        samples = Shards.of(samples, BATCH)  # which takes them off a GPU
+        samples = Shards.of(_pixels(samples), BATCH)  # which takes them off a GPU
     folder = None if out is None else output_folder(out)
     timings: dict[str, float] = {}
     lap = stopwatch(timings, tell)
     store = cache_folder() if cache is True else None if cache is False else Path(cache)
     saved = load_statistics(reference) if reference is not None and agreed(Path(reference).exists) else None
     data, holdout = _halves(data, holdout, saved, reference)
-    _fitting(samples, data, holdout)
     if repeats < 1 or len(samples) < 2 * repeats:
         raise InputError(f"{len(samples)} samples in {repeats} repeats; expected at least 2 samples a repeat.")
+    _fitting(samples, data, holdout)
 
     if features_in is None:
         features_in = default_extractor(data)
-    extract = chosen(features_in, data, weights, sha256, device)
-    judge = _judge(classify, extract, data, device)
+    room = HELD if memory is None else memory // 2  # for a classifier that is trained
+    extract = chosen(features_in, data, weights, sha256, device, room, folder)
+    judge = _judge(classify, extract, data, device, room, folder)
     about = described(extract)
     notes: list[str] = []
     rows = _held(rows, memory, extract, data, repeats, notes)
@@ -192,12 +192,14 @@ def _halves(data: Images, holdout: Images | None, saved: Statistics | None, path
     return train, kept
 
 
-def _pixels(samples: torch.Tensor) -> None:
+def _pixels(samples: torch.Tensor) -> torch.Tensor:
+    """Samples in single or double precision."""
     if not samples.is_floating_point():
         raise InputError(
             f"the samples are {str(samples.dtype).removeprefix('torch.')}; expected floats in [-1, 1]. Pass "
             "images(samples), which knows 8-bit images."
         )
+    return samples if samples.dtype == torch.float64 else samples.float()
 
 
 def _fitting(samples: Images | Shards, data: Images, holdout: Images | None) -> None:
@@ -343,13 +345,15 @@ def _vendi(own: Statistics, real: Statistics, seed: int) -> dict[str, Any]:
     return {**found, "reference_value": other["value"], **ends}
 
 
-def _judge(classify: Any, extract: Any, data: Images, device: Any) -> Any:
+def _judge(classify: Any, extract: Any, data: Images, device: Any, memory: int, folder: Path | None) -> Any:
     """What says the class of an image, ``None`` where there is nothing."""
     if classify == "pixels":
         raise InputError(
             "--classify pixels gives no classes; expected a classifier, FILE.safetensors, module:callable."
         )
-    judge = placed(extractor(classify, data), device) if isinstance(classify, str) else classify
+    judge = classify
+    if isinstance(classify, str):
+        judge = placed(extractor(classify, data, memory=memory, folder=folder), device)
     return extract if judge is None and hasattr(extract, "logits") else judge
 
 

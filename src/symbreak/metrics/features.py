@@ -220,7 +220,12 @@ class _Callable:
 
 
 def extractor(
-    name: str, data: Images | None = None, weights: str | Path | None = None, sha256: str | None = None
+    name: str,
+    data: Images | None = None,
+    weights: str | Path | None = None,
+    sha256: str | None = None,
+    memory: int = HELD,
+    folder: Path | None = None,
 ) -> Any:
     """An extractor by name.
 
@@ -230,6 +235,7 @@ def extractor(
             ``"module:callable"``.
         weights: weights of ``"inception"`` (file) and ``"dinov2"`` (folder).
         sha256: of other Inception weights than the published ones.
+        memory, folder: of ``"classifier"``, see `train_classifier`.
 
     Raises:
         InputError: for an unknown name, a module that has no such callable, or weights that are missing or wrong.
@@ -249,7 +255,7 @@ def extractor(
     if name == "classifier":
         if data is None:
             raise InputError("the extractor 'classifier' is trained on labelled data; pass --data with labels.")
-        return train_classifier(data)
+        return train_classifier(data, memory=memory, folder=folder)
     if name.endswith(".safetensors"):
         return load_classifier(name)
     module, _, attribute = name.partition(":")
@@ -270,10 +276,12 @@ def chosen(
     weights: str | Path | None = None,
     sha256: str | None = None,
     device: str | torch.device | None = None,
+    memory: int = HELD,
+    folder: Path | None = None,
 ) -> Any:
     """The extractor of a name (see `extractor`) on a device, or the one given, which brings weights and place."""
     if isinstance(features, str):
-        return placed(extractor(features, data, weights, sha256), device)
+        return placed(extractor(features, data, weights, sha256, memory, folder), device)
     if (weights, sha256) != (None, None):
         raise InputError("weights came with an extractor that is no name; it brings its own. Leave them out.")
     return named(features)
@@ -356,16 +364,21 @@ def features(extract: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tenso
 
 
 def feature_shards(
-    extract: Extractor, images: Images | Shards, memory: int = HELD, folder: Path | None = None
+    extract: Extractor,
+    images: Images | Shards,
+    memory: int = HELD,
+    folder: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Shards:
     """Features [N, F] float64 of images as rows to be asked for, of which every rank makes and holds a part.
 
     Args:
         extract: the extractor.
         images: the images.
-        memory, folder: see `Shards`.
+        memory, folder, progress: see `Shards`.
     """
     size = getattr(extract, "batch", BATCH)
     edges = images.edges if isinstance(images, Shards) else shares(len(images), size)
-    own, _, _ = own_rows(images, size)
-    return Shards((rows.numpy() for rows in feature_blocks(extract, own)), edges, memory, folder)
+    own, _, _ = own_rows(images, size)  # shards have edges of their own
+    blocks = (rows.numpy() for rows in feature_blocks(extract, own))
+    return Shards(blocks, edges, memory, folder, progress=progress)

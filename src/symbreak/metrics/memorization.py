@@ -19,7 +19,7 @@ from scipy.special import betaincinv
 from symbreak.blocks import Keep
 from symbreak.data import Images
 from symbreak.files import InputError
-from symbreak.laws.neighbours import Rows, neighbours, searches, shared
+from symbreak.laws.neighbours import Rows, neighbours, searches
 from symbreak.noise import generator
 from symbreak.parallel import alone, from_each, own_rows
 from symbreak.shards import Shards
@@ -142,21 +142,20 @@ def groups(
 
 def _within(points: Rows, some: torch.Tensor, radius: float, memory: int) -> Pairs:
     """All pairs of the points at some positions with others within the radius."""
-    found: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for search in searches(points, 1, 64, memory, own=True):
-        for index in some.split(64):
-            x = points.at(index) if isinstance(points, Shards) else points[index]
-            x = x.reshape(len(x), -1)
-            reach = torch.full((len(x),), radius, dtype=torch.float64)
-            if search is None:
-                continue
-            for q, others in search.within(x, index, reach):
-                one = torch.full((len(others),), q)
-                inside = others[search.exact(x, index, one, others) <= radius] + search.first
-                found.append((index[q].expand(len(inside)), inside))
-    own = {k: torch.cat([f[i] for f in found]).numpy() if found else np.zeros(0, np.int64) for i, k in enumerate("ab")}
-    every = from_each(own, shared(points))
-    return tuple(torch.from_numpy(np.concatenate([e[k] for e in every])) for k in "ab")  # type: ignore[return-value]
+    rows = Shards.of(points) if isinstance(points, torch.Tensor) else points
+    first, second = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
+    for index in some.split(max(1, min(4096, memory // (8 * rows.row_bytes)))):
+        x = rows.at(index).flatten(1)
+        for search in searches(rows, 1, 64, memory, own=True):
+            for part in torch.arange(len(index)).split(64):
+                reach = torch.full((len(part),), radius, dtype=torch.float64)
+                for q, others in search.within(x[part], index[part], reach):
+                    one = torch.full((len(others),), q)
+                    inside = others[search.exact(x[part], index[part], one, others) <= radius] + search.first
+                    first.append(index[part[q]].expand(len(inside)))
+                    second.append(inside)
+    each = from_each({"a": torch.cat(first).numpy(), "b": torch.cat(second).numpy()}, rows.shared)
+    return tuple(torch.from_numpy(np.concatenate([e[k] for e in each])) for k in "ab")  # type: ignore[return-value]
 
 
 def apart(

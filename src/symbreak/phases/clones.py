@@ -326,9 +326,7 @@ def _blocks(
         def tell(states: int) -> None:
             nonlocal done
             done += states
-            if (
-                progress is not None and done < part.stop * cost
-            ):  # its end is told below, also of a block from the store
+            if progress is not None and done < part.stop * cost:  # the end of a block is told below
                 progress(done, total * cost)
 
         return (keep or unkept)(f"{name}/{block}", partial(make, block, part, tell))
