@@ -173,12 +173,12 @@ def train_network(
     rank, ranks = rank_of()
     if recipe.batch < ranks:
         raise InputError(f"a batch of {recipe.batch} images for {ranks} processes; expected at least one image each.")
+    there = usable(device)
     images = data.shards(memory, out, reading)
     # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)
         unet = _network(recipe, data.shape)
-    there = usable(device)
     unet.to(there)
     if compiled:
         unet.compile()

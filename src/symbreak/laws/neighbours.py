@@ -115,7 +115,7 @@ def searches(
         tags = None if classes is None else classes[first : first + len(rows)]
         search = Search(rows, min(k, len(rows)), block, max(2**18, memory // 4), first, own, tags)
         yield search
-        del piece, rows, search  # before the next ones are there
+        del piece, rows, search
 
 
 def _among_shards(
@@ -155,6 +155,7 @@ def _among_shards(
                 done += len(part) * (search.last - search.first)
                 if progress is not None:
                     progress(min(count - 1, int(some[0]) + whole * done // (len(some) * here)), count)
+            del search  # its points go before the next ones come
         return d, j
 
     def make(some: torch.Tensor) -> dict[str, np.ndarray]:
