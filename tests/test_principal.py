@@ -7,6 +7,7 @@ from symbreak.adapters import load_pipeline, scheduler
 from symbreak.data import images
 from symbreak.files import InputError
 from symbreak.laws import Gaussian, Mixture, PrincipalMixture
+from symbreak.laws.principal import _coordinates, _signs
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.moments import Moments
 from symbreak.noise import NoiseLevel, generator
@@ -246,3 +247,16 @@ def test_over_a_sketch_it_keeps_the_certificate():
     law = PrincipalMixture.fit(data, components=5, leading=8, gaussian=outer)
     assert law.certificate(1.0) == outer.certificate(1.0)
     assert law.certificate(1.0).nats > 0
+
+
+def test_the_shrinkage_does_not_depend_on_signs_of_eigenvectors():
+    """Signs hang on last bits of the covariance; near a tie the noise of the cross-validation would follow them."""
+    data = images("digits").subset(300)
+    law, turned = Gaussian.fit(data), Gaussian.fit(data)
+    signs = torch.randint(0, 2, (64,), generator=generator(3)).double() * 2 - 1
+    turned.eigenvectors = turned.eigenvectors * signs
+    a, b = (_coordinates(g, data, 20) for g in (law, turned))
+    assert not torch.equal(a, b)
+    torch.testing.assert_close(a * _signs(law, 20), b * _signs(turned, 20))
+    priors = {PrincipalMixture.fit(data, labels=True, gaussian=g, leading=20).prior for g in (law, turned)}
+    assert len(priors) == 1

@@ -421,8 +421,13 @@ def sample(
     check(unet, begin, wanted, micro_batch)
     settings = decisive(model, start, unet, begin, placed, micro_batch)
     info = out / "sample.json"
-    if info.exists() and read_json(info) != settings:
-        raise InputError(f"{out} holds images made with other settings. Choose another --out.")
+    had = read_json(info) if info.exists() else settings
+    if had != settings:
+        found = had if isinstance(had, dict) else {}
+        other = sorted(k for k in settings.keys() | found.keys() if found.get(k) != settings.get(k))
+        # The network's answers to fixed states: their last bits are those of a machine and a number of threads.
+        why = " (probe: another number of threads, OMP_NUM_THREADS, or another machine)" if other == ["probe"] else ""
+        raise InputError(f"{out} holds images made with other settings: {', '.join(other)}{why}. Choose another --out.")
     write_json(info, settings)  # before any rank writes an image
     missing = agreed(lambda: [s for s in wanted if not (out / f"{s:08d}.png").exists()])
     if missing:

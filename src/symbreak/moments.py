@@ -399,8 +399,8 @@ class _Sums:
             if room < matrix:
                 raise InputError(
                     f"{memory / 1e9:.3g} GB of memory for samples of {self.d:,} elements, whose covariance takes "
-                    f"{(1 + SPARE) * matrix * 8 / 7 / 1e9:.3g} GB to find. Allow more, or pass rank= (--rank) for the "
-                    "leading eigenpairs."
+                    f"{(1 + SPARE) * matrix * 8 / 7 / 1e9:.3g} GB to find. Allow more, or pass rank= (symbreak fit "
+                    "--rank) for the leading eigenpairs."
                 )
         self.groups = parts or max(1, min(8 if self.d <= 1024 else 5, room // matrix))
         self.rows = self.first = first  # the stream's rows before these belong to others

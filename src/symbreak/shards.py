@@ -92,7 +92,7 @@ class Shards:
         memory: bytes held in memory; a larger shard goes into a file without a name, which ends with the process.
         folder: where that file is; by default where temporary files are.
         decode: rows as they are held -> tensor [B, *S]; by default as they are.
-        progress: called with (rows of this rank that have come, all of them).
+        progress: called with (about how many rows have come, of how many on all ranks).
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Shards:
         for block in blocks:
             self._held.add(block)
             if progress is not None:
-                progress(self._held.done, self._held.count)
+                progress(len(self) * self._held.done // self._held.count, len(self))
         self._held.end()
         if self._held.done != self.last - self.first:
             raise RuntimeError(f"{self._held.done} rows came for a shard of {self.last - self.first}")

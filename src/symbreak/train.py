@@ -144,7 +144,7 @@ def train_network(
         precision: ``"fp32"``, or ``"bf16"``: forward passes under autocast; weights and averages stay float32.
         compiled: whether the network goes through ``torch.compile``.
         memory: bytes of the images that this process holds; more go into a file without a name in ``out``.
-        reading: called with (images read, images of this process) before the first step.
+        reading: called with (about how many images are read, of how many) before the first step.
         progress: called with (step, steps, {"loss": running mean}).
 
     Returns:

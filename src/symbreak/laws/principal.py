@@ -138,7 +138,7 @@ class PrincipalMixture:
         code, classes = _groups(a, labels, components, seed)
         low = 0.5 * math.sqrt(max(float(variances[0]) - 1.0, 0.25 * float(variances[0])))
         at = low if sigma is None else float(sigma)
-        n0 = _cross_validated(a, code, at, seed) if prior is None else float(prior)
+        n0 = _cross_validated(a * _signs(gaussian, p), code, at, seed) if prior is None else float(prior)
         inner = _shrunk(a, code, len(classes), n0)
         inner.classes = classes if labels is not None else None
         return cls(gaussian, inner, n0)
@@ -291,6 +291,12 @@ class _Stage:
         w = torch.softmax(log_pi - self.offset + x @ self.shift.T - 0.5 * quadratic, dim=1)
         pull = torch.bmm(w[:, None], y)[:, 0] - w @ self.shift
         return self.factor * (pull - self.gauss * x)
+
+
+def _signs(gaussian: Gaussian, p: int) -> torch.Tensor:
+    """Signs [p] that make the largest entry of every eigenvector positive: last bits of a covariance decide nothing."""
+    axes = gaussian.eigenvectors[:, :p]
+    return axes.gather(0, axes.abs().argmax(0, keepdim=True))[0].sign().double()
 
 
 def _coordinates(gaussian: Gaussian, batches: Iterable[Any], p: int) -> torch.Tensor:
