@@ -140,9 +140,8 @@ class Images:
             out[done : done + len(batch)] = batch
             done += len(batch)
         if shared:
-            summed(
-                *out.view(torch.uint8).split(max(1, BLOCK_BYTES // (4 * math.prod(self.shape))))
-            )  # bytes of one rank
+            # As bytes, each of which comes from one rank.
+            summed(*out.view(torch.uint8).split(max(1, BLOCK_BYTES // (4 * math.prod(self.shape)))))
         return out
 
     def shards(

@@ -156,7 +156,7 @@ def evaluate(
     with lap("composition"):
         content["composition"] = [] if judge is None else _composition(judge, samples, data, rows, seed)
     with lap("neighbours"):
-        content["neighbours"] = _neighbours(samples, data, holdout, seed, memory or 2**30)
+        content["neighbours"] = _neighbours(samples, data, holdout, seed, memory or 2**30, folder)
     shown = ("training images", data) if holdout is None else ("held-out images", holdout)
     content["pictures"] = [
         {"title": title, "png": png_row(_some(found, np.arange(min(GRID, len(found)))))}
@@ -370,7 +370,7 @@ def _composition(judge: Any, samples: Images | Shards, data: Images, rows: int, 
 
 
 def _neighbours(
-    samples: Images | Shards, data: Images, holdout: Images | None, seed: int, memory: int
+    samples: Images | Shards, data: Images, holdout: Images | None, seed: int, memory: int, folder: Path | None
 ) -> dict[str, Any]:
     most = max(GRID, int(NEIGHBOUR_COST / (len(data) * math.prod(data.shape))))
     picked = []
@@ -378,7 +378,7 @@ def _neighbours(
         if found is not None:
             order = torch.randperm(len(found), generator=generator(seed, 25, i))[:most]
             picked.append(_some(found, np.sort(order.numpy())))
-    return nearest_summary(picked[0], data, picked[1] if holdout is not None else None, memory)
+    return nearest_summary(picked[0], data, picked[1] if holdout is not None else None, memory, folder)
 
 
 def _some(found: Images | Shards, index: np.ndarray) -> torch.Tensor:

@@ -6,8 +6,8 @@ nearest, d_1 / d_2 < 1/3 (Bonnaire et al., arXiv:2505.17638). Held-out real imag
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from symbreak.data import Images
 from symbreak.files import InputError
 from symbreak.laws.neighbours import Rows, neighbours, searches
 from symbreak.noise import generator
-from symbreak.parallel import alone, from_each, own_rows
+from symbreak.parallel import from_each
 from symbreak.shards import Shards
 
 __all__ = ["apart", "groups", "nearer_to_train", "nearest", "nearest_in", "nearest_summary", "proportion"]
@@ -44,42 +44,35 @@ def nearest(samples: torch.Tensor, train: torch.Tensor, block: int = 1024, memor
     return d, index[:, 0]
 
 
-def nearest_in(samples: torch.Tensor, train: Images, memory: int = 2**30) -> torch.Tensor:
-    """Distances [N, 2] to the two nearest of a data set that is read as a stream, a rank its part, and never held.
+def nearest_in(samples: Rows, train: Images, memory: int = 2**30) -> torch.Tensor:
+    """Distances [N, 2] to the two nearest of a data set of which every rank reads and holds a part.
 
     Args:
         samples: [N, *S].
         train: at least 2 images.
-        memory: bytes of the images held at a time and what is made of them; results do not depend on it.
+        memory: bytes to hold images in and to work in; results do not depend on it.
     """
-    own, _, shared = own_rows(train)
-    size = max(2, memory // (16 * math.prod(train.shape)))
-    best = torch.full((len(samples), 2), math.inf, dtype=torch.float64)
-    waiting: list[torch.Tensor] = []
-
-    def ask() -> None:
-        nonlocal best
-        points = torch.cat(waiting)
-        d, _ = neighbours(samples, points, min(2, len(points)), memory=max(2**20, memory // 4))
-        best = torch.cat([best, d], 1).sort(1).values[:, :2]
-        waiting.clear()
-
-    with alone():
-        for batch in own:
-            waiting.append(batch)
-            if sum(map(len, waiting)) >= size:
-                ask()
-        if waiting:
-            ask()
-    found = np.concatenate([f["d"] for f in from_each({"d": best.numpy()}, shared)], axis=1)
-    return torch.from_numpy(np.sort(found, axis=1)[:, :2])
+    return neighbours(samples, train.shards(memory // 4), 2, memory=max(2**20, memory // 2))[0]
 
 
-def nearest_summary(samples: Rows, train: Rows | Images, held_out: Rows | None, memory: int = 2**30) -> dict[str, Any]:
-    """Median nearest distance and share with d_1/d_2 < 1/3, for samples and for held-out images."""
+def nearest_summary(
+    samples: Rows,
+    train: Rows | Images,
+    held_out: Rows | None,
+    memory: int = 2**30,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """Median nearest distance and share with d_1/d_2 < 1/3, for samples and for held-out images.
 
-    def one(x: Any) -> dict[str, Any]:
-        d = nearest_in(x, train, memory) if isinstance(train, Images) else neighbours(x, train, 2, memory=memory)[0]
+    Args:
+        samples, held_out: [N, *S].
+        train: training images.
+        memory, folder: as of `Images.shards`, and to work in.
+    """
+    points = train.shards(memory // 4, folder) if isinstance(train, Images) else train
+
+    def one(x: Rows) -> dict[str, Any]:
+        d = neighbours(x, points, 2, memory=max(2**20, memory // 2))[0]
         ratio = d[:, 0] / d[:, 1].clamp_min(1e-12)
         return {
             "count": len(x),
