@@ -1,4 +1,4 @@
-"""Two constants of `symbreak.choose`, measured on the digits.
+"""Two constants of `symbreak.start.choose`, measured on the digits.
 
 Coherence: squared coherent sum of the difference of two denoisers over log sigma, over its incoherent sum.
 Paths: squared error of a deterministic sampler's paths, over the squared distance of the moments of its end points.
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import symbreak as sb
-from symbreak.choose import _along, _moments_gap, _run
-from symbreak.cut import cut
+from symbreak.start.choose import _along, _moments_gap, _run
+from symbreak.start.cut_schedule import cut
 
 
 def coherence(network, law, gaussian, images, sigma):

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 import symbreak as sb
-from symbreak.laws.overlaps import POINTS, QUERIES, overlaps
+from symbreak.laws.pairwise_weights import POINTS, QUERIES, overlaps
 from symbreak.noise import generator
 
 LEVELS = np.geomspace(0.5, 30.0, 19)

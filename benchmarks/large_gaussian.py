@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from symbreak.laws import Gaussian
-from symbreak.moments import Moments
+from symbreak.moments.low_rank import OVERSAMPLING, PROBES
+from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
-from symbreak.sketch import OVERSAMPLING, PROBES
 
 LIMIT = 8.0  # GB
 BATCH = 8

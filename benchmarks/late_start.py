@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 import symbreak as sb
-from symbreak.cut import cut, steps_for
-from symbreak.files import write_json
-from symbreak.metrics.diversity import class_entropy, precision_recall
+from symbreak.metrics.coverage import class_entropy, precision_recall
 from symbreak.metrics.features import accuracy, extractor, features, load_classifier, save_classifier, train_classifier
-from symbreak.metrics.fid import distance, floor
+from symbreak.metrics.frechet import distance, floor
 from symbreak.metrics.memorization import nearest_summary
+from symbreak.runtime.files import write_json
+from symbreak.start.cut_schedule import cut, steps_for
 
 SAMPLERS = ("dpm++2m", "dpm++2m-karras", "unipc", "ddim", "pndm", "ddpm")
 SPACINGS = ("leading", "trailing", "linspace")

@@ -41,7 +41,7 @@ def whole(n: int, d: int, seed: int) -> torch.Tensor:
 
 
 def frechet_symbreak(n: int, d: int) -> float:
-    from symbreak.moments import Moments, frechet_distance
+    from symbreak.moments.one_pass import Moments, frechet_distance
 
     return frechet_distance(*(Moments.fit(stream(n, d, s), parts=1) for s in (1, 2)))
 
@@ -77,13 +77,13 @@ def frechet_dense(n: int, d: int) -> float:
 
 
 def kernel_symbreak(n: int, d: int) -> float:
-    from symbreak.metrics.kernel import kid
+    from symbreak.metrics.kernel_distance import kid
 
     return kid(whole(n, d, 1), whole(n, d, 2), subsets=0)["value"]
 
 
 def kernel_subsets(n: int, d: int) -> float:
-    from symbreak.metrics.kernel import kid
+    from symbreak.metrics.kernel_distance import kid
 
     return kid(whole(n, d, 1), whole(n, d, 2), subsets=20)["subsets_mean"]
 
@@ -112,7 +112,7 @@ def kernel_dense(n: int, d: int) -> float:
 
 
 def recall_symbreak(n: int, d: int) -> float:
-    from symbreak.metrics.diversity import precision_recall
+    from symbreak.metrics.coverage import precision_recall
 
     found = precision_recall(whole(n, d, 1), whole(n, d, 2))
     return found["precision"] + found["recall"]

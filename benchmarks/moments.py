@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from symbreak.data import images
-from symbreak.moments import Moments
+from symbreak.data.images import images
+from symbreak.moments.one_pass import Moments
 
 LEVELS = 11
 

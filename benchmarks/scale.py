@@ -130,8 +130,8 @@ def points(count, side):
     """Images of which a rank holds its part, as bytes."""
     import torch
 
-    from symbreak.parallel import own_rows, shares
-    from symbreak.shards import Shards
+    from symbreak.runtime.ranks import own_rows, shares
+    from symbreak.runtime.rows import Shards
 
     stream = Synthetic(count, side)
 
@@ -145,7 +145,7 @@ def collapse(count, side, queries):
     import numpy as np
 
     import symbreak as sb
-    from symbreak.laws.overlaps import SharedPoints
+    from symbreak.laws.pairwise_weights import SharedPoints
 
     law = SharedPoints(points(count, side), MEMORY)
     sb.excess_entropy(law, np.geomspace(0.5, 30.0, LEVELS), queries=queries)
@@ -154,7 +154,7 @@ def collapse(count, side, queries):
 def nearest(count, side, queries):
     import torch
 
-    from symbreak.laws.neighbours import neighbours
+    from symbreak.laws.nearest_neighbours import neighbours
 
     rows = points(count, side)
     asked = 2 * torch.rand(queries, *rows.shape[1:], generator=torch.Generator().manual_seed(1)) - 1
@@ -163,7 +163,7 @@ def nearest(count, side, queries):
 
 def sample(count, side, queries):
     import symbreak as sb
-    from symbreak.start import standard_start
+    from symbreak.start.late_start import standard_start
 
     pipe = sb.load_pipeline("digits")
     sb.generate(pipe.unet, standard_start(sb.scheduler("dpm++2m", like=pipe.scheduler), 5), range(count))
@@ -214,7 +214,7 @@ def child(job):
     """Measure what a job says; the answer is the last line of stdout."""
     import torch
 
-    from symbreak.parallel import joined
+    from symbreak.runtime.ranks import joined
 
     found = []
     with joined() as (rank, _), warnings.catch_warnings():

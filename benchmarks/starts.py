@@ -14,7 +14,7 @@ import time
 import torch
 
 from symbreak.laws import Gaussian
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
 
 N, SHAPE, SIGMAS = 1000, (3, 32, 32), (8.0, 6.0, 5.0, 4.0, 3.0, 2.5, 2.0, 1.7, 1.4, 1.2, 1.0)
 

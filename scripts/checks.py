@@ -21,15 +21,15 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import symbreak as sb
-from symbreak.blocks import Blocks
-from symbreak.checks import candidate_starts, compare_starts, sensitivity
-from symbreak.critical import mean_interval
-from symbreak.files import write_json
+from symbreak.intervals import mean_interval
 from symbreak.metrics.features import extractor, load_classifier, save_classifier, train_classifier
 from symbreak.phases.gaussianity import MULTIVARIATE, PROJECTED, Gaussianity, gaussianity, reverse_states
-from symbreak.phases.information import non_gaussianity
+from symbreak.phases.losses import non_gaussianity
 from symbreak.phases.speciation import cloning_time
-from symbreak.record import Record
+from symbreak.report.record import Record
+from symbreak.runtime.files import write_json
+from symbreak.runtime.run import Blocks
+from symbreak.studies.compare_starts import candidate_starts, compare_starts, sensitivity
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"gaussian": "is-it-gaussian", "sensitivity": "sensitivity", "starts": "which-start"}
@@ -88,12 +88,7 @@ def is_it_gaussian(data, held, pipe, laws, out: Path, args) -> dict:
     states = reverse_states(
         network, sigma, sizes[0], NETWORK_STEPS, progress=told("reverse trajectories"), keep=store.keep
     )
-    sources = {
-        "training images": data,
-        "network": states,
-        "class mixture": laws["class mixture"],
-        FULL: gaussian,
-    }
+    sources = {"training images": data, "network": states, "class mixture": laws["class mixture"], FULL: gaussian}
     found: dict[str, dict] = {}
     for n in sizes:
         for name, source in sources.items():

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
 import symbreak as sb
-from symbreak.files import write_json, write_whole
+from symbreak.runtime.files import write_json, write_whole
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- collapse:begin, written by scripts/collapse_scaling.py -->", "<!-- collapse:end -->"
@@ -111,10 +111,7 @@ def shown(v):
 
 
 def numbers(found):
-    lines = [
-        "| data | n | measured | Gaussian | class mixture | spectral speciation |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = ["| data | n | measured | Gaussian | class mixture | spectral speciation |", "|---|---|---|---|---|---|"]
     for name, d in found.items():
         c = [shown(d["collapse"][k]) for k in ("data", "Gaussian", "class mixture")]
         spectral = f"{math.sqrt(d['top'] - 1):.3g}" if d["top"] > 1 else "none"

@@ -20,11 +20,11 @@ import torch
 from matplotlib.figure import Figure
 
 import symbreak as sb
-from symbreak.adapters import weights_hash
-from symbreak.blocks import Blocks
-from symbreak.files import write_json
 from symbreak.metrics.features import accuracy, load_classifier, save_classifier, train_classifier
-from symbreak.record import plain, versions
+from symbreak.networks.families import weights_hash
+from symbreak.runtime.files import write_json
+from symbreak.runtime.plain import plain, versions
+from symbreak.runtime.run import Blocks
 
 STEPS = (999, 800, 700, 650, 600, 550, 500, 450, 400, 350, 300, 250, 200, 150, 100)
 ROOT = Path(__file__).parents[1]

@@ -14,8 +14,8 @@ import json
 import shutil
 from pathlib import Path
 
-from symbreak.figures import phases_figure
-from symbreak.record import Record
+from symbreak.report.figures import phases_figure
+from symbreak.report.record import Record
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "when-it-decides.md"

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from symbreak.figures import sweep_axes
-from symbreak.record import Record
-from symbreak.report import verdict
+from symbreak.report.figures import sweep_axes
+from symbreak.report.html import verdict
+from symbreak.report.record import Record
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- study:begin, written by `make docs` -->", "<!-- study:end -->"

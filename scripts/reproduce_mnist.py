@@ -25,14 +25,14 @@ import torch
 from diffusers import PNDMScheduler
 
 import symbreak as sb
-from symbreak.adapters import weights_hash
-from symbreak.blocks import Blocks
-from symbreak.cut import steps_for
-from symbreak.files import write_json, write_whole
-from symbreak.metrics.diversity import class_entropy, precision_recall
+from symbreak.metrics.coverage import class_entropy, precision_recall
 from symbreak.metrics.features import accuracy, features, load_classifier, save_classifier, train_classifier
-from symbreak.metrics.fid import distance
+from symbreak.metrics.frechet import distance
 from symbreak.metrics.memorization import nearest_summary
+from symbreak.networks.families import weights_hash
+from symbreak.runtime.files import write_json, write_whole
+from symbreak.runtime.run import Blocks
+from symbreak.start.cut_schedule import steps_for
 
 ROOT = Path(__file__).parents[1]
 SAMPLERS = {

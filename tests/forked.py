@@ -54,7 +54,7 @@ def run(task, ear, mouth):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(task.get("environment", {}))
     if "checkpoint_seconds" in task:
-        from symbreak.train import train_network
+        from symbreak.networks.train import train_network
 
         train_network.__kwdefaults__["checkpoint_seconds"] = task["checkpoint_seconds"]
     if "fall_at" in task:
@@ -63,7 +63,7 @@ def run(task, ear, mouth):
         full_at(task["full_at"])
     if "largest_file" in task:  # Python ignores SIGXFSZ, so that writing beyond gives EFBIG
         resource.setrlimit(resource.RLIMIT_FSIZE, (task["largest_file"], resource.RLIM_INFINITY))
-    from symbreak.cli import main
+    from symbreak.cli.commands import main
 
     code = 70
     try:
@@ -91,9 +91,9 @@ def serve():
     import torch
 
     import symbreak
-    from symbreak.adapters import load_pipeline
-    from symbreak.cli import main  # noqa: F401
+    from symbreak.cli.commands import main  # noqa: F401
     from symbreak.metrics import extractor
+    from symbreak.networks.families import load_pipeline
 
     torch.set_num_threads(1)
     for name in symbreak.__all__:

@@ -2,10 +2,10 @@ import diffusers
 import pytest
 import torch
 
-from symbreak.adapters import as_unet, denoiser, load_pipeline, scheduler
-from symbreak.denoise import as_denoiser, score
-from symbreak.files import InputError
+from symbreak.networks.denoiser import as_denoiser, score
+from symbreak.networks.families import as_unet, denoiser, load_pipeline, scheduler
 from symbreak.noise import NoiseLevel
+from symbreak.runtime.files import InputError
 from tests.worlds import gaussian_law
 
 KINDS = [

@@ -9,21 +9,21 @@ import torch
 from PIL import Image
 from scipy.stats import binomtest
 
-from symbreak import sample
-from symbreak.adapters import as_unet, load_pipeline, scheduler
-from symbreak.cli import main
-from symbreak.copying import audit
-from symbreak.data import images
-from symbreak.files import InputError
+from symbreak.cli.commands import main
+from symbreak.data.images import images
 from symbreak.laws import Empirical, Gaussian
-from symbreak.laws import neighbours as neighbours_module
-from symbreak.laws.neighbours import neighbours
+from symbreak.laws import nearest_neighbours as neighbours_module
+from symbreak.laws.nearest_neighbours import neighbours
 from symbreak.metrics import memorization
 from symbreak.metrics.memorization import apart, groups, nearer_to_train, proportion
-from symbreak.moments import Moments
-from symbreak.record import Record
-from symbreak.report import write_report
-from symbreak.shards import Shards
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import as_unet, load_pipeline, scheduler
+from symbreak.report.html import write_report
+from symbreak.report.record import Record
+from symbreak.runtime.files import InputError
+from symbreak.runtime.rows import Shards
+from symbreak.start import sample
+from symbreak.studies.audit import audit
 
 
 def rng(seed=0):

@@ -8,16 +8,16 @@ import scipy.integrate
 import torch
 from diffusers.configuration_utils import FrozenDict
 
-from symbreak.adapters import SAMPLERS, as_unet, denoiser, load_pipeline, scheduler
-from symbreak.choose import loss_gaps
-from symbreak.data import images
-from symbreak.denoise import as_denoiser
-from symbreak.files import InputError
+from symbreak.data.images import images
 from symbreak.laws import Gaussian, Mixture, PrincipalMixture
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.denoiser import as_denoiser
+from symbreak.networks.families import SAMPLERS, as_unet, denoiser, load_pipeline, scheduler
 from symbreak.noise import generator
-from symbreak.sample import generate
-from symbreak.start import LateStartWarning, candidate_laws, fit_start, late_start
+from symbreak.runtime.files import InputError
+from symbreak.start.choose import loss_gaps
+from symbreak.start.late_start import LateStartWarning, candidate_laws, fit_start, late_start
+from symbreak.start.sample import generate
 from tests.worlds import gaussian_law, two_deltas
 
 SHAPE = (1, 2, 2)

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from symbreak.adapters import scheduler
-from symbreak.cli import main
-from symbreak.data import images
-from symbreak.files import read_tensors, write_tensors
+from symbreak.cli.commands import main
+from symbreak.data.images import images
 from symbreak.laws import Gaussian
-from symbreak.moments import Moments
-from symbreak.start import late_start
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import scheduler
+from symbreak.runtime.files import read_tensors, write_tensors
+from symbreak.start.late_start import late_start
 
 
 def symbreak(capsys, *argv):
@@ -374,7 +374,7 @@ def test_the_machine_fails_with_exit_code_1(capsys, tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("symbreak.moments.write_tensors", full)
+    monkeypatch.setattr("symbreak.moments.one_pass.write_tensors", full)
     code, _, err = symbreak(capsys, "fit", "--data", "digits", "--out", tmp_path / "m.safetensors")
     assert code == 1
     assert "No space left" in err

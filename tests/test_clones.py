@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.adapters import as_unet, denoiser, scheduler
 from symbreak.critical import passing
-from symbreak.denoise import as_denoiser
-from symbreak.files import InputError
 from symbreak.laws import Empirical, Mixture
+from symbreak.networks.denoiser import as_denoiser
+from symbreak.networks.families import as_unet, denoiser, scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases import clones as module
 from symbreak.phases.clones import clones, opportunity, u_turns
 from symbreak.phases.speciation import cloning_probability, cloning_time
+from symbreak.runtime.files import InputError
 
 
 def mixture(means, variances, weights=None) -> Mixture:

@@ -6,19 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.files import InputError
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
-from symbreak.laws.overlaps import overlaps
-from symbreak.moments import Moments
+from symbreak.laws.pairwise_weights import overlaps
+from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
-from symbreak.parallel import over_ranks
-from symbreak.phases.collapse import (
-    collapse_scaling,
-    collapse_time,
-    excess_entropy,
-    mutual_information,
-    samples_needed,
-)
+from symbreak.phases.collapse import collapse_scaling, collapse_time, excess_entropy, mutual_information, samples_needed
+from symbreak.runtime.files import InputError
+from symbreak.runtime.ranks import over_ranks
 
 
 def isotropic(d: int, v: float = 1.0) -> Mixture:
@@ -34,12 +28,7 @@ def pair(d: int) -> Mixture:
 
 @pytest.mark.parametrize(
     ("n", "d", "tau"),
-    [
-        (20000, 256, 1.2987896868),
-        (20000, 1024, 1.9775467186),
-        (20000, 4096, 2.6670744412),
-        (1000, 64, 0.8195419927),
-    ],
+    [(20000, 256, 1.2987896868), (20000, 1024, 1.9775467186), (20000, 4096, 2.6670744412), (1000, 64, 0.8195419927)],
 )
 def test_one_gaussian(n, d, tau):
     assert collapse_time(isotropic(d), samples=n).level.ou_time == pytest.approx(tau, abs=1e-9)

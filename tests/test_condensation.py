@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.adapters import as_unet, denoiser, scheduler
-from symbreak.files import InputError
 from symbreak.laws import Empirical, Mixture
+from symbreak.networks.families import as_unet, denoiser, scheduler
 from symbreak.noise import generator
 from symbreak.phases.clones import clones
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.condensation import nearest_flips, nearest_of
+from symbreak.runtime.files import InputError
 
 
 def points(n, d, seed=0):

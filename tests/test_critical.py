@@ -3,19 +3,8 @@ import math
 import numpy as np
 import pytest
 
-from symbreak.critical import (
-    CriticalTime,
-    Curve,
-    bootstrap,
-    crossing,
-    jackknife,
-    mean_curve,
-    mean_interval,
-    passing,
-    passing_interval,
-    passing_time,
-    percentiles,
-)
+from symbreak.critical import CriticalTime, Curve, crossing, mean_curve, passing, passing_interval, passing_time
+from symbreak.intervals import bootstrap, jackknife, mean_interval, percentiles
 from symbreak.noise import NoiseLevel
 
 

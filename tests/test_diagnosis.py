@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.adapters import as_unet, load_pipeline, scheduler
-from symbreak.data import images
-from symbreak.diagnosis import Effort, diagnose
-from symbreak.files import InputError
+from symbreak.data.images import images
 from symbreak.laws import Mixture
+from symbreak.networks.families import as_unet, load_pipeline, scheduler
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.speciation import cloning_time, speciation_time
-from symbreak.report import write_report
+from symbreak.report.html import write_report
+from symbreak.runtime.files import InputError
+from symbreak.studies.diagnose import Effort, diagnose
 
 TINY = Effort(pairs=64, steps=16, branches=8, turns=3, stability=3, losses=14, images=48, points=500)
 

@@ -6,13 +6,10 @@ import pytest
 import scipy.linalg
 import torch
 
-from symbreak.blocks import padded_blocks
-from symbreak.cli import main
-from symbreak.copying import audit
-from symbreak.data import images
-from symbreak.files import InputError
-from symbreak.metrics import evaluate, extractor, features
-from symbreak.metrics.diversity import (
+from symbreak.cli.commands import main
+from symbreak.data.images import images
+from symbreak.metrics import extractor, features
+from symbreak.metrics.coverage import (
     class_counts,
     composition,
     density_coverage,
@@ -21,13 +18,17 @@ from symbreak.metrics.diversity import (
     vendi_score,
 )
 from symbreak.metrics.features import feature_blocks
-from symbreak.metrics.fid import extrapolated, group_distance, together
-from symbreak.metrics.kernel import kid
+from symbreak.metrics.frechet import extrapolated, group_distance, together
+from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.pretrained import INCEPTION_SHA256, Dinov2
 from symbreak.metrics.reference import load_statistics, statistics
-from symbreak.moments import Moments, frechet_distance, grouped
-from symbreak.record import Record
-from symbreak.report import write_report
+from symbreak.moments.one_pass import Moments, frechet_distance, grouped
+from symbreak.report.html import write_report
+from symbreak.report.record import Record
+from symbreak.runtime.files import InputError
+from symbreak.runtime.run import padded_blocks
+from symbreak.studies.audit import audit
+from symbreak.studies.evaluate import evaluate
 
 
 def normal(n, d, seed, shift=0.0):

@@ -13,10 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
     ("name", "told"),
     [
         ("one_dimensional_potential", "alpha = 0.6435942529, OU time 0.4406867935"),
-        (
-            "gaussian_mixture_speciation",
-            "d = 16384: free-entropy tau = 4.8520 (1/2 log d = 4.8520), phi there 0.7752",
-        ),
+        ("gaussian_mixture_speciation", "d = 16384: free-entropy tau = 4.8520 (1/2 log d = 4.8520), phi there 0.7752"),
         ("classes_by_covariance", "exact free entropy: 0.256"),
         ("late_start_pipeline", "restored to the same bits: True"),
         ("gaussian_mixture_collapse", "d = 256: tau_C = 1.4731, to leading order with n / 2 samples 1.4731"),

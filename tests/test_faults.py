@@ -32,22 +32,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import symbreak
-from symbreak.adapters import scheduler
-from symbreak.asked import level
-from symbreak.asked import limits as range_limits
-from symbreak.cli import main
-from symbreak.cut import LateStart, standard_start
-from symbreak.data import describe, images
-from symbreak.files import InputError, output_folder, read_tensors, write_json, write_tensors
+from symbreak.cli.commands import main
+from symbreak.cli.options import level
+from symbreak.cli.options import limits as range_limits
+from symbreak.data.images import describe, images
 from symbreak.laws import Gaussian, PrincipalMixture
-from symbreak.laws.store import load_law, save_law
+from symbreak.laws.saving import load_law, save_law
 from symbreak.metrics import extractor
 from symbreak.metrics.features import load_classifier, save_classifier
 from symbreak.metrics.reference import load_statistics, statistics
-from symbreak.moments import Moments
-from symbreak.sample import parse_seeds
-from symbreak.start import late_start
-from symbreak.train import Recipe
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import scheduler
+from symbreak.networks.train import Recipe
+from symbreak.runtime.files import InputError, output_folder, read_tensors, write_json, write_tensors
+from symbreak.start.cut_schedule import LateStart, standard_start
+from symbreak.start.late_start import late_start
+from symbreak.start.sample import parse_seeds
 from tests.worlds import low_rank_mixture
 
 FIT = "fit --data IN/images --start --model digits --sampler dpm++2m --steps 1 --clusters 3 --out OUT/start.safetensors"

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from symbreak.cli import main
-from symbreak.data import images
-from symbreak.files import InputError, file_hash
+from symbreak.cli.commands import main
+from symbreak.data.images import images
 from symbreak.metrics import extractor, features
-from symbreak.metrics.kernel import kid
+from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.pretrained import INCEPTION_SHA256
+from symbreak.runtime.files import InputError, file_hash
 
 fidelity = pytest.importorskip("torch_fidelity", reason="torch-fidelity is not installed: make test-fid")
 pytestmark = pytest.mark.fid

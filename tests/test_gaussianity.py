@@ -7,10 +7,9 @@ import torch
 from scipy import integrate, stats
 
 from symbreak.critical import Curve
-from symbreak.denoise import as_denoiser
-from symbreak.files import InputError
 from symbreak.laws import Gaussian
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.denoiser import as_denoiser
 from symbreak.noise import generator
 from symbreak.phases.gaussianity import (
     MULTIVARIATE,
@@ -23,6 +22,7 @@ from symbreak.phases.gaussianity import (
     mardia,
     reverse_states,
 )
+from symbreak.runtime.files import InputError
 from tests.worlds import gaussian_law, two_gaussians
 
 QUICK = {"modes": 2, "directions": 3, "simulations": (199, 1999)}
@@ -172,7 +172,7 @@ def test_data_and_their_states_are_one_thing():
 
 
 def test_blocks_are_kept(tmp_path):
-    from symbreak.blocks import Blocks
+    from symbreak.runtime.run import Blocks
 
     law, seen = two_gaussians(4.0, 0.1, dim=3), []
     first = gaussianity(law, [0.5, 1.0], samples=60, keep=Blocks(tmp_path, {}).keep, **QUICK)

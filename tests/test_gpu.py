@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 import symbreak as sb
-from symbreak.cli import main
-from symbreak.denoise import ask
-from symbreak.files import InputError, write_json
+from symbreak.cli.commands import main
 from symbreak.metrics.features import features, train_classifier
+from symbreak.networks.denoiser import ask
 from symbreak.noise import generator
-from symbreak.start import standard_start
+from symbreak.runtime.files import InputError, write_json
+from symbreak.start.late_start import standard_start
 
 CUDA = "cuda"
 

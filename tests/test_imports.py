@@ -1,78 +1,92 @@
-"""Imports point one way: a module may import only from floors below its own."""
+"""Imports point one way: floors are derived from the imports, nothing is listed by hand."""
 
 import ast
+import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
 import symbreak
 
 ROOT = Path(symbreak.__file__).parent
-FLOORS = [
-    {"files", "noise"},
-    {"parallel"},
-    {"shards"},
-    {"critical", "data", "record", "sketch", "figures"},
-    {"moments", "blocks"},
-    {"laws", "denoise"},
-    {"phases", "adapters"},
-    {"cut"},
-    {"choose"},
-    {"start"},
-    {"sample", "train", "metrics"},
-    {"pipeline", "findings"},
-    {"diagnosis", "world"},
-    {"study", "copying", "checks", "report"},
-    {"tables", "asked"},
-    {"cli"},
-]
-FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names}
-DRAWING = {"record", "report", "figures", "tables"}
-DIFFUSERS = {"adapters", "cut", "pipeline", "train"}
+MOST_FLOORS, MOST_ROOMS = 8, 20
+# Rooms that know a heavy library; all others go without it. The package itself only names things.
+DIFFUSERS = {"networks", "start"}
+NO_TORCH = {"report", "intervals"}
 
 
-def modules():
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        yield path, parts[0], ast.walk(ast.parse(path.read_text()))
+def sources():
+    return [p for p in sorted(ROOT.rglob("*.py")) if p.parent != ROOT or p.stem not in ("__init__", "__main__")]
 
 
-def imported(node):
-    if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
-    if isinstance(node, ast.ImportFrom) and node.module:
-        return [node.module]
-    return []
+def module_of(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def test_imports_fall():
-    for path, place, nodes in modules():
-        if place in ("__init__", "__main__"):
-            continue
-        assert place in FLOOR, f"{path} has no floor: add it to the list"
-        for node in nodes:
-            for name in imported(node):
-                if not name.startswith("symbreak"):
-                    continue
-                target = (name.split(".") + [""])[1]
-                inside = target == place and len(path.relative_to(ROOT).parts) > 1
-                # the version is the one thing that comes from the package's own face
-                if target == "" and place == "cli":
-                    continue
-                assert inside or FLOOR[target] < FLOOR[place], f"{path}: {place} imports {name}"
+def imported(path):
+    """Names of the modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            # `from symbreak.laws import gaussian` imports a module, too
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def graph(of):
+    """Who imports whom, inside the package, seen from rooms or from files."""
+    arrows = {of(module_of(path)): set() for path in sources()}
+    for path in sources():
+        here = of(module_of(path))
+        for name in imported(path):
+            assert name != "symbreak", f"{path} imports the package itself"
+            if not name.startswith("symbreak."):
+                continue
+            there = of(name.removeprefix("symbreak."))
+            if there in arrows and there != here:
+                arrows[here].add(there)
+    return arrows
+
+
+def floors(arrows):
+    """Floor of each node: one above the highest that it imports. A circle raises, with its nodes in the message."""
+    found = {}
+    for node in graphlib.TopologicalSorter(arrows).static_order():
+        found[node] = 1 + max((found[n] for n in arrows[node]), default=0)
+    return found
+
+
+def room(module):
+    return module.split(".")[0]
+
+
+def test_rooms_stand_on_few_floors_and_imports_fall():
+    found = floors(graph(room))
+    assert max(found.values()) <= MOST_FLOORS, sorted(found.items(), key=lambda item: item[1])
+
+
+def test_files_import_each_other_in_no_circle():
+    floors(graph(lambda module: module))
+
+
+def test_the_top_of_the_package_is_seen_at_a_glance():
+    entries = [p.name for p in ROOT.iterdir() if p.name != "__pycache__"]
+    assert len(entries) <= MOST_ROOMS, entries
 
 
 def test_heavy_libraries_stay_where_they_belong():
-    for path, place, nodes in modules():
-        for node in nodes:
-            for name in imported(node):
-                top = name.split(".")[0]
-                assert top != "diffusers" or place in DIFFUSERS, f"{path} imports {name}"
-                assert top != "torch" or place not in DRAWING, f"{path} imports {name}"
+    for path in sources():
+        place = room(module_of(path))
+        for name in imported(path):
+            top = name.split(".")[0]
+            assert top != "diffusers" or place in DIFFUSERS, f"{path} imports {name}"
+            assert top != "torch" or place not in NO_TORCH, f"{path} imports {name}"
 
 
 def test_importing_is_quick_and_touches_nothing_heavy():
-    import subprocess
-    import sys
-
     code = "import sys, symbreak; print(sorted({'torch', 'diffusers', 'datasets'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
@@ -81,3 +95,4 @@ def test_every_public_name_exists():
     for name in symbreak.__all__:
         assert getattr(symbreak, name) is not None
         assert not (ROOT / f"{name}.py").exists(), f"{name} is a function and a module"
+        assert not (ROOT / name).is_dir(), f"{name} is a function and a package"

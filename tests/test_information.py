@@ -11,12 +11,11 @@ from scipy.optimize import brentq
 from scipy.stats import norm
 
 import symbreak as sb
-from symbreak.critical import resampled
-from symbreak.files import InputError
+from symbreak.intervals import resampled
 from symbreak.laws import Gaussian, Mixture, PrincipalMixture
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
-from symbreak.phases.information import (
+from symbreak.phases.losses import (
     Losses,
     class_entropy,
     conditional_entropy,
@@ -27,7 +26,8 @@ from symbreak.phases.information import (
     loss_curve,
     non_gaussianity,
 )
-from symbreak.record import plain
+from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import plain
 
 RATES = {0.5: 0.5487792, 1.0: 0.4495995, 2.0: 0.0994932}
 ENTROPIES = {0.5: 0.0604270, 1.0: 0.3563164, 2.0: 0.5817257}

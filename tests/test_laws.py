@@ -13,12 +13,12 @@ from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from symbreak.data import images
-from symbreak.files import InputError
+from symbreak.data.images import images
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.laws.sphere import _bessel, bessel_ratio
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
+from symbreak.runtime.files import InputError
 from tests import worlds
 
 LAWS = {
@@ -148,10 +148,7 @@ def test_float32_agrees_with_float64(law, sigma):
     assert low.dtype == torch.float32
     scale = float(high.abs().max())
     torch.testing.assert_close(low.double(), high, rtol=0, atol=3e-6 * scale)
-    own, exact = (
-        law.posterior_covariance(x, v, sigma),
-        law.posterior_covariance(x.double(), v.double(), sigma),
-    )
+    own, exact = (law.posterior_covariance(x, v, sigma), law.posterior_covariance(x.double(), v.double(), sigma))
     # The differences D_k - D are formed in float32 from numbers of the data's size.
     torch.testing.assert_close(own.double(), exact, rtol=1e-5, atol=3e-6 * scale**2)
     gap = (law.log_prob(x, sigma) - law.log_prob(x.double(), sigma)).abs()

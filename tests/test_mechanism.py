@@ -9,13 +9,13 @@ import torch
 
 import symbreak as sb
 from symbreak.critical import CriticalTime
-from symbreak.files import InputError
 from symbreak.laws import Gaussian, Mixture
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
 from symbreak.noise import NoiseLevel, generator
-from symbreak.phases.information import loss_curve
+from symbreak.phases.losses import loss_curve
 from symbreak.phases.mechanism import linear_share, linearity_check, reversion, reversion_check
-from symbreak.record import plain
+from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import plain
 from tests.worlds import gaussian_law
 
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import symbreak as sb
-from symbreak.diagnosis import Effort, _fitting
-from symbreak.files import InputError
-from symbreak.findings import Findings
-from symbreak.laws.neighbours import neighbours
-from symbreak.laws.overlaps import SharedPoints, overlaps
+from symbreak.laws.nearest_neighbours import neighbours
+from symbreak.laws.pairwise_weights import SharedPoints, overlaps
 from symbreak.metrics.memorization import nearest, nearest_in
 from symbreak.noise import generator
-from symbreak.shards import Shards
+from symbreak.runtime.files import InputError
+from symbreak.runtime.rows import Shards
+from symbreak.studies.diagnose import Effort, _fitting
+from symbreak.studies.findings import Findings
 
 FORK = multiprocessing.get_context("fork")
 BATCH = 48 * 2**20  # a batch of images takes 32 MiB of float32, and its bytes

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.data import images
-from symbreak.files import InputError
-from symbreak.metrics import default_extractor, distance, evaluate, extractor, features, floor
+from symbreak.data.images import images
+from symbreak.metrics import distance, extractor, features, floor
 from symbreak.metrics.features import accuracy, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.memorization import nearest, nearest_summary
-from symbreak.moments import Moments, frechet_distance
+from symbreak.moments.one_pass import Moments, frechet_distance
+from symbreak.runtime.files import InputError
+from symbreak.studies.evaluate import default_extractor, evaluate
 
 
 def test_the_bundled_classifier_is_as_accurate_as_it_says():

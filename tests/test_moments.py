@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from symbreak.data import images
-from symbreak.files import InputError
-from symbreak.moments import Moments, frechet_distance
+from symbreak.data.images import images
+from symbreak.moments.one_pass import Moments, frechet_distance
+from symbreak.runtime.files import InputError
 from tests.worlds import gaussian_moments
 
 

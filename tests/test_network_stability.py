@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.adapters import as_unet, denoiser, scheduler
-from symbreak.files import InputError
 from symbreak.laws import Empirical, Gaussian, Mixture
-from symbreak.moments import Moments, mode_images
-from symbreak.phases.landscape import arc_potential, network_stability, stability_times
-from symbreak.phases.stability import bifurcation, potential
+from symbreak.moments.one_pass import Moments, mode_images
+from symbreak.networks.families import as_unet, denoiser, scheduler
+from symbreak.phases.bifurcation import bifurcation, potential
+from symbreak.phases.network_stability import arc_potential, network_stability, stability_times
+from symbreak.runtime.files import InputError
 
 SCHEDULER = scheduler("ddpm", clip_sample=False)
 SHAPE = (1, 2, 2)
@@ -178,8 +178,8 @@ def test_the_asymmetry_of_a_known_matrix():
 
 def test_products_on_the_bundled_network():
     """Forward-mode products pass through attention and group norms, and agree with differences."""
-    from symbreak.adapters import load_pipeline
-    from symbreak.phases.continuation import System
+    from symbreak.networks.families import load_pipeline
+    from symbreak.phases.fixed_points import System
 
     pipe = load_pipeline("digits")
     d = denoiser(pipe.unet, pipe.scheduler)

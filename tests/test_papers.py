@@ -66,11 +66,7 @@ def test_cloning_curves_by_reverse_simulation(d, pairs):
 
 @pytest.mark.parametrize(
     ("d", "queries"),
-    [
-        (256, 400),
-        pytest.param(1024, 400, marks=pytest.mark.slow),
-        pytest.param(4096, 250, marks=pytest.mark.slow),
-    ],
+    [(256, 400), pytest.param(1024, 400, marks=pytest.mark.slow), pytest.param(4096, 250, marks=pytest.mark.slow)],
 )
 def test_excess_entropy_curves(d, queries):
     n, a = 20_000, math.log(20_000) / d

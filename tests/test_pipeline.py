@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.adapters import Latents, as_unet, denoiser, encode, load_pipeline, scheduler
-from symbreak.cut import late_sigmas
-from symbreak.data import images
-from symbreak.denoise import as_denoiser
-from symbreak.files import InputError
+from symbreak.data.images import images
 from symbreak.laws import Gaussian
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.denoiser import as_denoiser
+from symbreak.networks.families import Latents, as_unet, denoiser, encode, load_pipeline, scheduler
 from symbreak.noise import NoiseLevel, generator
-from symbreak.pipeline import LateStartPipeline
-from symbreak.sample import generate
-from symbreak.start import late_start, standard_start
+from symbreak.runtime.files import InputError
+from symbreak.start.cut_schedule import late_sigmas
+from symbreak.start.late_start import late_start, standard_start
+from symbreak.start.pipeline import LateStartPipeline
+from symbreak.start.sample import generate
 from tests.worlds import gaussian_law
 
 BLOCKS = {

@@ -3,16 +3,16 @@ import math
 import pytest
 import torch
 
-from symbreak.adapters import load_pipeline, scheduler
-from symbreak.data import images
-from symbreak.files import InputError
+from symbreak.data.images import images
 from symbreak.laws import Gaussian, Mixture, PrincipalMixture
 from symbreak.laws.principal import _coordinates, _signs
 from symbreak.metrics.memorization import nearest_summary
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import load_pipeline, scheduler
 from symbreak.noise import NoiseLevel, generator
-from symbreak.sample import generate
-from symbreak.start import late_start
+from symbreak.runtime.files import InputError
+from symbreak.start.late_start import late_start
+from symbreak.start.sample import generate
 from tests.worlds import gaussian_moments
 
 SHAPE = (1, 2, 3)

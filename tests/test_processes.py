@@ -21,13 +21,13 @@ import pytest
 import torch
 
 import symbreak as sb
-from symbreak.blocks import Blocks, in_blocks
-from symbreak.cli import main
-from symbreak.files import InputError, read_json, read_tensors, write_json, write_whole
+from symbreak.cli.commands import main
 from symbreak.metrics.memorization import nearest_in
 from symbreak.noise import generator
-from symbreak.parallel import agreed, alone, dealt, from_each, from_first, joined, own_rows, rank_of, summed
-from symbreak.shards import Shards
+from symbreak.runtime.files import InputError, read_json, read_tensors, write_json, write_whole
+from symbreak.runtime.ranks import agreed, alone, dealt, from_each, from_first, joined, own_rows, rank_of, summed
+from symbreak.runtime.rows import Shards
+from symbreak.runtime.run import Blocks, in_blocks
 
 FORK = multiprocessing.get_context("fork")
 
@@ -391,7 +391,7 @@ def test_phases_of_data_on_two_processes(tmp_path):
 
 
 def _overlaps(out):
-    from symbreak.laws.overlaps import SharedPoints, overlaps
+    from symbreak.laws.pairwise_weights import SharedPoints, overlaps
 
     sigma = np.geomspace(0.02, 20, 9)  # from where only the tails are left to where all weigh the same
     with joined() as (rank, ranks):
@@ -420,7 +420,7 @@ def test_a_collapse_of_points_that_ranks_share(tmp_path):
 
 def _network_phases(out):
     from symbreak.phases.clones import clones, u_turns
-    from symbreak.phases.information import loss_curve
+    from symbreak.phases.losses import loss_curve
 
     with joined() as (rank, _):
         pipe = sb.load_pipeline("digits")
@@ -563,10 +563,10 @@ def _counted(out, train, arguments):
     """Run a command, and write down how many of the training images this process decoded."""
     import pyarrow.parquet as pq
 
-    import symbreak.data
+    import symbreak.data.images
 
-    read, real = set(), symbreak.data._attempt
-    symbreak.data._attempt = lambda data: read.add(data) or real(data)
+    read, real = set(), symbreak.data.images._attempt
+    symbreak.data.images._attempt = lambda data: read.add(data) or real(data)
     try:
         main(arguments)
     finally:
@@ -674,7 +674,7 @@ def _survives(out):
     try:
         _dies(out)
     except Exception as error:
-        from symbreak.parallel import lost
+        from symbreak.runtime.ranks import lost
 
         raise SystemExit(1 if lost(error) else 7) from None
 

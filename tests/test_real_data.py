@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from symbreak.data import images
-from symbreak.moments import Moments
+from symbreak.data.images import images
+from symbreak.moments.one_pass import Moments
 from symbreak.phases.speciation import speciation_time
 
 DATA = Path(os.environ.get("SYMBREAK_DATA") or "/nonexistent")

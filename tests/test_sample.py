@@ -2,14 +2,14 @@ import diffusers
 import pytest
 import torch
 
-from symbreak.adapters import as_unet, load_pipeline, scheduler
-from symbreak.data import images
-from symbreak.files import InputError
+from symbreak.data.images import images
 from symbreak.laws import Gaussian
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import as_unet, load_pipeline, scheduler
 from symbreak.noise import NoiseLevel
-from symbreak.sample import generate, parse_seeds
-from symbreak.start import late_start, standard_start
+from symbreak.runtime.files import InputError
+from symbreak.start.late_start import late_start, standard_start
+from symbreak.start.sample import generate, parse_seeds
 from tests.worlds import gaussian_law
 
 

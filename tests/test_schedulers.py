@@ -8,12 +8,12 @@ import torch
 from hypothesis import Phase, given, reject, settings
 from hypothesis import strategies as st
 
-from symbreak.adapters import SAMPLERS, as_unet, scheduler
-from symbreak.files import InputError
 from symbreak.laws import Gaussian
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import SAMPLERS, as_unet, scheduler
 from symbreak.noise import NoiseLevel, schedule
-from symbreak.start import SUPPORTED, LateStart, late_start, standard_start
+from symbreak.runtime.files import InputError
+from symbreak.start.late_start import SUPPORTED, LateStart, late_start, standard_start
 from tests.worlds import gaussian_law
 
 STOCHASTIC = {"ddpm", "sde-dpm++2m", "euler-a", "kdpm2-a", "lcm"}

@@ -7,16 +7,16 @@ import pytest
 import torch
 from scipy import stats
 
-from symbreak.adapters import as_unet, scheduler
-from symbreak.checks import NOISED, candidate_starts, compare_starts, flat_range, knee, sensitivity
 from symbreak.critical import CriticalTime
-from symbreak.data import images
-from symbreak.files import InputError
+from symbreak.data.images import images
 from symbreak.laws import Gaussian
-from symbreak.laws.crude import Ball, PowerMap, WhiteNoise, diagonal, isotropic, power_coefficients
+from symbreak.laws.simple import Ball, PowerMap, WhiteNoise, diagonal, isotropic, power_coefficients
 from symbreak.metrics import extractor
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import as_unet, scheduler
 from symbreak.noise import NoiseLevel, generator
+from symbreak.runtime.files import InputError
+from symbreak.studies.compare_starts import NOISED, candidate_starts, compare_starts, flat_range, knee, sensitivity
 from tests.worlds import gaussian_moments
 
 # Small enough that white noise carried down from .15 (standard deviation .46) is not cut to [-1, 1].

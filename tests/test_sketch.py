@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak import sketch
-from symbreak.adapters import scheduler
-from symbreak.data import images
-from symbreak.files import InputError
+from symbreak.data.images import images
 from symbreak.laws import Gaussian, Mixture
-from symbreak.moments import Moments
+from symbreak.moments import low_rank as sketch
+from symbreak.moments.low_rank import LowRankMoments, truncation_bound
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.speciation import speciation_time
-from symbreak.sketch import LowRankMoments, truncation_bound
-from symbreak.start import late_start
+from symbreak.runtime.files import InputError
+from symbreak.start.late_start import late_start
 
 DATA = Path(os.environ.get("SYMBREAK_DATA") or "/nonexistent")
 

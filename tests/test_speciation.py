@@ -8,18 +8,12 @@ import torch
 from scipy.integrate import quad
 from scipy.special import expit
 
-from symbreak.files import InputError
 from symbreak.laws import Empirical, Mixture
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
 from symbreak.phases.clones import clone_agreement
-from symbreak.phases.speciation import (
-    SpeciationTime,
-    cloning_probability,
-    cloning_time,
-    ladder,
-    speciation_time,
-)
+from symbreak.phases.speciation import SpeciationTime, cloning_probability, cloning_time, ladder, speciation_time
+from symbreak.runtime.files import InputError
 
 
 def pair(M: float, s2: float = 1.0, d: int = 1, weights=None) -> Mixture:

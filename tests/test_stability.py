@@ -11,11 +11,11 @@ import pytest
 import torch
 from scipy.optimize import brentq, minimize_scalar
 
-from symbreak.files import InputError
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
-from symbreak.phases.stability import bifurcation, drift, fixed_points, potential
+from symbreak.phases.bifurcation import bifurcation, drift, fixed_points, potential
+from symbreak.runtime.files import InputError
 
 TWO = Empirical([[-1.0], [1.0]])
 
@@ -82,8 +82,7 @@ def test_hypersphere(dim, radius):
 
 
 @pytest.mark.parametrize(
-    ("M", "s2", "expected"),
-    [(1, 0.25, 4 / 9), (4, 1, 1 / 8), (256, 1, 1 / 512), (9, 0.5, None), (2.5, 3, None)],
+    ("M", "s2", "expected"), [(1, 0.25, 4 / 9), (4, 1, 1 / 8), (256, 1, 1 / 512), (9, 0.5, None), (2.5, 3, None)]
 )
 def test_two_gaussians(M, s2, expected):
     law = pair(M, s2)

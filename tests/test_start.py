@@ -6,14 +6,14 @@ import diffusers
 import pytest
 import torch
 
-from symbreak.adapters import scheduler
 from symbreak.critical import CriticalTime
-from symbreak.files import InputError
 from symbreak.laws import Gaussian
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.phases.speciation import ladder, speciation_time
-from symbreak.start import LateStartWarning, late_start, standard_start
+from symbreak.runtime.files import InputError
+from symbreak.start.late_start import LateStartWarning, late_start, standard_start
 from tests.worlds import gaussian_law
 
 
@@ -162,6 +162,6 @@ def test_gaussian_identities():
 
 
 def test_diffusers_classes_named_in_messages_exist():
-    from symbreak.start import SUPPORTED
+    from symbreak.start.late_start import SUPPORTED
 
     assert all(hasattr(diffusers, name) for name in SUPPORTED)

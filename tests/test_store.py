@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from symbreak.adapters import SAMPLERS, as_unet, scheduler
-from symbreak.cut import LateStart
-from symbreak.data import images
-from symbreak.files import InputError, read_tensors, write_tensors
+from symbreak.data.images import images
 from symbreak.laws import Empirical, Gaussian, Mixture, PrincipalMixture
-from symbreak.laws.store import load_law, save_law
-from symbreak.moments import Moments
+from symbreak.laws.saving import load_law, save_law
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import SAMPLERS, as_unet, scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.speciation import speciation_time
-from symbreak.sample import generate
-from symbreak.start import late_start, standard_start
+from symbreak.runtime.files import InputError, read_tensors, write_tensors
+from symbreak.start.cut_schedule import LateStart
+from symbreak.start.late_start import late_start, standard_start
+from symbreak.start.sample import generate
 from tests.worlds import full_mixture, gaussian_law, isotropic_mixture, low_rank_mixture
 
 LAWS = {

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from symbreak.data import images
-from symbreak.diagnosis import diagnose
-from symbreak.files import InputError
-from symbreak.record import Record
-from symbreak.report import write_report
-from symbreak.study import Study, run
+from symbreak.data.images import images
+from symbreak.report.html import write_report
+from symbreak.report.record import Record
+from symbreak.runtime.files import InputError
+from symbreak.studies.compare import Study, run
+from symbreak.studies.diagnose import diagnose
 
 TINY = Study(
     samplers=("ddim", "pndm", "dpm++2m-karras"),

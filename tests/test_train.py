@@ -3,12 +3,12 @@ import json
 import pytest
 import torch
 
-from symbreak.adapters import denoiser, load_pipeline
-from symbreak.data import images
-from symbreak.files import InputError
+from symbreak.data.images import images
 from symbreak.laws import Gaussian
-from symbreak.moments import Moments
-from symbreak.train import Recipe, train_network
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import denoiser, load_pipeline
+from symbreak.networks.train import Recipe, train_network
+from symbreak.runtime.files import InputError
 
 SMALL = Recipe(channels=(8, 16), steps=30, batch=32, warmup=5, dropout=0.1)
 

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.cli import main
-from symbreak.files import InputError
+from symbreak.cli.commands import main
 from symbreak.laws import Empirical
-from symbreak.phases.stability import bifurcation
-from symbreak.record import Record
-from symbreak.world import WORLDS, explore_world, train_point_network, write_world
+from symbreak.phases.bifurcation import bifurcation
+from symbreak.report.record import Record
+from symbreak.runtime.files import InputError
+from symbreak.studies.worlds import WORLDS, explore_world, train_point_network, write_world
 
 THETA_C = math.sqrt(math.sqrt(2) - 1)
 CHROMIUM = next(
@@ -229,11 +229,7 @@ def test_command_line(two_deltas, tmp_path, capsys):
     assert told["content"] == json.loads(json.dumps(two_deltas.content))  # the same seed, the same world
     assert told["out"] == str(out)
     assert out.is_file()
-    for arguments in (
-        ["world", "torus"],
-        ["world", "sphere", "--train"],
-        ["world", "sphere", "--out", str(tmp_path)],
-    ):
+    for arguments in (["world", "torus"], ["world", "sphere", "--train"], ["world", "sphere", "--out", str(tmp_path)]):
         with pytest.raises(SystemExit) as end:
             main(arguments)
         assert end.value.code == 2
@@ -261,13 +257,7 @@ class Browser:
             [CHROMEDRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         self.session = None
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--no-first-run",
-            "--disable-background-networking",
-        ]
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
         flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={folder}"]
         options = {"binary": CHROMIUM, "args": flags}
         wanted = {

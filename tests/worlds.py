@@ -7,7 +7,7 @@ import math
 import torch
 
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
 
 

@@ -1,6 +1,6 @@
 """``python -m symbreak``."""
 
-from symbreak.cli import main
+from symbreak.cli.commands import main
 
 if __name__ == "__main__":
     main()

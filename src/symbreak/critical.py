@@ -11,26 +11,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
-from symbreak.files import InputError
+from symbreak.intervals import mean_interval, percentiles
 from symbreak.noise import NoiseLevel
+from symbreak.runtime.files import InputError
 
 __all__ = [
     "CriticalTime",
     "Curve",
-    "bootstrap",
     "crossing",
     "curve",
-    "jackknife",
     "levels",
     "mean_curve",
-    "mean_interval",
     "passing",
     "passing_interval",
     "passing_time",
-    "percentiles",
-    "resampled",
 ]
 
 
@@ -160,12 +155,6 @@ def passing(sigma: np.ndarray, curves: np.ndarray, thresholds: Any) -> np.ndarra
     return out
 
 
-def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the 95 % interval over resamples [R, ...]; no interpolation, so that infinities are allowed."""
-    low, high = np.quantile(values, [0.025, 0.975], axis=0, method="inverted_cdf")
-    return low, high
-
-
 def passing_interval(passed: np.ndarray) -> tuple[NoiseLevel | None, NoiseLevel | None, tuple[str, ...]]:
     """Ends of the interval of resampled levels [R] of `passing`, ``None`` for an end beyond the levels measured.
 
@@ -219,44 +208,3 @@ def mean_curve(
         means = weights @ values.T / values.shape[1]
         mean, (low, high) = means[0], percentiles(means[1:])
     return curve(sigma, sigma.shape if shape is None else shape, mean, low, high, name)
-
-
-def mean_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean and Student-t interval of independent repeats; the interval is NaN for a single one."""
-    x = np.asarray(values, dtype=np.float64)
-    mean = float(x.mean())
-    if len(x) < 2:
-        return mean, math.nan, math.nan
-    half = float(stats.t.ppf(0.5 + confidence / 2, len(x) - 1) * x.std(ddof=1) / math.sqrt(len(x)))
-    return mean, mean - half, mean + half
-
-
-def jackknife(estimate: float, leave_one_out: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of an estimate from G leave-one-group-out values (Student t with G - 1 degrees)."""
-    x = np.asarray(leave_one_out, dtype=np.float64)
-    groups = len(x)
-    if groups < 2:
-        return math.nan, math.nan
-    error = math.sqrt((groups - 1) / groups * float(((x - x.mean()) ** 2).sum()))
-    half = float(stats.t.ppf(0.5 + confidence / 2, groups - 1)) * error
-    return estimate - half, estimate + half
-
-
-def bootstrap(
-    values: np.ndarray, seed: int = 0, resamples: int = 1000, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean over the first axis of ``values`` [N]."""
-    x = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = np.array([x[rng.integers(0, len(x), len(x))].mean() for _ in range(resamples)])
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(low), float(high)
-
-
-def resampled(values: np.ndarray, seed: int = 0, resamples: int = 1000) -> np.ndarray:
-    """Bootstrap means [R, G] of G quantities of the same items: rows of ``values`` [G, N] are resampled together."""
-    x = np.asarray(values, dtype=np.float64)
-    n = x.shape[1]
-    rng, block = np.random.default_rng(seed), max(1, 2**22 // n)
-    sizes = [min(block, resamples - i) for i in range(0, resamples, block)]
-    return np.concatenate([rng.multinomial(n, np.full(n, 1 / n), k) @ x.T for k in sizes]) / n

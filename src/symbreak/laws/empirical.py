@@ -22,18 +22,9 @@ from typing import Any
 
 import torch
 
-from symbreak.files import InputError
-from symbreak.laws.flow import (
-    Parameters,
-    column,
-    flatten,
-    fresh,
-    level,
-    plain,
-    probability_flow,
-    top_eigenvalue,
-)
-from symbreak.moments import Moments
+from symbreak.laws.law import Parameters, column, flatten, fresh, level, plain, probability_flow, top_eigenvalue
+from symbreak.moments.one_pass import Moments
+from symbreak.runtime.files import InputError
 
 __all__ = ["Empirical"]
 
@@ -169,11 +160,7 @@ class Empirical:
         step = self._queries(len(flat), 8)
         for start in range(0, len(flat), step):
             part = slice(start, start + step)
-            yield (
-                part,
-                flat[part].double() - self._small.like(x, torch.float64)[0],
-                s2[part] if len(s2.shape) else s2,
-            )
+            yield (part, flat[part].double() - self._small.like(x, torch.float64)[0], s2[part] if len(s2.shape) else s2)
 
     # The law
 

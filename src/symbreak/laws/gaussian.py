@@ -18,10 +18,10 @@ from typing import Any
 import scipy.fft
 import torch
 
-from symbreak.files import InputError
-from symbreak.laws.flow import Parameters, column, flatten, fresh, level
-from symbreak.moments import LowRankMoments, Moments
-from symbreak.sketch import Certificate, project_moments
+from symbreak.laws.law import Parameters, column, flatten, fresh, level
+from symbreak.moments.low_rank import Certificate, project_moments
+from symbreak.moments.one_pass import LowRankMoments, Moments
+from symbreak.runtime.files import InputError
 
 __all__ = ["Gaussian"]
 

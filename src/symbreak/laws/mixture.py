@@ -23,10 +23,10 @@ import numpy as np
 import scipy.linalg
 import torch
 
-from symbreak.files import InputError
-from symbreak.laws.flow import Parameters, column, flatten, fresh, level, probability_flow, top_eigenvalue
-from symbreak.moments import Moments, _Sums
-from symbreak.sketch import Certificate, truncation_bound
+from symbreak.laws.law import Parameters, column, flatten, fresh, level, probability_flow, top_eigenvalue
+from symbreak.moments.low_rank import Certificate, truncation_bound
+from symbreak.moments.one_pass import Moments, _Sums
+from symbreak.runtime.files import InputError
 
 __all__ = ["Mixture"]
 
@@ -228,11 +228,7 @@ class Mixture:
             flat = cls.from_parameters(law.means.reshape(-1, *law.shape), variance, law.weights)
         elif rank is not None and rank < d:
             whole = torch.stack([m.eigh[0] for m in found])
-            factors = (
-                torch.stack([m.eigh[1][:, :rank] for m in found]),
-                whole[:, :rank],
-                whole[:, rank:].mean(dim=1),
-            )
+            factors = (torch.stack([m.eigh[1][:, :rank] for m in found]), whole[:, :rank], whole[:, rank:].mean(dim=1))
             flat = cls.from_parameters(law.means.reshape(-1, *law.shape), factors, law.weights)
         else:
             return law
@@ -481,21 +477,13 @@ class Mixture:
         return out.reshape(x.shape)
 
     def sample(
-        self,
-        n: int,
-        sigma: float = 0.0,
-        generator: torch.Generator | None = None,
-        component: int | None = None,
+        self, n: int, sigma: float = 0.0, generator: torch.Generator | None = None, component: int | None = None
     ) -> torch.Tensor:
         """n draws of x_0 + sigma eps, [n, *S] float64; of one component only where it is given."""
         return self.sample_labelled(n, sigma, generator, component)[0]
 
     def sample_labelled(
-        self,
-        n: int,
-        sigma: float = 0.0,
-        generator: torch.Generator | None = None,
-        component: int | None = None,
+        self, n: int, sigma: float = 0.0, generator: torch.Generator | None = None, component: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """n draws [n, *S] float64 of x_0 + sigma eps and the component [n] of each."""
         g = fresh(generator)

@@ -14,7 +14,7 @@ The flow runs in g = (Lambda + sigma^2)^-1/2 V^T (x - mu), whose slope
 
     dg / dlog sigma = (Lambda + sigma^2)^-1/2 (D_Gauss - D_mixture)
 
-vanishes where the law is Gaussian, in the time a = log(sigma / (sigma + c)) of `symbreak.laws.flow`, from
+vanishes where the law is Gaussian, in the time a = log(sigma / (sigma + c)) of `symbreak.laws.law`, from
 infinite noise: a few Runge-Kutta steps do. All samples take the same steps with the same matrices.
 """
 
@@ -27,15 +27,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.blocks import padded_blocks
-from symbreak.files import InputError
-from symbreak.laws.flow import Parameters, column, first_level, flatten, fresh, level, path, runge_kutta
 from symbreak.laws.gaussian import Gaussian
+from symbreak.laws.law import Parameters, column, first_level, flatten, fresh, level, path, runge_kutta
 from symbreak.laws.mixture import Mixture
-from symbreak.moments import LowRankMoments, Moments
+from symbreak.moments.low_rank import Certificate
+from symbreak.moments.one_pass import LowRankMoments, Moments
 from symbreak.noise import generator
-from symbreak.parallel import from_each, own_rows
-from symbreak.sketch import Certificate
+from symbreak.runtime.files import InputError
+from symbreak.runtime.ranks import from_each, own_rows
+from symbreak.runtime.run import padded_blocks
 
 __all__ = ["PrincipalMixture"]
 

@@ -21,9 +21,9 @@ from fractions import Fraction
 
 import torch
 
-from symbreak.files import InputError
-from symbreak.laws.flow import column, flatten, fresh, level, probability_flow
-from symbreak.moments import Moments
+from symbreak.laws.law import column, flatten, fresh, level, probability_flow
+from symbreak.moments.one_pass import Moments
+from symbreak.runtime.files import InputError
 
 __all__ = ["Sphere", "bessel_ratio"]
 

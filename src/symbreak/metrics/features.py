@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from symbreak.adapters import usable, weights_hash
-from symbreak.blocks import padded_blocks
-from symbreak.data import Images
-from symbreak.files import InputError, damaged, read_tensors, write_tensors
+from symbreak.data.images import Images
 from symbreak.metrics.pretrained import Dinov2, Inception
+from symbreak.networks.families import usable, weights_hash
 from symbreak.noise import generator
-from symbreak.parallel import from_each, own_rows, shares, summed
-from symbreak.shards import HELD, Shards
+from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
+from symbreak.runtime.ranks import from_each, own_rows, shares, summed
+from symbreak.runtime.rows import HELD, Shards
+from symbreak.runtime.run import padded_blocks
 
 __all__ = [
     "Classifier",

@@ -16,13 +16,13 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.special import betaincinv
 
-from symbreak.blocks import Keep
-from symbreak.data import Images
-from symbreak.files import InputError
-from symbreak.laws.neighbours import Rows, neighbours, searches
+from symbreak.data.images import Images
+from symbreak.laws.nearest_neighbours import Rows, neighbours, searches
 from symbreak.noise import generator
-from symbreak.parallel import from_each
-from symbreak.shards import Shards
+from symbreak.runtime.files import InputError
+from symbreak.runtime.ranks import from_each
+from symbreak.runtime.rows import Shards
+from symbreak.runtime.run import Keep
 
 __all__ = ["apart", "groups", "nearer_to_train", "nearest", "nearest_in", "nearest_summary", "proportion"]
 
@@ -56,11 +56,7 @@ def nearest_in(samples: Rows, train: Images, memory: int = 2**30) -> torch.Tenso
 
 
 def nearest_summary(
-    samples: Rows,
-    train: Rows | Images,
-    held_out: Rows | None,
-    memory: int = 2**30,
-    folder: Path | None = None,
+    samples: Rows, train: Rows | Images, held_out: Rows | None, memory: int = 2**30, folder: Path | None = None
 ) -> dict[str, Any]:
     """Median nearest distance and share with d_1/d_2 < 1/3, for samples and for held-out images.
 

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.data import Images
-from symbreak.files import InputError, damaged, output_folder, read_tensors, write_tensors
+from symbreak.data.images import Images
 from symbreak.metrics.features import BATCH, Extractor, described, feature_blocks, place_of
-from symbreak.metrics.fid import together
-from symbreak.moments import Moments, grouped
+from symbreak.metrics.frechet import together
+from symbreak.moments.one_pass import Moments, grouped
 from symbreak.noise import generator
-from symbreak.parallel import dealt, from_each, own_rows
-from symbreak.shards import Shards
+from symbreak.runtime.files import InputError, damaged, output_folder, read_tensors, write_tensors
+from symbreak.runtime.ranks import dealt, from_each, own_rows
+from symbreak.runtime.rows import Shards
 
 __all__ = ["Statistics", "cache_folder", "load_statistics", "statistics"]
 

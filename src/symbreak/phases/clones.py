@@ -33,14 +33,15 @@ import numpy as np
 import torch
 from scipy import stats
 
-from symbreak.blocks import Arrays, Keep, Progress, unkept
-from symbreak.critical import CriticalTime, Curve, curve, levels, mean_curve, passing, passing_interval, percentiles
-from symbreak.denoise import Denoiser, as_denoiser, ask, posterior_step
-from symbreak.files import InputError
-from symbreak.laws.classes import class_of, mixture_of
+from symbreak.critical import CriticalTime, Curve, curve, levels, mean_curve, passing, passing_interval
+from symbreak.intervals import percentiles
+from symbreak.laws.class_posterior import class_of, mixture_of
 from symbreak.laws.mixture import Mixture
+from symbreak.networks.denoiser import Denoiser, as_denoiser, ask, posterior_step
 from symbreak.noise import NoiseLevel, generator
-from symbreak.parallel import dealt
+from symbreak.runtime.files import InputError
+from symbreak.runtime.ranks import dealt
+from symbreak.runtime.run import Arrays, Keep, Progress, unkept
 
 __all__ = ["Clones", "Opportunity", "UTurns", "clone_agreement", "clones", "opportunity", "u_turns"]
 
@@ -666,14 +667,7 @@ def u_turns(
         return {"labels": np.stack([class_of(own, some) for some in back]), "distance": np.stack(far)}
 
     found = _blocks(
-        "u_turns",
-        n * turns,
-        sampler.block,
-        sampler.cost(False),
-        make,
-        progress,
-        keep,
-        {"labels": 1, "distance": 1},
+        "u_turns", n * turns, sampler.block, sampler.cost(False), make, progress, keep, {"labels": 1, "distance": 1}
     )
     ends = found["labels"].reshape(1 + len(s), turns, n)
     changed = (ends[1:] != origin).mean(1).T

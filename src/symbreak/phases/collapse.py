@@ -31,15 +31,16 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
-from symbreak.blocks import Keep, Progress
-from symbreak.critical import CriticalTime, Curve, crossing, curve, jackknife, levels
-from symbreak.files import InputError
-from symbreak.laws.classes import posterior_average
+from symbreak.critical import CriticalTime, Curve, crossing, curve, levels
+from symbreak.intervals import jackknife
+from symbreak.laws.class_posterior import posterior_average
 from symbreak.laws.empirical import Empirical
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.mixture import Mixture
-from symbreak.laws.overlaps import PARTS, Overlaps, SharedPoints, overlaps
+from symbreak.laws.pairwise_weights import PARTS, Overlaps, SharedPoints, overlaps
 from symbreak.noise import NoiseLevel, generator
+from symbreak.runtime.files import InputError
+from symbreak.runtime.run import Keep, Progress
 
 __all__ = [
     "Information",
@@ -98,7 +99,7 @@ def excess_entropy(
         queries: noised samples that f^e is averaged over, at most one a point.
         draws: Monte Carlo draws where they are needed.
         seed: of queries and draws. All levels share them: errors of neighbouring levels are correlated.
-        progress, keep: of the measurement, see `symbreak.laws.overlaps.overlaps`.
+        progress, keep: of the measurement, see `symbreak.laws.pairwise_weights.overlaps`.
 
     Returns:
         A `Curve` with 95 % intervals, of no width where the value is exact; f^e's is conditional on the
@@ -109,7 +110,7 @@ def excess_entropy(
 
     Source: arXiv:2402.18491.
 
-    >>> from symbreak.moments import Moments
+    >>> from symbreak.moments.one_pass import Moments
     >>> law = Gaussian(Moments(2, torch.zeros(2), torch.eye(2)))
     >>> round(float(excess_entropy(law, 1.0, samples=100).value), 6)              # (log 100 - log 2) / 2
     1.956012
@@ -303,12 +304,7 @@ class Scaling:
 
 
 def collapse_scaling(
-    law: Empirical,
-    axis: str,
-    sizes: Any,
-    queries: int = 1000,
-    seed: int = 0,
-    progress: Progress | None = None,
+    law: Empirical, axis: str, sizes: Any, queries: int = 1000, seed: int = 0, progress: Progress | None = None
 ) -> Scaling:
     """The curse of dimensionality, measured: the collapse of a data set cut down in one size.
 
@@ -428,10 +424,7 @@ def _normal(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _bounds(found: Overlaps) -> tuple[np.ndarray, np.ndarray]:
     """Lower (InfoNCE) and upper (leave-one-out) bound of I at the levels, [G] each."""
     log_s = found.leave_one_out()
-    return (
-        math.log(found.count) - np.logaddexp(0.0, log_s).mean(0),
-        math.log(found.count - 1) - log_s.mean(0),
-    )
+    return (math.log(found.count) - np.logaddexp(0.0, log_s).mean(0), math.log(found.count - 1) - log_s.mean(0))
 
 
 def _extrapolated(found: Overlaps) -> np.ndarray:

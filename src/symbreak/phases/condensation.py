@@ -23,13 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.blocks import Arrays, Keep, Progress, in_blocks, keyed
-from symbreak.critical import CriticalTime, Curve, mean_curve, percentiles
-from symbreak.denoise import as_denoiser, ask, descend
-from symbreak.files import InputError
+from symbreak.critical import CriticalTime, Curve, mean_curve
+from symbreak.intervals import percentiles
 from symbreak.laws.empirical import Empirical
-from symbreak.laws.neighbours import neighbours
+from symbreak.laws.nearest_neighbours import neighbours
+from symbreak.networks.denoiser import as_denoiser, ask, descend
 from symbreak.noise import NoiseLevel, generator
+from symbreak.runtime.files import InputError
+from symbreak.runtime.run import Arrays, Keep, Progress, in_blocks, keyed
 
 __all__ = ["Condensation", "nearest_flips", "nearest_of"]
 

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from scipy.integrate import trapezoid
 
-from symbreak.blocks import Arrays, Keep, Progress, in_blocks
-from symbreak.critical import CriticalTime, Curve, curve, levels, passing_time, resampled
-from symbreak.denoise import CHUNK, as_denoiser, ask, descend, images_for
-from symbreak.files import InputError
+from symbreak.critical import CriticalTime, Curve, curve, levels, passing_time
+from symbreak.intervals import resampled
 from symbreak.laws.gaussian import Gaussian
-from symbreak.moments import LowRankMoments, Moments
+from symbreak.moments.one_pass import LowRankMoments, Moments
+from symbreak.networks.denoiser import CHUNK, as_denoiser, ask, descend, images_for
 from symbreak.noise import NoiseLevel, generator
+from symbreak.runtime.files import InputError
+from symbreak.runtime.run import Arrays, Keep, Progress, in_blocks
 
 __all__ = ["Check", "LinearShare", "Reversion", "linear_share", "linearity_check", "reversion", "reversion_check"]
 

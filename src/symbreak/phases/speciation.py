@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
-from symbreak.critical import CriticalTime, Curve, curve, jackknife, levels
-from symbreak.files import InputError
-from symbreak.laws.classes import class_draws, mixture_of, posterior_average
+from symbreak.critical import CriticalTime, Curve, curve, levels
+from symbreak.intervals import jackknife
+from symbreak.laws.class_posterior import class_draws, mixture_of, posterior_average
 from symbreak.laws.mixture import Mixture
-from symbreak.moments import Moments
+from symbreak.moments.one_pass import Moments
 from symbreak.noise import NoiseLevel
+from symbreak.runtime.files import InputError
 
 __all__ = ["SpeciationTime", "cloning_probability", "cloning_time", "ladder", "speciation_time"]
 
@@ -74,11 +75,7 @@ def _spectral(value: float, low: float, high: float, scale: float) -> CriticalTi
 
 
 def speciation_time(
-    law_or_moments: Any,
-    criterion: str = "spectral",
-    scale: float = 1.0,
-    samples: int = 20000,
-    seed: int = 0,
+    law_or_moments: Any, criterion: str = "spectral", scale: float = 1.0, samples: int = 20000, seed: int = 0
 ) -> CriticalTime:
     """The speciation level of a law or of measured moments.
 

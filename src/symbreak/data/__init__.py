@@ -1,0 +1,1 @@
+"""Data sets, read as streams of float32 batches."""

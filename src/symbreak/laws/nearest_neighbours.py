@@ -1,0 +1,355 @@
+"""Exact nearest neighbours among the points of a data set, at the speed of float32 products.
+
+|x - y|^2 = |x|^2 - 2 (x.y - |y|^2 / 2) from float32 products of the centred data, which lose at most
+n u (|x||y| + |y|^2 / 2) of the term in brackets (n = d + 8 operations of unit roundoff u; Higham, *Accuracy and
+Stability of Numerical Algorithms*, section 3.1). The leading candidates are ranked by exact float64 differences.
+Where a point left out could still be nearer within that bound, the query is asked again with float64 products and
+every point that its bound leaves open. So distances and order are those of differences in float64 (of equal
+distances the lower index comes first), whatever the size of the blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+
+from symbreak.runtime.files import InputError
+from symbreak.runtime.ranks import dealt, from_each, rank_of
+from symbreak.runtime.rows import Shards
+from symbreak.runtime.run import Keep, unkept
+
+__all__ = ["Rows", "Search", "neighbours", "searches"]
+
+SPARE = 8  # candidates kept beyond the k wanted
+PIECE = 2**18  # numbers differenced at a time: they stay in the cache
+KEPT = 4096  # queries a kept block
+Pairs = tuple[torch.Tensor, torch.Tensor]
+Rows = torch.Tensor | Shards
+
+
+def neighbours(
+    queries: Rows,
+    points: Rows | None = None,
+    k: int = 2,
+    *,
+    classes: tuple[torch.Tensor, torch.Tensor] | None = None,
+    block: int = 1024,
+    memory: int = 2**28,
+    keep: Keep | None = None,
+    name: str = "neighbours",
+    progress: Callable[[int, int], None] | None = None,
+) -> Pairs:
+    """The k nearest points of every query, exact: d = |x - y| by differences in float64.
+
+    Args:
+        queries: [N, *S], float32 or float64, or `Shards` of such rows.
+        points: [M, *S] with M >= k, or `Shards`; ``None``: the queries among themselves, none its own neighbour.
+        k: neighbours wanted.
+        classes: whole numbers of queries [N] and points [M]: neighbours are of another class than the query.
+        block: queries at a time.
+        memory: bytes of working memory beside tensors that came; results depend on neither.
+        keep: keep(key, make) -> arrays, for blocks that may have been made before; ``name`` begins their keys.
+        progress: called with (queries done, queries in all).
+
+    Ranks share the blocks of queries, or among shards each asks its own points (`symbreak.runtime.ranks`).
+
+    Returns:
+        Distances [N, k] float64, rising, and the points' indices [N, k]; infinite where fewer are of other classes.
+
+    Raises:
+        InputError: for sizes that do not fit, too few points, NaN, or too little memory.
+
+    >>> d, j = neighbours(torch.tensor([[0.0], [5.0]]), torch.tensor([[1.0], [7.0], [4.0]]))
+    >>> d.tolist(), j.tolist()
+    ([[1.0, 4.0], [1.0, 2.0]], [[0, 2], [2, 1]])
+    """
+    _check(queries, points, k, block, memory)
+    if isinstance(queries, Shards) or isinstance(points, Shards):
+        return _among_shards(queries, points, k, classes, block, memory, keep, name, progress)
+    among = queries if points is None else points
+    search = Search(among, k, block, memory, own=points is None, classes=None if classes is None else classes[1])
+    x = _flat(queries)
+
+    def make(start: int) -> dict[str, np.ndarray]:
+        parts, stop = [], min(start + KEPT, len(x))
+        for some in torch.arange(start, stop).split(search.block):
+            parts.append(search.ask(x[some], some, None if classes is None else classes[0][some]))
+            if progress is not None and int(some[-1]) + 1 < stop:
+                progress(int(some[-1]) + 1, len(x))
+        return {"d": torch.cat([d for d, _ in parts]).numpy(), "j": torch.cat([j for _, j in parts]).numpy()}
+
+    def block_of(start: int) -> dict[str, np.ndarray]:
+        return (keep or unkept)(f"{name}/{start}", partial(make, start))
+
+    def ended(blocks: int, _: int) -> None:
+        if progress is not None:
+            progress(min(blocks * KEPT, len(x)), len(x))
+
+    found = dealt(range(0, len(x), KEPT), block_of, ended)
+    return tuple(torch.from_numpy(np.concatenate([f[key] for f in found])) for key in ("d", "j"))  # type: ignore[return-value]
+
+
+def _check(queries: Rows, points: Rows | None, k: int, block: int, memory: int) -> None:
+    own = points is None
+    among = queries if points is None else points
+    x, y = queries.shape, among.shape
+    if not len(among) - own >= k >= 1 or len(x) < 2 or x[1:] != y[1:] or math.prod(x[1:]) == 0:
+        raise InputError(
+            f"samples {tuple(x)} against training images {tuple(y)}; expected equal sizes and at least {k + own} "
+            "training images."
+        )
+    if memory < 2**20 or block < 1:
+        raise InputError(f"{memory:,} bytes and {block} queries at a time; expected at least 1 MiB and 1.")
+
+
+def searches(
+    among: Shards, k: int, block: int, memory: int, own: bool = False, classes: torch.Tensor | None = None
+) -> Iterator[Search]:
+    """This rank's points, as many at a time as fit into a quarter of the memory."""
+    for piece in among.pieces(max(1, memory // (4 * among.row_bytes))):
+        first, rows = piece
+        tags = None if classes is None else classes[first : first + len(rows)]
+        search = Search(rows, min(k, len(rows)), block, max(2**18, memory // 4), first, own, tags)
+        yield search
+        del piece, rows, search
+
+
+def _among_shards(
+    queries: Rows,
+    points: Rows | None,
+    k: int,
+    classes: tuple[torch.Tensor, torch.Tensor] | None,
+    block: int,
+    memory: int,
+    keep: Keep | None,
+    name: str,
+    progress: Callable[[int, int], None] | None,
+) -> Pairs:
+    """Every rank is asked for the nearest of its own points; the nearest of all of them are the answer.
+
+    A block of queries goes through all points: their pieces are read again for every block, which costs little beside
+    thousands of products with each.
+    """
+    among = queries if points is None else points
+    among = Shards.of(among) if isinstance(among, torch.Tensor) else among
+    count, here = len(queries), among.last - among.first
+    size = max(1, min(KEPT, memory // (64 * math.prod(queries.shape[1:]))))
+    tags = None if classes is None else classes[1]
+    pieces = partial(searches, among, k, block, memory, points is None, tags)
+    held = list(pieces()) if 4 * here * among.row_bytes <= memory else None
+
+    def asked(some: torch.Tensor, x: torch.Tensor, whole: int) -> Pairs:
+        """The nearest of this rank's points; ``whole`` queries are at an end with these."""
+        d = torch.full((len(some), k), math.inf, dtype=torch.float64)
+        j = torch.full((len(some), k), len(among))
+        done = 0
+        for search in pieces() if held is None else held:
+            for part in torch.arange(len(some)).split(search.block) if len(some) else ():
+                own = None if classes is None else classes[0][some[part]]
+                new_d, new_j = search.ask(x[part], some[part], own)
+                d[part], j[part] = _ranked(torch.cat([d[part], new_d], 1), torch.cat([j[part], new_j], 1), k)
+                done += len(part) * (search.last - search.first)
+                if progress is not None:
+                    progress(min(count - 1, int(some[0]) + whole * done // (len(some) * here)), count)
+            del search  # its points go before the next ones come
+        return d, j
+
+    def make(some: torch.Tensor) -> dict[str, np.ndarray]:
+        """By all ranks at once, each from its points, or from all of them for a part of the queries."""
+        x = _flat(queries.at(some) if isinstance(queries, Shards) else queries[some])
+        rank, ranks = (0, 1) if among.shared else rank_of()
+        mine = slice(len(some) * rank // ranks, len(some) * (rank + 1) // ranks)
+        d, j = asked(some[mine], x[mine], len(some))
+        each = from_each({"d": d.numpy(), "j": j.numpy()})
+        d, j = (torch.from_numpy(np.concatenate([e[n] for e in each], int(among.shared))) for n in ("d", "j"))
+        d, j = _ranked(d, j, k)
+        return {"d": d.numpy(), "j": j.numpy()}
+
+    parts = []
+    for some in torch.arange(count).split(size):
+        last = int(some[-1]) + 1
+        parts.append((keep or unkept)(f"{name}/{int(some[0])}-{last}", partial(make, some)))
+        if progress is not None:
+            progress(last, count)
+    return tuple(torch.from_numpy(np.concatenate([p[n] for p in parts])) for n in ("d", "j"))  # type: ignore[return-value]
+
+
+class Search:
+    """Points in blocks, and the rounding bounds of products with them.
+
+    Args:
+        points: [m, *S].
+        k: neighbours wanted, at most m.
+        block, memory: queries at a time, bytes to work in.
+        first: position of the first point among all; answers are such positions.
+        own: whether queries are points: the one at a query's position does not count.
+        classes: of the points [m]: those of a query's class do not count.
+    """
+
+    def __init__(
+        self,
+        points: torch.Tensor,
+        k: int,
+        block: int,
+        memory: int,
+        first: int = 0,
+        own: bool = False,
+        classes: torch.Tensor | None = None,
+    ) -> None:
+        self.own, self.classes, self.first, self.last = own, classes, first, first + len(points)
+        self.k, self.memory = k, memory
+        self.y = _flat(points)
+        self.dim = self.y.shape[1]
+        self.block = max(1, min(block, memory // (64 * self.dim)))
+        centre = torch.zeros(self.dim, dtype=torch.float64)
+        for rows in self._rows():
+            centre += self.y[rows].double().sum(0) / len(self.y)
+        # Any centre will do, as long as everybody takes the same.
+        self.centre = centre.float() if self.y.dtype == torch.float32 else centre
+        square = [(self.y[r].double() - self.centre.double()).square().sum(1) for r in self._rows()]
+        if not all(bool(torch.isfinite(s).all()) for s in square):
+            raise InputError("the images or features hold NaN or infinity; expected finite numbers.")
+        norms = torch.cat(square).sqrt()
+        # A power of two, so that nothing is rounded, keeps products within the range of float32.
+        self.scale = 2.0 ** -math.ceil(math.log2(float(norms.max()))) if float(norms.max()) > 0 else 1.0
+        self.half = 0.5 * (norms * self.scale) ** 2
+        self.radius = float(norms.max()) * self.scale
+
+    def _rows(self) -> Iterator[slice]:
+        step = max(1, min(self.memory // 32, PIECE) // self.dim)
+        return (slice(i, min(i + step, len(self.y))) for i in range(0, len(self.y), step))
+
+    def _blocks(self, queries: int, size: int) -> Iterator[slice]:
+        """Slices of the points: [queries, block] products (and what ranks them) and [block, d] numbers fit."""
+        step = max(1, min(self.memory // (size * (2 * queries + 2 * self.dim)), 2**12))
+        return (slice(i, min(i + step, len(self.y))) for i in range(0, len(self.y), step))
+
+    def _centred(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        # Float64 rows lose nothing before they are centred.
+        wide = torch.float64 if torch.float64 in (dtype, rows.dtype) else self.centre.dtype
+        return (rows.to(wide) - self.centre.to(wide)).to(dtype).mul_(self.scale)
+
+    def _products(self, x: torch.Tensor, index: torch.Tensor, tags: torch.Tensor | None, part: slice) -> torch.Tensor:
+        """x.y - |y|^2 / 2 [b, block] of centred queries, scaled; minus infinity for points that do not count."""
+        g = torch.addmm(self.half[part].to(x.dtype), x, self._centred(self.y[part], x.dtype).T, beta=-1.0)
+        if self.own:
+            here = index - self.first
+            q = ((here >= part.start) & (here < part.stop)).nonzero()[:, 0]
+            g[q, here[q] - part.start] = -math.inf
+        if self.classes is not None and tags is not None:
+            g.masked_fill_(tags[:, None] == self.classes[None, part], -math.inf)
+        return g
+
+    def _slack(self, square: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Bound [b, 1] of the rounding of `_products`; square: |x|^2 [b, 1] of the queries."""
+        nu = (self.dim + 8) * torch.finfo(dtype).eps / 2
+        gamma = nu / (1 - nu) if nu < 0.5 else math.inf
+        return gamma * (square.sqrt() * self.radius + 0.5 * self.radius**2)
+
+    def ask(self, raw: torch.Tensor, index: torch.Tensor, tags: torch.Tensor | None = None) -> Pairs:
+        """The k nearest of queries [b, d] at positions ``index`` [b], of classes ``tags`` [b]."""
+        x = self._centred(raw, torch.float32)
+        square = self._centred(raw, torch.float64).square().sum(1, keepdim=True)
+        if not bool(torch.isfinite(square).all()):
+            raise InputError("the images or features hold NaN or infinity; expected finite numbers.")
+        value = torch.empty(len(index), 0)
+        place = torch.empty(len(index), 0, dtype=torch.long)
+        for part in self._blocks(len(index), 4):
+            g, j = _top(self._products(x, index, tags, part), self.k + SPARE)
+            value, place = torch.cat([value, g], 1), torch.cat([place, j + part.start], 1)
+            if value.shape[1] > self.k + SPARE:
+                value, order = value.topk(self.k + SPARE, dim=1)
+                place = place.gather(1, order)
+        row = torch.arange(len(index))
+        d = self.exact(raw, index, row.repeat_interleave(place.shape[1]), place.reshape(-1), tags).reshape(place.shape)
+        d, place = _ranked(d, place, self.k)
+        # Whatever was left out has a product of at most the lowest one kept.
+        worst = 0.5 * (square - (d[:, -1:] * self.scale) ** 2)
+        slack = self._slack(square, torch.float32) + 1e-12 * (square + worst.abs())
+        sure = (value[:, -1:].double() + slack < worst)[:, 0]
+        sure |= value[:, -1] == -math.inf  # all points that count were kept
+        if value.shape[1] == len(self.y):
+            sure[:] = True
+        doubt = (~sure).nonzero()[:, 0]
+        for some in doubt.split(64) if len(doubt) else ():
+            own = None if tags is None else tags[some]
+            d[some], place[some] = self._again(raw[some], index[some], own, d[some], place[some])
+        return d, place + self.first
+
+    def _again(
+        self, raw: torch.Tensor, index: torch.Tensor, tags: torch.Tensor | None, d: torch.Tensor, place: torch.Tensor
+    ) -> Pairs:
+        """The same from float64 products: every point that may be as near as the k-th known is ranked."""
+        best = [(d[i : i + 1], place[i : i + 1]) for i in range(len(index))]
+        for q, j in self.within(raw, index, d[:, -1].clone(), tags):
+            exact = self.exact(raw, index, torch.full((len(j),), q), j, tags)
+            old_d, old_j = best[q]
+            fresh = ~torch.isin(j, old_j[0])
+            both = torch.cat([old_d, exact[None, fresh]], 1), torch.cat([old_j, j[None, fresh]], 1)
+            best[q] = _ranked(*both, self.k)
+        return torch.cat([b[0] for b in best]), torch.cat([b[1] for b in best])
+
+    def within(
+        self, raw: torch.Tensor, index: torch.Tensor, reach: torch.Tensor, tags: torch.Tensor | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """For queries [b, d], points that may lie within ``reach`` [b]: (query, points of this search), in parts."""
+        x = self._centred(raw, torch.float64)
+        square = x.square().sum(1, keepdim=True)
+        lowest = 0.5 * (square - (reach[:, None] * self.scale) ** 2)
+        lowest = lowest - self._slack(square, torch.float64) - 1e-12 * (square + lowest.abs())
+        for part in self._blocks(len(index), 8):
+            open_ = self._products(x, index, tags, part) >= lowest
+            for q in open_.any(1).nonzero()[:, 0].tolist():
+                yield q, open_[q].nonzero()[:, 0] + part.start
+
+    def exact(
+        self, raw: torch.Tensor, index: torch.Tensor, q: torch.Tensor, j: torch.Tensor, tags: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """|x_q - y_j| [pairs] by differences in float64; infinite for points that do not count."""
+        if len(q) == 1:  # a sum over a single row may be split among threads, and end in other bits
+            return self.exact(raw, index, q.repeat(2), j.repeat(2), tags)[:1]
+        out = []
+        pieces = math.ceil(len(q) / max(3, min(self.memory // 32, PIECE) // self.dim))
+        for a, b in zip(q.tensor_split(pieces), j.tensor_split(pieces)):
+            gap = self.y[b].double()
+            gap -= raw[a]
+            out.append(gap.square_().sum(1).sqrt_())
+        d = torch.cat(out)
+        if self.own:
+            d[index[q] == j + self.first] = math.inf
+        if self.classes is not None and tags is not None:
+            d[tags[q] == self.classes[j]] = math.inf
+        return d
+
+
+def _flat(t: torch.Tensor) -> torch.Tensor:
+    flat = t.detach().cpu().reshape(len(t), -1)
+    return flat if flat.dtype in (torch.float32, torch.float64) else flat.double()
+
+
+def _top(g: torch.Tensor, count: int) -> Pairs:
+    """The largest ``count`` of every row and their positions; the maxima of strips say where to look."""
+    strips = 64
+    width = g.shape[1] // strips
+    if width <= 4 * count:
+        return g.topk(min(count, g.shape[1]), dim=1)
+    # Strip s holds the columns s, s + width, ...; the largest numbers lie in the strips of largest maxima.
+    body = g[:, : strips * width].unflatten(1, (strips, width))
+    strip = body.amax(1).topk(count, dim=1).indices
+    columns = (strip[:, :, None] + width * torch.arange(strips)).flatten(1)
+    rest = torch.arange(strips * width, g.shape[1]).expand(len(g), -1)
+    columns = torch.cat([columns, rest], 1)
+    value, order = g.gather(1, columns).topk(count, dim=1)
+    return value, columns.gather(1, order)
+
+
+def _ranked(d: torch.Tensor, j: torch.Tensor, k: int) -> Pairs:
+    """The k nearest of every row, rising; of equal distances the lower index first."""
+    order = j.argsort(dim=1)
+    d, j = d.gather(1, order), j.gather(1, order)
+    order = d.argsort(dim=1, stable=True)[:, :k]
+    return d.gather(1, order), j.gather(1, order)

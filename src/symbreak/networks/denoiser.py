@@ -1,0 +1,194 @@
+"""The denoiser contract: d(x, sigma) -> E[x_0 | x_0 + sigma eps = x], and what follows from it.
+
+    score(x) = (D(x) - x) / sigma^2          dD/dx = Cov(x_0 | x) / sigma^2
+
+(Tweedie; Miyasawa 1961, Efron 2011). Laws have one in closed form (`as_denoiser`), trained networks
+are adapted to one (`symbreak.networks.families.denoiser`). x is a VE state [B, *S], sigma a float or [B].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+
+from symbreak.noise import generator
+from symbreak.runtime.files import InputError, digest
+
+__all__ = [
+    "Denoiser",
+    "LawDenoiser",
+    "as_denoiser",
+    "ask",
+    "descend",
+    "fingerprint",
+    "images_for",
+    "posterior_step",
+    "score",
+]
+
+CHUNK = 64  # states of one call: a fixed size, so that results do not depend on how many are asked about
+
+
+@runtime_checkable
+class Denoiser(Protocol):
+    """Anything that maps (x, sigma) to the posterior mean of x_0.
+
+    Attributes:
+        shape: sample shape S.
+        sigma_range: levels it can be asked at; outside it raises ValueError.
+    """
+
+    shape: tuple[int, ...]
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Smallest and largest sigma."""
+
+    def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """E[x_0 | x] [B, *S] for VE states x [B, *S]."""
+
+
+class LawDenoiser:
+    """A law's exact posterior mean as a `Denoiser`."""
+
+    sigma_range = (0.0, float("inf"))
+
+    def __init__(self, law: Any) -> None:
+        self.law = law
+        self.shape: tuple[int, ...] = tuple(law.shape)
+
+    def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.law.denoise(x, sigma)
+        return out
+
+
+def as_denoiser(law_or_denoiser: Any) -> Denoiser:
+    """A law's denoiser, or the denoiser itself.
+
+    Raises:
+        TypeError: for anything that is neither.
+    """
+    if hasattr(law_or_denoiser, "denoise"):
+        return LawDenoiser(law_or_denoiser)
+    if isinstance(law_or_denoiser, Denoiser):
+        return law_or_denoiser
+    raise TypeError(
+        f"{type(law_or_denoiser).__name__} is neither a law (it has no .denoise) nor a denoiser (d(x, sigma) with "
+        ".shape and .sigma_range). Adapt a network with sb.denoiser(unet, scheduler)."
+    )
+
+
+def images_for(denoiser: Denoiser, data: Any, sigma: np.ndarray, least: int = 2) -> torch.Tensor:
+    """Images [N, *S] to noise and to ask a denoiser about, float32 unless they are float64.
+
+    Args:
+        denoiser: a `Denoiser`.
+        data: a tensor or array [N, *S], an `Images` or batches.
+        sigma: levels it will be asked at.
+        least: smallest number of images.
+
+    Raises:
+        InputError: for no images, too few, another shape than the denoiser's, NaN, or levels outside its range.
+    """
+    if isinstance(data, str):
+        raise InputError(f"data={data!r} is a name; expected images. Pass sb.images({data!r}).")
+    if isinstance(data, torch.Tensor | np.ndarray):
+        whole = torch.as_tensor(data).cpu()
+    else:
+        batches = [torch.as_tensor(batch).cpu() for batch in data]
+        whole = torch.cat(batches) if batches else torch.zeros(0)
+    if len(whole) < least:
+        raise InputError(f"{len(whole)} images; expected at least {least}, better 256.")
+    if tuple(whole.shape[1:]) != tuple(denoiser.shape):
+        raise InputError(
+            f"images of shape {tuple(whole.shape[1:])} for a network of {tuple(denoiser.shape)}; expected one shape."
+        )
+    whole = whole if whole.dtype == torch.float64 else whole.float()
+    if not bool(torch.isfinite(whole).all()):
+        raise InputError("the images hold NaN or infinity; expected finite numbers.")
+    low, high = denoiser.sigma_range
+    if sigma.min() < low * (1 - 1e-9) or sigma.max() > high * (1 + 1e-9):
+        raise InputError(
+            f"levels from sigma {sigma.min():.4g} to {sigma.max():.4g}; the network knows {low:.4g} to {high:.4g}. "
+            "Choose levels in that range."
+        )
+    return whole
+
+
+def ask(
+    denoiser: Any, x: torch.Tensor, sigma: float, labels: torch.Tensor | None = None, rows: int = CHUNK
+) -> torch.Tensor:
+    """D(x, sigma) [B, *S] in pieces of ``rows``, on the network's own device, answered in the dtype of x.
+
+    Args:
+        denoiser: a `Denoiser`.
+        x: VE states [B, *S].
+        sigma: level.
+        labels: class [B] of every state, for a class-conditional network.
+        rows: states of one call; the last call may have fewer.
+    """
+    weight = next(iter(getattr(denoiser, "unet", torch.nn.Identity()).parameters()), x)
+    done = []
+    for i in range(0, len(x), rows):
+        own = denoiser
+        if labels is not None:
+            own = denoiser.bind(class_labels=labels[i : i + rows].to(weight.device))
+        done.append(own(x[i : i + rows].to(weight.device), sigma).to(x))
+    return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def posterior_step(
+    mean: torch.Tensor, x: torch.Tensor, sigma: float, below: float, noise: torch.Tensor
+) -> torch.Tensor:
+    """One step of the reverse SDE from level sigma to the level below it,
+
+        x' = D + (sigma'/sigma)^2 (x - D) + sigma' sqrt(1 - sigma'^2 / sigma^2) z,
+
+    exact for a constant D: the posterior of x' given x and x_0 = D (DDPM's ancestral step with its smaller variance;
+    Ho, Jain, Abbeel 2020, arXiv:2006.11239).
+
+    Args:
+        mean: D(x, sigma) [B, *S].
+        x: VE states [B, *S] at sigma.
+        sigma, below: the two levels, sigma > below > 0.
+        noise: white noise z [B, *S].
+    """
+    ratio = (below / sigma) ** 2
+    return torch.lerp(mean, x, ratio).add_(noise, alpha=below * math.sqrt(1 - ratio))
+
+
+def fingerprint(denoiser: Any) -> str:
+    """A digest of what a denoiser answers to fixed states: names and weights do not tell all of them apart."""
+    low, high = denoiser.sigma_range
+    sigma = math.sqrt(max(low, 1e-3) * min(high, 1e3))
+    x = torch.randn(4, *denoiser.shape, generator=generator(0, 97))
+    with torch.inference_mode():
+        return digest(ask(denoiser, sigma * x, sigma))
+
+
+def descend(denoiser: Any, x: torch.Tensor, grid: Any, g: torch.Generator) -> Iterator[tuple[float, torch.Tensor]]:
+    """Walk down the reverse SDE in steps of `posterior_step`: (sigma, states [B, *S]) at every level.
+
+    Args:
+        denoiser: a `Denoiser`, asked once a step.
+        x: VE states [B, *S] at the first level.
+        grid: falling levels [G].
+        g: of the noise, one draw like x a step.
+    """
+    for i, sigma in enumerate(map(float, grid)):
+        yield sigma, x
+        if i + 1 < len(grid):
+            mean = ask(denoiser, x, sigma)
+            noise = torch.randn(x.shape, generator=g, dtype=x.dtype)
+            x = posterior_step(mean, x, sigma, float(grid[i + 1]), noise)
+
+
+def score(law_or_denoiser: Any, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+    """Gradient of the noised log density at VE states x, [B, *S]: (D(x, sigma) - x) / sigma^2."""
+    s = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    s = s.reshape(-1, *[1] * (x.ndim - 1)) if s.ndim else s
+    return (as_denoiser(law_or_denoiser)(x, sigma) - x) / (s * s)

@@ -1,0 +1,1 @@
+"""Records, and how they are drawn. Draws, never computes."""

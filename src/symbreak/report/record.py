@@ -1,0 +1,71 @@
+"""Record: everything a run found and everything needed to run it again, as JSON. No torch.
+
+The same settings give the same record bit for bit on one machine; only ``timings`` differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from symbreak.runtime.files import InputError, output_folder, read_json, write_json
+from symbreak.runtime.plain import plain
+
+__all__ = ["Record"]
+
+FORMAT = "symbreak.record"
+VERSION = 1
+
+
+@dataclass
+class Record:
+    """What a run found.
+
+    Attributes:
+        kind: ``"study"``, ``"phases"`` or ``"audit"``.
+        settings: every argument that decides the content.
+        content: the findings, plain values only.
+        versions: package versions.
+        timings: seconds by stage; not part of what is reproducible.
+    """
+
+    kind: str
+    settings: dict[str, Any]
+    content: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": self.kind,
+            "settings": plain(self.settings),
+            "content": plain(self.content),
+            "versions": dict(self.versions),
+            "timings": plain(self.timings),
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write ``folder/record.json``; the file appears whole or not at all."""
+        return write_json(output_folder(folder) / "record.json", self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Record:
+        """Read a record from its file or folder.
+
+        Raises:
+            InputError: where it is missing, no record, or written by a newer version.
+        """
+        path = Path(path)
+        raw = read_json(path / "record.json" if path.is_dir() else path)
+        if not isinstance(raw, dict) or raw.get("format") != FORMAT:
+            raise InputError(f"{path} is no symbreak record. Expected the record.json that a run wrote.")
+        if raw.get("version") != VERSION:
+            raise InputError(f"{path} was written by another version (format {raw.get('version')}). Run it again.")
+        parts = [raw.get(k) for k in ("settings", "content", "versions", "timings")]
+        if not isinstance(raw.get("kind"), str) or not all(isinstance(p, dict) for p in parts):
+            raise InputError(f"{path} is a damaged record: a part is missing. Run it again.")
+        return cls(raw["kind"], *parts)  # type: ignore[arg-type]

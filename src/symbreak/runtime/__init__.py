@@ -1,0 +1,1 @@
+"""What long work needs of a machine: files, processes, memory, finished parts."""

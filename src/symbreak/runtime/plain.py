@@ -1,0 +1,53 @@
+"""Plain values for records: what JSON can hold, package versions, seconds by stage."""
+
+from __future__ import annotations
+
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib import metadata
+from typing import Any
+
+__all__ = ["plain", "stopwatch", "versions"]
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null and a string."""
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    return value
+
+
+def versions(threads: int) -> dict[str, str]:
+    """Versions that a result may depend on, and the number of threads, which decides the last bits."""
+    names = ("symbreak", "torch", "diffusers", "numpy", "scipy", "safetensors", "scikit-learn")
+    return {
+        "python": platform.python_version(),
+        "threads": str(threads),
+        **{name: metadata.version(name) for name in names},
+    }
+
+
+def stopwatch(
+    timings: dict[str, float], tell: Callable[[str, int, int], None]
+) -> Callable[[str], AbstractContextManager[Callable[[int, int], None]]]:
+    """What times a stage: ``with lap("name") as progress``.
+
+    Args:
+        timings: seconds by stage, added to.
+        tell: called with (stage, done, total) where the stage calls its progress(done, total).
+    """
+
+    @contextmanager
+    def lap(stage: str) -> Iterator[Callable[[int, int], None]]:
+        began = time.perf_counter()
+        yield lambda done, total: tell(stage, done, total)
+        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - began
+
+    return lap

@@ -1,0 +1,251 @@
+"""One answer from many processes: blocks of work are dealt to the ranks in turn, and every rank learns all of them.
+
+A block is made by one rank, from its own seed, as it would be made alone: one process and many give the same bits.
+What is not dealt every rank computes for itself, so that all of them take the same way. Ranks are those of
+``torch.distributed``, started by ``accelerate launch`` or ``torchrun``; they share work only inside `over_ranks`, so
+that a call on one rank of somebody's own program waits for nobody.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load, save
+
+from symbreak.runtime.files import InputError, left_to_another
+
+__all__ = [
+    "agreed",
+    "alone",
+    "dealt",
+    "from_each",
+    "from_first",
+    "joined",
+    "over_ranks",
+    "own_rows",
+    "rank_of",
+    "shares",
+    "summed",
+]
+
+ERROR = "error"
+PATIENCE = timedelta(days=7)  # ranks wait for what one of them does; launchers watch for dead ones
+_together: ContextVar[bool] = ContextVar("together", default=False)
+
+
+@contextmanager
+def over_ranks() -> Iterator[tuple[int, int]]:
+    """Within it the ranks of ``torch.distributed`` share the work; all of them have to make the same calls.
+
+    Yields:
+        This process's rank and the number of ranks; (0, 1) where no group of processes was started. Files are written
+        by the first rank, but for what is dealt.
+    """
+    token = _together.set(True)
+    try:
+        place = rank_of()
+        with left_to_another(place[0] > 0):
+            yield place
+    finally:
+        _together.reset(token)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it this process waits for no other: for work that was dealt to it."""
+    token = _together.set(False)
+    try:
+        with left_to_another(False):
+            yield
+    finally:
+        _together.reset(token)
+
+
+@contextmanager
+def joined(environment: dict[str, str] | None = None) -> Iterator[tuple[int, int]]:
+    """`over_ranks` for a process that a launcher started: joins the group that the environment names, and leaves it.
+
+    Args:
+        environment: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and LOCAL_RANK as torchrun sets them; by default
+            those of this process. Without them there is one rank.
+
+    Yields:
+        Rank and number of ranks.
+    """
+    given = os.environ if environment is None else environment
+    if int(given.get("WORLD_SIZE", "1")) < 2 or "RANK" not in given or dist.is_initialized():
+        with over_ranks() as place:
+            yield place
+        return
+    if torch.cuda.is_available():
+        here = int(given.get("LOCAL_WORLD_SIZE", "1"))
+        if here > torch.cuda.device_count():
+            raise InputError(
+                f"{here} processes for {torch.cuda.device_count()} GPUs; expected one each. Start fewer, or hide the "
+                "GPUs with CUDA_VISIBLE_DEVICES= to use the CPU."
+            )
+        torch.cuda.set_device(int(given.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        backend = "nccl"
+    else:
+        backend = "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        with over_ranks() as place:
+            yield place
+        dist.barrier()  # nobody leaves while another still needs it
+    finally:
+        dist.destroy_process_group()
+
+
+def lost(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl"))
+
+
+def rank_of() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) outside `over_ranks`."""
+    if _together.get() and dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def shares(count: int, multiple: int = 1) -> list[int]:
+    """Where the ranks' parts of ``count`` rows begin, and ``count``: multiples of ``multiple``.
+
+    ``[0, count]`` for one rank, and for rows too few for all of them to have some: every rank takes the whole.
+    """
+    ranks, blocks = rank_of()[1], -(-count // multiple)
+    if blocks < ranks:
+        return [0, count]
+    return [min(count, multiple * (blocks * r // ranks)) for r in range(ranks + 1)]
+
+
+def own_rows(stream: Any, multiple: int = 1) -> tuple[Any, int, bool]:
+    """The part of a data set that this rank reads, the position of its first row, and whether ranks share it.
+
+    A data set is a tensor, or anything with a length and ``rows(first, last)``, such as `Images`; another stream, and
+    one too short for all ranks to have rows of it, every rank reads as a whole. Parts begin at multiples of
+    ``multiple``, or where the stream has ``edges`` of its own.
+    """
+    whole = isinstance(stream, torch.Tensor)
+    edges = getattr(stream, "edges", None) or (
+        shares(len(stream), multiple) if whole or hasattr(stream, "rows") else [0, 0]
+    )
+    if len(edges) == 2:
+        return stream, 0, False
+    if rank_of()[1] == 1:
+        raise RuntimeError("rows that several ranks hold were asked for by one of them alone")
+    first, last = edges[rank_of()[0]], edges[rank_of()[0] + 1]
+    return (stream[first:last] if whole else stream.rows(first, last)), first, True
+
+
+def dealt(
+    items: Sequence[Any],
+    make: Callable[[Any], dict[str, np.ndarray]],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[dict[str, np.ndarray]]:
+    """make(item) for every item, each made on one rank, known on all.
+
+    Args:
+        items: what the blocks are made of.
+        make: item -> arrays, which depend on nothing but the item.
+        progress: called with (about how many are done, of how many).
+
+    Raises:
+        InputError: on all ranks, where one met it.
+    """
+    rank, ranks = rank_of()
+    if ranks == 1:
+        found = []
+        for done, item in enumerate(items):
+            found.append(make(item))
+            if progress is not None:
+                progress(done + 1, len(items))
+        return found
+    own: dict[str, torch.Tensor] = {}
+    refused = None
+    for i in range(rank, len(items), ranks):
+        try:
+            with alone():
+                own |= {f"{i}/{k}": torch.from_numpy(np.array(v, order="C")) for k, v in make(items[i]).items()}
+        except InputError as error:  # the others have to know, or they would wait for this rank's blocks
+            refused = error
+            own = {ERROR: torch.tensor(list(str(error).encode()), dtype=torch.uint8)}
+            break
+        if progress is not None:
+            progress(min(i + ranks - rank, len(items)), len(items))
+    out: list[dict[str, np.ndarray]] = [{} for _ in items]
+    for payload in _gathered(save(own)):
+        for key, value in load(payload).items():
+            if key == ERROR:
+                refused = refused or InputError(value.numpy().tobytes().decode())
+                continue
+            item, _, name = key.partition("/")
+            out[int(item)][name] = value.numpy()
+    if refused is not None:
+        raise refused
+    return out
+
+
+def from_each(own: dict[str, np.ndarray], shared: bool = True) -> list[dict[str, np.ndarray]]:
+    """What every rank found, by rank; this rank's alone where nothing is shared."""
+    return dealt(range(rank_of()[1]), lambda _: own) if shared else [own]
+
+
+def summed(*arrays: torch.Tensor) -> None:
+    """Add what all ranks hold into every rank's tensors, in place."""
+    if rank_of()[1] > 1:
+        for a in arrays:
+            there = a.to(_device())
+            dist.all_reduce(there)
+            if there is not a:
+                a.copy_(there)
+
+
+def from_first(*arrays: torch.Tensor) -> None:
+    """Put the first rank's numbers into every rank's tensors, in place."""
+    for a in arrays:
+        if rank_of()[0]:
+            a.zero_()
+    summed(*arrays)
+
+
+def agreed(make: Callable[[], Any]) -> Any:
+    """The first rank's make(), a value fit for JSON, on every rank: for what may differ between them."""
+    if rank_of()[1] == 1:
+        return make()
+    found = dealt([0], lambda _: {"text": np.frombuffer(json.dumps(make()).encode(), np.uint8)})
+    return json.loads(found[0]["text"].tobytes())
+
+
+def _device() -> torch.device:
+    """Where collective calls want their tensors."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def _gathered(own: bytes) -> list[bytes]:
+    """What every rank has to say, by rank, without pickling."""
+    ranks, device = dist.get_world_size(), _device()
+    sizes = torch.zeros(ranks, dtype=torch.int64, device=device)
+    sizes[dist.get_rank()] = len(own)
+    dist.all_reduce(sizes)
+    out = []
+    for source, size in enumerate(sizes.tolist()):  # one after the other: no rank holds them all padded
+        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        if source == dist.get_rank() and size:
+            buffer.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        if size:
+            dist.broadcast(buffer, source)
+        out.append(buffer.cpu().numpy().tobytes())
+    return out

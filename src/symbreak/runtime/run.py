@@ -1,0 +1,277 @@
+"""Run: everything long work needs, passed once: a folder, a memory budget, a progress bar, finished parts.
+
+The same call with the same folder goes on after an interruption and ends with the same bits.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+
+from symbreak.runtime.files import InputError, digest, output_folder, read_json, read_tensors, write_json, write_tensors
+from symbreak.runtime.plain import plain
+from symbreak.runtime.ranks import agreed, dealt, rank_of
+
+__all__ = ["Arrays", "Run", "padded_blocks", "renamed"]
+
+Item = TypeVar("Item")
+Function = TypeVar("Function", bound=Callable[..., Any])
+Arrays = dict[str, np.ndarray]
+Tell = Callable[[str, int, int], None]
+BYTES = 2**30  # of working memory where nothing was said
+
+
+class Run:
+    """What long work is given: where it keeps finished parts, how much memory it may take, whom it tells.
+
+    Args:
+        folder: where finished parts and rows beyond the memory are kept; ``None`` keeps nothing.
+        memory: bytes of working memory; ``None`` leaves every function its own default. Results do not depend on it.
+        progress: called with (stage, done, of how many).
+
+    Raises:
+        InputError: for a folder whose place a file takes, and for less than 1 MiB.
+
+    >>> run = Run(memory=2**30)
+    >>> run.bytes(1 / 4) == run.share(1 / 4).bytes() == 2**28
+    True
+    """
+
+    def __init__(
+        self, folder: str | Path | None = None, memory: int | None = None, progress: Tell | None = None
+    ) -> None:
+        if memory is not None and memory < 2**20:
+            raise InputError(f"memory is {memory:,} bytes; expected at least 1 MiB (1,048,576).")
+        self.folder = None if folder is None else output_folder(folder)
+        self.memory, self.progress = memory, progress
+        self.stage = ""
+        self.timings: dict[str, float] = {}
+        self._parts = _Parts(self.folder, {})
+
+    def _view(self, **changed: Any) -> Run:
+        view = copy.copy(self)
+        view.__dict__.update(changed)
+        return view
+
+    def bytes(self, share: float = 1.0, default: int = BYTES) -> int:
+        """Bytes of a share of the working memory; ``default`` is the whole where none was set."""
+        return int((default if self.memory is None else self.memory) * share)
+
+    def share(self, share: float, default: int = BYTES) -> Run:
+        """This run with a share of its memory: for one of several things that are held at the same time."""
+        return self._view(memory=self.bytes(share, default))
+
+    def named(self, stage: str) -> Run:
+        """This run, telling its progress under a name, unless a caller has given one."""
+        return self if self.stage else self._view(stage=stage)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[Run]:
+        """This run under a stage of that name, whose seconds are added to ``timings``."""
+        began = time.perf_counter()
+        yield self._view(stage=stage)
+        self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - began
+
+    def tell(self, done: int, total: int) -> None:
+        """Say how far the stage is: of ``total`` things ``done`` are."""
+        if self.progress is not None:
+            self.progress(self.stage, done, total)
+
+    def identified(self, identity: dict[str, Any]) -> Run:
+        """This run, with finished parts that belong to ``identity``: plain values that decide all of them."""
+        return self._view(_parts=_Parts(self.folder, identity))
+
+    def part(self, key: str, make: Callable[[], Arrays], *settings: Any) -> Arrays:
+        """The arrays of a finished part, from the folder or made now.
+
+        A part that was dealt to this rank is its own affair; any other all ranks make, and take from the first one.
+
+        Args:
+            key: name of the part.
+            make: makes its arrays.
+            settings: tensors and plain values that decide it beside the run's identity.
+        """
+        return self._parts.part(f"{key}-{digest(*settings)}" if settings else key, make)
+
+    def parts(self, key: str, items: Sequence[Item], make: Callable[[Item], Arrays], *settings: Any) -> list[Arrays]:
+        """A part for each item, made without gradients, and told of; ranks share them, see `dealt`."""
+        name = f"{key}-{digest(*settings)}" if settings else key
+        run = self.named(key)
+
+        def one(j: int) -> Arrays:
+            with torch.inference_mode():
+                return self._parts.part(f"{name}/{j}", partial(make, items[j]))
+
+        return dealt(range(len(items)), one, run.tell)
+
+    def value(self, key: str, make: Callable[[], Any]) -> Any:
+        """A plain value, from the folder or made now; it is fit for JSON once it is `plain`."""
+        return self._parts.value(key, make)
+
+    def close(self) -> None:
+        """Remove the finished parts: they are of no use once the record is written."""
+        self._parts.close()
+
+
+OLD = {
+    "memory": "run=sb.Run(memory=...)",
+    "progress": "run=sb.Run(progress=...)",
+    "keep": "run=sb.Run(folder)",
+    "folder": "run=sb.Run(folder)",
+    "out": "run=sb.Run(folder)",
+}
+
+
+def renamed(**spellings: str) -> Callable[[Function], Function]:
+    """For a public function whose arguments changed: one of the old spelling raises an error that names the new one.
+
+    Args:
+        spellings: old argument -> what to write now; `OLD` is known without being named.
+    """
+
+    def decorate(function: Function) -> Function:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            for old, now in {**OLD, **spellings}.items():
+                if old in kwargs and old not in function.__annotations__:
+                    raise InputError(f"{function.__name__}({old}=...) is now {function.__name__}({now}).")
+            return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def padded_blocks(batches: Iterable[torch.Tensor], size: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """A stream of batches cut into blocks of one size, the last one padded, and how many rows of each are real."""
+    waiting: list[torch.Tensor] = []
+    rows = 0
+    for batch in batches:
+        for piece in batch.split(size):
+            waiting.append(piece)
+            rows += len(piece)
+            if rows >= size:
+                whole = torch.cat(waiting)
+                yield whole[:size], size
+                waiting, rows = ([whole[size:]], rows - size) if rows > size else ([], 0)
+    if rows:
+        whole = torch.cat(waiting)
+        yield torch.cat([whole, whole[:1].expand(size - rows, *whole.shape[1:])]), rows
+
+
+def _first(arrays: Arrays) -> Arrays:
+    """The first rank's arrays, on all: machines may differ in the last bits, but have to go the same way."""
+    return arrays if rank_of()[1] == 1 else dealt([arrays], lambda same: same)[0]
+
+
+def _stored(path: Path) -> Arrays:
+    """A finished part; nothing where there is none, or a damaged one, which is made again."""
+    try:
+        return {k: v.numpy() for k, v in read_tensors(path)[0].items()}
+    except InputError:
+        return {}
+
+
+class _Parts:
+    """Finished parts of one identity: arrays, a file each, and plain values, all of them in ``cells.json``."""
+
+    def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
+        self.folder = self.path = None
+        self.values: dict[str, Any] | None = None  # not read before the first one is asked for
+        if folder is not None:
+            text = json.dumps(plain(identity), sort_keys=True)
+            # Networks may differ in the last bits between machines: the first one's says whose parts these are.
+            self.identity = agreed(hashlib.sha256(text.encode()).hexdigest)
+            self.folder, self.path = folder / f"blocks-{self.identity[:16]}", folder / "cells.json"
+
+    def part(self, key: str, make: Callable[[], Arrays]) -> Arrays:
+        if self.folder is None:
+            return _first(make())
+        path = self.folder / f"{key.replace('/', '-')}.safetensors"
+        arrays = dealt([path], _stored)[0]
+        if not arrays:
+            arrays = _first(make())
+            write_tensors(path, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
+        return arrays
+
+    def value(self, key: str, make: Callable[[], Any]) -> Any:
+        if self.values is None:
+            self.values = {} if self.path is None else agreed(self._read)
+        if key not in self.values:
+            made = make()
+            self.values[key] = agreed(lambda: made)
+            if self.path is not None:
+                write_json(self.path, {"identity": self.identity, "cells": plain(self.values)})
+        return self.values[key]
+
+    def _read(self) -> dict[str, Any]:
+        """This identity's values; those of another one are not taken, and a damaged file holds none."""
+        if self.path is None or not self.path.exists():
+            return {}
+        try:
+            raw = read_json(self.path)
+        except InputError:
+            return {}
+        return dict(raw.get("cells", {})) if isinstance(raw, dict) and raw.get("identity") == self.identity else {}
+
+    def close(self) -> None:
+        if rank_of()[0]:
+            return
+        if self.path is not None and self.values is not None:
+            self.path.unlink(missing_ok=True)
+        if self.folder is not None and self.folder.exists():
+            for path in self.folder.iterdir():
+                path.unlink()
+            self.folder.rmdir()
+
+
+# For the time being: what `Run` takes the place of.
+
+Keep = Callable[[str, Callable[[], Arrays]], Arrays]
+Progress = Callable[[int, int], None]
+
+
+def keyed(name: str, *settings: Any) -> str:
+    """``name`` with a digest of settings (tensors, plain values): measurements that share a `Keep` stay apart."""
+    return f"{name}-{digest(*settings)}"
+
+
+def unkept(_: str, make: Callable[[], Arrays]) -> Arrays:
+    """The `Keep` that keeps nothing: every block is made."""
+    return make()
+
+
+def in_blocks(
+    name: str, items: Sequence[Item], make: Callable[[Item], Arrays], progress: Progress | None, keep: Keep | None
+) -> list[Arrays]:
+    """The arrays of every item, a block each, made without gradients; ranks share them, see `dealt`.
+
+    Args:
+        name: first part of the keys, "name/number".
+        items: what the blocks are made of, in order.
+        make: item -> arrays.
+        progress: called with (blocks done, of how many).
+        keep: ``keep(key, make)`` gives the stored arrays of a block, or stores those that make() gives.
+    """
+
+    def block(j: int) -> Arrays:
+        with torch.inference_mode():
+            return (keep or unkept)(f"{name}/{j}", partial(make, items[j]))
+
+    return dealt(range(len(items)), block, progress)
+
+
+class Blocks(_Parts):
+    """Finished blocks of one run."""
+
+    keep = _Parts.part

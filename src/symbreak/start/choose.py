@@ -1,0 +1,545 @@
+"""Choosing a start: which law, at which level, on which grid, for a scheduler and a number of network calls.
+
+Everything is put into one unit, the squared error of the final sample in pixel^2, summed over pixels
+(docs/choosing-a-start.md derives it):
+
+    law cost A(sigma)      of using the law's denoiser D_q instead of the network's D_net above sigma:
+                           integral_sigma^inf (loss_q(u) - loss_net(u)) dlog u, both losses of what the
+                           Gaussian's flow carries from level u to the end, (C (C + u^2)^-1)^1/2 (x_0 - D)
+    sampler cost B(sigma)  of the real scheduler's steps below sigma, run with the best law in the network's
+                           place against that law's exact flow: no network call
+
+The least A + B wins; the standard start competes with A = 0 and the B of its whole schedule. Losses are
+denoising losses on given images; no image is sampled from the network, and no distance between images of it
+and data is looked at. Source: derived, from theory of arXiv:2305.19693 and the I-MMSE relation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from symbreak.laws import Gaussian
+from symbreak.networks.denoiser import as_denoiser
+from symbreak.networks.families import as_unet
+from symbreak.noise import NoiseLevel, generator
+from symbreak.phases.losses import integral_above, loss_curve
+from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import plain
+from symbreak.runtime.ranks import agreed
+from symbreak.start.cut_schedule import LateStart, cut, schedule_of, standard_start
+
+__all__ = ["Candidate", "Choice", "LossGap", "choose", "loss_gaps"]
+
+LEVELS = 12  # start levels that are tried
+LOSSES = 20  # levels at which denoising losses are taken
+IMAGES = 256  # images for the losses
+STATES = 192  # states for the sampler's cost
+NUMBERS = 2**26  # but no more numbers than this in one batch of states
+STOCHASTIC = 2.0  # squared error of paths over squared distance of moments, measured for deterministic samplers
+LOWEST, HIGHEST = 0.1, 3.0  # start levels that are tried, as multiples of the top standard deviation
+END = 0.02  # where exact flows end, as a share of the lowest start level
+FLOW_STEPS = 6  # between two levels that are tried
+WARN_NATS = 1.0
+WARN_NONLINEAR = 0.5
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to start, and what it costs.
+
+    Attributes:
+        law: index of the law, ``None`` for the standard start.
+        grid: name of the grid.
+        level: where it begins.
+        law_cost: squared error of the final sample that the law adds above the level, less the network's own there
+            (negative where the network is the worse one), pixel^2 summed over pixels.
+        sampler_cost: squared error of the steps below, in the same unit.
+    """
+
+    law: int | None
+    grid: str
+    level: NoiseLevel
+    law_cost: float
+    sampler_cost: float
+
+    @property
+    def cost(self) -> float:
+        """Both together."""
+        return self.law_cost + self.sampler_cost
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Why a start was chosen.
+
+    Attributes:
+        laws: their names.
+        candidates: everything that was tried.
+        chosen: the cheapest.
+        nats: lower bound on KL(data || law) at the chosen level and its standard error, from the losses.
+        gaussian_nats: the same for one Gaussian.
+        nonlinear: share of the network's denoiser, in variance, that one Gaussian's does not explain there.
+        images, states: counts behind the two costs.
+        signatures: one line each on what speaks against trusting the start.
+    """
+
+    laws: tuple[str, ...]
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate
+    nats: tuple[float, float]
+    gaussian_nats: float
+    nonlinear: float
+    images: int
+    states: int
+    signatures: tuple[str, ...]
+
+    @property
+    def standard(self) -> Candidate:
+        """The best standard start."""
+        return min((c for c in self.candidates if c.law is None), key=lambda c: c.cost)
+
+    @property
+    def sentence(self) -> str:
+        """What was chosen, in one sentence."""
+        best, usual = self.chosen, self.standard
+        against = "Squared error of an image that the start adds, less the network's own where a law takes its place:"
+        if best.law is None:
+            return f"{against} {best.cost:.3g} for the standard start on the grid {best.grid}, and no late start less."
+        return (
+            f"{against} {best.cost:.3g} for {self.laws[best.law]} at sigma {best.level.sigma:.3g} on the grid "
+            f"{best.grid} ({best.law_cost:.2g} for the law, {best.sampler_cost:.2g} for the sampler), {usual.cost:.3g} "
+            "for the standard start."
+        )
+
+    def table(self) -> str:
+        """The two curves of the chosen law and grid, the minimum marked, as text."""
+        best = self.chosen
+        if best.law is None:
+            late = [c for c in self.candidates if c.law is not None]
+            best = min(late, key=lambda c: c.cost) if late else best
+        rows = [c for c in self.candidates if (c.law, c.grid) == (best.law, best.grid)]
+        name = "no law" if best.law is None else self.laws[best.law]
+        lines = [f"{name}, grid {best.grid}:", f"{'sigma':>8} {'law':>9} {'sampler':>9} {'sum':>9}"]
+        for c in sorted(rows, key=lambda c: -c.level.sigma):
+            mark = " <- least" if c is self.chosen else ""
+            costs = f"{c.law_cost:9.3g} {c.sampler_cost:9.3g} {c.cost:9.3g}"
+            lines.append(f"{c.level.sigma:8.3g} {costs}{mark}")
+        usual = self.standard
+        mark = " <- least" if usual is self.chosen else ""
+        lines.append(f"{'standard':>8} {0.0:9.3g} {usual.sampler_cost:9.3g} {usual.cost:9.3g}{mark}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for records."""
+
+        def one(c: Candidate) -> dict[str, Any]:
+            costs = {"law_cost": c.law_cost, "sampler_cost": c.sampler_cost}
+            return {"law": c.law, "grid": c.grid, "level": c.level.to_dict(), **costs}
+
+        whole = {
+            "laws": list(self.laws),
+            "candidates": [one(c) for c in self.candidates],
+            "chosen": one(self.chosen),
+            "nats": list(self.nats),
+            "gaussian_nats": self.gaussian_nats,
+            "nonlinear": self.nonlinear,
+            "images": self.images,
+            "states": self.states,
+            "signatures": list(self.signatures),
+            "sentence": self.sentence,
+        }
+        found: dict[str, Any] = plain(whole)
+        return found
+
+
+@dataclass(frozen=True)
+class LossGap:
+    """Denoising losses of a law against a network's, on the same noised images.
+
+    Attributes:
+        sigma: rising levels [U].
+        cost: law cost A of a start at every level [U], pixel^2 summed over pixels.
+        nats: integral of (loss_q - loss_net) / u^2 dlog u from every level up [U]: in expectation a lower
+            bound on KL(data || law) at that level; ``error`` [U] is its standard error over images.
+        nonlinear: E|D_net - D_q|^2 / E|D_net - mean|^2 at every level [U].
+        useless: whether the network's loss at a level [U] is above that of the mean or of x itself.
+        images: number of images.
+    """
+
+    sigma: np.ndarray
+    cost: np.ndarray
+    nats: np.ndarray
+    error: np.ndarray
+    nonlinear: np.ndarray
+    useless: np.ndarray
+    images: int
+
+    def at(self, name: str, sigma: float) -> float:
+        """A curve at a level, linear in log sigma, constant beyond the ends."""
+        return float(np.interp(math.log(sigma), np.log(self.sigma), getattr(self, name)))
+
+
+def loss_gaps(
+    denoiser: Any,
+    laws: list[Any],
+    data: torch.Tensor,
+    sigma: np.ndarray,
+    gaussian: Gaussian,
+    seed: int = 0,
+    labels: torch.Tensor | None = None,
+) -> list[LossGap]:
+    """Denoising losses of laws against those of a network.
+
+    Args:
+        denoiser: network as a `Denoiser`.
+        laws: laws with ``.denoise``.
+        data: images [N, *S], best ones that neither the laws nor the network were fitted on.
+        sigma: rising levels [U] inside the network's range.
+        gaussian: whose flow says how much of an error at a level reaches the end.
+        seed: of the noise, the same at every level.
+        labels: class [N] of every image, for a class-conditional network.
+
+    Returns:
+        One `LossGap` a law.
+    """
+    mean = gaussian.moments.mean.to(data)
+    end = END * float(sigma[0])
+
+    def reach(r: torch.Tensor, u: float) -> torch.Tensor:
+        return gaussian.transport(mean + r, end, sigma_from=u) - mean
+
+    names = [str(i) for i in range(len(laws))]
+    losses = loss_curve(denoiser, data, sigma, dict(zip(names, laws)), labels, seed, centre=mean, through=reach)
+    around = float((data - mean).flatten(1).double().square().sum(1).mean())
+    useless = losses.network.mean(1) > np.minimum(around, losses.state.mean(1))
+    out = []
+    for name in names:
+        nats = integral_above((losses.laws[name] - losses.network) / sigma[:, None] ** 2, sigma, order=1)
+        cost = (losses.through[name] - losses.through[None]).mean(1)
+        out.append(
+            LossGap(
+                sigma,
+                integral_above(cost, sigma, order=1),
+                nats.mean(1),
+                nats.std(1, ddof=1) / math.sqrt(len(data)),
+                losses.apart[name].mean(1) / losses.spread.mean(1),
+                useless,
+                len(data),
+            )
+        )
+    return out
+
+
+def _grids(scheduler: Any) -> dict[str, Any]:
+    """The scheduler on its own grid and, where its class offers both, on the Karras and the uniform one."""
+    config = dict(scheduler.config)
+    cls = type(scheduler)
+    if str(config.get("variance_type", "")).startswith("learned"):
+        raise InputError(
+            f"{cls.__name__} with the variance_type {config['variance_type']!r} cannot be tried without its network. "
+            "Set variance_type='fixed_small' or use another sampler; at= with a level works."
+        )
+    signature = inspect.signature(cls.__init__).parameters
+    grids = {"own": scheduler}
+    if "use_karras_sigmas" in signature and not (
+        config.get("use_exponential_sigmas") or config.get("use_beta_sigmas") or config.get("use_lu_lambdas")
+    ):
+        other = not config.get("use_karras_sigmas")
+        grids["Karras" if other else "uniform"] = cls.from_config(config, use_karras_sigmas=other)
+    return grids
+
+
+def _standards(scheduler: Any, steps: int) -> dict[str, LateStart]:
+    """Standard starts by spacing."""
+    spaced = "timestep_spacing" in inspect.signature(type(scheduler).__init__).parameters
+    starts = {}
+    for spacing in ("leading", "trailing", "linspace") if spaced else (None,):
+        try:
+            starts[f", {spacing}" if spacing else ""] = standard_start(scheduler, steps, spacing)
+        except InputError:
+            continue  # a spacing that does not fit these steps
+    return starts
+
+
+def _run(start: LateStart, unet: Any, state: torch.Tensor, seed: int) -> torch.Tensor:
+    """Final states of the real scheduler with a law in the network's place."""
+    scheduler = start.fresh()
+    extra = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        extra["generator"] = generator(seed, 23)
+    scales = hasattr(scheduler, "scale_model_input")
+    with torch.inference_mode():
+        for t in scheduler.timesteps:
+            seen = scheduler.scale_model_input(state, t) if scales else state
+            out = unet(seen, t, return_dict=False)[0]
+            try:
+                state = scheduler.step(out, t, state, return_dict=False, **extra)[0]
+            except (AssertionError, IndexError, ValueError):
+                return torch.full_like(state, math.nan)  # more steps than diffusers can make: this start is none
+    return state.clone()
+
+
+def _moments_gap(a: torch.Tensor, b: torch.Tensor, gaussian: Gaussian) -> float:
+    """Squared Wasserstein distance of the Gaussians of two paired samples, mode by mode, less what chance adds.
+
+    Of M pairs with correlation rho a difference of means has the variance Var(a - b) / M by chance, one of standard
+    deviations s^2 (1 - rho^2) / M.
+    """
+    vectors = gaussian.eigenvectors.to(a.dtype)
+    u, v = a.flatten(1) @ vectors, b.flatten(1) @ vectors
+    du, dv, n = u.std(0), v.std(0), len(u)
+    gap = (u.mean(0) - v.mean(0)) ** 2 + (du - dv) ** 2
+    covariance = ((u - u.mean(0)) * (v - v.mean(0))).sum(0) / (n - 1)
+    chance = (u - v).var(0) + (du * dv - covariance**2 / (du * dv).clamp_min(1e-30)).clamp_min(0)
+    return max(0.0, float((gap - chance / n).sum()))
+
+
+def choose(
+    scheduler: Any, laws: Iterable[Any], steps: int, denoiser: Any, data: Any, labels: Any = None, seed: int = 0
+) -> tuple[LateStart, Choice]:
+    """The cheapest start for a scheduler and a number of steps.
+
+    Args:
+        scheduler: a diffusers scheduler; its own grid is tried, and Karras and uniform where its class has them.
+        laws: laws to start from.
+        steps: num_inference_steps.
+        denoiser: the network as a `Denoiser`, or a law.
+        data: images: an `Images`, a tensor [N, *S], or batches; up to 256 of them, drawn by ``seed``, are used. Best
+            are images that neither the laws nor the network have seen: seen ones flatter whoever has seen them.
+        labels: class of every image, [N] integers, for a class-conditional network.
+        seed: of all noise.
+
+    Returns:
+        The start, ``law`` ``None`` where the standard start is the cheapest, and the `Choice` behind it.
+
+    Raises:
+        InputError: for shapes that do not fit, or fewer than 16 images.
+    """
+    laws = list(laws)
+    for law in laws:
+        if not (hasattr(law, "denoise") and hasattr(law, "moments")):
+            name = type(law).__name__
+            raise InputError(f"{name} has no .denoise and .moments, which choosing needs. Pass at= with a level.")
+    try:
+        network = as_denoiser(denoiser)
+    except TypeError as error:
+        raise InputError(str(error)) from None
+    images, classes = _some(data, labels, IMAGES, seed)
+    shapes = {tuple(network.shape), tuple(images.shape[1:]), *(tuple(law.shape) for law in laws)}
+    if len(shapes) > 1:
+        raise InputError(
+            f"the network works on samples of shape {tuple(network.shape)}, the laws on "
+            f"{', '.join(str(tuple(law.shape)) for law in laws)}, the data are {tuple(images.shape[1:])}; expected one "
+            "shape. Fit the laws on data of the network's shape and range."
+        )
+    if len(images) < 16:
+        raise InputError(
+            f"{len(images)} images to choose a start with; expected at least 16, better 256. Give more with data= or "
+            "holdout=."
+        )
+    _check_classes(network, classes, laws)
+    full = schedule_of(scheduler)
+    gaussian = next((g for law in laws for g in (law, getattr(law, "gaussian", None)) if isinstance(g, Gaussian)), None)
+    gaussian = Gaussian(laws[0].moments) if gaussian is None else gaussian
+    _check_range(images, gaussian)
+    top = math.sqrt(float(gaussian.eigenvalues[0]))
+    ends = (max(full.sigma_range[0], network.sigma_range[0]), min(full.sigma_range[1], network.sigma_range[1]))
+    low = max(LOWEST * top, ends[0] * 1.001)
+    high = min(HIGHEST * top, ends[1] * 0.999)
+    if not low < high:
+        raise InputError(
+            f"the data have a top standard deviation of {top:.3g}, the schedule runs from sigma {ends[0]:.3g} to "
+            f"{ends[1]:.3g}: no start level lies in both. Bring the data into the network's range."
+        )
+    sigma = np.geomspace(low, min(20 * top, ends[1] * 0.999), LOSSES)
+    gaps = loss_gaps(network, [*laws, gaussian], images, sigma, gaussian, seed, classes)
+    *gaps, single = gaps
+    _check_network(single)
+    # The world in which samplers are tried: the law that lies nearest to the data.
+    world = laws[int(np.argmin([g.nats[0] for g in gaps]))]
+    count = int(min(STATES, max(16, NUMBERS // max(1, gaussian.dim))))
+    noise = torch.randn(count, *gaussian.shape, generator=generator(seed, 22), dtype=torch.float64)
+    candidates: list[Candidate] = []
+    starts: dict[Candidate, LateStart] = {}
+
+    def add(candidate: Candidate, start: LateStart) -> None:
+        candidates.append(candidate)
+        starts[candidate] = start
+
+    grids = _grids(scheduler)
+    late = {name: _late(grid, laws[0], steps, np.geomspace(low, high, LEVELS)) for name, grid in grids.items()}
+    states = _along(world, noise, {start.level.sigma for some in late.values() for start in some}, END * low)
+    truth = world.denoise(states[END * low], END * low)
+    for name, grid in grids.items():
+        unet = as_unet(world, grid)
+        usual = _standards(grid, steps)
+        anyone = next(iter((*usual.values(), *late[name])), None)
+        if anyone is None:
+            continue  # no start of so many steps on this grid
+        random = _is_stochastic(anyone, unet, noise[:2], seed)
+        for spacing, start in usual.items():
+            cost = _error(start, unet, start(noise), truth, gaussian, random, seed)
+            add(Candidate(None, name + spacing, start.level, 0.0, cost), start)
+        for start in late[name]:
+            at = start.level.sigma
+            cost = _error(start, unet, start.state(states[at]), truth, gaussian, random, seed)
+            for i, law in enumerate(laws):
+                add(Candidate(i, name, start.level, gaps[i].at("cost", at), cost), replace(start, law=law))
+    candidates = [c for c in candidates if math.isfinite(c.cost)]
+    if not candidates:
+        raise InputError(f"{type(scheduler).__name__} has no start of {steps} steps here. Ask for fewer.")
+    # Ranks on different machines may differ in the last bits of a cost, but have to take one start.
+    best = candidates[agreed(lambda: min(range(len(candidates)), key=lambda i: candidates[i].cost))]
+    at = best.level.sigma
+    of = single if best.law is None else gaps[best.law]
+    nats = of.at("nats", at), of.at("error", at)
+    choice = Choice(
+        tuple(repr(law) for law in laws),
+        tuple(candidates),
+        best,
+        nats,
+        single.at("nats", at),
+        single.at("nonlinear", at),
+        len(images),
+        count,
+        _signatures(best, nats, single.at("nonlinear", at), low, high),
+    )
+    return starts[best], choice
+
+
+def _late(grid: Any, law: Any, steps: int, sigmas: np.ndarray) -> list[LateStart]:
+    """Late starts at the levels that a scheduler can offer, each once."""
+    found: dict[float, LateStart] = {}
+    for s in sigmas:
+        try:
+            start = cut(grid, law, steps, NoiseLevel(float(s)))
+        except InputError:
+            continue  # more steps than lie below this level
+        found.setdefault(round(math.log(start.level.sigma), 6), start)
+    return list(found.values())
+
+
+def _along(world: Any, noise: torch.Tensor, levels: set[float], end: float) -> dict[float, torch.Tensor]:
+    """States of the world's exact flow from white noise, at every level and at the end: one walk down."""
+    states, x, before = {}, noise, None
+    # In closed form for a Gaussian; others take their Runge-Kutta steps.
+    more = {} if isinstance(world, Gaussian) else {"steps": FLOW_STEPS}
+    for s in sorted({*levels, end}, reverse=True):
+        x = world.transport(x, s, before, **more)
+        states[s], before = x, s
+    return states
+
+
+def _is_stochastic(start: LateStart, unet: Any, state: torch.Tensor, seed: int) -> bool:
+    """Whether the sampler draws noise of its own."""
+    if "generator" not in inspect.signature(start.scheduler.step).parameters:
+        return False
+    return not torch.equal(_run(start, unet, state, seed), _run(start, unet, state, seed + 1))
+
+
+def _error(
+    start: LateStart, unet: Any, state: torch.Tensor, truth: torch.Tensor, gaussian: Gaussian, random: bool, seed: int
+) -> float:
+    """Squared error of a sampler's final states against the exact flow, a state, summed over pixels."""
+    found = _run(start, unet, state, seed)
+    if random:
+        # A stochastic sampler's paths are not the flow's: their law is compared.
+        return STOCHASTIC * _moments_gap(found, truth, gaussian)
+    return float(((found - truth) ** 2).flatten(1).sum(1).mean())
+
+
+def _some(data: Any, labels: Any, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Up to ``count`` images of a data set [N, *S] float32 drawn by the seed, and their classes [N]."""
+    if isinstance(data, str):
+        raise InputError(f"data={data!r} is a name; expected images. Pass sb.images({data!r}).")
+    if isinstance(data, torch.Tensor | np.ndarray):
+        data = [data]
+    batches = [torch.as_tensor(batch).float().cpu() for batch in data]
+    if not batches:
+        raise InputError("no images to choose a start with; expected at least 16, better 256.")
+    whole = torch.cat(batches)
+    order = torch.randperm(len(whole), generator=generator(seed, 24))[:count].sort().values
+    if labels is None:
+        return whole[order], None
+    try:
+        y = (labels.cpu() if isinstance(labels, torch.Tensor) else torch.as_tensor(np.asarray(labels))).reshape(-1)
+    except TypeError:
+        raise InputError("labels that are no numbers; expected one whole number an image.") from None
+    if len(y) != len(whole) or y.is_floating_point():
+        raise InputError(f"{len(y)} labels for {len(whole)} images to choose with; expected one whole number each.")
+    return whole[order], y[order].long()
+
+
+def _check_classes(network: Any, classes: torch.Tensor | None, laws: list[Any]) -> None:
+    """Refuse labels that the network or a law does not have, or that are missing."""
+    config = getattr(getattr(network, "unet", None), "config", {})
+    known = config.get("num_class_embeds")
+    bound = "class_labels" in getattr(network, "condition", {})
+    if classes is None:
+        if known and not bound:
+            raise InputError(f"the network has {known} classes, but no labels came. Pass labels=, one an image.")
+        return
+    if not known:
+        raise InputError("labels came for a network without classes. Leave them out.")
+    if not 0 <= int(classes.min()) <= int(classes.max()) < known:
+        raise InputError(
+            f"labels from {int(classes.min())} to {int(classes.max())}; the network knows 0 to {known - 1}."
+        )
+    for law in laws:
+        own = getattr(law, "classes", None)
+        missing = [] if own is None else sorted(set(classes.tolist()) - set(own.tolist()))
+        if missing:
+            raise InputError(
+                f"the images to choose with have the class {missing[0]}, {type(law).__name__} has no component for it. "
+                "Fit the law on data of all classes."
+            )
+
+
+def _check_network(gap: LossGap) -> None:
+    """Refuse data that the network cannot denoise at all: they are not in the range it was trained on."""
+    if gap.useless.all():
+        raise InputError(
+            f"at every level from sigma {gap.sigma[0]:.3g} to {gap.sigma[-1]:.3g} the network's answer is further from "
+            "the data than the data's mean or the noised image itself: the data are not in the network's range, "
+            "[-1, 1] for images, or the network is not trained."
+        )
+
+
+def _check_range(images: torch.Tensor, gaussian: Gaussian) -> None:
+    """Refuse laws that were fitted on data of another range than the images to choose with."""
+    own = float(((images - gaussian.moments.mean.to(images)) ** 2).flatten(1).sum(1).mean())
+    fitted = float(gaussian.eigenvalues.sum()) + gaussian.floor * (gaussian.dim - len(gaussian.eigenvalues))
+    if fitted > 0 and not 0.35 < own / fitted < 3:
+        raise InputError(
+            f"the data lie at a mean squared distance of {own:.3g} from the law's mean, the law expects {fitted:.3g}: "
+            "the law was fitted on data of another range or kind. Fit it on data in the network's range."
+        )
+
+
+def _signatures(
+    best: Candidate, nats: tuple[float, float], nonlinear: float, low: float, high: float
+) -> tuple[str, ...]:
+    """What speaks against trusting a start."""
+    notes = []
+    if best.law is None:
+        return ()
+    if nats[0] - 2 * nats[1] > WARN_NATS:
+        notes.append(
+            f"The law is at least {nats[0]:.2g} +- {2 * nats[1]:.1g} nats from the data at this level: outside its "
+            "range; a better law would pay."
+        )
+    if nonlinear > WARN_NONLINEAR:
+        notes.append(
+            "The network's early dynamics are not linear: the mean square of its denoiser's distance from one "
+            f"Gaussian's is {nonlinear:.0%} of its own variance here."
+        )
+    if best.level.sigma <= low * 1.05 or best.level.sigma >= high * 0.95:
+        notes.append(f"The level lies at an end of what was tried ({low:.3g} to {high:.3g}).")
+    return tuple(notes)

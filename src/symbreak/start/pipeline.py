@@ -1,0 +1,219 @@
+"""The late start as a diffusers pipeline: the loop of `start.sample` behind the face that diffusers users know.
+
+A folder of `LateStartPipeline.save_pretrained` holds a standard ``unet`` and ``scheduler`` (the cut one) and one
+file more, ``start.safetensors``. The start, not the scheduler's folder, decides what is sampled: some cuts, such
+as flow matching's, are no part of a scheduler's config. ``DiffusionPipeline.from_pretrained`` does not know the
+class; ``LateStartPipeline.from_pretrained`` does.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+
+from symbreak.laws.law import fresh
+from symbreak.runtime.files import InputError
+from symbreak.start.cut_schedule import LateStart
+from symbreak.start.sample import check_labels, check_shape, integrate, precision
+
+__all__ = ["LateStartPipeline"]
+
+START = "start.safetensors"
+OUTPUTS = ("pil", "pt", "np", "latent")
+# Conditions of other kinds than one class a sample: their own pipelines know how to make them.
+FOREIGN = ("class_embed_type", "encoder_hid_dim", "addition_embed_type", "cross_attention_dim")
+
+
+class LateStartPipeline(DiffusionPipeline):
+    """A diffusers pipeline that samples from a `LateStart`.
+
+    Args:
+        unet: diffusers network of unconditional or class-conditional images.
+        scheduler: ``start.scheduler``.
+        start: from `late_start` or `standard_start`.
+
+    Raises:
+        InputError: where scheduler and start do not belong together, the law's shape is not the network's,
+            or the network needs another condition than class labels.
+    """
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ("latents",)
+
+    # `start` has a default because diffusers takes every parameter without one for a component.
+    def __init__(self, unet: Any, scheduler: Any, start: Any = None) -> None:
+        super().__init__()
+        if not isinstance(start, LateStart):
+            raise InputError(
+                f"a start of the kind {type(start).__name__}; expected one of sb.late_start or sb.standard_start "
+                "(or use LateStartPipeline.from_pretrained on a saved folder)."
+            )
+        foreign = [name for name in FOREIGN if getattr(unet.config, name, None)]
+        if foreign:
+            raise InputError(
+                f"the network needs another condition than class labels ({foreign[0]}). Pass start.latents(noise) to "
+                "the pipeline it belongs to."
+            )
+        self.register_modules(unet=unet, scheduler=scheduler)
+        self.start = start
+        self._belong_together()
+
+    def _belong_together(self) -> None:
+        own, theirs = self.start.scheduler, self.scheduler
+        if type(own) is not type(theirs) or _settings(own) != _settings(theirs):
+            raise InputError(
+                f"the pipeline's scheduler ({type(theirs).__name__}) is not the start's ({type(own).__name__}, cut to "
+                f"{self.start.calls} calls). Pass start.scheduler; for another sampler make another start."
+            )
+        check_shape(self.unet, self.start, 1)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        batch_size: int = 1,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        class_labels: Any = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        micro_batch: int = 64,
+    ) -> Any:
+        """Draw images; the number of steps is the start's.
+
+        White noise is drawn in float32 whatever the network's dtype, so that a seed keeps its meaning; states
+        are float64 for a float64 network and float32 otherwise.
+
+        Args:
+            batch_size: number of images.
+            generator: a list of one generator an image: image i is generator i's, with the bits of
+                ``sb.generate`` at the same ``micro_batch``, whatever the batch size. One generator: one
+                stream for the batch, as in diffusers' own pipelines. ``None``: a new random seed; torch's
+                global generator is left alone.
+            class_labels: class of every image [batch_size], or one for all, for the start and the network.
+            output_type: ``"pil"``; ``"np"`` [B, H, W, C] and ``"pt"`` [B, C, H, W] in [0, 1]; ``"latent"``, the
+                states [B, C, H, W] as the sampler leaves them.
+            return_dict: an ``ImagePipelineOutput``, or a tuple of the images alone.
+            callback_on_step_end: called after every step as ``callback(pipe, index, t, {"latents": states})``,
+                with all states of the batch; ``latents`` in the dict it returns replace them.
+            callback_on_step_end_tensor_inputs: ``["latents"]``, or empty.
+            micro_batch: fixed size of every network call; the last one is padded.
+
+        Returns:
+            ``ImagePipelineOutput`` with ``.images``, or ``(images,)``.
+
+        Raises:
+            InputError: for a batch without images, a list of another number of generators, class labels that are
+                missing, too many or not the network's, and an unknown output type.
+        """
+        self._belong_together()
+        shape = check_shape(self.unet, self.start, micro_batch)
+        if int(batch_size) != batch_size or batch_size < 1:
+            raise InputError(f"a batch of {batch_size} images; expected a whole number of at least 1.")
+        if output_type not in OUTPUTS:
+            raise InputError(f"output_type {output_type!r}; expected one of {', '.join(OUTPUTS)}.")
+        if output_type == "pil" and shape[0] not in (1, 3, 4):
+            raise InputError(f"states of {shape[0]} channels are no pictures. Pass output_type='latent', 'pt' or 'np'.")
+        inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
+        unknown = [name for name in inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise InputError(f"callback_on_step_end_tensor_inputs holds {unknown[0]!r}; expected latents only.")
+        labels = check_labels(self.unet, class_labels, batch_size)
+        noise, generator = _noise(shape, batch_size, generator)
+        with self.progress_bar(total=self.start.calls) as bar:
+
+            def each(i: int, t: Any, state: torch.Tensor) -> torch.Tensor:
+                bar.update()
+                if callback_on_step_end is None:
+                    return state
+                given = dict.fromkeys(inputs, state)
+                return (callback_on_step_end(self, i, t, given) or {}).get("latents", state)
+
+            state = integrate(
+                self.unet,
+                self.start,
+                noise.to(self._execution_device, precision(self.unet)),
+                generator,
+                labels=labels,
+                micro_batch=micro_batch,
+                each=each,
+            )
+        images: Any = state if output_type == "latent" else (state / 2 + 0.5).clamp(0, 1)
+        if output_type in ("np", "pil"):
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write a diffusers folder: JSON and safetensors, and the start in ``start.safetensors``.
+
+        Args:
+            save_directory: folder to write.
+            **kwargs: of ``DiffusionPipeline.save_pretrained``.
+
+        Raises:
+            InputError: for a network or a start that has no file form, or ``safe_serialization=False``.
+        """
+        if not kwargs.get("safe_serialization", True):
+            raise InputError("safe_serialization=False would write pickles. Leave it out.")
+        if not isinstance(self.unet, diffusers.ModelMixin):
+            # diffusers would leave it out and say so in a log line only.
+            raise InputError(f"a network of the kind {type(self.unet).__name__} cannot be saved by diffusers.")
+        self._belong_together()
+        # The start first: the index of the folder, which says that all is there, is written last.
+        self.start.save(Path(save_directory) / START)
+        super().save_pretrained(str(save_directory), **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "LateStartPipeline":
+        """Read what `save_pretrained` wrote; the restored pipeline gives the same bits.
+
+        Args:
+            folder: a folder on disk (``huggingface_hub.snapshot_download`` fetches one from the hub).
+            **kwargs: of ``DiffusionPipeline.from_pretrained``, e.g. ``torch_dtype``.
+
+        Raises:
+            InputError: for a folder that is missing, has no start, or was saved by a newer version.
+        """
+        index = Path(folder) / "model_index.json"
+        if not index.is_file():
+            raise InputError(f"{folder} is no folder of LateStartPipeline.save_pretrained: it has no model_index.json.")
+        try:
+            name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        except (ValueError, TypeError, KeyError):
+            raise InputError(f"{index} is no index of a diffusers pipeline. Save the pipeline again.") from None
+        if name != cls.__name__:
+            raise InputError(f"{folder} holds a {name}, no {cls.__name__}. Load it with sb.load_pipeline.")
+        start = LateStart.load(Path(folder) / START)
+        given = {"use_safetensors": True, **kwargs}
+        try:
+            pipe = super().from_pretrained(str(folder), start=start, scheduler=start.scheduler, **given)
+        except InputError:
+            raise
+        except Exception as error:
+            what = " ".join(str(error).split())[:160]
+            raise InputError(f"{folder} cannot be loaded ({type(error).__name__}: {what}).") from None
+        pipe.unet.eval()
+        return pipe
+
+
+def _settings(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's config without what diffusers notes down beside it."""
+    return {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
+
+
+def _noise(shape: tuple[int, ...], count: int, generator: Any) -> tuple[torch.Tensor, Any]:
+    """White noise [count, *S], float32, and the generator or generators it came from."""
+    if isinstance(generator, list | tuple):
+        if len(generator) != count:
+            raise InputError(f"{len(generator)} generators for {count} images; expected one each.")
+        rows = [torch.randn(shape, generator=g, device=g.device) for g in generator]
+        return torch.stack(rows), list(generator)
+    generator = fresh(generator)
+    return torch.randn((count, *shape), generator=generator, device=generator.device), generator
