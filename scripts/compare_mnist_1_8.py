@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 import symbreak as sb
 from symbreak.metrics.features import accuracy, load_classifier, save_classifier, train_classifier
-from symbreak.networks.families import weights_hash
+from symbreak.networks.loading import weights_hash
 from symbreak.runtime.files import write_json
 from symbreak.runtime.plain import plain, versions
 from symbreak.runtime.run import Blocks

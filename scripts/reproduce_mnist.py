@@ -29,7 +29,7 @@ from symbreak.metrics.coverage import class_entropy, precision_recall
 from symbreak.metrics.features import accuracy, features, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.frechet import distance
 from symbreak.metrics.memorization import nearest_summary
-from symbreak.networks.families import weights_hash
+from symbreak.networks.loading import weights_hash
 from symbreak.runtime.files import write_json, write_whole
 from symbreak.runtime.run import Blocks
 from symbreak.start.cut_schedule import steps_for

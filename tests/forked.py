@@ -93,7 +93,7 @@ def serve():
     import symbreak
     from symbreak.cli.commands import main  # noqa: F401
     from symbreak.metrics import extractor
-    from symbreak.networks.families import load_pipeline
+    from symbreak.networks.loading import load_pipeline
 
     torch.set_num_threads(1)
     for name in symbreak.__all__:

@@ -17,7 +17,9 @@ from symbreak.laws.nearest_neighbours import neighbours
 from symbreak.metrics import memorization
 from symbreak.metrics.memorization import apart, groups, nearer_to_train, proportion
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import as_unet, load_pipeline, scheduler
+from symbreak.networks.families import as_unet
+from symbreak.networks.loading import load_pipeline
+from symbreak.networks.samplers import scheduler
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError

@@ -12,7 +12,9 @@ from symbreak.data.images import images
 from symbreak.laws import Gaussian, Mixture, PrincipalMixture
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import as_denoiser
-from symbreak.networks.families import SAMPLERS, as_unet, denoiser, load_pipeline, scheduler
+from symbreak.networks.families import as_unet, denoiser
+from symbreak.networks.loading import load_pipeline
+from symbreak.networks.samplers import SAMPLERS, scheduler
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 from symbreak.start.choose import loss_gaps

@@ -13,7 +13,7 @@ from symbreak.cli.commands import main
 from symbreak.data.images import images
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import scheduler
+from symbreak.networks.samplers import scheduler
 from symbreak.runtime.files import read_tensors, write_tensors
 from symbreak.start.late_start import late_start
 

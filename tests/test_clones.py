@@ -9,7 +9,8 @@ import torch
 from symbreak.critical import passing
 from symbreak.laws import Empirical, Mixture
 from symbreak.networks.denoiser import as_denoiser
-from symbreak.networks.families import as_unet, denoiser, scheduler
+from symbreak.networks.families import as_unet, denoiser
+from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases import clones as module
 from symbreak.phases.clones import clones, opportunity, u_turns

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from symbreak.laws import Empirical, Mixture
-from symbreak.networks.families import as_unet, denoiser, scheduler
+from symbreak.networks.families import as_unet, denoiser
+from symbreak.networks.samplers import scheduler
 from symbreak.noise import generator
 from symbreak.phases.clones import clones
 from symbreak.phases.collapse import collapse_time

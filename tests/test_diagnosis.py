@@ -9,7 +9,9 @@ import torch
 
 from symbreak.data.images import images
 from symbreak.laws import Mixture
-from symbreak.networks.families import as_unet, load_pipeline, scheduler
+from symbreak.networks.families import as_unet
+from symbreak.networks.loading import load_pipeline
+from symbreak.networks.samplers import scheduler
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.speciation import cloning_time, speciation_time
 from symbreak.report.html import write_report

@@ -42,7 +42,7 @@ from symbreak.metrics import extractor
 from symbreak.metrics.features import load_classifier, save_classifier
 from symbreak.metrics.reference import load_statistics, statistics
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import scheduler
+from symbreak.networks.samplers import scheduler
 from symbreak.networks.train import Recipe
 from symbreak.runtime.files import InputError, output_folder, read_tensors, write_json, write_tensors
 from symbreak.start.cut_schedule import LateStart, standard_start

@@ -8,7 +8,8 @@ import torch
 
 from symbreak.laws import Empirical, Gaussian, Mixture
 from symbreak.moments.one_pass import Moments, mode_images
-from symbreak.networks.families import as_unet, denoiser, scheduler
+from symbreak.networks.families import as_unet, denoiser
+from symbreak.networks.samplers import scheduler
 from symbreak.phases.bifurcation import bifurcation, potential
 from symbreak.phases.network_stability import arc_potential, network_stability, stability_times
 from symbreak.runtime.files import InputError
@@ -178,7 +179,7 @@ def test_the_asymmetry_of_a_known_matrix():
 
 def test_products_on_the_bundled_network():
     """Forward-mode products pass through attention and group norms, and agree with differences."""
-    from symbreak.networks.families import load_pipeline
+    from symbreak.networks.loading import load_pipeline
     from symbreak.phases.fixed_points import System
 
     pipe = load_pipeline("digits")

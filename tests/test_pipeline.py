@@ -15,7 +15,10 @@ from symbreak.data.images import images
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import as_denoiser
-from symbreak.networks.families import Latents, as_unet, denoiser, encode, load_pipeline, scheduler
+from symbreak.networks.families import as_unet, denoiser
+from symbreak.networks.latents import Latents, encode
+from symbreak.networks.loading import load_pipeline
+from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
 from symbreak.start.cut_schedule import late_sigmas

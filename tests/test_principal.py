@@ -8,7 +8,8 @@ from symbreak.laws import Gaussian, Mixture, PrincipalMixture
 from symbreak.laws.principal import _coordinates, _signs
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import load_pipeline, scheduler
+from symbreak.networks.loading import load_pipeline
+from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
 from symbreak.start.late_start import late_start

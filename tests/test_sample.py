@@ -5,7 +5,9 @@ import torch
 from symbreak.data.images import images
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import as_unet, load_pipeline, scheduler
+from symbreak.networks.families import as_unet
+from symbreak.networks.loading import load_pipeline
+from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.files import InputError
 from symbreak.start.late_start import late_start, standard_start

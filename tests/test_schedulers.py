@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import SAMPLERS, as_unet, scheduler
+from symbreak.networks.families import as_unet
+from symbreak.networks.samplers import SAMPLERS, scheduler
 from symbreak.noise import NoiseLevel, schedule
 from symbreak.runtime.files import InputError
 from symbreak.start.late_start import SUPPORTED, LateStart, late_start, standard_start

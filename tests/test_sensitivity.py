@@ -13,7 +13,8 @@ from symbreak.laws import Gaussian
 from symbreak.laws.simple import Ball, PowerMap, WhiteNoise, diagonal, isotropic, power_coefficients
 from symbreak.metrics import extractor
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import as_unet, scheduler
+from symbreak.networks.families import as_unet
+from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
 from symbreak.studies.compare_starts import NOISED, candidate_starts, compare_starts, flat_range, knee, sensitivity

@@ -14,7 +14,7 @@ from symbreak.laws import Gaussian, Mixture
 from symbreak.moments import low_rank as sketch
 from symbreak.moments.low_rank import LowRankMoments, truncation_bound
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import scheduler
+from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.speciation import speciation_time

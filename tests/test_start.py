@@ -9,7 +9,7 @@ import torch
 from symbreak.critical import CriticalTime
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import scheduler
+from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.phases.speciation import ladder, speciation_time
 from symbreak.runtime.files import InputError

@@ -12,7 +12,8 @@ from symbreak.data.images import images
 from symbreak.laws import Empirical, Gaussian, Mixture, PrincipalMixture
 from symbreak.laws.saving import load_law, save_law
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import SAMPLERS, as_unet, scheduler
+from symbreak.networks.families import as_unet
+from symbreak.networks.samplers import SAMPLERS, scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.speciation import speciation_time
 from symbreak.runtime.files import InputError, read_tensors, write_tensors

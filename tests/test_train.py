@@ -6,7 +6,8 @@ import torch
 from symbreak.data.images import images
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import denoiser, load_pipeline
+from symbreak.networks.families import denoiser
+from symbreak.networks.loading import load_pipeline
 from symbreak.networks.train import Recipe, train_network
 from symbreak.runtime.files import InputError
 

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "networks.families": ("as_unet", "denoiser", "encode", "load_pipeline", "scheduler"),
+    "networks.families": ("as_unet", "denoiser"),
+    "networks.latents": ("encode",),
+    "networks.loading": ("load_pipeline",),
+    "networks.samplers": ("scheduler",),
     "studies.compare_starts": ("compare_starts", "sensitivity"),
     "critical": ("CriticalTime", "Curve"),
     "start.cut_schedule": ("late_sigmas",),
@@ -64,7 +67,10 @@ if TYPE_CHECKING:
     from symbreak.moments.low_rank import LowRankMoments, truncation_bound
     from symbreak.moments.one_pass import Moments, frechet_distance
     from symbreak.networks.denoiser import Denoiser, score
-    from symbreak.networks.families import as_unet, denoiser, encode, load_pipeline, scheduler
+    from symbreak.networks.families import as_unet, denoiser
+    from symbreak.networks.latents import encode
+    from symbreak.networks.loading import load_pipeline
+    from symbreak.networks.samplers import scheduler
     from symbreak.networks.train import Recipe, train_network
     from symbreak.noise import NoiseLevel, Schedule, schedule
     from symbreak.phases.bifurcation import bifurcation, fixed_points, potential

@@ -126,7 +126,7 @@ def refuse_without_network(model: str | None, placed: Placed) -> None:
 
 def loaded(source: str, placed: Placed) -> Any:
     """A network where and how it is to run."""
-    from symbreak.networks.families import load_pipeline, refuse_conditional
+    from symbreak.networks.loading import load_pipeline, refuse_conditional
 
     device, precision, compiled = placed
     pipe = load_pipeline(source, device=device_of(device), precision=precision, compiled=compiled)
@@ -157,7 +157,7 @@ def fitted(
     steps: int | None,
 ) -> tuple[Any, Any]:
     """A start fitted and chosen for a network, and the network."""
-    from symbreak.networks.families import scheduler
+    from symbreak.networks.samplers import scheduler
     from symbreak.start.late_start import LateStartWarning, fit_start
 
     base = scheduler(SAMPLER if sampler is None else sampler, like=pipe.scheduler)
@@ -182,7 +182,7 @@ def planned(
     from symbreak.laws import Gaussian
     from symbreak.laws.saving import law_from_tensors
     from symbreak.moments.one_pass import Moments
-    from symbreak.networks.families import scheduler
+    from symbreak.networks.samplers import scheduler
     from symbreak.runtime.files import read_tensors
     from symbreak.start.cut_schedule import LateStart, check_same_network
     from symbreak.start.late_start import LateStartWarning, late_start, standard_start
@@ -225,7 +225,8 @@ def decisive(model: str, start: str, unet: Any, begin: Any, placed: Placed, micr
     """Everything that decides an image beside its seed; the first rank's answers to fixed states are everybody's."""
     from symbreak.laws.saving import law_hash
     from symbreak.networks.denoiser import fingerprint
-    from symbreak.networks.families import denoiser, weights_hash
+    from symbreak.networks.families import denoiser
+    from symbreak.networks.loading import weights_hash
     from symbreak.runtime.plain import plain
 
     _, precision, compiled = placed

@@ -21,7 +21,7 @@ from torch import nn
 
 from symbreak.data.images import Images
 from symbreak.metrics.pretrained import Dinov2, Inception
-from symbreak.networks.families import usable, weights_hash
+from symbreak.networks.loading import usable, weights_hash
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.runtime.ranks import from_each, own_rows, shares, summed

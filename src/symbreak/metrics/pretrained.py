@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from symbreak.networks.families import weights_hash
+from symbreak.networks.loading import weights_hash
 from symbreak.runtime.files import InputError, file_hash, read_tensors
 
 __all__ = ["INCEPTION_SHA256", "Dinov2", "Inception"]

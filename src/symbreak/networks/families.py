@@ -12,212 +12,18 @@ Between a network's discrete steps t is interpolated in log sigma and the networ
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Iterator
-from importlib import resources
-from pathlib import Path
 from typing import Any, overload
 
-import diffusers
 import torch
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from symbreak.networks.denoiser import Denoiser, as_denoiser
+from symbreak.networks.samplers import kind_of
 from symbreak.noise import NoiseLevel, schedule
 from symbreak.runtime.files import InputError
 
-__all__ = [
-    "SAMPLERS",
-    "Latents",
-    "NetworkDenoiser",
-    "SigmaDenoiser",
-    "as_unet",
-    "denoiser",
-    "encode",
-    "load_pipeline",
-    "scheduler",
-    "usable",
-]
-
-PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Our sampler names -> diffusers class and the settings that make it that sampler.
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddpm": ("DDPMScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
-    "dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "dpm++2m-karras": (
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
-    ),
-    "sde-dpm++2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
-    "dpm++2s": ("DPMSolverSinglestepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "unipc-karras": ("UniPCMultistepScheduler", {"use_karras_sigmas": True}),
-    "deis": ("DEISMultistepScheduler", {}),
-    "heun": ("HeunDiscreteScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler-a": ("EulerAncestralDiscreteScheduler", {}),
-    "lms": ("LMSDiscreteScheduler", {}),
-    "kdpm2": ("KDPM2DiscreteScheduler", {}),
-    "kdpm2-a": ("KDPM2AncestralDiscreteScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-    "edm-euler": ("EDMEulerScheduler", {}),
-    "edm-dpm++2m": ("EDMDPMSolverMultistepScheduler", {}),
-    "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
-    "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
-}
-# Settings that belong to one sampler and must not leak into another through `like`.
-_OWN = ("algorithm_type", "solver_order", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-
-
-def _kind(scheduler: Any) -> str:
-    """Which parametrization a scheduler's network has: "vp", "edm" or "flow"."""
-    name = type(scheduler).__name__
-    return "edm" if name.startswith("EDM") else "flow" if name.startswith("FlowMatch") else "vp"
-
-
-def scheduler(name: str, like: Any = None, **settings: Any) -> Any:
-    """A diffusers scheduler by our sampler name.
-
-    Args:
-        name: one of `SAMPLERS`.
-        like: scheduler whose betas, prediction type and clipping are taken over; by default
-            DDPM's linear betas (for EDM and flow samplers: the class's own defaults).
-        **settings: further settings of the diffusers class, e.g. ``timestep_spacing="trailing"``.
-
-    Raises:
-        InputError: for an unknown name or a scheduler of another kind in ``like``.
-
-    >>> type(scheduler("dpm++2m")).__name__
-    'DPMSolverMultistepScheduler'
-    """
-    if name not in SAMPLERS:
-        raise InputError(f"unknown sampler {name!r}. Known: {', '.join(SAMPLERS)}.")
-    class_name, own = SAMPLERS[name]
-    cls = getattr(diffusers, class_name)
-    if like is None:
-        if name.startswith(("edm", "flow")):
-            return cls(**own, **settings)
-        like = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    if not hasattr(like, "alphas_cumprod") and _kind(like) == "vp":
-        raise InputError(
-            f"{type(like).__name__} is none of the schedulers symbreak knows: it needs alphas_cumprod, or an EDM or "
-            "flow-matching class."
-        )
-    kinds = _kind(like), "edm" if name.startswith("edm") else "flow" if name.startswith("flow") else "vp"
-    if kinds[0] != kinds[1]:
-        raise InputError(
-            f"the sampler {name} is of the kind {kinds[1]}, the network's scheduler {type(like).__name__} of the kind "
-            f"{kinds[0]}. Choose a sampler of the same kind."
-        )
-    config = {k: v for k, v in dict(like.config).items() if k not in _OWN}
-    return cls.from_config(config, **own, **settings)
-
-
-def load_pipeline(
-    source: str | Path, *, device: str | torch.device | None = None, precision: str = "fp32", compiled: bool = False
-) -> Any:
-    """A diffusers pipeline with ``.unet`` and ``.scheduler``.
-
-    Args:
-        source: ``"digits"`` (the bundled network), a diffusers folder or a hub id. Only
-            safetensors weights are read; nothing is unpickled and no remote code runs.
-        device: where the network runs, such as ``"cuda"``; by default where it was loaded, the CPU.
-        precision: ``"fp32"``, or ``"bf16"`` / ``"fp16"``: the network's calls under autocast. States, schedulers and
-            laws keep their own precision.
-        compiled: whether the network goes through ``torch.compile``.
-
-    Raises:
-        InputError: where there is no such pipeline, device or precision.
-    """
-    if precision not in PRECISIONS:
-        raise InputError(f"precision {precision!r}; expected {', '.join(PRECISIONS)}.")
-    pipe = _loaded(source)
-    if device is not None:
-        pipe.to(usable(device))
-    if PRECISIONS[precision] is not None:
-        kind = next(iter(pipe.unet.parameters())).device.type
-        pipe.unet.forward = torch.autocast(kind, PRECISIONS[precision])(pipe.unet.forward)
-    if compiled:
-        pipe.unet.compile()
-    return pipe
-
-
-def usable(device: str | torch.device) -> torch.device:
-    """A device of this machine.
-
-    Raises:
-        InputError: for one that is not there.
-    """
-    try:
-        there = torch.device(device)
-        torch.zeros(1, device=there)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"no device {device} here ({str(error).splitlines()[0][:80]}). Pass cpu.") from None
-    return there
-
-
-def _loaded(source: str | Path) -> Any:
-    if str(source) == "digits":
-        source = str(resources.files("symbreak") / "weights" / "digits")
-    path = Path(source).expanduser()
-    if path.exists():
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise InputError(
-                f"{source} is no diffusers pipeline: it has no model_index.json. Save one with save_pretrained."
-            )
-        try:
-            parts = json.loads(index.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"{index} is not JSON. Save the pipeline again with save_pretrained.") from None
-        if isinstance(parts, dict) and parts.get("_class_name") == "LateStartPipeline":
-            raise InputError(f"{source} holds a late start. Load it with sb.LateStartPipeline.from_pretrained.")
-        if not isinstance(parts, dict) or not {"unet", "scheduler"} <= set(parts):
-            raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
-    elif str(source).count("/") != 1 or path.parent.exists():
-        raise InputError(f"{source} does not exist. Pass digits, a diffusers folder or a hub id owner/name.")
-    bars = diffusers.utils.logging.is_progress_bar_enabled()
-    diffusers.utils.logging.disable_progress_bar()  # two components need no bar between our own lines
-    try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), use_safetensors=True)
-    except Exception as error:
-        what = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"{source} cannot be loaded as a diffusers pipeline ({type(error).__name__}: {what})."
-        ) from None
-    finally:
-        if bars:
-            diffusers.utils.logging.enable_progress_bar()
-    if not hasattr(pipe, "unet") or not hasattr(pipe, "scheduler"):
-        raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
-    try:
-        schedule(pipe.scheduler)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"the scheduler of {source} cannot be used: {error}") from None
-    pipe.unet.eval()
-    return pipe
-
-
-def refuse_conditional(pipe: Any, source: str) -> None:
-    """The command line and studies have no conditions to give: one clear line instead of a crash inside."""
-    config = pipe.unet.config
-    if config.get("num_class_embeds") or config.get("class_embed_type") or config.get("cross_attention_dim"):
-        raise InputError(
-            f"the network of {source} needs a condition (class or text). Use sb.generate(..., labels=...) or "
-            "start.latents(noise) with its own pipeline."
-        )
-
-
-def weights_hash(unet: torch.nn.Module) -> str:
-    """SHA-256 of all weights, first 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, value in sorted(unet.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()[:16]
+__all__ = ["NetworkDenoiser", "SigmaDenoiser", "as_unet", "denoiser"]
 
 
 class NetworkDenoiser:
@@ -226,7 +32,7 @@ class NetworkDenoiser:
     def __init__(self, unet: Any, scheduler: Any, **condition: Any) -> None:
         self.unet, self.scheduler, self.condition = unet, scheduler, condition
         self.schedule = schedule(scheduler)
-        self.kind = _kind(scheduler)
+        self.kind = kind_of(scheduler)
         config = unet.config
         size = config.sample_size
         h, w = (size, size) if isinstance(size, int) else tuple(size)
@@ -403,107 +209,13 @@ def denoiser(
     return SigmaDenoiser(unet, tuple(int(n) for n in shape), (low, high), condition)
 
 
-class Latents:
-    """The latents of images as a stream that can be walked again and again; see `encode`."""
-
-    def __init__(self, vae: Any, data: Any, batch: int, sample: bool, seed: int) -> None:
-        self.vae, self.data, self.batch, self.sample, self.seed = vae, data, batch, sample, seed
-        self.labels = getattr(data, "labels", None)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
-        for images in _regroup(self.data, self.batch):
-            yield self._encode(images, generator)
-
-    @torch.no_grad()
-    def _encode(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        channels = getattr(self.vae.config, "in_channels", None)
-        if images.ndim != 4 or (channels is not None and images.shape[1] != channels):
-            raise InputError(
-                f"images of shape {tuple(images.shape)} for an autoencoder of {channels} channels; expected "
-                f"[B, {channels}, H, W]."
-            )
-        if not float(images.abs().max()) <= 1 + 1e-3:
-            raise InputError(
-                f"images from {float(images.min()):g} to {float(images.max()):g}; an autoencoder takes [-1, 1]."
-            )
-        n = len(images)
-        # One fixed size of every call, so that a latent does not depend on its neighbours.
-        padded = torch.cat([images, images[:1].expand(self.batch - n, *images.shape[1:])])
-        weight = next(iter(self.vae.parameters()), padded)
-        out = self.vae.encode(padded.to(weight.device, weight.dtype))
-        law = getattr(out, "latent_dist", None)
-        z = (out.latents if law is None else law.mean)[:n].float().cpu()
-        if self.sample:
-            if law is None:
-                raise InputError(f"{type(self.vae).__name__} has no latent law to draw from. Leave sample out.")
-            z = z + law.std[:n].float().cpu() * torch.randn(z.shape, generator=generator)
-        return _scaled(z, self.vae.config)
-
-
-def _regroup(data: Any, batch: int) -> Iterator[torch.Tensor]:
-    """Batches of any sizes as batches of one size, the last one smaller."""
-    waiting: list[torch.Tensor] = []
-    held = 0
-    for some in data:
-        waiting.append(torch.as_tensor(some).float())
-        held += len(some)
-        if held >= batch:
-            whole = torch.cat(waiting)
-            full = held - held % batch
-            yield from whole[:full].split(batch)
-            waiting, held = [whole[full:]], held - full
-    if held:
-        yield torch.cat(waiting)
-
-
-def _scaled(z: torch.Tensor, config: Any) -> torch.Tensor:
-    """Raw latents -> those that the diffusion network sees."""
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is not None and std is not None:
-        column = [1, -1] + [1] * (z.ndim - 2)
-        z = (z - torch.tensor(mean).reshape(column)) / torch.tensor(std).reshape(column)
-    shift, scale = getattr(config, "shift_factor", None), getattr(config, "scaling_factor", None)
-    return (z - (0.0 if shift is None else shift)) * (1.0 if scale is None else scale)
-
-
-def encode(vae: Any, data: Any, batch: int = 16, sample: bool = False, seed: int = 0) -> Latents:
-    """Images as the latents that a latent diffusion network sees, e.g. to fit a start there.
-
-        z = (mean of q(z | x) - shift_factor) scaling_factor
-
-    Args:
-        vae: a diffusers autoencoder, such as ``pipe.vae``.
-        data: `Images`, a tensor [N, C, H, W] or batches of them that can be walked again, in [-1, 1].
-        batch: fixed size of every call of the autoencoder; the last one is padded.
-        sample: draw from q(z | x), as training does, instead of taking its mean.
-        seed: of these draws.
-
-    Returns:
-        An iterable of batches [B, c, h, w], float32, made as it is walked; it carries the data's ``labels``.
-
-    Raises:
-        InputError: for data that can be walked only once, are not in [-1, 1] or do not have the autoencoder's
-            channels.
-    """
-    if batch < 1:
-        raise InputError(f"a batch of {batch}; expected at least 1.")
-    if isinstance(data, torch.Tensor):
-        data = [data]
-    elif iter(data) is data:
-        raise InputError(
-            "the images come from a generator, which can be walked once. Pass a list, a tensor or sb.images."
-        )
-    return Latents(vae, data, int(batch), sample, seed)
-
-
 class _Posing(torch.nn.Module):
     """A law or denoiser with the face of a diffusers UNet."""
 
     def __init__(self, source: Denoiser, scheduler: Any) -> None:
         super().__init__()
         self.source, self.scheduler = source, scheduler
-        self.kind = _kind(scheduler)
+        self.kind = kind_of(scheduler)
         self.schedule = schedule(scheduler)
         shape = source.shape
         if len(shape) != 3:

@@ -21,7 +21,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from symbreak.data.images import Images
-from symbreak.networks.families import usable
+from symbreak.networks.loading import usable
 from symbreak.noise import generator
 from symbreak.runtime.files import (
     InputError,

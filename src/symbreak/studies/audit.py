@@ -23,7 +23,9 @@ from symbreak.data.images import Images, describe, images, png_row
 from symbreak.metrics.features import BATCH, Extractor, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train, neighbours, proportion
 from symbreak.networks.denoiser import fingerprint
-from symbreak.networks.families import denoiser, refuse_conditional, scheduler, weights_hash
+from symbreak.networks.families import denoiser
+from symbreak.networks.loading import refuse_conditional, weights_hash
+from symbreak.networks.samplers import scheduler
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest, output_folder

@@ -27,7 +27,9 @@ from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import statistics
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import fingerprint
-from symbreak.networks.families import denoiser, load_pipeline, refuse_conditional, scheduler, weights_hash
+from symbreak.networks.families import denoiser
+from symbreak.networks.loading import load_pipeline, refuse_conditional, weights_hash
+from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record

@@ -29,7 +29,9 @@ from symbreak.metrics.coverage import class_entropy, precision_recall
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import fingerprint
-from symbreak.networks.families import denoiser, scheduler, weights_hash
+from symbreak.networks.families import denoiser
+from symbreak.networks.loading import weights_hash
+from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest, output_folder

@@ -28,7 +28,8 @@ from symbreak.laws.pairwise_weights import SharedPoints
 from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments, mode_images
 from symbreak.networks.denoiser import fingerprint
-from symbreak.networks.families import denoiser, refuse_conditional, weights_hash
+from symbreak.networks.families import denoiser
+from symbreak.networks.loading import refuse_conditional, weights_hash
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.bifurcation import bifurcation
 from symbreak.phases.clones import clones, opportunity, u_turns
