@@ -27,7 +27,7 @@ def data(n: int) -> tuple[str, torch.Tensor]:
     folder = os.environ.get("SYMBREAK_DATA")
     file = Path(folder) / "cifar10-train.parquet" if folder else None
     if file is not None and file.is_file():
-        from symbreak.data.images import images
+        from symbreak.data.readers import images
 
         rows: list[torch.Tensor] = []
         have = 0

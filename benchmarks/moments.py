@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.moments.one_pass import Moments
 
 LEVELS = 11

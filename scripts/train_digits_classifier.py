@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.metrics.features import save_classifier, train_classifier
 
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy.stats import binomtest
 
 from symbreak.cli.commands import main
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Empirical, Gaussian
 from symbreak.laws import nearest_neighbours as neighbours_module
 from symbreak.laws.nearest_neighbours import neighbours

@@ -8,7 +8,7 @@ import scipy.integrate
 import torch
 from diffusers.configuration_utils import FrozenDict
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Gaussian, Mixture, PrincipalMixture
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import as_denoiser

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from symbreak.cli.commands import main
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.samplers import scheduler

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-import symbreak.data.images
-from symbreak.data.images import _mapped, images
+import symbreak.data.readers
+from symbreak.data.readers import _mapped, images
 from symbreak.runtime.files import InputError
 
 
@@ -94,7 +94,7 @@ def test_every_source_gives_the_same_images(folder, tmp_path):
 def test_an_array_in_an_archive_is_mapped_and_not_read(tmp_path, monkeypatch):
     np.savez(tmp_path / "small.npz", images=np.zeros((3, 4, 4), np.uint8))
     assert _mapped(tmp_path / "small.npz", "images.npy") is None  # numpy checks it
-    monkeypatch.setattr(symbreak.data.images, "PART_BYTES", 10)
+    monkeypatch.setattr(symbreak.data.readers, "PART_BYTES", 10)
     raw = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
     for name, array in (("c", raw), ("f", np.asfortranarray(raw)), ("wide", raw / 255.0)):
         np.savez(tmp_path / f"{name}.npz", labels=np.arange(6), images=array)
@@ -192,7 +192,7 @@ def test_truncated_images_are_named(folder):
 
 
 def test_a_picture_of_too_many_pixels_is_no_way_in(folder, monkeypatch):
-    monkeypatch.setattr("symbreak.data.images.MAX_PIXELS", 20)
+    monkeypatch.setattr("symbreak.data.readers.MAX_PIXELS", 20)
     with pytest.raises(InputError, match="no readable image"):
         images(folder)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Mixture
 from symbreak.networks.families import as_unet
 from symbreak.networks.loading import load_pipeline

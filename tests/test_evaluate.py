@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 
 from symbreak.cli.commands import main
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.metrics import extractor, features
 from symbreak.metrics.coverage import (
     class_counts,

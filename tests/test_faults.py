@@ -35,7 +35,8 @@ import symbreak
 from symbreak.cli.commands import main
 from symbreak.cli.options import level
 from symbreak.cli.options import limits as range_limits
-from symbreak.data.images import describe, images
+from symbreak.data.images import describe
+from symbreak.data.readers import images
 from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.laws.saving import load_law, save_law
 from symbreak.metrics import extractor

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from symbreak.cli.commands import main
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.metrics import extractor, features
 from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.pretrained import INCEPTION_SHA256

@@ -2,6 +2,8 @@
 
 import ast
 import graphlib
+import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -87,7 +89,9 @@ def test_heavy_libraries_stay_where_they_belong():
 
 
 def test_importing_is_quick_and_touches_nothing_heavy():
-    code = "import sys, symbreak; print(sorted({'torch', 'diffusers', 'datasets'} & set(sys.modules)))"
+    # What the command line needs before a command is chosen, and what is plain arithmetic.
+    light = "symbreak, symbreak.runtime.errors, symbreak.runtime.files, symbreak.runtime.plain, symbreak.critical"
+    code = f"import sys, {light}; print(sorted({{'torch', 'diffusers', 'datasets'}} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -96,3 +100,13 @@ def test_every_public_name_exists():
         assert getattr(symbreak, name) is not None
         assert not (ROOT / f"{name}.py").exists(), f"{name} is a function and a module"
         assert not (ROOT / name).is_dir(), f"{name} is a function and a package"
+
+
+def test_no_package_offers_a_function_under_the_name_of_a_module():
+    """Else `from symbreak.laws import x` would give one or the other, whichever was imported first."""
+    for package in {path.parent for path in sources()} - {ROOT}:
+        offered = vars(importlib.import_module(f"symbreak.{package.relative_to(ROOT).as_posix().replace('/', '.')}"))
+        for module in (path.stem for path in package.glob("*.py")):
+            name = f"{package.name}.{module}"
+            if name != "metrics.features":  # the last one, until its module is renamed
+                assert inspect.ismodule(offered.get(module, inspect)), f"{name} is a function and a module"

@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.laws.sphere import _bessel, bessel_ratio
 from symbreak.moments.one_pass import Moments

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.metrics import distance, extractor, features, floor
 from symbreak.metrics.features import accuracy, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.memorization import nearest, nearest_summary

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.moments.one_pass import Moments, frechet_distance
 from symbreak.runtime.files import InputError
 from tests.worlds import gaussian_moments

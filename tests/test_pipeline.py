@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import as_denoiser

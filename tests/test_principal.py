@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Gaussian, Mixture, PrincipalMixture
 from symbreak.laws.principal import _coordinates, _signs
 from symbreak.metrics.memorization import nearest_summary

@@ -563,10 +563,10 @@ def _counted(out, train, arguments):
     """Run a command, and write down how many of the training images this process decoded."""
     import pyarrow.parquet as pq
 
-    import symbreak.data.images
+    import symbreak.data.readers
 
-    read, real = set(), symbreak.data.images._attempt
-    symbreak.data.images._attempt = lambda data: read.add(data) or real(data)
+    read, real = set(), symbreak.data.readers._attempt
+    symbreak.data.readers._attempt = lambda data: read.add(data) or real(data)
     try:
         main(arguments)
     finally:

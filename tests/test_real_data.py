@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.moments.one_pass import Moments
 from symbreak.phases.speciation import speciation_time
 

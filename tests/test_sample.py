@@ -2,7 +2,7 @@ import diffusers
 import pytest
 import torch
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.families import as_unet

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from symbreak.critical import CriticalTime
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.laws.simple import Ball, PowerMap, WhiteNoise, diagonal, isotropic, power_coefficients
 from symbreak.metrics import extractor

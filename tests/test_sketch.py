@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Gaussian, Mixture
 from symbreak.moments import low_rank as sketch
 from symbreak.moments.low_rank import LowRankMoments, truncation_bound

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Empirical, Gaussian, Mixture, PrincipalMixture
 from symbreak.laws.saving import load_law, save_law
 from symbreak.moments.one_pass import Moments

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError

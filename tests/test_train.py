@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.families import denoiser

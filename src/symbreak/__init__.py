@@ -18,9 +18,10 @@ _HOMES = {
     "studies.compare_starts": ("compare_starts", "sensitivity"),
     "critical": ("CriticalTime", "Curve"),
     "start.cut_schedule": ("late_sigmas",),
-    "data.images": ("Images", "images"),
+    "data.images": ("Images",),
+    "data.readers": ("images",),
     "networks.denoiser": ("Denoiser", "score"),
-    "runtime.files": ("InputError",),
+    "runtime.errors": ("InputError",),
     "runtime.run": ("Run",),
     "laws": ("Empirical", "Gaussian", "Mixture", "PrincipalMixture", "Sphere"),
     "metrics.features": ("extractor",),
@@ -60,7 +61,8 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from symbreak.critical import CriticalTime, Curve
-    from symbreak.data.images import Images, images
+    from symbreak.data.images import Images
+    from symbreak.data.readers import images
     from symbreak.laws import Empirical, Gaussian, Mixture, PrincipalMixture, Sphere
     from symbreak.laws.saving import load_law, save_law
     from symbreak.metrics.features import extractor
@@ -89,7 +91,7 @@ if TYPE_CHECKING:
     from symbreak.phases.speciation import cloning_probability, speciation_time
     from symbreak.report.html import write_report
     from symbreak.report.record import Record
-    from symbreak.runtime.files import InputError
+    from symbreak.runtime.errors import InputError
     from symbreak.runtime.run import Run
     from symbreak.start.cut_schedule import late_sigmas
     from symbreak.start.late_start import (

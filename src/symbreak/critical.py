@@ -14,7 +14,7 @@ import numpy as np
 
 from symbreak.intervals import mean_interval, percentiles
 from symbreak.noise import NoiseLevel
-from symbreak.runtime.files import InputError
+from symbreak.runtime.errors import InputError
 
 __all__ = [
     "CriticalTime",

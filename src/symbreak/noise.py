@@ -16,10 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = ["NoiseLevel", "Schedule", "generator", "schedule"]
 
@@ -268,6 +270,8 @@ def schedule(source: Any = "ddpm-linear") -> Schedule:
             f"{name} has no alphas_cumprod. Pass a diffusers scheduler (beta-type, EDM or flow matching) "
             "or one of ddpm-linear, cosine, ou, edm."
         )
+    import torch
+
     # diffusers' add_noise leaves them where it worked.
     return _table(name, torch.as_tensor(alphas_cumprod, device="cpu").double().numpy())
 
@@ -277,9 +281,12 @@ def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
 
     Trailing zeros do not tell keys apart, so use keys of one length.
 
+    >>> import torch
     >>> a, b = generator(3, 1), generator(3, 1)
     >>> bool(torch.equal(torch.randn(2, generator=a), torch.randn(2, generator=b)))
     True
     """
+    import torch
+
     state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]
     return torch.Generator(device=device).manual_seed(int(state))

@@ -93,7 +93,7 @@ def data_set(
     pad: int | None = None,
     limit: int | None = None,
 ) -> Any:
-    from symbreak.data.images import images
+    from symbreak.data.readers import images
 
     found = images(
         source,

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all (write beside, then rename), and the error for wrong input."""
+"""Files that appear whole or not at all: written beside, then renamed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-import torch
+from symbreak.runtime.errors import InputError
+
+if TYPE_CHECKING:  # what needs no tensors goes without torch, whose import takes a second
+    import torch
 
 __all__ = [
     "InputError",
@@ -36,18 +39,6 @@ __all__ = [
 
 PART = re.compile(r"\..+\.(\d+)-([0-9a-f]{8})\.part")  # of a file being written: its process, its machine
 DAY = 86_400.0
-LONGEST = 1000  # characters of an error
-
-
-class InputError(ValueError):
-    """The input is wrong; the message is one line: what came, what was expected, what to do."""
-
-    def __init__(self, message: object = "") -> None:
-        # File names, class labels and what other libraries say may hold line breaks; what a file says has no end.
-        line = " ".join(str(message).split())
-        super().__init__(line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 + 5 :]}")
-
-
 _left: ContextVar[bool] = ContextVar("left", default=False)
 
 
@@ -200,6 +191,8 @@ def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, s
 
 def digest(*parts: Any) -> str:
     """The first 16 hex digits of the SHA-256 of tensors (their bytes and shapes) and of other values (their text)."""
+    import torch
+
     found = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):

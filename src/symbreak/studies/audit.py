@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.data.images import Images, describe, images, png_row
+from symbreak.data.images import Images, describe
+from symbreak.data.readers import images
 from symbreak.metrics.features import BATCH, Extractor, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train, neighbours, proportion
 from symbreak.networks.denoiser import fingerprint
@@ -34,6 +35,7 @@ from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Blocks
 from symbreak.start.late_start import standard_start
 from symbreak.start.sample import generate_shards
+from symbreak.studies.findings import png_row
 
 __all__ = ["audit"]
 

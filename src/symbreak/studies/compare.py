@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.data.images import Images, describe, images, png_row
+from symbreak.data.images import Images, describe
+from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.metrics import distance, extractor, features, floor
 from symbreak.metrics.memorization import nearest_summary
@@ -40,7 +41,7 @@ from symbreak.start.cut_schedule import standard_start, standard_starts, steps_f
 from symbreak.start.late_start import LateStart, late_start
 from symbreak.start.sample import generate
 from symbreak.studies.evaluate import default_extractor
-from symbreak.studies.findings import spectral_times
+from symbreak.studies.findings import png_row, spectral_times
 
 __all__ = ["Study", "run"]
 

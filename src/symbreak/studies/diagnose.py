@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from symbreak.critical import CriticalTime, Curve, crossing, passing
-from symbreak.data.images import Images, images
+from symbreak.data.images import Images
+from symbreak.data.readers import images
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.class_posterior import class_of, posterior_average
 from symbreak.laws.empirical import COPIES

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.data.images import Images, describe, png_row
+from symbreak.data.images import Images, describe
 from symbreak.metrics.coverage import (
     CLASSES,
     class_counts,
@@ -31,6 +31,7 @@ from symbreak.runtime.files import InputError, digest, output_folder
 from symbreak.runtime.plain import stopwatch, versions
 from symbreak.runtime.ranks import agreed, from_each
 from symbreak.runtime.rows import HELD, Shards
+from symbreak.studies.findings import png_row
 
 __all__ = ["default_extractor", "evaluate"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,13 +12,13 @@ from typing import Any
 import torch
 
 from symbreak.critical import CriticalTime, Curve
-from symbreak.data.images import Images, describe, png_row
+from symbreak.data.images import Images, describe
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import Schedule
 from symbreak.phases.mechanism import Check
 from symbreak.phases.speciation import ladder, speciation_time
 
-__all__ = ["Findings", "Stages", "spectral_times", "view"]
+__all__ = ["Findings", "Stages", "png_row", "spectral_times", "view"]
 
 Stages = Callable[[str, int, int], None]
 
@@ -95,3 +97,20 @@ def spectral_times(data: Images, steps: Schedule, moments: Moments, modes: int =
         },
         "ladder": [view(c, steps) for c in ladder(moments, modes)],
     }
+
+
+def png_row(grid: torch.Tensor) -> str:
+    """A row of images [N, C, H, W] in [-1, 1] as one PNG, base64."""
+    from PIL import Image
+
+    small = grid
+    side = max(grid.shape[2:])
+    if side > 64:
+        scale = 64 / side
+        small = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="area")
+    pixels = ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=0)
+    row = torch.cat(list(pixels), dim=2).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

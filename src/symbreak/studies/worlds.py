@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from symbreak.critical import CriticalTime
-from symbreak.data.images import images
+from symbreak.data.readers import images
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import as_denoiser, posterior_step
