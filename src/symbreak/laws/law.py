@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -26,6 +27,7 @@ from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 
 __all__ = [
+    "Law",
     "Parameters",
     "column",
     "first_level",
@@ -40,6 +42,41 @@ __all__ = [
 ]
 
 Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@runtime_checkable
+class Law(Protocol):
+    """A distribution of x_0 whose noised version x = x_0 + sigma eps is known: drawn from, scored, denoised, carried.
+
+    Batches are [B, *S], float32 or float64; sigma > 0 is one level or [B], one a sample.
+
+    Attributes:
+        shape: sample shape S.
+        dim: number of elements d of one sample.
+    """
+
+    shape: tuple[int, ...]
+
+    @property
+    def dim(self) -> int: ...
+
+    def sample(self, n: int, sigma: float = 0.0, generator: torch.Generator | None = None) -> torch.Tensor:
+        """n draws of x_0 + sigma eps, [n, *S] float64."""
+
+    def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """E[x_0 | x_0 + sigma eps = x], [B, *S]."""
+
+    def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Gradient of `log_prob`, [B, *S]."""
+
+    def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """log density of x_0 + sigma eps at x, [B], nats, float64."""
+
+    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x."""
+
+    def transport(self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None) -> torch.Tensor:
+        """White noise, or VE states at ``sigma_from``, along the law's probability flow: VE states [B, *S] at sigma."""
 
 
 class Parameters:

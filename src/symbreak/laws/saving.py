@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from symbreak.laws.cluster_mixture import PrincipalMixture
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.law import Parameters
 from symbreak.laws.mixture import Mixture
-from symbreak.laws.principal import PrincipalMixture
 from symbreak.moments.one_pass import Moments
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
 

@@ -5,7 +5,7 @@ import torch
 
 from symbreak.data.readers import images
 from symbreak.laws import Gaussian, Mixture, PrincipalMixture
-from symbreak.laws.principal import _coordinates, _signs
+from symbreak.laws.cluster_mixture import _coordinates, _signs
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.loading import load_pipeline
