@@ -31,7 +31,6 @@ from symbreak.start.cut_schedule import cut, steps_for
 SAMPLERS = ("dpm++2m", "dpm++2m-karras", "unipc", "ddim", "pndm", "ddpm")
 SPACINGS = ("leading", "trailing", "linspace")
 SELECTION = 10**6  # first seed of those that select
-BEGIN, END = "<!-- late-start:begin, written by benchmarks/late_start.py --page -->", "<!-- late-start:end -->"
 MANY = (20, 50)  # calls of opponents beyond the table
 
 
@@ -300,18 +299,20 @@ def write_page(path):
                 continue
             lines += section(title, whole)
             short += summary(name, whole) if name == title else []
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    readme = path.parent.parent / "README.md"
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
     head = [
+        "",
+        "## At a glance",
+        "",
+        "At every number of network evaluations, the best of all samplers by the mean.",
+        "",
         "| images | calls | best without a late start | best Gaussian start, level scanned | chosen by `auto` |",
         "|---|---|---|---|---|",
     ]
-    readme.write_text(before + "\n".join([BEGIN, *head, *short, END]) + rest.split(END)[1], encoding="utf-8")
+    path.write_text("\n".join([*lines[:4], *head, *short, *lines[4:]]) + "\n", encoding="utf-8")
 
 
 def summary(name, whole):
-    """Rows for the README: at every number of calls the best of all samplers, by the mean."""
+    """Rows at a glance: at every number of calls the best of all samplers, by the mean."""
     late, out = [r for r in whole["rows"] if "auto" in r], []
     for calls in sorted({r["calls"] for r in late}):
         own = [r for r in late if r["calls"] == calls]

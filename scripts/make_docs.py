@@ -76,9 +76,6 @@ def main() -> None:
         "",
     ]
     (ROOT / "docs" / "digits.md").write_text("\n".join(page), encoding="utf-8")
-    short = [line for line in table if line.startswith(("| sampler", "|---", "| ddim", "| dpm++2m-karras"))]
-    body = [how, "", *short, "", "All rows, the floor and the network's own quality: [docs/digits.md](docs/digits.md)."]
-    fill(ROOT / "README.md", body)
     fill(ROOT / "src" / "symbreak" / "weights" / "digits" / "README.md", ["**Measured.** " + how, "", *facts])
 
 

@@ -15,12 +15,19 @@ def test_the_example_runs(capsys):
     assert "decides below sigma 1.35" in capsys.readouterr().out
 
 
-def test_linked_files_and_named_functions_exist():
+def test_linked_files_exist():
+    for page in [README, *(README.parent / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_named_functions_exist():
     import symbreak
 
-    text = README.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)\)", text):
-        assert target.startswith("http") or (README.parent / target).exists(), target
-    table = text.split("## Question, function, paper")[1].split("\n\nEvery command")[0]
-    for name in re.findall(r"`([a-zA-Z_]+)[(.`]", table):
-        assert hasattr(symbreak, name) or name in ("symbreak",), name
+    rows = (README.parent / "docs" / "questions.md").read_text(encoding="utf-8").split("|---")[-1]
+    for name in re.findall(r"`(?:sb\.)?([a-zA-Z_]+)[(.`]", rows):
+        assert hasattr(symbreak, name) or name == "symbreak", name
+
+
+def test_the_readme_is_short_enough_to_read():
+    assert len(README.read_text(encoding="utf-8").splitlines()) < 110
