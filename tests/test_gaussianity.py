@@ -20,8 +20,8 @@ from symbreak.phases.gaussianity import (
     henze_zirkler,
     holm,
     mardia,
-    reverse_states,
 )
+from symbreak.phases.reverse_paths import reverse_states
 from symbreak.runtime.files import InputError
 from tests.worlds import gaussian_law, two_gaussians
 
@@ -209,7 +209,7 @@ def test_states_of_an_exact_denoiser_have_its_law():
         (lambda: gaussianity(torch.zeros(30, 2), 1.0, samples=50), "50 samples of 30"),
         (lambda: gaussianity({1.0: torch.zeros(30, 2), 2.0: torch.zeros(20, 2)}), "one number at every level"),
         (lambda: gaussianity(gaussian_law(), 1.0, moments=two_gaussians(1.0, 1.0).moments), "1 dimensions for"),
-        (lambda: reverse_states(as_denoiser(gaussian_law()), [1.0], paths=5, sigma_start=0.5), "expected levels"),
+        (lambda: reverse_states(as_denoiser(gaussian_law()), [1.0], paths=5, sigma_start=0.5), "not above the start"),
         (lambda: first_rejection(gaussianity(gaussian_law(), 1.0, samples=30, **QUICK), "Lilliefors"), "no test"),
     ],
 )

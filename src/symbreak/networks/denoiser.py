@@ -9,7 +9,6 @@ are adapted to one (`symbreak.networks.families.denoiser`). x is a VE state [B, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,17 +17,7 @@ import torch
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, digest
 
-__all__ = [
-    "Denoiser",
-    "LawDenoiser",
-    "as_denoiser",
-    "ask",
-    "descend",
-    "fingerprint",
-    "images_for",
-    "posterior_step",
-    "score",
-]
+__all__ = ["Denoiser", "LawDenoiser", "as_denoiser", "ask", "fingerprint", "images_for", "score"]
 
 CHUNK = 64  # states of one call: a fixed size, so that results do not depend on how many are asked about
 
@@ -141,26 +130,6 @@ def ask(
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
-def posterior_step(
-    mean: torch.Tensor, x: torch.Tensor, sigma: float, below: float, noise: torch.Tensor
-) -> torch.Tensor:
-    """One step of the reverse SDE from level sigma to the level below it,
-
-        x' = D + (sigma'/sigma)^2 (x - D) + sigma' sqrt(1 - sigma'^2 / sigma^2) z,
-
-    exact for a constant D: the posterior of x' given x and x_0 = D (DDPM's ancestral step with its smaller variance;
-    Ho, Jain, Abbeel 2020, arXiv:2006.11239).
-
-    Args:
-        mean: D(x, sigma) [B, *S].
-        x: VE states [B, *S] at sigma.
-        sigma, below: the two levels, sigma > below > 0.
-        noise: white noise z [B, *S].
-    """
-    ratio = (below / sigma) ** 2
-    return torch.lerp(mean, x, ratio).add_(noise, alpha=below * math.sqrt(1 - ratio))
-
-
 def fingerprint(denoiser: Any) -> str:
     """A digest of what a denoiser answers to fixed states: names and weights do not tell all of them apart."""
     low, high = denoiser.sigma_range
@@ -168,23 +137,6 @@ def fingerprint(denoiser: Any) -> str:
     x = torch.randn(4, *denoiser.shape, generator=generator(0, 97))
     with torch.inference_mode():
         return digest(ask(denoiser, sigma * x, sigma))
-
-
-def descend(denoiser: Any, x: torch.Tensor, grid: Any, g: torch.Generator) -> Iterator[tuple[float, torch.Tensor]]:
-    """Walk down the reverse SDE in steps of `posterior_step`: (sigma, states [B, *S]) at every level.
-
-    Args:
-        denoiser: a `Denoiser`, asked once a step.
-        x: VE states [B, *S] at the first level.
-        grid: falling levels [G].
-        g: of the noise, one draw like x a step.
-    """
-    for i, sigma in enumerate(map(float, grid)):
-        yield sigma, x
-        if i + 1 < len(grid):
-            mean = ask(denoiser, x, sigma)
-            noise = torch.randn(x.shape, generator=g, dtype=x.dtype)
-            x = posterior_step(mean, x, sigma, float(grid[i + 1]), noise)
 
 
 def score(law_or_denoiser: Any, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:

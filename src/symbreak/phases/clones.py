@@ -12,9 +12,8 @@ network has learnt changes its class with probability 1 - phi. Crossings are the
 All trajectories of a block advance together in one batch that grows as sigma falls: the trunk runs once whatever
 the number of levels, it is one of the two clones itself, and a clone leaves after the network has been asked
 about the state that both share. N steps and levels at steps k_j cost N + sum_j (N - 1 - k_j) evaluations a pair.
-Reverse steps of clones and U-turns are `posterior_step` with D extrapolated to the middle of the step (SDE-DPM-
-Solver++ 2M: one call a step, of second order). Kicked trajectories take the plain step, as one that has just begun
-has no past to extrapolate from, or along the probability flow DDIM's x' = D + (sigma' / sigma) (x - D).
+Clones and U-turns take steps of second order (`descend`, "2m"), kicked trajectories the plain step, as one that has
+just begun has no past to extrapolate from, or that of the probability flow.
 
 Sources: Biroli, Bonnaire, de Bortoli, Mézard 2024, arXiv:2402.18491 (clones); Sclocchi, Favero, Wyart 2024,
 arXiv:2402.16991 (U-turns); Lu et al. 2022, arXiv:2211.01095 (SDE-DPM-Solver++); Song, Meng, Ermon 2020,
@@ -37,8 +36,9 @@ from symbreak.critical import CriticalTime, Curve, curve, levels, mean_curve, pa
 from symbreak.intervals import percentiles
 from symbreak.laws.class_posterior import class_of, mixture_of
 from symbreak.laws.mixture import Mixture
-from symbreak.networks.denoiser import Denoiser, as_denoiser, ask, posterior_step
+from symbreak.networks.denoiser import Denoiser, as_denoiser
 from symbreak.noise import NoiseLevel, generator
+from symbreak.phases.reverse_paths import descend, start_states
 from symbreak.runtime.files import InputError
 from symbreak.runtime.ranks import dealt
 from symbreak.runtime.run import Arrays, Keep, Progress, unkept
@@ -175,8 +175,7 @@ class _Sampler:
             asked about.
         dtype: of the states.
         block: trajectories of one block; ``rows`` states of one call.
-        step: "clones", reverse SDE; "sde", the same with one noise for a trunk and all that begins on it; "ode",
-            probability flow.
+        step: of `descend`.
     """
 
     source: Any
@@ -190,12 +189,8 @@ class _Sampler:
 
     def first(self, n: int, g: torch.Generator) -> torch.Tensor:
         """n states at the first level: a law's own, or pure noise."""
-        if hasattr(self.source, "denoise"):
-            drawn: torch.Tensor = self.source.sample(n, float(self.grid[0]), g)
-            return drawn.to(self.dtype)
-        return float(self.grid[0]) * torch.randn(n, *self.denoiser.shape, generator=g, dtype=self.dtype)
+        return start_states(self.source, n, float(self.grid[0]), g, self.dtype)
 
-    @torch.no_grad()
     def run(
         self,
         x: torch.Tensor,
@@ -212,33 +207,16 @@ class _Sampler:
             join: (j, trunk [n, *S]) -> states [n, *S] that begin at level j; by default clones of the trunk,
                 which leave it once the network has been asked about the state that both share.
         """
-        n, order = len(x), np.argsort(self.at, kind="stable")
-        before = x[:0]
-        for i, level in enumerate(self.grid):
-            here = [int(j) for j in order if self.at[j] == i]
-            if join is not None:
-                x = torch.cat([x, *(join(j, x[:n]) for j in here)])
-            mean = ask(self.denoiser, x, float(level), rows=self.rows)
-            tell(len(x))
-            if i + 1 == len(self.grid):
-                break
-            below, ahead = float(self.grid[i + 1]), mean
-            if self.step == "clones" and i:
-                # D where the step is half done, going on as it came; states that have just begun have no past.
-                old, far = len(before), min(1.0, 0.5 * math.log(level / below) / math.log(self.grid[i - 1] / level))
-                ahead = torch.cat([mean[:old] + far * (mean[:old] - before), mean[old:]])
-            if join is None:
-                x, mean, ahead = (torch.cat([a] + [a[:n]] * len(here)) for a in (x, mean, ahead))
-            before = mean
-            if self.step == "ode":
-                x = torch.lerp(mean, x, below / float(level))
-                continue
-            own = len(x) if self.step == "clones" else n
-            noise = torch.randn(own, *x.shape[1:], generator=g, dtype=self.dtype)
-            x = posterior_step(ahead, x, float(level), below, torch.cat([noise] * (len(x) // own)))
-        if not bool(torch.isfinite(mean).all()):
-            raise InputError("final images hold NaN or infinity. Check the network, or pass a smaller sigma_start.")
-        images = mean.reshape(1 + len(order), n, *mean.shape[1:])
+        order = np.argsort(self.at, kind="stable")
+        here = [[int(j) for j in order if self.at[j] == i] for i in range(len(self.grid))]
+        begin = None if join is None else lambda i, trunks: [join(j, trunks) for j in here[i]]
+        leave = None if join is not None else [len(some) for some in here]
+        n, asked = len(x), 0
+        for _, states in descend(self.denoiser, x, [*self.grid, 0.0], g, self.step, begin, leave, self.rows):
+            if asked:
+                tell(asked)
+            asked = len(states)
+        images = states.reshape(1 + len(order), n, *x.shape[1:])
         return images[torch.from_numpy(np.append(0, 1 + np.argsort(order)))]
 
     def cost(self, shared: bool) -> int:
@@ -254,7 +232,7 @@ def _sampler(
     sigma_start: float | None,
     sigma_end: float | None,
     dtype: torch.dtype | None,
-    step: str = "clones",
+    step: str = "2m",
 ) -> _Sampler:
     """The sampler of a law or denoiser whose levels hold s [G].
 

@@ -27,8 +27,9 @@ from symbreak.critical import CriticalTime, Curve, mean_curve
 from symbreak.intervals import percentiles
 from symbreak.laws.empirical import Empirical
 from symbreak.laws.nearest_neighbours import neighbours
-from symbreak.networks.denoiser import as_denoiser, ask, descend
+from symbreak.networks.denoiser import as_denoiser
 from symbreak.noise import NoiseLevel, generator
+from symbreak.phases.reverse_paths import descend, start_states
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Keep, Progress, in_blocks, keyed
 
@@ -119,7 +120,6 @@ def nearest_flips(
         raise InputError(
             f"{len(data)} training points, {trajectories} trajectories, {steps} steps; expected at least 3, 2 and 4."
         )
-    is_law = hasattr(law_or_denoiser, "denoise")
     spread = math.sqrt(2 * float(data._half.mean()) / data.dim)
     low, high = d.sigma_range
     start = sigma_start or (high if high < math.inf else 30 * spread)
@@ -131,18 +131,12 @@ def nearest_flips(
     def block(i: int) -> Arrays:
         g = generator(seeds, 53, i)
         n = min(BLOCK, trajectories - i * BLOCK)
-        x = (
-            law_or_denoiser.sample(n, start, g).float()
-            if is_law
-            else start * torch.randn(n, *d.shape, generator=g, dtype=torch.float32)
-        )
+        x = start_states(law_or_denoiser, n, start, g, torch.float32)
         found = np.zeros((2, steps, n))
-        for j, (sigma, state) in enumerate(descend(d, x, grid, g)):
-            found[0, j] = neighbours(state, data.points, 1)[1][:, 0]
-            found[1, j] = data.participation(state, sigma).log10()
-        image = ask(d, state, end)
-        if not bool(torch.isfinite(image).all()):
-            raise InputError("final images hold NaN or infinity. Check the network, or pass a smaller sigma_start.")
+        for j, (sigma, image) in enumerate(descend(d, x, [*grid, 0.0], g)):
+            if sigma:
+                found[0, j] = neighbours(image, data.points, 1)[1][:, 0]
+                found[1, j] = data.participation(image, sigma).log10()
         apart = neighbours(image, data.points, 2)[0]
         ratio = (apart[:, 0] / apart[:, 1].clamp_min(1e-300)).numpy()
         return {"watched": found, "ratio": ratio, "ends": image.numpy()}

@@ -21,7 +21,6 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,6 @@ from scipy import special, stats
 
 from symbreak.critical import CriticalTime, Curve, levels
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import Denoiser, ask, posterior_step
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
 
@@ -43,7 +41,6 @@ __all__ = [
     "henze_zirkler",
     "holm",
     "mardia",
-    "reverse_states",
 ]
 
 Progress = Callable[[int, int], None] | None
@@ -141,7 +138,7 @@ def gaussianity(
 
     Args:
         source: images [N, *S] (a tensor, array, `Images` or batches), a law with ``.sample``, or the states
-            themselves, {sigma: VE states [n, *S]}, as from `reverse_states`.
+            themselves, {sigma: VE states [n, *S]}, as from `phases.reverse_paths.reverse_states`.
         sigma: a level or levels [G]; for states, their own.
         modes: leading modes k of the covariance that the multivariate tests look at.
         directions: random directions projected on, beside the k modes.
@@ -254,69 +251,6 @@ def first_rejection(found: Gaussianity, test: str) -> CriticalTime:
         reason=f"{size}; " + ("rejects at the highest level tried" if top else "the interval is the grid's"),
         confidence=1 - found.alpha,
     )
-
-
-def reverse_states(
-    denoiser: Denoiser,
-    sigma: Any,
-    paths: int = 500,
-    steps: int = 60,
-    seed: int = 0,
-    sigma_start: float | None = None,
-    progress: Progress = None,
-    keep: Keep = None,
-) -> dict[float, torch.Tensor]:
-    """States of a network's own reverse trajectories at some levels: its x_t, not the data's.
-
-    Reverse SDE in steps of `posterior_step` from white noise at the top, on levels even in log sigma, those asked for
-    among them.
-
-    Args:
-        denoiser: a `Denoiser`.
-        sigma: a level or levels [G] inside its range.
-        paths: trajectories.
-        steps: steps from the top to the lowest level; each asks the network once a path.
-        seed: of the noise.
-        sigma_start: where the trajectories begin, by default the top of the range.
-        progress, keep: called as progress(done, steps) and keep("states", make).
-
-    Returns:
-        {sigma: VE states [paths, *S]}.
-
-    Raises:
-        InputError: for levels outside the range, or no path or step.
-
-    Source: arXiv:2006.11239 (the ancestral step).
-    """
-    s = np.unique(levels(sigma)[0])
-    low, high = denoiser.sigma_range
-    top = float(high if sigma_start is None else sigma_start)
-    if paths < 1 or steps < 1 or s[0] < low * (1 - 1e-9) or s[-1] > top * (1 + 1e-9) or top > high * (1 + 1e-9):
-        raise InputError(
-            f"{paths} paths in {steps} steps from sigma {top:.4g} to levels {s[0]:.4g} .. {s[-1]:.4g}; expected levels "
-            f"in the network's range {low:.4g} to {high:.4g}, at least one path and one step."
-        )
-    grid = np.unique(np.concatenate([np.geomspace(s[0], top, steps + 1)[1:-1], [top], s]))[::-1]
-    grid = grid[np.append(True, grid[1:] < grid[:-1] * (1 - 1e-12))]
-    at = {int(np.abs(np.log(grid / u)).argmin()): i for i, u in enumerate(s)}
-
-    def make() -> dict[str, np.ndarray]:
-        g = generator(seed, 53)
-        x = top * torch.randn(paths, *denoiser.shape, generator=g)
-        out = np.zeros((len(s), *x.shape), dtype=np.float32)
-        for j, (u, below) in enumerate(pairwise([*map(float, grid), 0.0])):
-            if j in at:
-                out[at[j]] = x.numpy()
-            if below > 0:
-                noise = torch.randn(x.shape, generator=g)
-                x = posterior_step(ask(denoiser, x, u), x, u, below, noise)
-            if progress is not None:
-                progress(j + 1, len(grid))
-        return {"states": out}
-
-    with torch.inference_mode():
-        states = (make() if keep is None else keep("states", make))["states"]
-    return {float(u): torch.from_numpy(np.array(states[i])) for i, u in enumerate(s)}
 
 
 def mardia(x: np.ndarray) -> tuple[float, float]:

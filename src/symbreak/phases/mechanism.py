@@ -27,8 +27,9 @@ from symbreak.critical import CriticalTime, Curve, curve, levels, passing_time
 from symbreak.intervals import resampled
 from symbreak.laws.gaussian import Gaussian
 from symbreak.moments.one_pass import LowRankMoments, Moments
-from symbreak.networks.denoiser import CHUNK, as_denoiser, ask, descend, images_for
+from symbreak.networks.denoiser import CHUNK, as_denoiser, ask, images_for
 from symbreak.noise import NoiseLevel, generator
+from symbreak.phases.reverse_paths import descend, grid_through, start_states
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Keep, Progress, in_blocks
 
@@ -125,7 +126,7 @@ def reversion(
 
         rho(s) = E (x_s - m_s).(x_T - m_T) / sqrt(E|x_s - m_s|^2 E|x_T - m_T|^2)
 
-    under the reverse SDE, in steps of `posterior_step` on levels even in log sigma, the levels asked for among them.
+    under the reverse SDE, on levels even in log sigma, the levels asked for among them.
 
     Args:
         law_or_denoiser: a law, or a denoiser d(x, sigma).
@@ -150,15 +151,10 @@ def reversion(
     s, shape = levels(sigma)
     d = as_denoiser(law_or_denoiser)
     is_law = hasattr(law_or_denoiser, "denoise")
-    if paths < 2 or steps < 1:
-        raise InputError(f"{paths} paths and {steps} steps; expected at least 2 paths and 1 step.")
-    low, high = d.sigma_range
-    start = float(sigma_start or (s.max() if is_law else high))
-    if s.min() < low * (1 - 1e-9) or s.max() > start * (1 + 1e-9) or start > high * (1 + 1e-9):
-        raise InputError(
-            f"levels from sigma {s.min():.4g} to {s.max():.4g}, a start at {start:.4g}, a range from {low:.4g} to "
-            f"{high:.4g}; expected levels in the range and not above the start."
-        )
+    if paths < 2:
+        raise InputError(f"{paths} paths; expected at least 2.")
+    start = float(sigma_start or (s.max() if is_law else d.sigma_range[1]))
+    grid, at = grid_through(d, s, start, steps)
     dim = math.prod(d.shape)
     if moments is None and is_law and dim <= DENSE:
         moments = getattr(law_or_denoiser, "moments", None)
@@ -169,24 +165,17 @@ def reversion(
             raise InputError(f"moments of {count} dimensions for samples of {dim}; expected the data's own.")
         rho = np.sqrt((total + dim * s**2) / (total + dim * start**2))
         exact = curve(s, shape, rho, rho, rho, "exact correlation with the start")
-    bottom = min(float(s.min()), start)
-    grid = np.unique(np.concatenate([np.geomspace(bottom, start, steps + 1)[1:-1], [start], s]))[::-1]
-    grid = grid[np.append(True, grid[1:] < grid[:-1] * (1 - 1e-12))]  # levels that are one up to rounding make no step
-    at = [int(np.abs(np.log(grid / v)).argmin()) for v in s]
     # Blocks as even as they can be: each is centred by itself.
     sizes = [len(part) for part in np.array_split(np.arange(paths), max(1, -(-paths // _block(dim))))]
 
     def block(i: int) -> Arrays:
-        g, dtype = generator(seeds, 41, i), torch.float64 if is_law else torch.float32
-        if is_law:
-            x = law_or_denoiser.sample(sizes[i], start, g).to(dtype)
-        else:
-            x = start * torch.randn(sizes[i], *d.shape, generator=g, dtype=dtype)
+        g = generator(seeds, 41, i)
+        x = start_states(law_or_denoiser, sizes[i], start, g, torch.float64 if is_law else torch.float32)
         first = (x - x.mean(0)).flatten(1).double()
         found = np.zeros((3, len(s), sizes[i]))
         for j, (_, state) in enumerate(descend(d, x, grid, g)):
             centred = (state - state.mean(0)).flatten(1).double()
-            for k in np.flatnonzero(np.equal(at, j)):
+            for k in np.flatnonzero(at == j):
                 pairs = ((centred, first), (centred, centred), (first, first))
                 found[:, k] = np.stack([(a * b).sum(1).numpy() for a, b in pairs])
         if not np.isfinite(found).all():

@@ -275,3 +275,9 @@ class Blocks(_Parts):
     """Finished blocks of one run."""
 
     keep = _Parts.part
+
+    def run(self, progress: Progress | None = None) -> Run:
+        """A `Run` over these blocks."""
+        tell = None if progress is None else lambda _, done, total: progress(done, total)
+        folder = None if self.folder is None else self.folder.parent
+        return Run(progress=tell)._view(folder=folder, _parts=self)

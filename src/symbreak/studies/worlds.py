@@ -31,10 +31,11 @@ from symbreak.critical import CriticalTime
 from symbreak.data.readers import images
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import as_denoiser, posterior_step
+from symbreak.networks.denoiser import as_denoiser
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.bifurcation import FixedPoints, bifurcation, fixed_points, potential
 from symbreak.phases.collapse import collapse_time
+from symbreak.phases.reverse_paths import descend
 from symbreak.phases.speciation import cloning_probability, cloning_time, speciation_time
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, write_whole
@@ -506,15 +507,10 @@ def _trajectories(scene: _Scene, source: Any, seed: int) -> dict[str, Any]:
     count = len(scene.sigma)
     fine = np.exp(np.interp(np.arange((count - 1) * SUBSTEPS + 1) / SUBSTEPS, np.arange(count), np.log(scene.sigma)))
     rows = []
-    mean = x
-    for i, s in enumerate(fine):
-        if i % SUBSTEPS == 0:
-            rows.append(_project(scene, x, NoiseLevel(float(s)).alpha))
-        mean = d(x, float(s))
-        if i + 1 < len(fine):
-            noise = torch.randn(x.shape, generator=g, dtype=torch.float64)
-            x = posterior_step(mean, x, float(s), float(fine[i + 1]), noise)
-    return {"x": _short(np.stack(rows).T, 5), "end": scene.ends(mean).tolist(), "names": list(scene.end_names)}
+    for i, (s, states) in enumerate(descend(d, x, [*fine, 0.0], g)):
+        if s and i % SUBSTEPS == 0:
+            rows.append(_project(scene, states, NoiseLevel(s).alpha))
+    return {"x": _short(np.stack(rows).T, 5), "end": scene.ends(states).tolist(), "names": list(scene.end_names)}
 
 
 def _critical(scene: _Scene, found: FixedPoints, tell: Progress) -> list[dict[str, Any]]:
