@@ -432,7 +432,8 @@ def halves(x):
 
 
 def test_functions_serve_as_extractor_and_classifier():
-    found = evaluate(noised_digits(), images("digits"), features_in=halves, classify=bright_and_left)
+    data = images(images("digits").tensor(), value_range=(-1, 1))
+    found = evaluate(noised_digits(), data, features_in=halves, classify=bright_and_left)
     assert found["extractor"]["name"] == "halves"
     assert found["extractor"]["identity"] is None
     assert [t["attribute"] for t in found["composition"]] == ["bright", "side"]
@@ -459,10 +460,13 @@ def test_reference_statistics_are_kept_and_guarded(tmp_path):
     file = tmp_path / "held-out.safetensors"
     first = evaluate(x, train, held, reference=file, cache=False)
     assert load_statistics(file).count == len(held)
-    again = evaluate(x, train, reference=file, cache=False)  # held-out images are not needed any more
+    again = evaluate(x, train, reference=file, cache=False)  # whose own half they are of
+    data = images(train.tensor(), value_range=(-1, 1))
+    other = evaluate(x, data, reference=file, cache=False, features_in="digits-classifier")  # they are not needed
     for key in ("distance", "kid", "precision_recall"):
-        assert again[key] == first[key]
-    assert again["neighbours"]["held_out"] is None
+        assert again[key] == other[key] == first[key]
+    assert again["neighbours"] == first["neighbours"]
+    assert other["neighbours"]["held_out"] is None
     for other, match in (
         ({"features_in": "pixels"}, "holds statistics in digits-classifier"),
         ({"holdout": train}, "other images than digits"),

@@ -527,7 +527,6 @@ def evaluate(
 
     placed = (device, precision, compiled)
     refuse_without_network(model, placed)
-    from symbreak.metrics.reference import load_statistics
     from symbreak.runtime.files import output_folder
     from symbreak.runtime.plain import versions
     from symbreak.runtime.run import Blocks
@@ -541,12 +540,6 @@ def evaluate(
     options = (value_range, skip_bad, classes, pad)
     train = data_set(data, *options)
     held_out = None if holdout is None else data_set(holdout, *options)
-    if holdout is None and data == "digits":
-        half = data_set("digits:held-out", *options)
-        # What a run writes it reads when it is called again; statistics of other images stand for themselves.
-        known = load_statistics(reference) if reference is not None and agreed(reference.exists) else None
-        if known is None or known.origin["fingerprint"] == half.fingerprint():
-            held_out = half
     store, allowed = None, memory_size(memory)
     with _bars() as tell:
         if model is not None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from symbreak.critical import CriticalTime
+from symbreak.data.held_out import held_out
 from symbreak.data.images import Images
 from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.moments.one_pass import Moments
@@ -213,14 +214,10 @@ def fit_start(
             f"{data.name} has images of {' x '.join(map(str, data.shape))}, the network works on "
             f"{' x '.join(map(str, network.shape))}. Fit the start on data of the network's shape."
         )
-    if holdout is None:
-        share = min(0.2, CHOOSERS / len(data))
-        if len(data) * share < FEWEST:
-            raise InputError(
-                f"{len(data)} images, of which a fifth would be kept back to choose with; expected at least "
-                f"{5 * FEWEST}. Pass holdout=, images to choose with."
-            )
-        data, holdout = data.split(1 - share)
+    if holdout is None or isinstance(holdout, Images):
+        # The digits' other half is what starts are evaluated on: a start is not chosen with it.
+        parts = held_out(data, holdout, min(0.2, CHOOSERS / len(data)), fewest=FEWEST, bundled=False)
+        data, holdout = parts.train, parts.test
     labels = None
     if unet.config.get("num_class_embeds"):
         labels = getattr(holdout, "labels", None)

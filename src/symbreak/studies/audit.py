@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from symbreak.data.held_out import held_out
 from symbreak.data.images import Images, describe
-from symbreak.data.readers import images
 from symbreak.metrics.features import BATCH, Extractor, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train, neighbours, proportion
 from symbreak.networks.denoiser import fingerprint
@@ -128,7 +128,14 @@ def audit(
 
     stage = stopwatch(timings, tell)
     packages = versions(torch.get_num_threads())
-    held, notes = _held_out(train, holdout)
+    parts = held_out(train, holdout, share=0)
+    held = parts.test if len(parts.test) else None
+    notes = [] if holdout is not None else [parts.note]
+    if held is None:
+        notes = [
+            "No held-out images, so nothing says what d1/d2 is to be expected of images that nobody copied. Pass "
+            "--holdout with images of the same source that the network has not seen."
+        ]
     extract = chosen(features, train, weights, sha256, device, memory // 2, folder)
     name = extract.name
     made: dict[str, Any] | None = None
@@ -198,7 +205,7 @@ def audit(
     titles = _titles(samples, wanted)
     content = {
         "data": describe(train),
-        "held_out": None if held is None else describe(held),
+        "held_out": None if held is None else parts.to_dict(),
         "samples": None
         if asked is None
         else {
@@ -256,21 +263,6 @@ def _check(
                     f"samples of type {kind} with values {low:g} .. {high:g}; expected floats in [-1, 1]. For 8-bit "
                     "pixels: x / 127.5 - 1."
                 )
-
-
-def _held_out(train: Images, holdout: Images | None) -> tuple[Images | None, list[str]]:
-    """Images nobody was trained on, and what a reader must know of them."""
-    if holdout is not None:
-        return holdout, []
-    if train.name == "digits" and train.history[:1] == images("digits").history:
-        held = images("digits:held-out", pad=train.pad)
-        if train.labels is not None:
-            held = held.only([held.classes[i] for i in train.labels.unique().tolist()])
-        return held, [f"Held-out images: the other half of the digits, {len(held):,} of the same classes."]
-    return None, [
-        "No held-out images, so nothing says what d1/d2 is to be expected of images that nobody copied. Pass --holdout "
-        "with images of the same source that the network has not seen."
-    ]
 
 
 def _side(

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.data.images import Images, describe
+from symbreak.data.held_out import HeldOut, held_out
+from symbreak.data.images import describe
 from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.metrics import distance, extractor, features, floor
@@ -137,7 +138,8 @@ def run(
     # Data and network, checked against each other before any work.
     if study.samples < 2 * study.repeats or study.repeats < 1:
         raise InputError(f"{study.samples} samples in {study.repeats} repeats; expected at least 2 samples a repeat.")
-    train, held_out = _data(study)
+    parts = _data(study)
+    train, test = parts.train, parts.test
     pipe = load_pipeline(study.model) if pipeline is None else pipeline
     refuse_conditional(pipe, study.model)
     network = denoiser(pipe.unet, pipe.scheduler)
@@ -158,7 +160,7 @@ def run(
 
     mark = time.perf_counter()
     extract = extractor(study.features or default_extractor(train), train, memory=memory // 2, folder=folder)
-    reference = statistics(extract, held_out, rows=0).whole
+    reference = statistics(extract, test, rows=0).whole
     real = statistics(extract, train, rows=max(study.samples, study.selection * study.repeats))
     per_repeat = study.samples // study.repeats
     ground, choosing_floor = (
@@ -169,7 +171,7 @@ def run(
 
     settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
     weights, packages = weights_hash(pipe.unet), versions(torch.get_num_threads())
-    whole = [settings, train.fingerprint(), held_out.fingerprint(), weights, fingerprint(network), packages]
+    whole = [settings, train.fingerprint(), test.fingerprint(), weights, fingerprint(network), packages]
     cells = Blocks(folder, {"study": whole})
 
     def measure(
@@ -212,7 +214,7 @@ def run(
         for calls in study.calls
     ]
     reading = partial(tell, "images")
-    train_images, held_images = (data.shards(memory // 4, folder, reading) for data in (train, held_out))
+    train_images, held_images = (data.shards(memory // 4, folder, reading) for data in (train, test))
     rows: list[dict[str, Any]] = []
     tell("table", 0, len(plans))
     for plan in plans:
@@ -255,7 +257,7 @@ def run(
 
     content = {
         "data": describe(train),
-        "held_out": describe(held_out),
+        "held_out": parts.to_dict(),
         "network": {
             "source": study.model,
             "weights": weights,
@@ -282,7 +284,7 @@ def run(
         "floor_neighbours": nearest_summary(held_images, train_images, None, memory // 2)["samples"],
         "reference": best_network,
         "rows": rows,
-        "real_grid": png_row(held_images.at(torch.arange(min(GRID, len(held_out))))),
+        "real_grid": png_row(held_images.at(torch.arange(min(GRID, len(test))))),
         "smoke": study.quick,
     }
     lap("all", began)
@@ -293,23 +295,15 @@ def run(
     return record
 
 
-def _data(study: Study) -> tuple[Images, Images]:
+def _data(study: Study) -> HeldOut:
     options: dict[str, Any] = {
         "value_range": study.value_range,
         "skip_bad": study.skip_bad,
         "classes": study.classes,
         "pad": study.pad,
     }
-    train = images(study.data, **options)
-    if study.holdout is not None:
-        held_out = images(study.holdout, **options)
-    elif study.data == "digits":
-        held_out = images("digits:held-out", **options)
-    else:
-        train, held_out = train.split(0.5)
-    if train.shape != held_out.shape:
-        raise InputError(f"the data are {train.shape}, the held-out images {held_out.shape}. Resize one of them.")
-    return train, held_out
+    holdout = None if study.holdout is None else images(study.holdout, **options)
+    return held_out(images(study.data, **options), holdout, share=0.5)
 
 
 @dataclass(frozen=True)

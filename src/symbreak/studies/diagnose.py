@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 from symbreak.critical import CriticalTime, Curve, crossing, passing
+from symbreak.data.held_out import held_out
 from symbreak.data.images import Images
-from symbreak.data.readers import images
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.class_posterior import class_of, posterior_average
 from symbreak.laws.empirical import COPIES
@@ -165,8 +165,9 @@ def diagnose(
         raise InputError(f"{clusters} clusters for {len(data):,} images; expected 2 to {len(data) // 4:,}.")
     if clusters is not None and classify is not None:
         raise InputError("clusters and a classifier came together; pass one of them.")
-    fit, held, note = _held_out(data, holdout)
-    found.notes += note
+    parts = held_out(data, holdout)
+    fit, held = parts.train, parts.test
+    found.notes.append(f"Losses and U-turns: {parts.note}")
     if network is not None and min(len(held), effort.images) < 20:
         raise InputError(
             f"{min(len(held), effort.images)} images for the losses of a network; expected at least 20. Pass --holdout "
@@ -228,6 +229,7 @@ def diagnose(
         "checks": found.checks,
         "pictures": found.pictures,
         "notes": found.notes,
+        "held_out": parts.to_dict(),
         "arc": found.arcs,
         "step_ticks": _ticks(found),
         "regimes": _regimes(found),
@@ -237,30 +239,6 @@ def diagnose(
         record.save(folder)
         store.close()
     return record
-
-
-def _held_out(data: Images, holdout: Images | None) -> tuple[Images, Images, list[str]]:
-    """Images that laws are fitted to, images they are asked about, and what a reader must know of them."""
-    if holdout is not None:
-        if holdout.shape != data.shape:
-            raise InputError(f"the data are {data.shape}, the held-out images {holdout.shape}. Resize one of them.")
-        if data.labels is not None:
-            holdout = holdout.numbered(data.classes)
-        return data, holdout, [f"Losses and U-turns on {len(holdout):,} held-out images of {holdout.name}."]
-    if data.name == "digits" and data.history == images("digits").history:
-        held = images("digits:held-out", pad=data.pad)
-        return data, held, [f"Losses and U-turns on the {len(held):,} digits of the held-out half."]
-    if len(data) < 10:
-        raise InputError(f"{len(data)} images; expected at least 10, a fifth of which is kept back from the laws.")
-    fit, held = data.split(0.8)
-    return (
-        fit,
-        held,
-        [
-            f"Losses and U-turns on {len(held):,} images kept back from the laws; a network may have been trained on "
-            "them. Pass --holdout with images it has not seen."
-        ],
-    )
 
 
 def _probes(network: Any, classify: Any, held: Images) -> list[str]:

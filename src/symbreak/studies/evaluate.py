@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from symbreak.data.held_out import HeldOut, held_out
 from symbreak.data.images import Images, describe
 from symbreak.metrics.coverage import (
     CLASSES,
@@ -72,7 +73,7 @@ def evaluate(
     Args:
         samples: images [N, C, H, W] in [-1, 1], `Images`, or `Shards` of such images.
         data: the training images (floor, composition and nearest neighbours are taken from them).
-        holdout: images to measure against; without it ``data`` is split in stratified halves.
+        holdout: images to measure against; by default the other half of the digits, else half of ``data``.
         features_in: extractor or its name (see `extractor`).
         weights, sha256: of a published network, see `extractor`.
         classify: for the composition table: an extractor's name that is a classifier, or images -> classes [B], scores
@@ -106,7 +107,9 @@ def evaluate(
     lap = stopwatch(timings, tell)
     store = cache_folder() if cache is True else None if cache is False else Path(cache)
     saved = load_statistics(reference) if reference is not None and agreed(Path(reference).exists) else None
-    data, holdout = _halves(data, holdout, saved, reference)
+    parts = _halves(data, holdout, saved, reference)
+    if parts is not None:
+        data, holdout = parts.train, parts.test
     if repeats < 1 or len(samples) < 2 * repeats:
         raise InputError(f"{len(samples)} samples in {repeats} repeats; expected at least 2 samples a repeat.")
     _fitting(samples, data, holdout)
@@ -134,7 +137,7 @@ def evaluate(
     marks = {"extractor": about["name"], "resize": about["resize"]}
     content: dict[str, Any] = {
         "data": describe(data),
-        "held_out": real.origin if holdout is None else describe(holdout),
+        "held_out": real.origin if parts is None else parts.to_dict(),
         "samples": {"name": _name(samples), "count": len(samples), "fingerprint": _fingerprint(samples)},
         "extractor": {**about, "features": real.whole.dim},
     }
@@ -179,19 +182,17 @@ def evaluate(
     return content
 
 
-def _halves(data: Images, holdout: Images | None, saved: Statistics | None, path: Any) -> tuple[Images, Images | None]:
+def _halves(data: Images, holdout: Images | None, saved: Statistics | None, path: Any) -> HeldOut | None:
     """Training and held-out images; the latter are not needed where their statistics are there."""
+    parts = held_out(data, holdout, share=0.5)
+    if saved is None or saved.origin["fingerprint"] == parts.test.fingerprint():
+        return parts
     if holdout is not None:
-        if saved is not None and saved.origin["fingerprint"] != holdout.fingerprint():
-            raise InputError(
-                f"{path} holds statistics of {saved.origin['data']}, which are other images than {holdout.name}. Leave "
-                "--holdout out, or name another --reference."
-            )
-        return data, holdout
-    train, kept = data.split(0.5)
-    if saved is not None and saved.origin["fingerprint"] != kept.fingerprint():
-        return data, None
-    return train, kept
+        raise InputError(
+            f"{path} holds statistics of {saved.origin['data']}, which are other images than {holdout.name}. Leave "
+            "--holdout out, or name another --reference."
+        )
+    return None
 
 
 def _pixels(samples: torch.Tensor) -> torch.Tensor:
