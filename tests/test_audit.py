@@ -24,8 +24,9 @@ from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
 from symbreak.runtime.rows import Shards
+from symbreak.runtime.run import Run
 from symbreak.start import sample
-from symbreak.studies.audit import audit
+from symbreak.studies.audit import Sampling, audit
 
 
 def rng(seed=0):
@@ -327,7 +328,7 @@ def test_a_law_that_memorizes_is_caught_and_one_that_does_not_is_not():
     base = scheduler("ddim", like=load_pipeline("digits").scheduler)
     for law, share, kind in ((Empirical(data.tensor()), 1.0, "copies"), (Gaussian(Moments.fit(data)), 0.0, None)):
         pipe = SimpleNamespace(unet=as_unet(law, base), scheduler=base)
-        content = audit(data, model=pipe, count=60, steps=30).content
+        content = audit(data, model=pipe, sampling=Sampling(60, steps=30)).content
         assert content["memorized"]["samples"]["share"] == share
         assert content["held_out"]["count"] == 899
         if kind is not None:
@@ -371,7 +372,7 @@ def test_neighbours_in_features():
 def test_an_interrupted_audit_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     monkeypatch.setattr(sample, "KEPT", 64)
     data, pipe = images("digits").subset(200), load_pipeline("digits")
-    options = {"model": pipe, "count": 70, "steps": 3}
+    options = {"model": pipe, "sampling": Sampling(70, steps=3)}
     whole = audit(data, **options)
 
     def stop(stage, done, total):
@@ -379,10 +380,10 @@ def test_an_interrupted_audit_goes_on_with_the_same_bits(tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        audit(data, out=tmp_path, progress=stop, **options)
+        audit(data, run=Run(tmp_path, progress=stop), **options)
     real, made = sample.integrate, []
     monkeypatch.setattr(sample, "integrate", lambda u, b, z, *a, **k: made.append(len(z)) or real(u, b, z, *a, **k))
-    again = audit(data, out=tmp_path, memory=2**21, **options)
+    again = audit(data, run=Run(tmp_path, 2**21), **options)
     assert made == [6]
     assert again.content == whole.content
     assert again.settings == whole.settings

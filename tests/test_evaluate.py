@@ -1,5 +1,6 @@
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -285,11 +286,12 @@ def test_an_audit_in_dinov2_features_finds_copies(dinov2):
     train = images("digits", limit=40)
     x = train.tensor()
     samples = torch.cat([x[:10], images("digits:held-out", limit=30).tensor()])
-    found = audit(train, samples, features="dinov2", weights=dinov2[0]).content["memorized"]["samples"]
+    found = audit(train, samples, features=extractor("dinov2", weights=dinov2[0])).content["memorized"]["samples"]
     # Copies have d1 = 0 whatever the features; of other digits an untrained network may hold a few for near.
     assert 10 <= found["count"] <= 14
-    with pytest.raises(InputError, match="they belong to inception or dinov2"):
-        audit(train, samples, features="pixels", weights=dinov2[0])
+    for old, now in (("weights", "features=sb.extractor"), ("count", "sampling=sb.Sampling"), ("out", "run=sb.Run")):
+        with pytest.raises(InputError, match=re.escape(f"audit({old}=...) is now audit({now}")):
+            audit(train, samples, **{old: 1})
 
 
 def test_dinov2_says_what_is_missing(dinov2, tmp_path):
@@ -433,7 +435,7 @@ def halves(x):
 
 def test_functions_serve_as_extractor_and_classifier():
     data = images(images("digits").tensor(), value_range=(-1, 1))
-    found = evaluate(noised_digits(), data, features_in=halves, classify=bright_and_left)
+    found = evaluate(noised_digits(), data, features=halves, classify=bright_and_left)
     assert found["extractor"]["name"] == "halves"
     assert found["extractor"]["identity"] is None
     assert [t["attribute"] for t in found["composition"]] == ["bright", "side"]
@@ -462,13 +464,13 @@ def test_reference_statistics_are_kept_and_guarded(tmp_path):
     assert load_statistics(file).count == len(held)
     again = evaluate(x, train, reference=file, cache=False)  # whose own half they are of
     data = images(train.tensor(), value_range=(-1, 1))
-    other = evaluate(x, data, reference=file, cache=False, features_in="digits-classifier")  # they are not needed
+    other = evaluate(x, data, reference=file, cache=False, features="digits-classifier")  # they are not needed
     for key in ("distance", "kid", "precision_recall"):
         assert again[key] == other[key] == first[key]
     assert again["neighbours"] == first["neighbours"]
     assert other["neighbours"]["held_out"] is None
     for other, match in (
-        ({"features_in": "pixels"}, "holds statistics in digits-classifier"),
+        ({"features": "pixels"}, "holds statistics in digits-classifier"),
         ({"holdout": train}, "other images than digits"),
     ):
         with pytest.raises(InputError, match=match):

@@ -120,7 +120,7 @@ def test_nearest_of_a_stream_is_nearest_of_all(tmp_path):
     samples = torch.rand(40, 1, 12, 12, generator=generator(5)) * 2 - 1
     exact, _ = nearest(samples, data.tensor())
     for memory in (2**20, 2**22, 2**30):
-        assert torch.equal(nearest_in(samples, data, memory), exact)
+        assert torch.equal(nearest_in(samples, data, sb.Run(memory=memory)), exact)
 
 
 def test_a_diagnosis_takes_the_images_that_fit():
@@ -144,7 +144,8 @@ def test_trajectories_are_watched_with_the_images_that_fit():
 
 def measure(samples, train, held, memory):
     noise = torch.rand(len(samples), 1, 8, 8, generator=generator(6)) * 2 - 1
-    sb.evaluate(noise, train, held, features_in="pixels", memory=memory, rows=len(samples), cache=False)
+    subset, run = sb.Subset(rows=len(samples)), sb.Run(memory=memory)
+    sb.evaluate(noise, train, held, features="pixels", subset=subset, run=run, cache=False)
 
 
 @pytest.mark.slow
@@ -160,11 +161,11 @@ def test_an_evaluation_keeps_to_the_memory():
 def test_an_evaluation_holds_the_rows_that_fit():
     train, held = sb.images("digits"), sb.images("digits:held-out")
     samples = train.tensor()[:400]
-    full = sb.evaluate(samples, train, held, features_in="pixels", cache=False)
+    full = sb.evaluate(samples, train, held, features="pixels", cache=False)
     tight = 23 * 8 * 64**2 + (64 * 64 + 32 * 1024) * 150  # moments in 5 repeats, 150 rows
-    some = sb.evaluate(samples, train, held, features_in="pixels", memory=tight, cache=False)
+    some = sb.evaluate(samples, train, held, features="pixels", run=sb.Run(memory=tight), cache=False)
     assert any("at most 150 images" in note for note in some["notes"])
     assert some["distance"] == full["distance"]
     assert some["precision_recall"]["samples"] == 150 < full["precision_recall"]["samples"]
     with pytest.raises(InputError, match=r"64 features in 5 repeats.*fewer --repeats"):
-        sb.evaluate(samples, train, held, features_in="pixels", memory=10**5, cache=False)
+        sb.evaluate(samples, train, held, features="pixels", run=sb.Run(memory=2**20), cache=False)

@@ -25,7 +25,7 @@ _HOMES = {
     "runtime.run": ("Run",),
     "laws": ("Empirical", "Gaussian", "Mixture", "PrincipalMixture", "Sphere"),
     "metrics.features": ("extractor",),
-    "studies.evaluate": ("evaluate",),
+    "studies.evaluate": ("Subset", "evaluate", "evaluate_network"),
     "laws.saving": ("load_law", "save_law"),
     "moments.one_pass": ("Moments", "frechet_distance"),
     "noise": ("NoiseLevel", "Schedule", "schedule"),
@@ -51,7 +51,7 @@ _HOMES = {
         "standard_start",
     ),
     "studies.diagnose": ("Effort", "diagnose"),
-    "studies.audit": ("audit",),
+    "studies.audit": ("Sampling", "audit"),
     "studies.compare": ("Study", "run"),
     "networks.train": ("Recipe", "train_network"),
     "studies.worlds": ("draw_world",),
@@ -104,11 +104,11 @@ if TYPE_CHECKING:
     )
     from symbreak.start.pipeline import LateStartPipeline
     from symbreak.start.sample import generate
-    from symbreak.studies.audit import audit
+    from symbreak.studies.audit import Sampling, audit
     from symbreak.studies.compare import Study, run
     from symbreak.studies.compare_starts import compare_starts, sensitivity
     from symbreak.studies.diagnose import Effort, diagnose
-    from symbreak.studies.evaluate import evaluate
+    from symbreak.studies.evaluate import Subset, evaluate, evaluate_network
     from symbreak.studies.worlds import draw_world
 
 

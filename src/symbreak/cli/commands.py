@@ -523,58 +523,39 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How far samples are from held-out images, what they leave out, and whether they copy training images."""
-    import torch
-
     placed = (device, precision, compiled)
     refuse_without_network(model, placed)
-    from symbreak.runtime.files import output_folder
-    from symbreak.runtime.plain import versions
-    from symbreak.runtime.run import Blocks
-    from symbreak.start.sample import generate_shards, parse_seeds
+    from symbreak.metrics.features import NamedExtractor
+    from symbreak.runtime.run import Run
+    from symbreak.start.sample import parse_seeds
+    from symbreak.studies.evaluate import Subset, evaluate_network
     from symbreak.studies.evaluate import evaluate as measure
 
     if (samples is None) == (model is None):
         raise InputError("evaluate needs either --samples or --model.")
-    if out is not None:
-        output_folder(out)
+    run, where = Run(out, memory_size(memory)), device_of(device)
     options = (value_range, skip_bad, classes, pad)
     train = data_set(data, *options)
     held_out = None if holdout is None else data_set(holdout, *options)
-    store, allowed = None, memory_size(memory)
-    with _bars() as tell:
+    measuring: dict[str, Any] = {
+        "features": NamedExtractor(features, weights, weights_sha256, where),
+        "classify": None if classify is None else NamedExtractor(classify, device=where),
+        "reference": reference,
+        "repeats": repeats,
+        "subset": Subset(rows, seed),
+        "cache": cache,
+        "run": run,
+    }
+    with _bars() as run.progress:
         if model is not None:
             begin, unet = planned(model, start, at, sampler, steps, placed, default_steps=10)
             made = decisive(model, start, unet, begin, placed, MICRO)
-            store = Blocks(out, {**made, "seeds": seeds, "versions": versions(torch.get_num_threads())})
-            wanted, kept = parse_seeds(seeds), None if out is None else store.keep
-            said = partial(tell, "images")
-            held = (2**30 if allowed is None else allowed) // 4
-            allowed = None if allowed is None else allowed - held
-            x = generate_shards(
-                unet, begin, wanted, micro_batch=MICRO, keep=kept, memory=held, folder=out, progress=said
+            result = evaluate_network(
+                unet, begin, parse_seeds(seeds), train, held_out, micro_batch=MICRO, identity=made, **measuring
             )
         else:
             x = data_set(given(samples, "--samples"), samples_range, skip_bad)
-        result = measure(
-            x,
-            train,
-            held_out,
-            features_in=features,
-            weights=weights,
-            sha256=weights_sha256,
-            classify=classify,
-            reference=reference,
-            repeats=repeats,
-            rows=rows,
-            seed=seed,
-            memory=allowed,
-            device=device_of(device),
-            cache=cache,
-            out=out,
-            progress=tell,
-        )
-    if store is not None:
-        store.close()
+            result = measure(x, train, held_out, **measuring)
     if out is not None:
         _report(out)
     _emit(as_json, result, lambda: evaluation_table(result, out))
@@ -631,8 +612,10 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Does it copy? Duplicates in the data, memorized samples, training against held-out images."""
-    from symbreak.runtime.files import output_folder
+    from symbreak.metrics.features import NamedExtractor
+    from symbreak.runtime.run import Run
     from symbreak.start.sample import parse_seeds
+    from symbreak.studies.audit import Sampling
     from symbreak.studies.audit import audit as measure
 
     placed = (device, precision, compiled)
@@ -647,30 +630,23 @@ def audit(
         raise InputError("--count and --seeds came together; pass one of them.")
     if seeds is not None:
         asked["seeds"] = parse_seeds(seeds)
-    if near is not None:
-        asked["near"] = near
-    if out is not None:
-        output_folder(out)
+    run = Run(out, memory_size(memory))
     train = data_set(data, value_range, skip_bad, classes, pad, limit)
     kept = None if holdout is None else data_set(holdout, value_range, skip_bad, classes, pad)
     made = None if samples is None else data_set(samples, samples_range, skip_bad)
     pipe = None if model is None else loaded(model, placed)
-    with _bars() as tell:
+    with _bars() as run.progress:
         record = measure(
             train,
             made,
             model=pipe,
+            sampling=Sampling(**asked),
             holdout=kept,
-            features=features,
-            weights=weights,
-            sha256=weights_sha256,
+            features=NamedExtractor(features, weights, weights_sha256, device_of(device)),
             threshold=threshold,
             seed=seed,
-            memory=memory_size(memory) or 2**30,
-            device=device_of(device),
-            out=out,
-            progress=tell,
-            **asked,
+            run=run,
+            **({} if near is None else {"near": near}),
         )
     if out is not None:
         _report(out)

@@ -22,7 +22,7 @@ from scipy import stats
 
 from symbreak.intervals import jackknife, mean_interval
 from symbreak.laws.class_posterior import class_of
-from symbreak.metrics.features import BATCH, place_of
+from symbreak.metrics.extractors import BATCH, device_of
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 from symbreak.runtime.ranks import from_each, own_rows
@@ -113,7 +113,7 @@ def class_counts(classify: Callable[[torch.Tensor], Any], batches: Iterable[torc
     """
     found: dict[str, np.ndarray] = {}
     own, _, shared = own_rows(batches, BATCH)
-    where = place_of(classify)
+    where = device_of(classify)
     for block, rows in padded_blocks([own] if isinstance(own, torch.Tensor) else own, BATCH):
         with torch.inference_mode():
             out = classify(block.to(where))

@@ -1,4 +1,4 @@
-"""Feature extractors: images [B, C, H, W] in [-1, 1] -> features [B, F]. The only loader of feature weights.
+"""Feature extractors by name, and the features of images. The only loader of feature weights.
 
 A distance is only as good as the features it is measured in, so every extractor has a name and every
 number carries it. ``digits-classifier`` is a small network trained on the training half of the 8 x 8
@@ -10,58 +10,41 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import nn
 
 from symbreak.data.images import Images
+from symbreak.metrics.extractors import Extractor, FromFunction, Function
 from symbreak.metrics.pretrained import Dinov2, Inception
-from symbreak.networks.loading import usable, weights_hash
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.runtime.ranks import from_each, own_rows, shares, summed
 from symbreak.runtime.rows import HELD, Shards
-from symbreak.runtime.run import padded_blocks
+from symbreak.runtime.run import Run, padded_blocks, renamed
 
 __all__ = [
     "Classifier",
-    "Extractor",
+    "NamedExtractor",
     "accuracy",
-    "chosen",
-    "described",
     "extractor",
     "feature_blocks",
     "feature_shards",
     "features",
     "load_classifier",
-    "named",
     "train_classifier",
 ]
 
 FEATURES = 64
-BATCH = 256  # fixed and padded, so that an image's features do not depend on its neighbours
 MAX_PIXELS = 4096
 
 
-class Extractor(Protocol):
-    """Anything that turns images into features; ``name`` is printed beside every number.
-
-    Optional attributes: ``batch``, images a call; ``resize``, what happens to an image before; ``identity``, what its
-    statistics are cached by (`described`).
-    """
-
-    name: str
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Features [B, F] of images [B, C, H, W] in [-1, 1]."""
-
-
-class Classifier(nn.Module):
+class Classifier(nn.Module, Extractor):
     """A small convolutional classifier; its features are the 64 units before the last layer.
 
     Args:
@@ -71,7 +54,7 @@ class Classifier(nn.Module):
 
     def __init__(self, shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
         super().__init__()
-        self.shape, self.classes, self.name, self.accuracy = tuple(shape), tuple(classes), "classifier", math.nan
+        self.shape, self.classes, self.name = tuple(shape), tuple(classes), "classifier"
         layers: list[nn.Module] = []
         channels, width, side = shape[0], 16, min(shape[1:])
         while True:
@@ -102,28 +85,23 @@ class Classifier(nn.Module):
         return out
 
 
+@renamed()
 def train_classifier(
-    train: Images,
-    *,
-    held_out: Images | None = None,
-    epochs: int = 60,
-    seed: int = 0,
-    memory: int = HELD,
-    folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    train: Images, *, held_out: Images | None = None, epochs: int = 60, seed: int = 0, run: Run | None = None
 ) -> Classifier:
     """Train a `Classifier` on labelled images (Adam, cosine rate, shifts by up to one pixel).
 
-    Its ``accuracy`` is measured on ``held_out`` where given with labels, which is used for nothing else. Ranks read and
-    hold a part of the images each, in ``memory`` bytes or a file (see `Shards`), and take the same steps.
+    Its ``accuracy`` is measured on ``held_out`` where that comes with labels, which is used for nothing else. Ranks
+    read and hold a part of the images each, in the run's memory or its folder (see `Shards`), and take the same steps.
 
     Raises:
         InputError: without labels, with fewer than two classes, or for held-out images of another class.
     """
     if train.labels is None or len(train.classes) < 2:
         raise InputError(f"{train.name} has no labels of at least two classes; a classifier needs them.")
+    run = run or Run()
     held_out = None if held_out is None else held_out.numbered(train.classes)
-    x, y = train.shards(memory, folder), train.labels
+    x, y = train.shards(run.bytes(default=HELD), run.folder), train.labels
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
         torch.default_generator.manual_seed(seed)
         model = Classifier(train.shape, train.classes)
@@ -144,8 +122,7 @@ def train_classifier(
             optimizer.step()
             rate.step()
             done += 1
-        if progress is not None:
-            progress(done, steps)
+        run.tell(done, steps)
     model.eval().requires_grad_(False)
     if held_out is not None and held_out.labels is not None:
         model.accuracy = accuracy(model, held_out)
@@ -161,10 +138,10 @@ def accuracy(model: Classifier, images: Images) -> float:
     labels = images.numbered(model.classes).labels
     if labels is None:
         raise InputError(f"{images.name} has no labels to measure a classifier's accuracy with. Pass labelled images.")
-    own, first, shared = own_rows(images)
+    part, first, shared = own_rows(images)
     with torch.inference_mode():
-        found = torch.cat([model.logits(batch).argmax(1) for batch in own])
-    right = (found == labels[first : first + len(found)]).double().sum()
+        answers = torch.cat([model.logits(batch).argmax(1) for batch in part])
+    right = (answers == labels[first : first + len(answers)]).double().sum()
     if shared:
         summed(right)
     return float(right) / len(labels)
@@ -195,7 +172,7 @@ def load_classifier(path: str | Path) -> Classifier:
         return model.eval().requires_grad_(False)
 
 
-class _Pixels:
+class _Pixels(Extractor):
     name = identity = "pixels"
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -204,29 +181,15 @@ class _Pixels:
         return x.reshape(len(x), -1)
 
 
-class _Callable:
-    def __init__(self, name: str, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self.name, self.function = name, function
-        self.batch: int = getattr(function, "batch", BATCH)
-        self.resize: str = getattr(function, "resize", "its own")
-        self.identity: str | None = getattr(function, "identity", None)
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.function(x)
-        if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != len(x):
-            came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
-            raise InputError(f"the extractor {self.name} gave {came} for {len(x)} images; expected a tensor [B, F].")
-        return out
-
-
+@renamed()
 def extractor(
     name: str,
     data: Images | None = None,
     weights: str | Path | None = None,
     sha256: str | None = None,
-    memory: int = HELD,
-    folder: Path | None = None,
-) -> Any:
+    device: str | torch.device | None = None,
+    run: Run | None = None,
+) -> Extractor:
     """An extractor by name.
 
     Args:
@@ -235,11 +198,19 @@ def extractor(
             ``"module:callable"``.
         weights: weights of ``"inception"`` (file) and ``"dinov2"`` (folder).
         sha256: of other Inception weights than the published ones.
-        memory, folder: of ``"classifier"``, see `train_classifier`.
+        device: where its network runs; by default on the CPU.
+        run: of ``"classifier"``, see `train_classifier`.
 
     Raises:
-        InputError: for an unknown name, a module that has no such callable, or weights that are missing or wrong.
+        InputError: for an unknown name, a module that has no such callable, a device that is not there, or weights
+            that are missing or wrong.
     """
+    return _by_name(name, data, weights, sha256, run).on(device)
+
+
+def _by_name(
+    name: str, data: Images | None, weights: str | Path | None, sha256: str | None, run: Run | None
+) -> Extractor:
     if name == "inception":
         return Inception(weights, sha256)
     if sha256 is not None:
@@ -255,7 +226,7 @@ def extractor(
     if name == "classifier":
         if data is None:
             raise InputError("the extractor 'classifier' is trained on labelled data; pass --data with labels.")
-        return train_classifier(data, memory=memory, folder=folder)
+        return train_classifier(data, run=run)
     if name.endswith(".safetensors"):
         return load_classifier(name)
     module, _, attribute = name.partition(":")
@@ -265,120 +236,71 @@ def extractor(
             ".safetensors file, module:callable."
         )
     try:
-        return _Callable(name, getattr(importlib.import_module(module), attribute))
+        return FromFunction(getattr(importlib.import_module(module), attribute), name)
     except (ImportError, AttributeError) as error:
         raise InputError(f"the extractor {name} cannot be imported ({error}).") from None
 
 
-def chosen(
-    features: str | Any,
-    data: Images,
-    weights: str | Path | None = None,
-    sha256: str | None = None,
-    device: str | torch.device | None = None,
-    memory: int = HELD,
-    folder: Path | None = None,
-) -> Any:
-    """The extractor of a name (see `extractor`) on a device, or the one given, which brings weights and place."""
-    if isinstance(features, str):
-        return placed(extractor(features, data, weights, sha256, memory, folder), device)
-    if (weights, sha256) != (None, None):
-        raise InputError("weights came with an extractor that is no name; it brings its own. Leave them out.")
-    return named(features)
+@dataclass(frozen=True)
+class NamedExtractor:
+    """An extractor that is made once the training images are known, which ``"classifier"`` learns from.
 
-
-def _network(function: Any) -> nn.Module | None:
-    """What has weights in an extractor, a classifier or a method of one."""
-    owner = getattr(function, "__self__", function)
-    network = getattr(owner, "network", owner)
-    return network if isinstance(network, nn.Module) else None
-
-
-def placed(function: Any, device: str | torch.device | None) -> Any:
-    """An extractor or classifier with its network on a device, which is refused where it is not there."""
-    network, there = _network(function), None if device is None else usable(device)
-    if network is not None and there is not None:
-        network.to(there)
-    return function
-
-
-def place_of(function: Any) -> torch.device:
-    """Where an extractor or classifier wants its images."""
-    network = _network(function)
-    weight = None if network is None else next(network.parameters(), None)
-    return torch.device("cpu") if weight is None else weight.device
-
-
-def named(function: Any) -> Any:
-    """An extractor or classifier as it is, a plain function under its own name."""
-    return function if hasattr(function, "name") else _Callable(getattr(function, "__name__", "a callable"), function)
-
-
-def described(extract: Extractor) -> dict[str, Any]:
-    """Name, resize, identity (a hash of weights, ``None`` where they are not known) and accuracy.
-
-    Two extractors of one name, resize and identity give an image the same features: cached statistics rest on it.
-    A function may hold anything, so it has no identity unless it brings one.
+    Args:
+        name, weights, sha256, device: see `extractor`; without a name the study's default.
     """
-    identity = getattr(extract, "identity", None)
-    network = getattr(extract, "function", extract)
-    if identity is None and isinstance(network, nn.Module):
-        identity = weights_hash(network)
-    accuracy = getattr(extract, "accuracy", None)
-    return {
-        "name": extract.name,
-        "resize": getattr(extract, "resize", "none"),
-        "identity": identity,
-        "held_out_accuracy": None if accuracy is None or math.isnan(accuracy) else accuracy,
-    }
+
+    name: str | None = None
+    weights: str | Path | None = None
+    sha256: str | None = None
+    device: str | torch.device | None = None
+
+    def make(self, default: str, data: Images, run: Run) -> Extractor:
+        """The extractor, trained on ``data`` where it is to be."""
+        return extractor(self.name or default, data, self.weights, self.sha256, self.device, run)
 
 
-def feature_blocks(extract: Extractor, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+def feature_blocks(extract: Extractor | Function, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
     """Features of a stream of image batches, block by block: [B, F] float64.
 
     Raises:
         InputError: for NaN or infinity among the features.
     """
-    where = place_of(extract)
-    for block, rows in padded_blocks(batches, getattr(extract, "batch", BATCH)):
+    extract = Extractor.of(extract)
+    where = extract.device
+    for block, rows in padded_blocks(batches, extract.batch):
         with torch.inference_mode():
-            found = extract(block.to(where))[:rows].double().cpu().clone()
-        if not bool(torch.isfinite(found).all()):
+            values = extract(block.to(where))[:rows].double().cpu().clone()
+        if not bool(torch.isfinite(values).all()):
             raise InputError(f"the extractor {extract.name} gave NaN or infinity; check the images' range.")
-        yield found
+        yield values
 
 
-def features(extract: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+def features(extract: Extractor | Function, batches: Images | torch.Tensor | Iterable[torch.Tensor]) -> torch.Tensor:
     """Features [N, F] float64 of images, on padded batches of one fixed size.
 
     Args:
         extract: the extractor.
         batches: `Images` or one tensor [N, C, H, W], which ranks share, or a stream of batches.
     """
-    own, _, shared = own_rows(batches, getattr(extract, "batch", BATCH))
-    out = list(feature_blocks(extract, [own] if isinstance(own, torch.Tensor) else own))
+    extract = Extractor.of(extract)
+    part, _, shared = own_rows(batches, extract.batch)
+    out = list(feature_blocks(extract, [part] if isinstance(part, torch.Tensor) else part))
     if not out:
         raise InputError("no images to extract features from; expected at least one.")
-    found = from_each({"features": torch.cat(out).numpy()}, shared)
-    return torch.from_numpy(np.concatenate([f["features"] for f in found]))
+    parts = from_each({"features": torch.cat(out).numpy()}, shared)
+    return torch.from_numpy(np.concatenate([p["features"] for p in parts]))
 
 
-def feature_shards(
-    extract: Extractor,
-    images: Images | Shards,
-    memory: int = HELD,
-    folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Shards:
+def feature_shards(extract: Extractor | Function, images: Images | Shards, run: Run) -> Shards:
     """Features [N, F] float64 of images as rows to be asked for, of which every rank makes and holds a part.
 
     Args:
         extract: the extractor.
         images: the images.
-        memory, folder, progress: see `Shards`.
+        run: its memory and folder hold them, see `Shards`.
     """
-    size = getattr(extract, "batch", BATCH)
-    edges = images.edges if isinstance(images, Shards) else shares(len(images), size)
-    own, _, _ = own_rows(images, size)  # shards have edges of their own
-    blocks = (rows.numpy() for rows in feature_blocks(extract, own))
-    return Shards(blocks, edges, memory, folder, progress=progress)
+    extract = Extractor.of(extract)
+    edges = images.edges if isinstance(images, Shards) else shares(len(images), extract.batch)
+    part, _, _ = own_rows(images, extract.batch)  # shards have edges of their own
+    blocks = (rows.numpy() for rows in feature_blocks(extract, part))
+    return Shards(blocks, edges, run.bytes(default=HELD), run.folder, progress=run.tell)

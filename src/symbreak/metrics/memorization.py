@@ -6,8 +6,6 @@ nearest, d_1 / d_2 < 1/3 (Bonnaire et al., arXiv:2505.17638). Held-out real imag
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 from symbreak.runtime.ranks import from_each
 from symbreak.runtime.rows import Shards
-from symbreak.runtime.run import Keep
+from symbreak.runtime.run import Run, renamed
 
 __all__ = ["apart", "groups", "nearer_to_train", "nearest", "nearest_in", "nearest_summary", "proportion"]
 
@@ -44,31 +42,36 @@ def nearest(samples: torch.Tensor, train: torch.Tensor, block: int = 1024, memor
     return d, index[:, 0]
 
 
-def nearest_in(samples: Rows, train: Images, memory: int = 2**30) -> torch.Tensor:
-    """Distances [N, 2] to the two nearest of a data set of which every rank reads and holds a part.
+@renamed()
+def nearest_in(samples: Rows, train: Rows | Images, run: Run | None = None) -> torch.Tensor:
+    """Distances [N, 2] to the two nearest training images, of which every rank reads and holds a part.
 
     Args:
         samples: [N, *S].
-        train: at least 2 images.
-        memory: bytes to hold images in and to work in; results do not depend on it.
+        train: at least 2 images, a data set or rows.
+        run: its memory is to hold images in and to work in; results do not depend on it.
     """
-    return neighbours(samples, train.shards(memory // 4), 2, memory=max(2**20, memory // 2))[0]
+    run = run or Run()
+    points = train.shards(run.bytes(1 / 4), run.folder) if isinstance(train, Images) else train
+    return neighbours(samples, points, 2, memory=max(2**20, run.bytes(1 / 2)))[0]
 
 
+@renamed()
 def nearest_summary(
-    samples: Rows, train: Rows | Images, held_out: Rows | None, memory: int = 2**30, folder: Path | None = None
+    samples: Rows, train: Rows | Images, held_out: Rows | None, run: Run | None = None
 ) -> dict[str, Any]:
     """Median nearest distance and share with d_1/d_2 < 1/3, for samples and for held-out images.
 
     Args:
         samples, held_out: [N, *S].
         train: training images.
-        memory, folder: as of `Images.shards`, and to work in.
+        run: see `nearest_in`.
     """
-    points = train.shards(memory // 4, folder) if isinstance(train, Images) else train
+    run = run or Run()
+    points = train.shards(run.bytes(1 / 4), run.folder) if isinstance(train, Images) else train
 
     def one(x: Rows) -> dict[str, Any]:
-        d = neighbours(x, points, 2, memory=max(2**20, memory // 2))[0]
+        d = nearest_in(x, points, run)
         ratio = d[:, 0] / d[:, 1].clamp_min(1e-12)
         return {
             "count": len(x),
@@ -87,14 +90,7 @@ def nearest_summary(
 # Duplicates
 
 
-def groups(
-    points: Rows,
-    near: float = NEAR,
-    *,
-    memory: int = 2**28,
-    keep: Keep | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[np.ndarray, float, float]:
+def groups(points: Rows, near: float = NEAR, run: Run | None = None) -> tuple[np.ndarray, float, float]:
     """Near duplicates among different points: all that a chain of pairs |x - y| <= radius joins.
 
         radius = near * median_i |x_i - its eighth neighbour|
@@ -105,13 +101,15 @@ def groups(
     Args:
         points: [M, *S] or `Shards`, exact duplicates taken out, M >= 2.
         near: fraction of the scale, 0 for none but equal points.
-        memory, keep, progress: as for `neighbours`.
+        run: memory to work in (256 MiB by default), finished parts, whom to tell.
 
     Returns:
         The group [M] of every point (0, 1, ... by first appearance), the radius and the scale.
     """
+    run = run or Run()
+    memory = max(2**20, run.bytes(default=2**28))
     k = min(EIGHTH, len(points) - 1)
-    d, j = neighbours(points, None, k, memory=memory, keep=keep, name="train", progress=progress)
+    d, j = neighbours(points, None, k, memory=memory, keep=run.part, name="train", progress=run.tell)
     scale = float(d[:, -1].median())
     radius = near * scale
     rows, columns = (d <= radius).nonzero(as_tuple=True)
@@ -147,22 +145,14 @@ def _within(points: Rows, some: torch.Tensor, radius: float, memory: int) -> Pai
     return tuple(torch.from_numpy(np.concatenate([e[k] for e in each])) for k in "ab")  # type: ignore[return-value]
 
 
-def apart(
-    queries: Rows,
-    points: Rows,
-    group: np.ndarray,
-    *,
-    memory: int = 2**28,
-    keep: Keep | None = None,
-    name: str = "samples",
-    progress: Callable[[int, int], None] | None = None,
-) -> Pairs:
+def apart(queries: Rows, points: Rows, group: np.ndarray, name: str = "samples", run: Run | None = None) -> Pairs:
     """Nearest point, and nearest point of another group: d_1 / d_2 that duplicates cannot spoil.
 
     Args:
         queries: [N, *S] or `Shards`; points: [M, *S] or `Shards`, of at least two groups; group: [M] integers, see
             `groups`.
-        memory, keep, name, progress: as for `neighbours`.
+        name: begins the keys of finished parts.
+        run: as for `groups`.
 
     Returns:
         Distances [N, 2] float64, rising, and indices [N, 2].
@@ -170,15 +160,17 @@ def apart(
     labels = torch.from_numpy(np.asarray(group, dtype=np.int64))
     if int(labels.max()) == int(labels.min()):
         raise InputError("all training images are duplicates of one; expected at least 2 different ones.")
-    d, j = neighbours(queries, points, min(EIGHTH, len(points)), memory=memory, keep=keep, name=name, progress=progress)
-    own = labels[j]
-    other = own != own[:, :1]
+    run = run or Run()
+    memory, k = max(2**20, run.bytes(default=2**28)), min(EIGHTH, len(points))
+    d, j = neighbours(queries, points, k, memory=memory, keep=run.part, name=name, progress=run.tell)
+    of = labels[j]
+    other = of != of[:, :1]
     column = other.double().argmax(1, keepdim=True)
     distance, index = torch.cat([d[:, :1], d.gather(1, column)], 1), torch.cat([j[:, :1], j.gather(1, column)], 1)
-    rest = (~other.any(1)).nonzero()[:, 0]  # all neighbours found belong to one large group
+    rest = (~other.any(1)).nonzero()[:, 0]  # all neighbours belong to one large group
     if len(rest):
         some = queries.take(rest.numpy()) if isinstance(queries, Shards) else queries[rest]
-        far, where = neighbours(some, points, 1, classes=(own[rest, 0], labels), memory=memory)
+        far, where = neighbours(some, points, 1, classes=(of[rest, 0], labels), memory=memory)
         distance[rest, 1], index[rest, 1] = far[:, 0], where[:, 0]
     return distance, index
 
@@ -189,8 +181,8 @@ def apart(
 def proportion(count: float, of: float, confidence: float = 0.95) -> dict[str, Any]:
     """A share with its Clopper-Pearson interval, which covers at least the confidence at every count.
 
-    >>> found = proportion(0, 100)  # the upper end is 1 - 0.025 ** (1 / 100)
-    >>> found["share"], found["low"], round(found["high"], 6)
+    >>> share = proportion(0, 100)  # the upper end is 1 - 0.025 ** (1 / 100)
+    >>> share["share"], share["low"], round(share["high"], 6)
     (0.0, 0.0, 0.036217)
     """
     tail = (1 - confidence) / 2

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from symbreak.metrics.extractors import Extractor
 from symbreak.networks.loading import weights_hash
 from symbreak.runtime.files import InputError, file_hash, read_tensors
 
@@ -33,7 +34,7 @@ def _eight_bit(x: torch.Tensor) -> torch.Tensor:
     return pixels.expand(-1, 3, -1, -1) if pixels.shape[1] == 1 else pixels
 
 
-class Inception:
+class Inception(Extractor):
     """The Inception network of FID, in torch-fidelity's protocol.
 
     Args:
@@ -56,9 +57,9 @@ class Inception:
         path = Path(weights).expanduser()
         if not path.is_file():
             raise InputError(f"the weights file {path} does not exist. {get}")
-        found = file_hash(path)
-        if found != wanted:
-            raise InputError(f"the weights file {path} has the sha256 {found}. {get}")
+        sha256 = file_hash(path)
+        if sha256 != wanted:
+            raise InputError(f"the weights file {path} has the sha256 {sha256}. {get}")
         network = _fidelity()
         state = read_tensors(path)[0] if path.suffix == ".safetensors" else _state(path)
         # torch-fidelity unpickles what it is given: it gets plain tensors only, already read the safe way.
@@ -69,9 +70,8 @@ class Inception:
             self.network: nn.Module = network("inception-v3-compat", ["2048"], feature_extractor_weights_path=buffer)
         except RuntimeError:
             raise InputError(f"{path} holds weights of another network. {get}") from None
-        published = found == INCEPTION_SHA256
-        self.name = "inception" if published else f"inception-{found[:8]}"
-        self.identity = found
+        self.name = "inception" if sha256 == INCEPTION_SHA256 else f"inception-{sha256[:8]}"
+        self.identity = sha256
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Features [B, 2048] of images [B, 1 or 3, H, W] in [-1, 1]."""
@@ -104,7 +104,7 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-class Dinov2:
+class Dinov2(Extractor):
     """A DINOv2 network of transformers: the class token after the last norm.
 
     Images are rounded to 8 bits, become RGB, are resized to 224 x 224 (bicubic, antialiased, then cut to [0, 1]) and

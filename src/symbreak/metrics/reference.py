@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +20,15 @@ import numpy as np
 import torch
 
 from symbreak.data.images import Images
-from symbreak.metrics.features import BATCH, Extractor, described, feature_blocks, place_of
+from symbreak.metrics.extractors import Extractor, Function
+from symbreak.metrics.features import feature_blocks
 from symbreak.metrics.frechet import together
 from symbreak.moments.one_pass import Moments, grouped
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, damaged, output_folder, read_tensors, write_tensors
 from symbreak.runtime.ranks import dealt, from_each, own_rows
 from symbreak.runtime.rows import Shards
+from symbreak.runtime.run import Run, renamed
 
 __all__ = ["Statistics", "cache_folder", "load_statistics", "statistics"]
 
@@ -65,16 +67,16 @@ class Statistics:
         return write_tensors(path, *_tensors(self))
 
 
-def _tensors(found: Statistics) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    single = found.rows.float()
+def _tensors(made: Statistics) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    single = made.rows.float()
     tensors = {
-        "counts": torch.tensor([m.count for m in found.groups]),
-        "means": torch.stack([m.mean for m in found.groups]),
-        "covs": torch.stack([m.cov for m in found.groups]),
+        "counts": torch.tensor([m.count for m in made.groups]),
+        "means": torch.stack([m.mean for m in made.groups]),
+        "covs": torch.stack([m.cov for m in made.groups]),
         # most networks answer in single precision: nothing is lost
-        "rows": single if bool((single.double() == found.rows).all()) else found.rows,
+        "rows": single if bool((single.double() == made.rows).all()) else made.rows,
     }
-    return tensors, {**FILE, "origin": json.dumps(found.origin, sort_keys=True)}
+    return tensors, {**FILE, "origin": json.dumps(made.origin, sort_keys=True)}
 
 
 def _from_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str], path: Any) -> Statistics:
@@ -92,7 +94,7 @@ def _from_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str], pa
         return Statistics(groups, rows, origin)
 
 
-def _kept(path: Path) -> dict[str, np.ndarray]:
+def _cached(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a cached file; nothing where there is none, or a damaged one, which is made again."""
     try:
         tensors, metadata = read_tensors(path)
@@ -116,15 +118,16 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SYMBREAK_CACHE") or Path.home() / ".cache" / "symbreak")
 
 
+@renamed()
 def statistics(
-    extract: Extractor,
+    extract: Extractor | Function,
     images: Images | Shards | torch.Tensor,
     *,
     groups: int = 1,
     rows: int = ROWS,
     seed: int = 0,
     cache: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    run: Run | None = None,
 ) -> Statistics:
     """Statistics of the features of a set of images, in one pass, which ranks share.
 
@@ -135,7 +138,7 @@ def statistics(
         rows: feature rows to keep, at most.
         seed: of groups and rows.
         cache: folder to keep the result in, by content; extractors without an identity are not cached.
-        progress: called with (images done, all).
+        run: whom to tell of the images done.
 
     Returns:
         The same bits from the cache and fresh, whatever the batches.
@@ -143,10 +146,10 @@ def statistics(
     Raises:
         InputError: for fewer than 2 images a group.
     """
-    count = len(images)
+    run, extract, count = run or Run(), Extractor.of(extract), len(images)
     if groups < 1 or count < 2 * groups:
         raise InputError(f"{count} images in {groups} groups; expected at least 2 images a group.")
-    about = described(extract)
+    about = extract.to_dict()
     origin = {
         "extractor": about["name"],
         "resize": about["resize"],
@@ -156,48 +159,53 @@ def statistics(
         "seed": seed,
     }
     path = None
-    if cache is not None and about["identity"] is not None and origin["fingerprint"] is not None:
+    if cache is not None and origin["identity"] is not None and origin["fingerprint"] is not None:
         # The name does not decide the content; torch and its threads decide the last bits.
         key = {k: v for k, v in origin.items() if k != "data"}
-        place = place_of(extract).type
-        key |= {} if place == "cpu" else {"device": place}
+        key |= {} if extract.device.type == "cpu" else {"device": extract.device.type}
         key |= {"groups": groups, "rows": rows, "torch": torch.__version__, "threads": torch.get_num_threads()}
         path = cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
-        kept = dealt([path], _kept)[0]
-        if kept:
-            tensors = {k: torch.from_numpy(v) for k, v in kept.items()}
+        cached = dealt([path], _cached)[0]
+        if cached:
+            tensors = {k: torch.from_numpy(v) for k, v in cached.items()}
             return _from_tensors(tensors, {**FILE, "origin": json.dumps(origin)}, path)
+    tensors, metadata = _tensors(_measured(extract, images, groups, rows, origin, run))
+    if path is not None:
+        output_folder(path.parent)
+        write_tensors(path, tensors, metadata)
+    # Through the file's content on both ways, so that a cached result has the same last bits.
+    return _from_tensors(tensors, metadata, "the statistics")
+
+
+def _measured(
+    extract: Extractor, images: Images | Shards | torch.Tensor, groups: int, rows: int, origin: dict[str, Any], run: Run
+) -> Statistics:
+    """Moments of random groups and a random subset of the features, in one pass."""
+    count, seed = len(images), origin["seed"]
     order = torch.randperm(count, generator=generator(seed, 21, 0)).numpy()
     group = np.empty(count, np.int64)
     for g, part in enumerate(np.array_split(order, groups)):
         group[part] = g
     wanted = np.sort(torch.randperm(count, generator=generator(seed, 22, 0))[:rows].numpy())
     # Ranks begin where a padded block begins: the network sees the same blocks whoever asks it.
-    stream, first, shared = own_rows(images, getattr(extract, "batch", BATCH))
+    stream, first, shared = own_rows(images, extract.batch)
     last = first + len(stream)
     share = int(np.searchsorted(wanted, last) - np.searchsorted(wanted, first))
     # Filled in place: a few rows kept of every block would lie between the blocks and break the memory up.
-    chosen = torch.zeros(share, 0)
+    subset = torch.zeros(share, 0)
 
-    def blocks() -> Any:
-        nonlocal chosen
+    def blocks() -> Iterator[torch.Tensor]:
+        nonlocal subset
         done, filled = first, 0
         for block in feature_blocks(extract, [stream] if isinstance(stream, torch.Tensor) else stream):
-            own = wanted[np.searchsorted(wanted, done) : np.searchsorted(wanted, done + len(block))] - done
+            some = wanted[np.searchsorted(wanted, done) : np.searchsorted(wanted, done + len(block))] - done
             if not filled:
-                chosen = torch.empty(share, block.shape[1], dtype=block.dtype)
-            chosen[filled : filled + len(own)] = block[torch.from_numpy(own)]
-            done, filled = done + len(block), filled + len(own)
-            if progress is not None:
-                progress(done - first, last - first)
+                subset = torch.empty(share, block.shape[1], dtype=block.dtype)
+            subset[filled : filled + len(some)] = block[torch.from_numpy(some)]
+            done, filled = done + len(block), filled + len(some)
+            run.tell(done - first, last - first)
             yield block
 
     moments = grouped(blocks(), group[first:last], shared)
-    found = from_each({"rows": chosen.numpy()}, shared)
-    fresh = Statistics(tuple(moments), torch.from_numpy(np.concatenate([f["rows"] for f in found])), origin)
-    tensors, metadata = _tensors(fresh)
-    if path is not None:
-        output_folder(path.parent)
-        write_tensors(path, tensors, metadata)
-    # Through the file's content on both ways, so that a cached result has the same last bits.
-    return _from_tensors(tensors, metadata, "the statistics")
+    parts = from_each({"rows": subset.numpy()}, shared)
+    return Statistics(tuple(moments), torch.from_numpy(np.concatenate([p["rows"] for p in parts])), origin)

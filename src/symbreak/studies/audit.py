@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,8 @@ import torch
 
 from symbreak.data.held_out import held_out
 from symbreak.data.images import Images, describe
-from symbreak.metrics.features import BATCH, Extractor, chosen, feature_shards
+from symbreak.metrics.extractors import BATCH, Extractor, Function
+from symbreak.metrics.features import NamedExtractor, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train, neighbours, proportion
 from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
@@ -29,22 +29,42 @@ from symbreak.networks.loading import refuse_conditional, weights_hash
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import generator
 from symbreak.report.record import Record
-from symbreak.runtime.files import InputError, digest, output_folder
-from symbreak.runtime.plain import plain, stopwatch, versions
+from symbreak.runtime.files import InputError, digest
+from symbreak.runtime.plain import plain, versions
 from symbreak.runtime.rows import Shards
-from symbreak.runtime.run import Blocks
+from symbreak.runtime.run import Run, renamed
 from symbreak.start.late_start import standard_start
 from symbreak.start.sample import generate_shards
 from symbreak.studies.findings import png_row
 
-__all__ = ["audit"]
+__all__ = ["Sampling", "audit"]
 
-COUNT, STEPS, SAMPLER = 1000, 50, "dpm++2m"
 BINS = 40
 SHOWN = 24  # pairs drawn
 LISTED = 100  # duplicate groups listed
 LEAST = 10  # references a side for the comparison with held-out images
-Progress = Callable[[str, int, int], None]
+Pairs = tuple[torch.Tensor, torch.Tensor]  # distances [N, 2] to the two nearest, and which they are
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a network's samples are made, from its standard start.
+
+    Attributes:
+        count: how many.
+        sampler: name of `scheduler`.
+        steps: num_inference_steps.
+        seeds: instead of 0 .. count - 1.
+    """
+
+    count: int = 1000
+    sampler: str = "dpm++2m"
+    steps: int = 50
+    seeds: Sequence[int] | None = None
+
+    def list(self) -> list[int]:
+        """The seeds, one an image."""
+        return list(range(self.count)) if self.seeds is None else [int(s) for s in self.seeds]
 
 
 @dataclass(frozen=True)
@@ -67,26 +87,24 @@ class _Side:
         return np.fromiter(seen.values(), np.int64)
 
 
+@renamed(
+    weights="features=sb.extractor(name, weights=...)",
+    sha256="features=sb.extractor(name, sha256=...)",
+    device="features=sb.extractor(name, device=...)",
+    **{k: f"sampling=sb.Sampling({k}=...)" for k in ("count", "sampler", "steps", "seeds")},
+)
 def audit(
     train: Images,
     samples: torch.Tensor | Images | None = None,
     *,
     model: Any = None,
+    sampling: Sampling = Sampling(),
     holdout: Images | None = None,
-    features: str | Extractor = "pixels",
-    weights: str | Path | None = None,
-    sha256: str | None = None,
+    features: str | NamedExtractor | Extractor | Function = "pixels",
     threshold: float = THRESHOLD,
     near: float = NEAR,
-    count: int = COUNT,
-    sampler: str = SAMPLER,
-    steps: int = STEPS,
-    seeds: Sequence[int] | None = None,
     seed: int = 0,
-    memory: int = 2**30,
-    device: str | torch.device | None = None,
-    out: str | Path | None = None,
-    progress: Progress | None = None,
+    run: Run | None = None,
 ) -> Record:
     """Duplicates in a training set, and whether samples copy it.
 
@@ -94,22 +112,17 @@ def audit(
         train: the images the network was trained on, exactly these.
         samples: images [N, C, H, W] in [-1, 1], or `Images`; without samples and model only the data are audited.
         model: a diffusers pipeline with ``.unet`` and ``.scheduler`` to sample from instead.
+        sampling: of the model's samples.
         holdout: images of the same source that the network has not seen; by default the other half of the digits,
             none for other data.
         features: ``"pixels"``, an extractor or its name (see `extractor`): where neighbours are looked for.
-        weights, sha256: of ``"inception"`` and ``"dinov2"``, see `extractor`.
         threshold: a sample is memorized where d_1 / d_2 is below it.
         near: training images are near duplicates within this fraction of the median distance to the eighth
             neighbour, see `symbreak.metrics.memorization.groups`.
-        count, sampler, steps: of the model's samples; standard start.
-        seeds: of the model's samples, instead of 0 .. count - 1.
         seed: of the subset of references and the permutations.
-        memory: bytes to hold and to work in; images and features that do not fit are kept in files without a name, in
-            ``out`` or where temporary files are. Results do not depend on it.
-        device: where a feature network named here runs; by default on the CPU.
-        out: folder for ``record.json``, and for finished blocks while it runs: the same call goes on after an
-            interruption and finds the same numbers.
-        progress: called with (stage, done, total).
+        run: its folder gets ``record.json``, and finished parts while it runs: the same call goes on after an
+            interruption and gives the same numbers. Images and features beyond its memory (1 GiB by default) are kept
+            in files without a name, there or where temporary files are. Results do not depend on it.
 
     Returns:
         A `Record` of kind ``"audit"``; `write_report` draws it. Intervals are 95 %.
@@ -121,112 +134,66 @@ def audit(
     Source: threshold of Bonnaire et al., arXiv:2505.17638; data-copying test kin to Meehan et al.,
         arXiv:2004.05675.
     """
+    run = run or Run()
     _check(train, samples, model, holdout, threshold, near, seed)
-    folder = None if out is None else output_folder(out)
-    timings: dict[str, float] = {}
-    tell = progress or (lambda stage, done, total: None)
-
-    stage = stopwatch(timings, tell)
     packages = versions(torch.get_num_threads())
     parts = held_out(train, holdout, share=0)
-    held = parts.test if len(parts.test) else None
+    others = parts.test if len(parts.test) else None
     notes = [] if holdout is not None else [parts.note]
-    if held is None:
+    if others is None:
         notes = [
             "No held-out images, so nothing says what d1/d2 is to be expected of images that nobody copied. Pass "
             "--holdout with images of the same source that the network has not seen."
         ]
-    extract = chosen(features, train, weights, sha256, device, memory // 2, folder)
-    name = extract.name
+    if isinstance(features, str):
+        features = NamedExtractor(features)
+    if isinstance(features, NamedExtractor):
+        features = features.make("pixels", train, run.share(1 / 2))
+    extract = Extractor.of(features)
     made: dict[str, Any] | None = None
-    wanted: list[int] | None = None
-    drawn: Blocks | None = None
-    asking: torch.Tensor | Images | Shards | None = samples
+    drawn: Run | None = None
+    source: torch.Tensor | Images | Shards | None = samples
     if model is not None:
-        wanted = list(range(count)) if seeds is None else [int(s) for s in seeds]
-        made, drawn, draw = _sampling(train, model, sampler, steps, wanted, memory // 12, folder, packages)
-        with stage("samples") as step:
-            asking = draw(step)
-    held_of, work = memory // 12, max(2**20, memory // 2)  # three sides, of images and features
-    with stage("features") as step:
-
-        def taken(of: Images | Shards | torch.Tensor) -> _Side:
-            return _side(of, train.integer, extract, held_of, folder, step)
-
-        known = taken(train)
-        asked, kept = (None if of is None else taken(of) for of in (asking, held))
+        made, drawn, source = _sampled(train, model, sampling, run, packages)
+    with run.timed("features") as part:
+        room, eight_bit = part.share(1 / 12), train.integer  # three sides, of images and features
+        known = _side(train, eight_bit, extract, room)
+        new, unseen = (None if x is None else _side(x, eight_bit, extract, room) for x in (source, others))
     settings = {
         "data": train.name,
         "content": train.fingerprint(),
         "selection": list(train.history),
-        "holdout": None if held is None else held.fingerprint(),
-        "samples": None if asked is None else digest(asked.digests),
+        "holdout": None if others is None else others.fingerprint(),
+        "samples": None if new is None else digest(new.digests),
         "made": made,
-        "features": name,
+        "features": extract.name,
         "threshold": threshold,
         "near": near,
         "seed": seed,
     }
-    rows = [side.features for side in (known, asked, kept) if side is not None]
-    store = Blocks(folder, {**settings, "versions": packages, "rows": rows})
-    with stage("duplicates") as step:
-        first = known.first()
-        if len(first) == 1:
-            raise InputError(f"all {len(train):,} images of {train.name} are equal; expected different ones.")
-        points = known.rows.take(first)
-        group, radius, scale = groups(points, near, memory=work, keep=store.keep, progress=step)
-        if group.max() == 0:
-            raise InputError(f"the features {name} are the same for all images of {train.name}. Choose others.")
-        twins = _duplicates(known, first, group, train.name_of)
-    found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for title, side in (("samples", asked), ("held_out", kept)):
-        if side is not None:
-            with stage(title.replace("_", "-")) as step:
-                d, j = apart(side.rows, points, group, memory=work, keep=store.keep, name=title, progress=step)
-                found[title] = d, torch.from_numpy(first)[j]
-    comparison = None
-    if asked is not None and kept is not None:
-        with stage("train or held-out") as step:
-            comparison = _compare(asked, known, kept, first, seed, work, store, step)
-    memorized = {
-        title: _memorized(found[title][0], side, known, threshold) if side is not None else None
-        for title, side in (("samples", asked), ("held_out", kept))
-    }
-    leaked = 0 if memorized["held_out"] is None else memorized["held_out"]["exact"]
-    if leaked:
-        notes.append(
-            f"{leaked:,} of {len(kept or ()):,} held-out images equal a training image in every pixel: they are not "
-            "held out. Remove them; the comparison of training with held-out images leaves them out."
-        )
-    if asked is not None and kept is not None and comparison is None:
-        notes.append(
-            f"No comparison of training with held-out images: fewer than {LEAST} different ones in one of the sets."
-        )
-    titles = _titles(samples, wanted)
+    rows = [side.features for side in (known, new, unseen) if side is not None]
+    run = run.identified({**settings, "versions": packages, "rows": rows})
+    comparison = _Comparison(train, known, new, unseen, threshold, near, seed, run.share(1 / 2), notes)
     content = {
         "data": describe(train),
-        "held_out": None if held is None else parts.to_dict(),
+        "held_out": None if others is None else parts.to_dict(),
         "samples": None
-        if asked is None
+        if new is None
         else {
-            "count": len(asked),
-            "distinct": len(asked.first()),
+            "count": len(new),
+            "distinct": len(new.first()),
             "source": samples.name if isinstance(samples, Images) else "a network" if made else "a tensor",
         },
-        "features": name,
+        "features": extract.name,
         "threshold": threshold,
-        "duplicates": {**twins, "near": {**twins["near"], "fraction": near, "radius": radius, "scale": scale}},
-        "memorized": memorized,
-        "comparison": comparison,
-        "histograms": _histograms(found),
-        "pairs": [] if asked is None else _pairs(found["samples"], asked, known, titles, train.name_of, threshold),
+        **comparison.content(extract.name, _titles(samples, sampling.list() if made else None)),
         "notes": notes,
     }
     content["verdict"] = _verdict(content)
-    record = Record("audit", settings, content, packages, timings)
-    if folder is not None:
-        record.save(folder)
-        store.close()
+    record = Record("audit", settings, content, packages, run.timings)
+    if run.folder is not None:
+        record.save(run.folder)
+        run.close()
         if drawn is not None:
             drawn.close()
     return record
@@ -265,22 +232,15 @@ def _check(
                 )
 
 
-def _side(
-    source: Images | Shards | torch.Tensor,
-    eight_bit: bool,
-    extract: Extractor,
-    memory: int,
-    folder: Path | None,
-    step: Callable[[int, int], None],
-) -> _Side:
+def _side(source: Images | Shards | torch.Tensor, eight_bit: bool, extract: Extractor, run: Run) -> _Side:
     if isinstance(source, torch.Tensor):
         source = Shards.of(source.detach().float().cpu(), BATCH)
     blocks = 1 if extract.name == "pixels" else BATCH
-    x = source.shards(memory, folder, step, blocks) if isinstance(source, Images) else source
+    x = source.shards(run.bytes(), run.folder, run.tell, blocks) if isinstance(source, Images) else source
     digests = x.digests(partial(_bytes, eight_bit=eight_bit))
     if extract.name == "pixels":  # as they are: no float64 copy, and no bound on their number as for a distance
         return _Side(x, x, digests, digest(digests))
-    rows = feature_shards(extract, x, memory, folder, step)
+    rows = feature_shards(extract, x, run)
     return _Side(x, rows, digests, digest(rows.digests()))
 
 
@@ -289,19 +249,12 @@ def _bytes(batch: torch.Tensor, eight_bit: bool) -> torch.Tensor:
     return ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) if eight_bit else batch + 0.0
 
 
-def _sampling(
-    train: Images,
-    model: Any,
-    sampler: str,
-    steps: int,
-    seeds: list[int],
-    memory: int,
-    folder: Path | None,
-    packages: dict[str, str],
-) -> tuple[dict[str, Any], Blocks, Callable[[Callable[[int, int], None]], Shards]]:
-    """What the samples are, where finished ones are kept, and how to make them."""
+def _sampled(
+    train: Images, model: Any, sampling: Sampling, run: Run, packages: dict[str, str]
+) -> tuple[dict[str, Any], Run, Shards]:
+    """What the samples are, the run that keeps finished ones, and the samples."""
     refuse_conditional(model, "the network")
-    network = denoiser(model.unet, model.scheduler)
+    network, seeds = denoiser(model.unet, model.scheduler), sampling.list()
     if tuple(network.shape) != train.shape:
         raise InputError(
             f"the network makes images of {tuple(network.shape)}, but the training images are {train.shape}. Resize "
@@ -309,55 +262,179 @@ def _sampling(
         )
     if not seeds:
         raise InputError("0 samples of the network; expected at least one.")
-    begin = standard_start(scheduler(sampler, like=model.scheduler), steps)
+    begin = standard_start(scheduler(sampling.sampler, like=model.scheduler), sampling.steps)
+    whole = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     made = {
         "network": weights_hash(model.unet),
         "probe": fingerprint(network),
         "scheduler": plain(dict(model.scheduler.config)),
-        "sampler": sampler,
-        "steps": steps,
+        "sampler": sampling.sampler,
+        "steps": sampling.steps,
         "calls": begin.calls,
-        "seeds": _ranges(seeds),
+        "seeds": f"{seeds[0]}-{seeds[-1]}" if whole else ",".join(map(str, seeds)),
     }
-    store = Blocks(folder, {**made, "all": seeds, "versions": packages})
-
-    def draw(step: Callable[[int, int], None]) -> Shards:
-        return generate_shards(model.unet, begin, seeds, keep=store.keep, memory=memory, folder=folder, progress=step)
-
-    return made, store, draw
-
-
-def _ranges(seeds: list[int]) -> str:
-    """Seeds as text: 0-99 where they follow each other."""
-    whole = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
-    return f"{seeds[0]}-{seeds[-1]}" if whole else ",".join(map(str, seeds))
+    run = run.identified({**made, "all": seeds, "versions": packages})
+    room = run.bytes(1 / 12)  # three sides, of images and features
+    with run.timed("samples") as part:
+        x = generate_shards(
+            model.unet, begin, seeds, keep=part.part, memory=room, folder=run.folder, progress=part.tell
+        )
+    return made, run, x
 
 
 # --- findings -------------------------------------------------------------------------------------
 
 
-def _duplicates(known: _Side, first: np.ndarray, group: np.ndarray, name_of: Callable[[int], str]) -> dict[str, Any]:
-    """Groups of equal images, and groups of near ones among the different images."""
-    place = {known.digests[i]: n for n, i in enumerate(first.tolist())}
-    own = np.array([place[d] for d in known.digests])  # different image of every training image
-    exact = _members(own, np.arange(len(known)))
-    near = _members(group, first)
-    pictures = [
-        {
-            "title": f"{kind}, {len(g)} images",
-            "png": png_row(known.pixels.at(torch.from_numpy(g[:8]))),
-            "names": [name_of(i) for i in g[:8].tolist()],
+@dataclass
+class _Comparison:
+    """Samples and held-out images against the training images, in one set of features."""
+
+    train: Images
+    known: _Side
+    new: _Side | None
+    unseen: _Side | None
+    threshold: float
+    near: float
+    seed: int
+    run: Run
+    notes: list[str]
+
+    def content(self, features: str, title_of: Callable[[int], str]) -> dict[str, Any]:
+        """Duplicates, copies and nearness, as plain values."""
+        known, new, unseen, run = self.known, self.new, self.unseen, self.run
+        with run.timed("duplicates") as part:
+            first = known.first()
+            if len(first) == 1:
+                raise InputError(
+                    f"all {len(self.train):,} images of {self.train.name} are equal; expected different ones."
+                )
+            points = known.rows.take(first)
+            group, radius, scale = groups(points, self.near, part)
+            if group.max() == 0:
+                raise InputError(
+                    f"the features {features} are the same for all images of {self.train.name}. Choose others."
+                )
+            twins = self.duplicates(first, group)
+            twins["near"] |= {"fraction": self.near, "radius": radius, "scale": scale}
+        nearest: dict[str, Pairs] = {}
+        memorized: dict[str, Any] = {"samples": None, "held_out": None}
+        for title, side in (("samples", new), ("held_out", unseen)):
+            if side is not None:
+                with run.timed(title.replace("_", "-")) as part:
+                    d, j = apart(side.rows, points, group, title, part)
+                nearest[title] = d, torch.from_numpy(first)[j]
+                memorized[title] = self.memorized(d, side)
+        compared = None
+        if new is not None and unseen is not None:
+            with run.timed("train or held-out") as part:
+                compared = self.nearer(new, unseen, first, part)
+        leaked = 0 if memorized["held_out"] is None else memorized["held_out"]["exact"]
+        if leaked:
+            self.notes.append(
+                f"{leaked:,} of {len(unseen or ()):,} held-out images equal a training image in every pixel: they are "
+                "not held out. Remove them; the comparison of training with held-out images leaves them out."
+            )
+        if new is not None and unseen is not None and compared is None:
+            self.notes.append(
+                f"No comparison of training with held-out images: fewer than {LEAST} different ones in one of the sets."
+            )
+        return {
+            "duplicates": twins,
+            "memorized": memorized,
+            "comparison": compared,
+            "histograms": _histograms(nearest),
+            "pairs": [] if new is None else self.pairs(nearest["samples"], new, title_of),
         }
-        for kind, some in (("equal", exact), ("near", near))
-        for g in some[:4]
-    ]
-    return {
-        "exact": _count(exact, name_of),
-        "near": _count(near, name_of),
-        "different": len(first),
-        "deduplicated": int(group.max()) + 1,
-        "pictures": pictures,
-    }
+
+    def duplicates(self, first: np.ndarray, group: np.ndarray) -> dict[str, Any]:
+        """Groups of equal images, and groups of near ones among the different images."""
+        known, name_of = self.known, self.train.name_of
+        place = {known.digests[i]: n for n, i in enumerate(first.tolist())}
+        different = np.array([place[d] for d in known.digests])  # different image of every training image
+        exact, near = _members(different, np.arange(len(known))), _members(group, first)
+        pictures = [
+            {
+                "title": f"{kind}, {len(g)} images",
+                "png": png_row(known.pixels.at(torch.from_numpy(g[:8]))),
+                "names": [name_of(i) for i in g[:8].tolist()],
+            }
+            for kind, some in (("equal", exact), ("near", near))
+            for g in some[:4]
+        ]
+        return {
+            "exact": _count(exact, name_of),
+            "near": _count(near, name_of),
+            "different": len(first),
+            "deduplicated": int(group.max()) + 1,
+            "pictures": pictures,
+        }
+
+    def memorized(self, d: torch.Tensor, side: _Side) -> dict[str, Any]:
+        """How many of a side's images are memorized, and how near they lie."""
+        ratio, copies = d[:, 0] / d[:, 1], set(self.known.digests)
+        return {
+            **proportion(int((ratio < self.threshold).sum()), len(side)),
+            "exact": sum(one in copies for one in side.digests),
+            "nearest": _quantiles(d[:, 0]),
+            "ratio": _quantiles(ratio),
+        }
+
+    def nearer(self, new: _Side, unseen: _Side, first: np.ndarray, run: Run) -> dict[str, Any] | None:
+        """Nearest of equally many training and held-out images, all different and none in both."""
+        sides = ((self.known, first, unseen), (unseen, unseen.first(), self.known))
+        orders = []
+        for number, (side, index, others) in enumerate(sides):
+            shared = set(others.digests)
+            single = torch.tensor([i for i in index.tolist() if side.digests[i] not in shared], dtype=torch.long)
+            orders.append(single[torch.randperm(len(single), generator=generator(self.seed, 62, number + 1))])
+        count = min(map(len, orders))
+        if count < LEAST:
+            return None
+        nearest: list[Pairs] = []
+        for number, ((side, _, _), order) in enumerate(zip(sides, orders)):
+
+            def tell(done: int, total: int, number: int = number) -> None:
+                run.tell(number * total + done, 2 * total)
+
+            points, name = side.rows.take(order[:count].sort().values.numpy()), f"compare-{number}"
+            d, j = neighbours(
+                new.rows, points, 1, memory=max(2**20, run.bytes()), keep=run.part, name=name, progress=tell
+            )
+            nearest.append((d[:, 0], j[:, 0]))
+        edges = np.linspace(0, float(max(d.max() for d, _ in nearest)) or 1.0, BINS + 1)
+        return {
+            **nearer_to_train(nearest[0], nearest[1], count, self.seed),
+            "edges": edges.tolist(),
+            **{
+                title: {"quantiles": _quantiles(d), "histogram": np.histogram(d.numpy(), edges)[0].tolist()}
+                for title, (d, _) in zip(("train", "held_out"), nearest)
+            },
+        }
+
+    def pairs(self, nearest: Pairs, new: _Side, title_of: Callable[[int], str]) -> list[dict[str, Any]]:
+        """The samples of lowest d1/d2 beside their two training images."""
+        (d, j), known, name_of = nearest, self.known, self.train.name_of
+        ratio, copies = d[:, 0] / d[:, 1], set(known.digests)
+        return [
+            {
+                "sample": title_of(i),
+                "nearest": name_of(int(j[i, 0])),
+                "second": name_of(int(j[i, 1])),
+                "index": [i, *j[i].tolist()],
+                "d1": float(d[i, 0]),
+                "d2": float(d[i, 1]),
+                "ratio": float(ratio[i]),
+                "memorized": bool(ratio[i] < self.threshold),
+                "exact": new.digests[i] in copies,
+                "png": png_row(torch.cat([new.pixels.at(torch.tensor([i])), known.pixels.at(j[i])])),
+            }
+            for i in ratio.argsort(stable=True)[:SHOWN].tolist()
+        ]
+
+
+def _quantiles(values: torch.Tensor) -> list[float]:
+    """Those of 5, 50 and 95 %."""
+    return values.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)).tolist()
 
 
 def _members(label: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
@@ -377,70 +454,15 @@ def _count(some: list[np.ndarray], name_of: Callable[[int], str]) -> dict[str, A
     }
 
 
-def _memorized(d: torch.Tensor, side: _Side, known: _Side, threshold: float) -> dict[str, Any]:
-    ratio = d[:, 0] / d[:, 1]
-    copies = set(known.digests)
-    levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
-    return {
-        **proportion(int((ratio < threshold).sum()), len(side)),
-        "exact": sum(one in copies for one in side.digests),
-        "nearest": d[:, 0].quantile(levels).tolist(),
-        "ratio": ratio.quantile(levels).tolist(),
-    }
-
-
-def _compare(
-    asked: _Side,
-    known: _Side,
-    kept: _Side,
-    first: np.ndarray,
-    seed: int,
-    memory: int,
-    store: Blocks,
-    step: Callable[[int, int], None],
-) -> dict[str, Any] | None:
-    """Nearest of equally many training and held-out images, all different and none in both."""
-    sides = []
-    for number, (side, index, others) in enumerate(((known, first, kept), (kept, kept.first(), known))):
-        shared = set(others.digests)
-        own = torch.tensor([i for i in index.tolist() if side.digests[i] not in shared], dtype=torch.long)
-        sides.append(own[torch.randperm(len(own), generator=generator(seed, 62, number + 1))])
-    count = min(map(len, sides))
-    if count < LEAST:
-        return None
-    found = []
-    for number, (side, own) in enumerate(zip((known, kept), sides)):
-
-        def tell(done: int, total: int, number: int = number) -> None:
-            step(number * total + done, 2 * total)
-
-        points, name = side.rows.take(own[:count].sort().values.numpy()), f"compare-{number}"
-        d, j = neighbours(asked.rows, points, 1, memory=memory, keep=store.keep, name=name, progress=tell)
-        found.append((d[:, 0], j[:, 0]))
-    edges = np.linspace(0, float(max(f[0].max() for f in found)) or 1.0, BINS + 1)
-    levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
-    return {
-        **nearer_to_train(found[0], found[1], count, seed),
-        "edges": edges.tolist(),
-        **{
-            title: {
-                "quantiles": f[0].quantile(levels).tolist(),
-                "histogram": np.histogram(f[0].numpy(), edges)[0].tolist(),
-            }
-            for title, f in zip(("train", "held_out"), found)
-        },
-    }
-
-
-def _histograms(found: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
+def _histograms(nearest: dict[str, Pairs]) -> dict[str, Any]:
     """Counts of d1/d2 and of d1, for samples and held-out images in the same bins."""
-    if not found:
+    if not nearest:
         return {}
-    farthest = max(float(d[:, 0].max()) for d, _ in found.values()) or 1.0
+    farthest = max(float(d[:, 0].max()) for d, _ in nearest.values()) or 1.0
     out = {}
     for name, edges, values in (
-        ("ratio", np.linspace(0, 1, BINS + 1), {k: d[:, 0] / d[:, 1] for k, (d, _) in found.items()}),
-        ("distance", np.linspace(0, farthest, BINS + 1), {k: d[:, 0] for k, (d, _) in found.items()}),
+        ("ratio", np.linspace(0, 1, BINS + 1), {k: d[:, 0] / d[:, 1] for k, (d, _) in nearest.items()}),
+        ("distance", np.linspace(0, farthest, BINS + 1), {k: d[:, 0] for k, (d, _) in nearest.items()}),
     ):
         counts = {k: np.histogram(v.numpy(), edges)[0].tolist() for k, v in values.items()}
         out[name] = {"edges": edges.tolist(), **counts}
@@ -454,48 +476,18 @@ def _titles(samples: Any, seeds: Sequence[int] | None) -> Callable[[int], str]:
     return "sample {}".format if seeds is None else lambda i: f"seed {seeds[i]}"
 
 
-def _pairs(
-    found: tuple[torch.Tensor, torch.Tensor],
-    asked: _Side,
-    known: _Side,
-    title_of: Callable[[int], str],
-    name_of: Callable[[int], str],
-    threshold: float,
-) -> list[dict[str, Any]]:
-    """The samples of lowest d1/d2 beside their two training images."""
-    d, j = found
-    ratio = d[:, 0] / d[:, 1]
-    order = ratio.argsort(stable=True)[:SHOWN].tolist()
-    copies = set(known.digests)
-    return [
-        {
-            "sample": title_of(i),
-            "nearest": name_of(int(j[i, 0])),
-            "second": name_of(int(j[i, 1])),
-            "index": [i, *j[i].tolist()],
-            "d1": float(d[i, 0]),
-            "d2": float(d[i, 1]),
-            "ratio": float(ratio[i]),
-            "memorized": bool(ratio[i] < threshold),
-            "exact": asked.digests[i] in copies,
-            "png": png_row(torch.cat([asked.pixels.at(torch.tensor([i])), known.pixels.at(j[i])])),
-        }
-        for i in order
-    ]
-
-
 def _verdict(content: dict[str, Any]) -> dict[str, Any]:
     """Does it copy? By the intervals, and by the test against held-out images at 1 %."""
-    samples, held = content["memorized"]["samples"], content["memorized"]["held_out"]
+    samples, unseen = content["memorized"]["samples"], content["memorized"]["held_out"]
     compared = content["comparison"]
     if samples is None:
         return {"kind": "unknown", "sentence": "No samples: only the data were audited."}
     share = f"{samples['share']:.2%} of {samples['of']:,} samples have d1/d2 < {content['threshold']:.3g}"
-    if held is None:
+    if unseen is None:
         sentence = f"{share}; without held-out images nothing says how many to expect."
         return {"kind": "unknown", "sentence": sentence}
-    beside = f"{share}, against {held['share']:.2%} of {held['of']:,} held-out images"
-    if samples["low"] > held["high"]:
+    beside = f"{share}, against {unseen['share']:.2%} of {unseen['of']:,} held-out images"
+    if samples["low"] > unseen["high"]:
         return {"kind": "copies", "sentence": f"It copies: {beside}, beyond both intervals."}
     if compared is not None and compared["p_value"] < 0.01:
         return {

@@ -37,7 +37,7 @@ from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, output_folder
 from symbreak.runtime.plain import versions
-from symbreak.runtime.run import Blocks
+from symbreak.runtime.run import Blocks, Run
 from symbreak.start.cut_schedule import standard_start, standard_starts, steps_for
 from symbreak.start.late_start import LateStart, late_start
 from symbreak.start.sample import generate
@@ -159,7 +159,7 @@ def run(
     lap("moments", mark)
 
     mark = time.perf_counter()
-    extract = extractor(study.features or default_extractor(train), train, memory=memory // 2, folder=folder)
+    extract = extractor(study.features or default_extractor(train), train, run=Run(folder, memory // 2))
     reference = statistics(extract, test, rows=0).whole
     real = statistics(extract, train, rows=max(study.samples, study.selection * study.repeats))
     per_repeat = study.samples // study.repeats
@@ -189,7 +189,7 @@ def run(
 
         def make() -> dict[str, Any]:
             measured, x = measure(start, range(study.samples), study.repeats, noised)
-            copies = nearest_summary(x, train_images, None, memory // 2)["samples"]
+            copies = nearest_summary(x, train_images, None, Run(folder, memory // 2))["samples"]
             return {
                 **choice,
                 **_start_dict(start),
@@ -281,7 +281,7 @@ def run(
         },
         "floor": ground.to_dict(),
         "selection_floor": choosing_floor.to_dict(),
-        "floor_neighbours": nearest_summary(held_images, train_images, None, memory // 2)["samples"],
+        "floor_neighbours": nearest_summary(held_images, train_images, None, Run(folder, memory // 2))["samples"],
         "reference": best_network,
         "rows": rows,
         "real_grid": png_row(held_images.at(torch.arange(min(GRID, len(test))))),

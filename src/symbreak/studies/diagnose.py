@@ -44,7 +44,7 @@ from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest, output_folder
 from symbreak.runtime.plain import plain, versions
 from symbreak.runtime.rows import HELD
-from symbreak.runtime.run import Blocks
+from symbreak.runtime.run import Blocks, Run
 from symbreak.studies.findings import Findings, Stages, spectral_times
 
 __all__ = ["Effort", "diagnose"]
@@ -355,7 +355,8 @@ def _trained(
     fresh: list[Classifier] = []
 
     def make() -> dict[str, np.ndarray]:
-        made = train_classifier(fit, epochs=epochs, seed=seed, memory=memory, folder=folder, progress=tell)
+        run = Run(folder, max(2**20, memory), lambda _, done, total: tell(done, total))
+        made = train_classifier(fit, epochs=epochs, seed=seed, run=run)
         fresh.append(made)
         return {k: v.numpy() for k, v in fresh[0].state_dict().items()}
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from symbreak.data.held_out import HeldOut, held_out
 from symbreak.data.images import Images, describe
+from symbreak.laws.saving import law_hash
 from symbreak.metrics.coverage import (
     CLASSES,
     class_counts,
@@ -20,25 +23,32 @@ from symbreak.metrics.coverage import (
     precision_recall,
     vendi_score,
 )
-from symbreak.metrics.features import BATCH, chosen, described, extractor, named, placed
+from symbreak.metrics.extractors import BATCH, Extractor, Function
+from symbreak.metrics.features import NamedExtractor
 from symbreak.metrics.features import features as feature_rows
 from symbreak.metrics.frechet import extrapolated, group_distance
 from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import ROWS, Statistics, cache_folder, load_statistics, statistics
+from symbreak.networks.denoiser import fingerprint
+from symbreak.networks.families import denoiser
+from symbreak.networks.loading import weights_hash
 from symbreak.noise import generator
 from symbreak.report.record import Record
-from symbreak.runtime.files import InputError, digest, output_folder
-from symbreak.runtime.plain import stopwatch, versions
+from symbreak.runtime.files import InputError, digest
+from symbreak.runtime.plain import plain, versions
 from symbreak.runtime.ranks import agreed, from_each
 from symbreak.runtime.rows import HELD, Shards
+from symbreak.runtime.run import Run, renamed
+from symbreak.start.late_start import LateStart
+from symbreak.start.sample import generate_shards
 from symbreak.studies.findings import png_row
 
-__all__ = ["default_extractor", "evaluate"]
+__all__ = ["Subset", "default_extractor", "evaluate", "evaluate_network"]
 
 GRID = 10  # images of a sample grid
 NEIGHBOUR_COST = 5e10  # differences formed for the nearest neighbours, half a minute or so
-Progress = Callable[[str, int, int], None]
+MICRO = 64
 
 
 def default_extractor(data: Images) -> str:
@@ -46,49 +56,62 @@ def default_extractor(data: Images) -> str:
     return "digits-classifier" if data.name.startswith("digits") and data.shape == (1, 8, 8) else "pixels"
 
 
+@dataclass(frozen=True)
+class Subset:
+    """Which of the images serve where not all can.
+
+    Attributes:
+        rows: feature rows to hold of each set, at most; also the training images to classify.
+        seed: of parts, rows, subsets.
+    """
+
+    rows: int = ROWS
+    seed: int = 0
+
+
+Features = str | NamedExtractor | Extractor | Function
+
+
+@renamed(
+    features_in="features=...",
+    weights="features=sb.extractor(name, weights=...)",
+    sha256="features=sb.extractor(name, sha256=...)",
+    device="features=sb.extractor(name, device=...)",
+    rows="subset=sb.Subset(rows=...)",
+    seed="subset=sb.Subset(seed=...)",
+)
 def evaluate(
     samples: torch.Tensor | Images | Shards,
     data: Images,
     holdout: Images | None = None,
     *,
-    features_in: str | Any | None = None,
-    weights: str | Path | None = None,
-    sha256: str | None = None,
-    classify: str | Any | None = None,
+    features: Features | None = None,
+    classify: Features | None = None,
     reference: str | Path | None = None,
     repeats: int = 5,
-    rows: int = ROWS,
-    seed: int = 0,
-    memory: int | None = None,
-    device: str | torch.device | None = None,
+    subset: Subset = Subset(),
     cache: bool | Path = True,
-    out: str | Path | None = None,
-    progress: Progress | None = None,
+    run: Run | None = None,
 ) -> dict[str, Any]:
     """How far samples are from held-out images, what they leave out, and whether they copy the training images.
 
     Features are streamed: the Fréchet distances hold moments, (repeats + 2) x features^2 numbers. Kernel distance,
-    precision, recall and the rest hold the features of at most ``rows`` images of each set, a random subset.
+    precision, recall and the rest hold the features of a random subset of each set.
 
     Args:
         samples: images [N, C, H, W] in [-1, 1], `Images`, or `Shards` of such images.
         data: the training images (floor, composition and nearest neighbours are taken from them).
         holdout: images to measure against; by default the other half of the digits, else half of ``data``.
-        features_in: extractor or its name (see `extractor`).
-        weights, sha256: of a published network, see `extractor`.
+        features: extractor, or the name of one (see `extractor`).
         classify: for the composition table: an extractor's name that is a classifier, or images -> classes [B], scores
             [B, K] or a dictionary of such by attribute. By default the extractor, where it is a classifier.
         reference: file of reference statistics: read where it exists, else written. What was made of other images than
-            ``holdout``, or with another extractor, is refused.
-        repeats: random parts the samples are dealt into for the intervals.
-        rows: feature rows to hold of each set, at most; also the training images to classify.
-        seed: of parts, rows, subsets.
-        memory: bytes for what is made of the features: the moments have to fit, and fewer ``rows`` are held where
-            there is room for fewer. By default as many as ``rows``.
-        device: where a feature network or classifier named here runs; by default on the CPU.
+            ``holdout``, or with another extractor, raises an error.
+        repeats: random parts of the samples, for the intervals.
+        subset: how many feature rows of each set are held, and the seed of all that is random.
         cache: whether statistics of real images are kept by content in `cache_folder`; or the folder.
-        out: folder for ``record.json``.
-        progress: called with (stage, done, total).
+        run: its folder gets ``record.json``. Its memory is for what is made of the features: the moments have to fit,
+            and fewer rows are held where there is room for fewer; by default as many as ``subset`` says.
 
     Returns:
         Plain values: ``distance`` (mean over repeats, and ``pooled`` over all samples), ``extrapolated``, ``floor``,
@@ -99,13 +122,9 @@ def evaluate(
     Raises:
         InputError: where sizes or ranges differ, images hold NaN, or statistics come from another extractor.
     """
-    tell = progress or (lambda stage, done, total: None)
+    run = run or Run()
     if isinstance(samples, torch.Tensor):
         samples = Shards.of(_pixels(samples), BATCH)  # which takes them off a GPU
-    folder = None if out is None else output_folder(out)
-    timings: dict[str, float] = {}
-    lap = stopwatch(timings, tell)
-    store = cache_folder() if cache is True else None if cache is False else Path(cache)
     saved = load_statistics(reference) if reference is not None and agreed(Path(reference).exists) else None
     parts = _halves(data, holdout, saved, reference)
     if parts is not None:
@@ -113,76 +132,233 @@ def evaluate(
     if repeats < 1 or len(samples) < 2 * repeats:
         raise InputError(f"{len(samples)} samples in {repeats} repeats; expected at least 2 samples a repeat.")
     _fitting(samples, data, holdout)
-
-    if features_in is None:
-        features_in = default_extractor(data)
-    room = HELD if memory is None else memory // 2  # for a classifier that is trained
-    extract = chosen(features_in, data, weights, sha256, device, room, folder)
-    judge = _judge(classify, extract, data, device, room, folder)
-    about = described(extract)
+    if features is None or isinstance(features, str):
+        features = NamedExtractor(features)
+    named = features if isinstance(features, NamedExtractor) else NamedExtractor()
+    room = run.share(1 / 2, 2 * HELD)  # for a classifier that is trained
+    extract = _extractor(features, data, room)
+    judge = _judge(classify, extract, data, room)
     notes: list[str] = []
-    rows = _held(rows, memory, extract, data, repeats, notes)
+    rows = _rows_that_fit(subset.rows, extract, data, repeats, run, notes)
     if saved is not None:
-        _same_extractor(saved, about, reference)
-
-    with lap("held-out images") as said:
+        _same_extractor(saved, extract, reference)
+    store = cache_folder() if cache is True else None if cache is False else Path(cache)
+    with run.timed("held-out images") as part:
         real = saved
         if real is None:
             against = data if holdout is None else holdout
-            real = statistics(extract, against, rows=rows, seed=seed, cache=store, progress=said)
+            real = statistics(extract, against, rows=rows, seed=subset.seed, cache=store, run=part)
             if reference is not None:
                 real.save(reference)
-    with lap("samples") as said:
-        own = statistics(extract, samples, groups=repeats, rows=rows, seed=seed, progress=said)
-    marks = {"extractor": about["name"], "resize": about["resize"]}
-    content: dict[str, Any] = {
-        "data": describe(data),
-        "held_out": real.origin if parts is None else parts.to_dict(),
-        "samples": {"name": _name(samples), "count": len(samples), "fingerprint": _fingerprint(samples)},
-        "extractor": {**about, "features": real.whole.dim},
-    }
-    with lap("distances"):
-        content |= _distances(own, real, marks, notes)
-    with lap("floor") as said:
-        content["floor"] = _floor(extract, data, own, real, marks, seed, store, notes, said)
-
-    def attempt(key: str, measure: Callable[[], dict[str, Any]]) -> None:
-        with lap(key):
-            try:
-                content[key] = {**measure(), **marks}
-            except InputError as error:
-                content[key] = None
-                notes.append(f"Not measured: {error}")
-
-    attempt("kid", lambda: {"name": _kernel_name(about), **kid(own.rows, real.rows, seed=seed)})
-    attempt("precision_recall", lambda: precision_recall(own.rows, real.rows))
-    attempt("density_coverage", lambda: density_coverage(own.rows, real.rows, seed=seed))
-    attempt("vendi", lambda: _vendi(own, real, seed))
-    with lap("composition"):
-        content["composition"] = [] if judge is None else _composition(judge, samples, data, rows, seed)
-    with lap("neighbours"):
-        content["neighbours"] = _neighbours(samples, data, holdout, seed, memory or 2**30, folder)
-    shown = ("training images", data) if holdout is None else ("held-out images", holdout)
-    content["pictures"] = [
-        {"title": title, "png": png_row(_some(found, np.arange(min(GRID, len(found)))))}
-        for title, found in (("samples", samples), shown)
-    ]
-    content["notes"] = notes
-    if folder is not None:
+    with run.timed("samples") as part:
+        made = statistics(extract, samples, groups=repeats, rows=rows, seed=subset.seed, run=part)
+    work = _Evaluation(extract, samples, data, holdout, made, real, subset.seed, store, run, notes)
+    about = real.origin if parts is None else parts.to_dict()
+    content = {"data": describe(data), "held_out": about, **work.content(judge, rows)}
+    if run.folder is not None:
         settings = {
-            "features": features_in if isinstance(features_in, str) else about["name"],
-            "weights": None if weights is None else str(weights),
-            "classify": classify if classify is None or isinstance(classify, str) else "a callable",
+            "features": named.name or (default_extractor(data) if named is features else extract.name),
+            "weights": None if named.weights is None else str(named.weights),
+            "classify": _spelled(classify),
             "reference": None if reference is None else str(reference),
             "repeats": repeats,
             "rows": rows,
-            "seed": seed,
+            "seed": subset.seed,
         }
-        Record("evaluation", settings, content, versions(torch.get_num_threads()), timings).save(folder)
+        Record("evaluation", settings, content, versions(torch.get_num_threads()), run.timings).save(run.folder)
     return content
 
 
-def _halves(data: Images, holdout: Images | None, saved: Statistics | None, path: Any) -> HeldOut | None:
+def evaluate_network(
+    unet: Any,
+    start: LateStart,
+    seeds: Sequence[int],
+    data: Images,
+    holdout: Images | None = None,
+    *,
+    micro_batch: int = MICRO,
+    identity: dict[str, Any] | None = None,
+    run: Run | None = None,
+    **measuring: Any,
+) -> dict[str, Any]:
+    """Sample a network, going on from what an interrupted call has finished, and evaluate the images.
+
+    Args:
+        unet, start, seeds, micro_batch: see `generate`.
+        data, holdout: see `evaluate`.
+        identity: plain values that decide the images beside these, such as how the network was compiled.
+        run: its folder keeps finished images until the record is written; a quarter of its memory holds images.
+        **measuring: passed to `evaluate`.
+
+    Returns:
+        As `evaluate`.
+    """
+    run = run or Run()
+    decisive = {
+        "network": weights_hash(unet),
+        # The network's answers to fixed states: the first process's are everybody's.
+        "probe": agreed(lambda: fingerprint(denoiser(unet, start.full))),
+        "scheduler": json.loads(start.full.to_json_string()),
+        "law": None if start.law is None else law_hash(start.law),
+        "micro_batch": micro_batch,
+        "device": next(iter(unet.parameters())).device.type,
+        "steps": start.steps,
+        "calls": start.calls,
+        "level": start.level.to_dict(),
+        "seeds": list(seeds),
+    }
+    sampling = run.identified(plain({**decisive, **(identity or {}), "versions": versions(torch.get_num_threads())}))
+    images = generate_shards(
+        unet,
+        start,
+        seeds,
+        micro_batch=micro_batch,
+        keep=None if run.folder is None else sampling.part,
+        memory=run.bytes(1 / 4),
+        folder=run.folder,
+        progress=run.named("images").tell,
+    )
+    content = evaluate(images, data, holdout, run=run if run.memory is None else run.share(3 / 4), **measuring)
+    sampling.close()
+    return content
+
+
+@dataclass
+class _Evaluation:
+    """What is measured, and with what: samples and real images by their statistics in one extractor."""
+
+    extract: Extractor
+    samples: Images | Shards
+    data: Images
+    holdout: Images | None
+    made: Statistics
+    real: Statistics
+    seed: int
+    store: Path | None
+    run: Run
+    notes: list[str]
+    marks: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.marks = {"extractor": self.extract.name, "resize": self.extract.resize}
+
+    def content(self, judge: Any, rows: int) -> dict[str, Any]:
+        """All of the evaluation, as plain values."""
+        samples, made, real, seed = self.samples, self.made, self.real, self.seed
+        content: dict[str, Any] = {
+            "samples": {
+                "name": samples.name if isinstance(samples, Images) else "array",
+                "count": len(samples),
+                "fingerprint": samples.fingerprint() if isinstance(samples, Images) else digest(samples.digests()),
+            },
+            "extractor": {**self.extract.to_dict(), "features": real.whole.dim},
+        }
+        with self.run.timed("distances"):
+            content |= self.distances()
+        with self.run.timed("floor") as part:
+            content["floor"] = self.floor(part)
+        name = "KID" if self.extract.name == "inception" else "kernel distance"
+        measures: dict[str, Callable[[], dict[str, Any]]] = {
+            "kid": lambda: {"name": name, **kid(made.rows, real.rows, seed=seed)},
+            "precision_recall": lambda: precision_recall(made.rows, real.rows),
+            "density_coverage": lambda: density_coverage(made.rows, real.rows, seed=seed),
+            "vendi": self.vendi,
+        }
+        for key, measure in measures.items():
+            with self.run.timed(key):
+                try:
+                    content[key] = {**measure(), **self.marks}
+                except InputError as error:
+                    content[key] = None
+                    self.notes.append(f"Not measured: {error}")
+        with self.run.timed("composition"):
+            content["composition"] = [] if judge is None else _composition(judge, samples, self.data, rows, seed)
+        with self.run.timed("neighbours"):
+            content["neighbours"] = self.neighbours()
+        shown = ("training images", self.data) if self.holdout is None else ("held-out images", self.holdout)
+        content["pictures"] = [
+            {"title": title, "png": png_row(_some(images, np.arange(min(GRID, len(images)))))}
+            for title, images in (("samples", samples), shown)
+        ]
+        content["notes"] = self.notes
+        return content
+
+    def distances(self) -> dict[str, Any]:
+        """Fréchet distance by repeats and pooled, and extrapolated to infinitely many samples."""
+        groups, whole, count, features = list(self.made.groups), self.real.whole, self.made.count, self.real.whole.dim
+        distance = group_distance(groups, whole, self.extract.name)
+        beyond = extrapolated(groups, whole, distance.pooled) if len(groups) >= 3 else None
+        name = "FID" if self.extract.name == "inception" else "Fréchet distance"
+        ends = {k: None if beyond is None else beyond.pop(k) for k in ("pooled_low", "pooled_high")}
+        rough = " it is not"
+        if beyond is None:
+            self.notes.append("Not extrapolated to infinitely many samples: that needs at least 3 repeats.")
+        else:
+            rough = f": {beyond['value']:.4g} [{beyond['low']:.4g}, {beyond['high']:.4g}], itself rough"
+        if count <= features:
+            self.notes.append(
+                f"Only {count:,} samples for {features:,} features: the distance ({distance.pooled:.4g} pooled) is "
+                f"biased far upward. Extrapolated to infinitely many{rough}. Trust it from 3 samples a feature on."
+            )
+        if self.real.count <= features:
+            self.notes.append(
+                f"Only {self.real.count:,} reference images for {features:,} features: all distances are too large."
+            )
+        more = None if beyond is None else {"name": name, **beyond, "reference": self.real.count, **self.marks}
+        return {
+            "distance": {"name": name, **distance.to_dict(), **ends, "count": count, **self.marks},
+            "extrapolated": more,
+        }
+
+    def floor(self, run: Run) -> dict[str, Any] | None:
+        """Training images against the reference at the samples' counts."""
+        if self.real.origin["fingerprint"] == self.data.fingerprint():
+            self.notes.append("No floor: the reference are the training images themselves.")
+            return None
+        repeats = len(self.made.groups)
+        size = min(self.made.count // repeats, len(self.data))
+        disjoint = min(repeats, len(self.data) // size)
+        part = _part(self.data, size * disjoint, self.seed)
+        train = statistics(self.extract, part, groups=disjoint, rows=0, seed=self.seed, cache=self.store, run=run)
+        distance = group_distance(list(train.groups), self.real.whole, self.extract.name)
+        return {**distance.to_dict(), "count": train.count, **self.marks}
+
+    def vendi(self) -> dict[str, Any]:
+        """Of the samples and, at the same count, of the reference."""
+        both = (self.made.rows, self.real.rows)
+        size = min(map(len, both))
+        picks = [torch.randperm(len(x), generator=generator(self.seed, 24, i))[:size] for i, x in enumerate(both)]
+        score, other = (vendi_score(x[p], seed=self.seed) for x, p in zip(both, picks))
+        ends = {"reference_value_low": other["low"], "reference_value_high": other["high"]}
+        return {**score, "reference_value": other["value"], **ends}
+
+    def neighbours(self) -> dict[str, Any]:
+        """Nearest training images of the samples and of the held-out images."""
+        most = max(GRID, int(NEIGHBOUR_COST / (len(self.data) * math.prod(self.data.shape))))
+
+        def picked(images: Images | Shards, i: int) -> torch.Tensor:
+            order = torch.randperm(len(images), generator=generator(self.seed, 25, i))[:most]
+            return _some(images, np.sort(order.numpy()))
+
+        held_out = None if self.holdout is None else picked(self.holdout, 1)
+        return nearest_summary(picked(self.samples, 0), self.data, held_out, self.run)
+
+
+def _extractor(features: Features, data: Images, run: Run) -> Extractor:
+    if isinstance(features, str):
+        features = NamedExtractor(features)
+    if isinstance(features, NamedExtractor):
+        return features.make(default_extractor(data), data, run)
+    return Extractor.of(features)
+
+
+def _spelled(classify: Features | None) -> str | None:
+    if isinstance(classify, NamedExtractor):
+        return classify.name
+    return classify if classify is None or isinstance(classify, str) else "a callable"
+
+
+def _halves(data: Images, holdout: Images | None, saved: Statistics | None, path: str | Path | None) -> HeldOut | None:
     """Training and held-out images; the latter are not needed where their statistics are there."""
     parts = held_out(data, holdout, share=0.5)
     if saved is None or saved.origin["fingerprint"] == parts.test.fingerprint():
@@ -245,18 +421,18 @@ def _fitting(samples: Images | Shards, data: Images, holdout: Images | None) -> 
         raise InputError(f"the samples lie in [{low:.3g}, {high:.3g}]; expected [-1, 1]: pass {mend} or mend them.")
 
 
-def _held(rows: int, memory: int | None, extract: Any, data: Images, repeats: int, notes: list[str]) -> int:
+def _rows_that_fit(rows: int, extract: Extractor, data: Images, repeats: int, run: Run, notes: list[str]) -> int:
     """How many feature rows of each set fit beside the moments."""
-    if memory is None:
+    if run.memory is None:
         return rows
     width = feature_rows(extract, _some(data, np.arange(1))).shape[1]
     # Moments of both sets and the training images by parts, beside the matrices of a distance; the rows of both sets,
     # and blocks of 1,024 of them against all others, a few at a time.
     moments = (3 * repeats + 8) * 8 * width**2
-    room = (memory - moments) // (64 * width + 4 * 8 * 1024)
+    room = (run.memory - moments) // (64 * width + 4 * 8 * 1024)
     if room < 100:
         raise InputError(
-            f"{memory / 1e9:.3g} GB of memory for {width:,} features in {repeats} repeats, whose moments take "
+            f"{run.memory / 1e9:.3g} GB of memory for {width:,} features in {repeats} repeats, whose moments take "
             f"{moments / 1e9:.3g} GB. Allow more, or choose fewer --repeats or other --features."
         )
     if room < rows:
@@ -264,71 +440,16 @@ def _held(rows: int, memory: int | None, extract: Any, data: Images, repeats: in
     return int(min(rows, room))
 
 
-def _same_extractor(saved: Statistics, about: dict[str, Any], path: Any) -> None:
+def _same_extractor(saved: Statistics, extract: Extractor, path: str | Path | None) -> None:
+    about = extract.to_dict()
     theirs = [saved.origin[k] for k in ("extractor", "resize", "identity")]
-    ours = [about["name"], about["resize"], about["identity"]]
+    ours = [about[k] for k in ("name", "resize", "identity")]
     if theirs != ours:
-        told = [f"{n} (resize: {r}; weights: {i or 'unknown'})" for n, r, i in (theirs, ours)]
+        read, here = (f"{n} (resize: {r}; weights: {i or 'unknown'})" for n, r, i in (theirs, ours))
         raise InputError(
-            f"{path} holds statistics in {told[0]}, but this evaluation is in {told[1]}. Pass the --features it was "
+            f"{path} holds statistics in {read}, but this evaluation is in {here}. Pass the --features it was "
             "made with, or another --reference."
         )
-
-
-def _kernel_name(about: dict[str, Any]) -> str:
-    return "KID" if about["name"] == "inception" else "kernel distance"
-
-
-def _distances(own: Statistics, real: Statistics, marks: dict[str, Any], notes: list[str]) -> dict[str, Any]:
-    """Fréchet distance by repeats and pooled, and extrapolated to infinitely many samples."""
-    groups, whole = list(own.groups), real.whole
-    found = group_distance(groups, whole, marks["extractor"])
-    beyond = extrapolated(groups, whole, found.pooled) if len(groups) >= 3 else None
-    name = "FID" if marks["extractor"] == "inception" else "Fréchet distance"
-    ends = {k: None if beyond is None else beyond.pop(k) for k in ("pooled_low", "pooled_high")}
-    if beyond is None:
-        notes.append("Not extrapolated to infinitely many samples: that needs at least 3 repeats.")
-    features = whole.dim
-    if own.count <= features:
-        told = (
-            ""
-            if beyond is None
-            else f": {beyond['value']:.4g} [{beyond['low']:.4g}, {beyond['high']:.4g}], itself rough"
-        )
-        notes.append(
-            f"Only {own.count:,} samples for {features:,} features: the distance ({found.pooled:.4g} pooled) is biased "
-            f"far upward. Extrapolated to infinitely many{told or ' it is not'}. Trust it from 3 samples a feature on."
-        )
-    if real.count <= features:
-        notes.append(f"Only {real.count:,} reference images for {features:,} features: all distances are too large.")
-    return {
-        "distance": {"name": name, **found.to_dict(), **ends, "count": own.count, **marks},
-        "extrapolated": None if beyond is None else {"name": name, **beyond, "reference": real.count, **marks},
-    }
-
-
-def _floor(
-    extract: Any,
-    data: Images,
-    own: Statistics,
-    real: Statistics,
-    marks: dict[str, Any],
-    seed: int,
-    store: Path | None,
-    notes: list[str],
-    said: Callable[[int, int], None],
-) -> dict[str, Any] | None:
-    """Training images against the reference at the samples' counts."""
-    if real.origin["fingerprint"] == data.fingerprint():
-        notes.append("No floor: the reference are the training images themselves.")
-        return None
-    repeats = len(own.groups)
-    size = min(own.count // repeats, len(data))
-    disjoint = min(repeats, len(data) // size)
-    part = _part(data, size * disjoint, seed)
-    train = statistics(extract, part, groups=disjoint, rows=0, seed=seed, cache=store, progress=said)
-    found = group_distance(list(train.groups), real.whole, marks["extractor"])
-    return {**found.to_dict(), "count": train.count, **marks}
 
 
 def _part(data: Images, count: int, seed: int) -> Images:
@@ -339,25 +460,15 @@ def _part(data: Images, count: int, seed: int) -> Images:
     return data.take(index, f"random {count} {seed}")
 
 
-def _vendi(own: Statistics, real: Statistics, seed: int) -> dict[str, Any]:
-    """Of the samples and, at the same count, of the reference."""
-    size = min(len(own.rows), len(real.rows))
-    picks = [torch.randperm(len(s.rows), generator=generator(seed, 24, i))[:size] for i, s in enumerate((own, real))]
-    found, other = (vendi_score(s.rows[p], seed=seed) for s, p in zip((own, real), picks))
-    ends = {"reference_value_low": other["low"], "reference_value_high": other["high"]}
-    return {**found, "reference_value": other["value"], **ends}
-
-
-def _judge(classify: Any, extract: Any, data: Images, device: Any, memory: int, folder: Path | None) -> Any:
+def _judge(classify: Features | None, extract: Extractor, data: Images, run: Run) -> Any:
     """What says the class of an image, ``None`` where there is nothing."""
-    if classify == "pixels":
+    if _spelled(classify) == "pixels":
         raise InputError(
             "--classify pixels gives no classes; expected a classifier, FILE.safetensors, module:callable."
         )
-    judge = classify
-    if isinstance(classify, str):
-        judge = placed(extractor(classify, data, memory=memory, folder=folder), device)
-    return extract if judge is None and hasattr(extract, "logits") else judge
+    if isinstance(classify, str | NamedExtractor):
+        return _extractor(classify, data, run)
+    return extract if classify is None and hasattr(extract, "logits") else classify
 
 
 def _composition(judge: Any, samples: Images | Shards, data: Images, rows: int, seed: int) -> list[dict[str, Any]]:
@@ -365,33 +476,12 @@ def _composition(judge: Any, samples: Images | Shards, data: Images, rows: int, 
     names = getattr(inner, "classes", None)
     by_attribute = names if isinstance(names, dict) else {} if names is None else {CLASSES: list(names)}
     function = getattr(inner, "logits", inner)
-    train = class_counts(function, _part(data, rows, seed))
-    found = class_counts(function, samples)
-    tables = composition(train, found, by_attribute)
-    about = described(named(judge))
-    return [{**t, "classifier": about["name"], "held_out_accuracy": about["held_out_accuracy"]} for t in tables]
+    train, counted = class_counts(function, _part(data, rows, seed)), class_counts(function, samples)
+    about = Extractor.of(judge).to_dict()
+    marks = {"classifier": about["name"], "held_out_accuracy": about["held_out_accuracy"]}
+    return [{**table, **marks} for table in composition(train, counted, by_attribute)]
 
 
-def _neighbours(
-    samples: Images | Shards, data: Images, holdout: Images | None, seed: int, memory: int, folder: Path | None
-) -> dict[str, Any]:
-    most = max(GRID, int(NEIGHBOUR_COST / (len(data) * math.prod(data.shape))))
-    picked = []
-    for i, found in enumerate((samples, holdout)):
-        if found is not None:
-            order = torch.randperm(len(found), generator=generator(seed, 25, i))[:most]
-            picked.append(_some(found, np.sort(order.numpy())))
-    return nearest_summary(picked[0], data, picked[1] if holdout is not None else None, memory, folder)
-
-
-def _some(found: Images | Shards, index: np.ndarray) -> torch.Tensor:
+def _some(images: Images | Shards, index: np.ndarray) -> torch.Tensor:
     """Images at rising positions [n, C, H, W]."""
-    return found.take(index, "some").tensor() if isinstance(found, Images) else found.at(torch.from_numpy(index))
-
-
-def _name(samples: Images | Shards) -> str:
-    return samples.name if isinstance(samples, Images) else "array"
-
-
-def _fingerprint(samples: Images | Shards) -> str:
-    return samples.fingerprint() if isinstance(samples, Images) else digest(samples.digests())
+    return images.take(index, "some").tensor() if isinstance(images, Images) else images.at(torch.from_numpy(index))

@@ -1,0 +1,110 @@
+"""What turns images into features: the base class of all extractors, and plain functions in its place."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from symbreak.networks.loading import usable, weights_hash
+from symbreak.runtime.files import InputError
+
+__all__ = ["BATCH", "Extractor", "FromFunction", "Function", "device_of"]
+
+BATCH = 256  # fixed and padded, so that an image's features do not depend on its neighbours
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Extractor(ABC):
+    """Turns images into features.
+
+    Attributes:
+        name: printed beside every number.
+        batch: images a call.
+        resize: what happens to an image before.
+        identity: what cached statistics rest on; ``None``: the hash of its weights, where it is a network.
+        accuracy: share of held-out images that a classifier gets right, NaN where unknown.
+    """
+
+    name: str
+    batch: int = BATCH
+    resize: str = "none"
+    identity: str | None = None
+    accuracy: float = math.nan
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, F] of images [B, C, H, W] in [-1, 1]."""
+
+    @staticmethod
+    def of(function: Extractor | Function) -> Extractor:
+        """An extractor as it is, any other function as one under its own name."""
+        return function if isinstance(function, Extractor) else FromFunction(function)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it wants its images."""
+        return device_of(self)
+
+    def on(self, device: str | torch.device | None) -> Extractor:
+        """This extractor with its network on a device; ``None`` leaves it where it is.
+
+        Raises:
+            InputError: for a device that is not there.
+        """
+        network, there = _network(self), None if device is None else usable(device)
+        if network is not None and there is not None:
+            network.to(there)
+        return self
+
+    def to_dict(self) -> dict[str, str | float | None]:
+        """Name, resize, identity (``None`` where the weights are not known) and accuracy, as plain values.
+
+        Two extractors of one name, resize and identity give an image the same features: cached statistics rest on it.
+        A function may hold anything, so it has no identity unless it brings one.
+        """
+        inner = getattr(self, "function", self)
+        identity = weights_hash(inner) if self.identity is None and isinstance(inner, nn.Module) else self.identity
+        accuracy = None if math.isnan(self.accuracy) else self.accuracy
+        return {"name": self.name, "resize": self.resize, "identity": identity, "held_out_accuracy": accuracy}
+
+
+class FromFunction(Extractor):
+    """A function as an extractor; ``name``, ``batch``, ``resize``, ``identity`` are its own where it has them.
+
+    Args:
+        function: images [B, C, H, W] in [-1, 1] -> features [B, F].
+        name: by default its own.
+    """
+
+    def __init__(self, function: Function, name: str | None = None) -> None:
+        self.function = function
+        self.resize = getattr(function, "resize", "none" if name is None and hasattr(function, "name") else "its own")
+        self.name = name or str(getattr(function, "name", None) or getattr(function, "__name__", "a callable"))
+        self.batch = getattr(function, "batch", BATCH)
+        self.identity = getattr(function, "identity", None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.function(x)
+        if not isinstance(out, torch.Tensor) or out.ndim != 2 or len(out) != len(x):
+            came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+            raise InputError(f"the extractor {self.name} gave {came} for {len(x)} images; expected a tensor [B, F].")
+        return out
+
+
+def _network(function: object) -> nn.Module | None:
+    """What has weights in an extractor, a classifier or a method of one."""
+    function = getattr(function, "function", function)
+    owner = getattr(function, "__self__", function)
+    network = getattr(owner, "network", owner)
+    return network if isinstance(network, nn.Module) else None
+
+
+def device_of(function: object) -> torch.device:
+    """Where an extractor, a classifier or a method of one wants its images."""
+    network = _network(function)
+    weight = None if network is None else next(network.parameters(), None)
+    return torch.device("cpu") if weight is None else weight.device
