@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import symbreak as sb
-from symbreak.report.html import phases_figure
+from symbreak.report.figures import phases_figure
 
 rng = np.random.default_rng(0)
 y = np.arange(4000) % 2

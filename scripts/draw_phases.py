@@ -16,36 +16,22 @@ from pathlib import Path
 
 from symbreak.report.figures import phases_figure
 from symbreak.report.record import Record
+from symbreak.report.tables import tables
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "when-it-decides.md"
 
 
-def span(row: dict, key: str) -> str:
-    value, low, high = (None if row[w] is None else row[w].get(key) for w in ("level", "low", "high"))
-    if value is None:
-        return "none" if row["level"] is None else "-"
-    inside = low is not None and high is not None and low != high
-    return f"{value:.3g}" + (f" [{low:.3g}, {high:.3g}]" if inside else "")
-
-
-def table(content: dict, timings: dict) -> list[str]:
-    out = [
-        f"| criterion | of | flow, frame | sigma | tau | step ({content['schedule']}) | seconds |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in content["criteria"]:
-        where = ", ".join(w.upper() for w in (row["flow"], row["frame"]) if w)
-        cells = " | ".join(span(row, k) for k in ("sigma", "ou_time", "step"))
-        out.append(f"| {row['name']} | {row['of']} | {where} | {cells} | {timings[row['stage']]:.1f} |")
-    missing = [c for c in content["criteria"] if c["level"] is None]
-    seen = {f"- {c['name']} ({', '.join(filter(None, (c['of'], c['frame'])))}): {c['reason']}": 0 for c in missing}
-    out += ["", *seen]
-    if content["checks"]:
-        out += ["", "| check | verdict | in words |", "|---|---|---|"]
-        word = {True: "holds", False: "does not hold", None: "cannot be said"}
-        out += [f"| {c['name']} | {word[c['holds']]} | {c['sentence']} |" for c in content["checks"]]
-    return out
+def table(record: Record) -> list[str]:
+    parts, _ = tables(record)
+    out = []
+    for part in (parts["criteria"], parts["checks"]):
+        if part.rows:
+            names = [name for name, kind in part.columns if kind != "details"]
+            cells = (" | ".join(map(str, row[: len(names)])) for row in part.rows)
+            out += ["", f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(f"| {c} |" for c in cells)]
+            out += [""] * bool(part.notes) + [f"- {note}" for note in dict.fromkeys(part.notes)]
+    return out[1:]
 
 
 def comparison(found: dict) -> list[str]:
@@ -76,9 +62,8 @@ def main() -> None:
         if not (folder / "record.json").exists():
             continue
         record = Record.load(folder)
-        content = record.content
-        phases_figure(content).savefig(figures / f"phases-{name}.png", dpi=80, metadata={"Software": None})
-        text = between(text, name, table(content, record.timings))
+        phases_figure(record.content).savefig(figures / f"phases-{name}.png", dpi=80, metadata={"Software": None})
+        text = between(text, name, table(record))
     clones = ROOT / "build" / "phases" / "mnist-1-8"
     if (clones / "clones.json").exists():
         shutil.copy(clones / "clones.png", figures / "mnist-1-8-clones.png")

@@ -10,8 +10,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from symbreak.report.figures import sweep_axes
-from symbreak.report.html import verdict
 from symbreak.report.record import Record
+from symbreak.report.tables import verdict
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- study:begin, written by `make docs` -->", "<!-- study:end -->"

@@ -71,7 +71,7 @@ def test_fit_sample_evaluate_as_a_user_would(capsys, tmp_path):
         capsys, "evaluate", "--model", "digits", "--data", "digits", "--seeds", "0-19", "--steps", 2, "--repeats", 2
     )
     assert code == 0
-    assert "held_out" in out
+    assert "held-out images" in out
 
 
 def test_phases_on_every_kind_of_file(capsys, tmp_path):

@@ -19,9 +19,10 @@ import torch
 from symbreak.cli.commands import main
 from symbreak.laws import Empirical
 from symbreak.phases.bifurcation import bifurcation
+from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
-from symbreak.studies.worlds import WORLDS, explore_world, train_point_network, write_world
+from symbreak.studies.worlds import WORLDS, explore_world, train_point_network
 
 THETA_C = math.sqrt(math.sqrt(2) - 1)
 CHROMIUM = next(
@@ -140,10 +141,10 @@ def test_bad_input(tmp_path):
         explore_world("torus")
     with pytest.raises(InputError, match="two-deltas"):
         explore_world("sphere", train=True)
-    with pytest.raises(InputError, match="kind world"):
-        write_world(Record("study", {}, {}), tmp_path / "a.html")
     with pytest.raises(InputError, match="lacks"):
-        write_world(Record("world", {}, {"title": "x"}), tmp_path / "a.html")
+        write_report(Record("study", {}, {}), tmp_path / "a.html")
+    with pytest.raises(InputError, match="lacks"):
+        write_report(Record("world", {}, {"title": "x"}), tmp_path / "a.html")
     assert not list(tmp_path.iterdir())
 
 
@@ -200,7 +201,7 @@ class Page(html.parser.HTMLParser):
 
 
 def test_page_is_self_contained(two_deltas, tmp_path):
-    text = write_world(two_deltas, tmp_path / "world.html").read_text(encoding="utf-8")
+    text = write_report(two_deltas, tmp_path / "world.html").read_text(encoding="utf-8")
     page = Page(text)
     assert page.links == []
     assert page.policy.startswith("default-src 'none'")
@@ -214,7 +215,7 @@ def test_page_is_self_contained(two_deltas, tmp_path):
 def test_page_escapes(two_deltas, tmp_path):
     bad = "</script><script>alert(1)</script>"
     record = Record("world", two_deltas.settings, {**two_deltas.content, "title": bad, "axis": bad})
-    text = write_world(record, tmp_path / "world.html").read_text(encoding="utf-8")
+    text = write_report(record, tmp_path / "world.html").read_text(encoding="utf-8")
     assert bad not in text
     assert text.count("</script>") == 2
 
@@ -316,7 +317,7 @@ END, HOME, LEFT = "\ue010", "\ue011", "\ue012"
 
 
 def test_slider_splits_the_potential(browser, two_deltas, tmp_path):
-    path = write_world(two_deltas, tmp_path / "world.html")
+    path = write_report(two_deltas, tmp_path / "world.html")
     browser.ask("POST", "/url", {"url": path.as_uri()})
     sigma = two_deltas.content["sigma"]
     high = keys(browser, HOME)
@@ -350,7 +351,7 @@ def test_slider_splits_the_potential(browser, two_deltas, tmp_path):
 
 
 def test_link_and_click_set_the_level(browser, mixture, tmp_path):
-    path = write_world(mixture, tmp_path / "world.html")
+    path = write_report(mixture, tmp_path / "world.html")
     sigma = np.array(mixture.content["sigma"])
     browser.ask("POST", "/url", {"url": path.as_uri() + "#sigma=1.83"})
     at = float(browser.run("return document.getElementById('well').dataset.sigma"))

@@ -19,7 +19,6 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 from safetensors import SafetensorError
 
 from symbreak.cli.options import (
@@ -36,7 +35,8 @@ from symbreak.cli.options import (
     refuse_without_network,
     start_dict,
 )
-from symbreak.report.tables import audit_table, evaluation_table, out_console, phases_table, study_table
+from symbreak.report.record import Record
+from symbreak.report.tables import out_console, show
 from symbreak.runtime.files import InputError
 from symbreak.runtime.ranks import agreed, dealt, joined, lost, rank_of
 
@@ -191,7 +191,7 @@ def study(
     with _bars() as tell:
         record = run(settings, out, tell, loaded(model, placed), memory_size(memory) or 2**30)
     path = _report(out)
-    _emit(as_json, {**record.to_dict(), "report": str(path)}, lambda: study_table(record, path))
+    _emit(as_json, {**record.to_dict(), "report": str(path)}, lambda: show(record, path))
 
 
 @app.command(
@@ -271,7 +271,7 @@ def phases(
         )
     if out is not None:
         _report(out)
-    _emit(as_json, record.to_dict(), lambda: phases_table(record, out))
+    _emit(as_json, record.to_dict(), lambda: show(record, out and out / "report.html"))
 
 
 @app.command(
@@ -558,7 +558,7 @@ def evaluate(
             result = measure(x, train, held_out, **measuring)
     if out is not None:
         _report(out)
-    _emit(as_json, result, lambda: evaluation_table(result, out))
+    _emit(as_json, result, lambda: show(Record("evaluation", {}, result), out and out / "report.html"))
 
 
 @app.command(
@@ -650,7 +650,7 @@ def audit(
         )
     if out is not None:
         _report(out)
-    _emit(as_json, record.to_dict(), lambda: audit_table(record, out))
+    _emit(as_json, record.to_dict(), lambda: show(record, out and out / "report.html"))
 
 
 @app.command(epilog="Example: symbreak train --data digits --recipe recipes/digits.json --out build/digits")
@@ -728,33 +728,7 @@ def world(
     with err.status(name) as status:
         record = draw_world(name, target, train, seed, lambda text: status.update(f"{name}: {text}"))
 
-    def draw() -> None:
-        table = Table(title=record.content["title"])
-        for heading in ("criterion", "flow", "frame", "sigma", "alpha (VP)", "OU time"):
-            is_number = heading in ("sigma", "alpha (VP)", "OU time")
-            table.add_column(heading, justify="right" if is_number else "left")
-        network, notes = record.content["network"], []
-        for row in (*record.content["critical"], *(network["critical"] if network else ())):
-            level = row["level"]
-            numbers = ["none", "", ""]
-            if level is not None:
-                numbers = [f"{v:.5g}" for v in (level["sigma"], row["alpha_vp"], level["ou_time"])]
-            title = row["name"] + (" (network)" if row["network"] else "")
-            where = (row["flow"] or "any", row["frame"] or "any")
-            table.add_row(title, *where, *numbers)
-            if row["note"]:
-                notes.append(f"{title}, {', '.join(where)}: {row['note']}")
-        out_console.print(table)
-        for note in notes:
-            out_console.print(note, markup=False, highlight=False)
-        if network and network["alpha"] is not None:
-            out_console.print(
-                f"the network's potential splits at alpha = {network['alpha']:.5f}, the law's at "
-                f"{network['alpha_exact']:.5f}: {network['relative_error']:+.2%}"
-            )
-        sys.stdout.write(f"page: {target}\n")
-
-    _emit(as_json, {**record.to_dict(), "out": str(target)}, draw)
+    _emit(as_json, {**record.to_dict(), "out": str(target)}, lambda: show(record, target))
 
 
 @app.command(epilog="Example: symbreak report build/demo/record.json --out build/demo/report.html")
@@ -767,7 +741,6 @@ def report(
 ) -> None:
     """Draw the report of a record again."""
     from symbreak.report.html import write_report
-    from symbreak.report.record import Record
 
     found = Record.load(record)
     folder = record if record.is_dir() else record.parent

@@ -7,7 +7,6 @@ import math
 from typing import Any
 
 __all__ = [
-    "COLUMNS",
     "MOST_BARS",
     "arc_figure",
     "audit_figure",
@@ -22,7 +21,6 @@ __all__ = [
 ]
 
 
-COLUMNS = (("standard", "standard start"), ("spectral", "late, at speciation"), ("best", "late, best of sweep"))
 COLORS = ("#1f6fb4", "#d9822b", "#3a9a5b", "#b3424a", "#7a5ba6", "#7f6a5a", "#c2649a", "#5f6b7a")
 PANELS = {
     "clones": ("probability", "Clones and U-turns: is the class decided?"),

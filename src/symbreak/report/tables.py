@@ -1,187 +1,359 @@
-"""What the command line prints: a table for each kind of result. Draws, never computes."""
+"""The tables of a record: the terminal and the page draw the same ones. Draws, never computes."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as RichTable
 
-from symbreak.report.html import p_text, verdict
+from symbreak.report.record import Record
+from symbreak.runtime.plain import plain
 
-__all__ = ["audit_table", "evaluation_table", "out_console", "phases_table", "study_table"]
+__all__ = ["Cell", "Table", "measured", "number", "out_console", "show", "span", "tables", "verdict", "world_rows"]
 
 # Tables in a file or a pipe are not folded to 80 columns.
 out_console = Console(width=None if sys.stdout.isatty() else 140)
 
-
-def _plus_minus(d: dict[str, Any]) -> str:
-    return f"{d['mean']:.3g}" + ("" if d["high"] is None else f" ± {d['high'] - d['mean']:.2g}")
+Values = dict[str, Any]  # a part of a record: what JSON holds
 
 
-def study_table(record: Any, path: Path) -> None:
+class Cell(NamedTuple):
+    """A field of a table.
+
+    Attributes:
+        text: a number or words.
+        interval: of the number.
+        remark: a line below, on the page only.
+        kind: how the page shades it: ``"win"``, ``"lose"``, ``"tie"`` or ``"net"``.
+    """
+
+    text: str
+    interval: str = ""
+    remark: str = ""
+    kind: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.text} {self.interval}".strip()
+
+
+@dataclass
+class Table:
+    """A table without a drawing.
+
+    Attributes:
+        title: what it is of.
+        words, numbers, remarks: names of the columns, in this order: words stand left, numbers right.
+        details: names of the last columns, of words that only the page has room for.
+        rows: a cell a column.
+        notes: sentences below.
+    """
+
+    title: str
+    words: tuple[str, ...]
+    numbers: tuple[str, ...]
+    remarks: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
+    rows: list[list[Cell]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, *cells: str | Cell) -> None:
+        """Add a row."""
+        self.rows.append([c if isinstance(c, Cell) else Cell(c) for c in cells])
+
+    @property
+    def columns(self) -> list[tuple[str, str]]:
+        """Names, each with ``"words"``, ``"numbers"`` or ``"details"``."""
+        kinds = (("words", self.words), ("numbers", self.numbers), ("words", self.remarks), ("details", self.details))
+        return [(name, kind) for kind, names in kinds for name in names]
+
+
+def number(value: float | str | None, form: str = ".4g") -> str:
+    """A number as text; "-" where there is none.
+
+    >>> number(1234, ","), number(0.12345, ".1%"), number(1e-17), number("inf")
+    ('1,234', '12.3%', '0', 'inf')
+    """
+    if value is None or isinstance(value, str):
+        return value or "-"  # records write an infinity as a string
+    return f"{0 if abs(value) < 1e-12 else value:{form}}"  # rounding is no number to show
+
+
+def measured(
+    value: float | str | None, low: float | str | None, high: float | str | None, form: str = ".3g", remark: str = ""
+) -> Cell:
+    """A number with its interval, where both ends are known."""
+    ends = "" if low is None or high is None else f"[{number(low, form)}, {number(high, form)}]"
+    return Cell(number(value, form), ends, remark)
+
+
+def span(critical: Values, key: str, form: str = ".3g") -> Cell:
+    """A view of a critical time, such as ``"ou_time"``, with its interval."""
+    level, *ends = (None if critical[w] is None else critical[w].get(key) for w in ("level", "low", "high"))
+    low, high = reversed(ends) if key == "log_snr" else ends  # which falls where sigma rises
+    return measured("none" if critical["level"] is None else level, low, high, form)
+
+
+def verdict(standard: Values, late: Values) -> tuple[str, str]:
+    """A sentence on late against standard start, and ``"win"``, ``"lose"`` or ``"tie"`` by their intervals."""
+    ratio = standard["mean"] / late["mean"] if late["mean"] > 0 else float("inf")
+    known = None not in (standard["low"], standard["high"], late["low"], late["high"])
+    if known and late["high"] < standard["low"]:
+        return f"{ratio:.2g} times nearer", "win"
+    if known and late["low"] > standard["high"]:
+        return f"loses: {1 / ratio:.2g} times farther", "lose"
+    return f"within the intervals ({ratio:.2f})", "tie"
+
+
+def _distance(d: Values, remark: str = "") -> Cell:
+    return measured(d["mean"], d["low"], d["high"], remark=remark)
+
+
+def _scales(phases: Values) -> Table:
+    """The spectral level at both scales of the pixels."""
+    top = phases["eigenvalues"][0]
+    numbers = ("Lambda", "sigma", "OU time", "log-SNR", f"step ({phases['schedule']})")
+    table = Table("Spectral speciation, Lambda exp(-2 tau) = 1", ("pixels in",), numbers)
+    for scale, c in phases["speciation"].items():
+        views = (span(c, key, ".4g") for key in ("sigma", "ou_time", "log_snr", "step"))
+        table.add(scale, number(top * (1 if scale == "[-1, 1]" else 0.25)), *views)
+        if c["reason"]:
+            table.notes.append(f"Pixels in {scale}: {c['reason']}")
+    return table
+
+
+def _study(record: Record, content: Values) -> tuple[dict[str, Table], list[str]]:
     """Standard against late starts, row by row."""
-    content = record.content
-    ground = content["floor"]
-    title = (
-        f"Fréchet distance in {escape(ground['extractor'])}, {ground['samples']} images x {ground['repeats']} repeats"
-    )
-    table = Table(title=title + (" (smoke, not evidence)" if content["smoke"] else ""))
-    for name in (
-        "sampler",
-        "calls",
-        "standard start",
-        "late, speciation",
-        "late, best level",
-        "noised data",
-        "best late start",
-    ):
-        table.add_column(name, justify="left" if name in ("sampler", "best late start") else "right")
-    for row in content["rows"]:
-        cells = []
-        for key in ("standard", "spectral", "best", "noised"):
-            d = row[key]["distance"]
-            cells.append(_plus_minus(d))
-        said = verdict(row["standard"]["distance"], row["best"]["distance"])[0]
-        table.add_row(row["sampler"], str(row["calls"]), *cells, said)
-    out_console.print(table)
-    out_console.print(f"floor (real images, same counts): {_plus_minus(ground)}")
-    if content["reference"]:
-        d = content["reference"]["distance"]
-        out_console.print(f"the network at its best (DDIM, {content['reference']['calls']} calls): {_plus_minus(d)}")
-    sys.stdout.write(f"report: {path}\n")
-
-
-def phases_table(record: Any, out: Path | None) -> None:
-    """Every criterion, the checks and the reasons."""
-    content = record.content
-    top = content["eigenvalues"][0]
+    floor, reference = content["floor"], content.get("reference")
     table = Table(
-        title=f"When {escape(content['data']['name'])} decides ({content['data']['count']:,} images, pixels in [-1, 1])"
+        f"Fréchet distance in {floor['extractor']}, {floor['samples']} images x {floor['repeats']} repeats"
+        + (" (smoke, not evidence)" if content["smoke"] else ""),
+        ("sampler",),
+        ("NFE", "standard start", "late, at speciation", "late, best of sweep", "data noised to that level"),
+        ("best late start",),
     )
-    for name in ("criterion", "of", "flow, frame", "sigma", "OU time", f"step ({content['schedule']})", "s"):
-        table.add_column(name, justify="left" if name in ("criterion", "of", "flow, frame") else "right")
-    reasons = []
-    for row in content["criteria"]:
-        cells = []
-        for key in ("sigma", "ou_time", "step"):
-            value, low, high = (None if row[w] is None else row[w].get(key) for w in ("level", "low", "high"))
-            text = "none" if row["level"] is None else "-" if value is None else f"{value:.3g}"
-            cells.append(text + (f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else ""))
-        where = ", ".join(w.upper() for w in (row["flow"], row["frame"]) if w)
-        table.add_row(row["name"], row["of"], where, *cells, f"{record.timings[row['stage']]:.1f}")
-        if row["level"] is None and row["reason"]:
-            reasons.append(f"{row['name']} ({row['of']}): {row['reason']}")
-    out_console.print(table)
-    small = content["speciation"]["[0, 1]"]
-    said = (
-        "none"
-        if small["level"] is None
-        else f"sigma {small['level']['sigma']:.3g}, tau {small['level']['ou_time']:.3g}"
+    for row in content["rows"]:
+        cells = [_distance(row["standard"]["distance"], row["standard"]["spacing"])]
+        for key in ("spectral", "best", "noised"):
+            cells.append(_distance(row[key]["distance"], f"sigma {row[key]['level']['sigma']:.3g}"))
+        said, kind = verdict(row["standard"]["distance"], row["best"]["distance"])
+        table.add(row["sampler"], number(row["calls"]), *cells, Cell(said, kind=kind))
+    kinds = [row[-1].kind for row in table.rows]
+    table.notes = [
+        f"The best late start is nearer than the standard start in {kinds.count('win')} of {len(kinds)} rows beyond "
+        f"the intervals, farther in {kinds.count('lose')}.",
+        f"Floor, real training images at the same counts: {_distance(floor)}.",
+    ]
+    if reference:
+        best = f"The network at its best, standard DDIM with {reference['calls']} network evaluations"
+        table.notes.append(f"{best}: {_distance(reference['distance'])}.")
+    return {"scales": _scales(content["phases"]), "starts": table}, []
+
+
+def _phases(record: Record, content: Values) -> tuple[dict[str, Table], list[str]]:
+    """Every criterion with the reasons of those that have no level, and the checks."""
+    data = content["data"]
+    criteria = Table(
+        f"When {data['name']} decides ({data['count']:,} images, pixels in [-1, 1])",
+        ("criterion", "of", "flow, frame"),
+        ("sigma", "OU time", f"step ({content['schedule']})", "seconds"),
+        (),
+        ("source",),
     )
-    out_console.print(f"top eigenvalue {top:.4g}; with pixels in [0, 1] {top / 4:.4g}, spectral: {said}", markup=False)
-    for check in content["checks"]:
-        verdict = {True: "holds", False: "does not hold", None: "cannot be said"}[check["holds"]]
-        out_console.print(f"{check['name']}: {verdict}. {check['sentence']}", markup=False)
-    for line in (*reasons, *content["notes"]):
-        out_console.print(line, markup=False)
-    if out is not None:
-        sys.stdout.write(f"report: {out / 'report.html'}\n")
+    for c in content["criteria"]:
+        where = ", ".join(w.upper() for w in (c["flow"], c["frame"]) if w)
+        views = (span(c, key) for key in ("sigma", "ou_time", "step"))
+        seconds = number(record.timings.get(c["stage"]), ".1f")
+        criteria.add(c["name"], c["of"], where, *views, seconds, c["source"] or "")
+        if c["level"] is None and c["reason"]:
+            criteria.notes.append(f"{c['name']} ({', '.join(filter(None, (c['of'], where)))}): {c['reason']}")
+    checks = Table("Checks", ("check", "verdict"), ("measured", "asked for"), ("in words",))
+    word = {True: ("holds", "win"), False: ("does not hold", "lose"), None: ("cannot be said", "tie")}
+    for c in content["checks"]:
+        said, kind = word[c["holds"]]
+        checks.add(c["name"], Cell(said, kind=kind), c["value_text"], c["expected_text"], c["sentence"])
+    return {"scales": _scales(content), "criteria": criteria, "checks": checks}, content["notes"]
 
 
-def _between(d: dict[str, Any], name: str = "", digits: int = 4) -> str:
-    """A value with its interval; ``name`` is the key of the value and the beginning of its ends' keys."""
-    value, low, high = d[name or "value"], *(d[f"{name}_{end}" if name else end] for end in ("low", "high"))
-    return f"{value:.{digits}g}" + ("" if low is None else f" [{low:.{digits}g}, {high:.{digits}g}]")
-
-
-def evaluation_table(result: dict[str, Any], out: Path | None) -> None:
+def _evaluation(record: Record, content: Values) -> tuple[dict[str, Table], list[str]]:
     """Distances, diversity, composition and copies."""
-    d = result["distance"]
-    table = Table(title=f"{d['name']} in {escape(d['extractor'])}, to {d['reference']:,} held-out images")
-    for name in ("", "images x repeats", "mean", "95 % interval", "pooled"):
-        table.add_column(name, justify="right")
-    for name in ("distance", "floor"):
-        d = result[name]
-        if d is not None:
-            interval = "-" if d["low"] is None else f"[{d['low']:.4g}, {d['high']:.4g}]"
-            table.add_row(name, f"{d['samples']} x {d['repeats']}", f"{d['mean']:.4g}", interval, f"{d['pooled']:.4g}")
-    out_console.print(table)
-    lines = []
-    if result["extrapolated"] is not None:
-        lines.append(f"extrapolated to infinitely many samples: {_between(result['extrapolated'])}")
-    if result["kid"] is not None:
-        d = result["kid"]
-        lines.append(f"{d['name']}: {_between(d)} ({d['samples']:,} samples, {d['reference']:,} held-out images)")
-    for key, names in (("precision_recall", ("precision", "recall")), ("density_coverage", ("density", "coverage"))):
-        d = result[key]
-        if d is not None:
-            said = ", ".join(f"{name} {_between(d, name, 3)}" for name in names)
-            lines.append(f"{said} (k = {d['k']}, {d['samples']:,} samples, {d['reference']:,} held-out images)")
-    if result["vendi"] is not None:
-        d = result["vendi"]
-        lines.append(f"Vendi score: {_between(d)}; held-out images {_between(d, 'reference_value')} ({d['samples']:,})")
-    near = result["neighbours"]
-    for name in ("samples", "held_out"):
-        v = near[name]
-        if v is not None:
-            lines.append(
-                f"{name}: median distance to the nearest training image {v['median_nearest']:.3g} (pixels), "
-                f"d1/d2 < 1/3 in {v['memorized']:.2%} of {v['count']:,}"
-            )
-    for line in lines:
-        out_console.print(line, markup=False, highlight=False)
-    for composed in result["composition"]:
-        table = Table(title=escape(f"{composed['attribute']}, said by {composed['classifier']}"))
-        table.add_column("class")
-        for side in ("train", "samples"):
-            table.add_column(f"{side} ({composed['counts'][side]:,})", justify="right")
-        for row in composed["rows"]:
-            table.add_row(escape(row["class"]), *(_between(row[side], "share", 3) for side in ("train", "samples")))
-        entropy = composed["entropy"]
-        table.add_row(
-            f"entropy, bits (at most {entropy['largest']:.3f})",
-            *(_between(entropy[side]) for side in ("train", "samples")),
-        )
-        out_console.print(table)
-    for note in result["notes"]:
-        out_console.print(f"note: {note}", markup=False, highlight=False)
-    if out is not None:
-        sys.stdout.write(f"report: {out / 'report.html'}\n")
+    d, floor, beyond, near = (content[k] for k in ("distance", "floor", "extrapolated", "neighbours"))
+    title = f"{d['name']} in {d['extractor']}, to {d['reference']:,} held-out images"
+    table = Table(title, ("quantity",), ("value", "samples", "reference"), ("note",), ("in",))
+
+    def add(name: str, values: Values, key: str, note: str = "", ends: str | None = None) -> None:
+        """The ends of the interval are named after the key, or ``low`` and ``high``."""
+        low, high = (values.get(end if ends == "" else f"{key}_{end}") for end in ("low", "high"))
+        counts = (number(v, ",") if isinstance(v, int) else v or "" for v in (values["samples"], values["reference"]))
+        table.add(name, measured(values[key], low, high, ".4g"), *counts, note, values["extractor"])
+
+    add(f"{d['name']}, all samples", {**d, "samples": d["count"]}, "pooled", "interval: spread, not bias")
+    add(f"{d['name']}, mean of {d['repeats']} repeats", d, "mean", ends="")
+    if beyond is not None:
+        add(f"{d['name']}, infinitely many samples", {**beyond, "samples": "infinite"}, "value", ends="")
+    if floor is not None:
+        add("floor: training images, all", {**floor, "samples": floor["count"]}, "pooled")
+        said = "what nothing real beats at this count"
+        add(f"floor: training images, {floor['repeats']} repeats", floor, "mean", said, "")
+    if content["kid"] is not None:
+        add(content["kid"]["name"], content["kid"], "value", content["kid"]["kernel"], "")
+    for part, names in (("precision_recall", ("precision", "recall")), ("density_coverage", ("density", "coverage"))):
+        for name in names if content[part] is not None else ():
+            add(name, content[part], name, f"k = {content[part]['k']}")
+    if (vendi := content["vendi"]) is not None:
+        add("Vendi score", {"reference": None, **vendi}, "value", ends="")
+        swapped = {**vendi, "samples": None, "reference": vendi["samples"]}
+        add("Vendi score", swapped, "reference_value", "of the held-out images")
+    copies = Table("Copies? Nearest training images", ("images",), ("count", "median distance, pixels", "d1/d2 < 1/3"))
+    for key, name in (("samples", "samples"), ("held_out", "held-out images")):
+        if (n := near[key]) is not None:
+            copies.add(name, *map(number, (n["count"], n["median_nearest"], n["memorized"]), (",", ".3g", ".2%")))
+    composed = {f"composition {i}": _composition(t) for i, t in enumerate(content["composition"])}
+    return {"numbers": table, "copies": copies, **composed}, content["notes"]
 
 
-def audit_table(record: Any, out: Path | None) -> None:
+def _composition(composed: Values) -> Table:
+    """Shares of the classes among training images and samples."""
+    entropy, counts, accuracy = composed["entropy"], composed["counts"], composed["held_out_accuracy"]
+    read = f"{composed['attribute']}, as {composed['classifier']} reads them"
+    read += "" if accuracy is None else f" (held-out accuracy {accuracy:.1%})"
+    table = Table(read, ("class",), tuple(f"{k} ({counts[s]:,})" for s, k in SIDES))
+    for row in composed["rows"]:
+        cells = (measured(c["share"], c["share_low"], c["share_high"], ".1%") for c in (row[side] for side, _ in SIDES))
+        table.add(row["class"], *cells)
+    ends = (measured(e["value"], e["low"], e["high"], ".4g") for e in (entropy[side] for side, _ in SIDES))
+    table.add(f"entropy, bits (at most {number(entropy['largest'])})", *ends)
+    return table
+
+
+SIDES = (("train", "training images"), ("samples", "samples"))
+
+
+def _audit(record: Record, content: Values) -> tuple[dict[str, Table], list[str]]:
     """Duplicates, memorized samples, the comparison and the verdict."""
-    content = record.content
-    twins = content["duplicates"]
-    table = Table(title=f"Duplicates among {content['data']['count']:,} training images")
-    for name in ("", "groups", "images", "could go", "largest"):
-        table.add_column(name, justify="right" if name else "left")
-    for key, title in (("exact", "equal pixels"), ("near", f"near, within {twins['near']['radius']:.3g}")):
-        table.add_row(title, *(f"{twins[key][k]:,}" for k in ("groups", "images", "spare", "largest")))
-    out_console.print(table)
-    rows = [(k, v) for k, v in content["memorized"].items() if v is not None]
-    if rows:
-        table = Table(title=f"Memorized: d1/d2 < {content['threshold']:.3g} in {escape(content['features'])}")
-        for name in ("", "images", "memorized", "share", "95 % interval", "equal pixels", "median d1", "median d1/d2"):
-            table.add_column(name, justify="right" if name else "left")
-        for key, m in rows:
-            interval = f"[{m['low']:.2%}, {m['high']:.2%}]"
-            numbers = f"{m['exact']:,}", f"{m['nearest'][1]:.3g}", f"{m['ratio'][1]:.3g}"
-            name = key.replace("_", "-")
-            table.add_row(name, f"{m['of']:,}", f"{m['count']:,}", f"{m['share']:.2%}", interval, *numbers)
-        out_console.print(table)
-    compared = content["comparison"]
+    count, twins, compared = content["data"]["count"], content["duplicates"], content["comparison"]
+    near = twins["near"]
+    title = f"Duplicates among {count:,} training images"
+    found = {"duplicates": Table(title, ("duplicates",), ("groups", "images", "could go", "largest"))}
+    for key, name in (("exact", "equal in every pixel"), ("near", "near duplicates, among the different images")):
+        found["duplicates"].add(name, *(number(twins[key][k], ",") for k in ("groups", "images", "spare", "largest")))
+    found["duplicates"].notes = [
+        f"{twins['different']:,} of {count:,} images differ, {twins['deduplicated']:,} by more than near duplicates "
+        f"do: pairs within {near['radius']:.4g}, or joined by a chain of such pairs. That is {near['fraction']:.3g} of "
+        f"the median distance of a training image to its eighth neighbour, {near['scale']:.4g}."
+    ]
+    table = Table(
+        f"Memorized: d1/d2 < {content['threshold']:.3g} in {content['features']}",
+        ("of",),
+        ("images", "memorized", "share", "equal pixels", "median d1", "median d1/d2"),
+    )
+    for key, name in (("samples", "samples"), ("held_out", "held-out images")):
+        if (m := content["memorized"][key]) is not None:
+            share = measured(m["share"], m["low"], m["high"], ".2%")
+            middle = (measured(q[1], q[0], q[2]) for q in (m["nearest"], m["ratio"]))
+            table.add(name, number(m["of"], ","), number(m["count"], ","), share, number(m["exact"], ","), *middle)
+    if table.rows:
+        found["memorized"] = table
     if compared is not None:
-        out_console.print(
-            f"nearer to training than to held-out images ({compared['references']:,} of each): {compared['share']:.1%} "
-            f"[{compared['low']:.1%}, {compared['high']:.1%}], {p_text(compared)}; 50 % without copying",
-            markup=False,
+        table = Table(
+            "Nearer to training than to held-out images? 50 % without copying",
+            (),
+            ("nearer to training", "samples", "p, one-sided", "images on either side", "they count as"),
         )
-    for line in (content["verdict"]["sentence"], *content["notes"]):
-        out_console.print(line, markup=False)
-    if out is not None:
-        sys.stdout.write(f"report: {out / 'report.html'}\n")
+        least = "<= " * (compared["p_value"] <= 1 / (1 + compared["permutations"]))  # permutations say no more
+        share = measured(compared["share"], compared["low"], compared["high"], ".1%")
+        numbers = (number(compared[k], ",.0f") for k in ("references", "effective"))
+        table.add(share, number(compared["of"], ","), least + number(compared["p_value"], ".2g"), *numbers)
+        found["comparison"] = table
+    return found, [content["verdict"]["sentence"], *content["notes"]]
+
+
+FLOWS = {"sde": "reverse SDE", "ode": "probability flow", None: "any flow"}
+
+
+def _critical(content: Values) -> list[Values]:
+    """Critical times of a world's law and network: what they are called, and where they hold."""
+    rows = (*content["critical"], *(content["network"]["critical"] if content["network"] else ()))
+    # None of the criteria without a flow depends on one: they ask the noised law, not a process.
+    return [
+        {
+            **row,
+            "name": row["name"] + (" (network)" if row["network"] else ""),
+            "where": f"{FLOWS[row['flow']]}, {row['frame'].upper() if row['frame'] else 'any'} frame",
+        }
+        for row in rows
+    ]
+
+
+def world_rows(content: Values) -> list[Values]:
+    """What the markers of a world's critical times need."""
+    levels = (("sigma", "level"), ("low", "low"), ("high", "high"))
+    return [
+        {**{k: row[k] for k in ("name", "where", "network")}, **{k: row[w] and row[w]["sigma"] for k, w in levels}}
+        for row in _critical(content)
+    ]
+
+
+def _world(record: Record, content: Values) -> tuple[dict[str, Table], list[str]]:
+    """Every critical time, and where the network breaks the symmetry."""
+    numbers = ("sigma", "alpha (VP)", "OU time", "log-SNR", "DDPM step")
+    table = Table(content["title"], ("criterion", "flow and frame"), numbers, (), ("source",))
+    for row in _critical(content):
+        sigma, tau, log_snr = (span(row, key, ".5g") for key in ("sigma", "ou_time", "log_snr"))
+        alpha, step = ("none" if row[k] is None else number(row[k], ".5g") for k in ("alpha_vp", "ddpm_step"))
+        name = Cell(row["name"], kind="net" if row["network"] else "")
+        table.add(name, row["where"], sigma, alpha, tau.text, log_snr.text, step, row["source"])
+        if row["note"]:
+            table.notes.append(f"{row['name']}, {row['where']}: {row['note']}")
+    network = content["network"]
+    if network is None:
+        return {"critical": table}, []
+    made, alpha = network["training"], network["alpha"]
+    said = f"A network of {made['parameters']:,} parameters, trained for {made['steps']:,} steps, "
+    if alpha is None:
+        said += f"has no bifurcation; the law's is at alpha = {network['alpha_exact']:.5f}."
+    else:
+        said += (
+            f"breaks the symmetry at alpha = {alpha:.5f} ({network['criterion']}, reverse SDE, VP frame); the law "
+            f"does at {network['alpha_exact']:.5f}: {network['relative_error']:+.2%}."
+        )
+    return {"critical": table}, [said]
+
+
+TABLES: dict[str, Callable[[Record, Values], tuple[dict[str, Table], list[str]]]] = {
+    "study": _study,
+    "phases": _phases,
+    "audit": _audit,
+    "evaluation": _evaluation,
+    "world": _world,
+}
+
+
+def tables(record: Record) -> tuple[dict[str, Table], list[str]]:
+    """The tables of a record by name, and what is said beside them."""
+    return TABLES[record.kind](record, plain(record.content))
+
+
+def show(record: Record, path: Path | None = None) -> None:
+    """Print the tables of a record, and where its page was written."""
+    parts, said = tables(record)
+    for table in parts.values():
+        if table.rows:
+            drawn = RichTable(title=escape(table.title))
+            columns = [(name, kind) for name, kind in table.columns if kind != "details"]
+            for name, kind in columns:
+                drawn.add_column(escape(name), justify="right" if kind == "numbers" else "left")
+            for row in table.rows:
+                drawn.add_row(*(escape(str(cell)) for cell in row[: len(columns)]))
+            out_console.print(drawn)
+        for note in table.notes:
+            out_console.print(note, markup=False, highlight=False)
+    for sentence in said:
+        out_console.print(sentence, markup=False, highlight=False)
+    if path is not None:
+        sys.stdout.write(f"report: {path}\n")

@@ -14,13 +14,11 @@ Sources: arXiv:2305.19693 (potential, fixed points), arXiv:2402.18491 (speciatio
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +35,12 @@ from symbreak.phases.bifurcation import FixedPoints, bifurcation, fixed_points, 
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.reverse_paths import descend
 from symbreak.phases.speciation import cloning_probability, cloning_time, speciation_time
+from symbreak.report.html import write_report
 from symbreak.report.record import Record
-from symbreak.runtime.files import InputError, write_whole
+from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import versions
 
-__all__ = ["WORLDS", "PointNetwork", "check_world", "draw_world", "explore_world", "train_point_network", "write_world"]
+__all__ = ["WORLDS", "PointNetwork", "check_world", "draw_world", "explore_world", "train_point_network"]
 
 WORLDS = ("two-deltas", "sphere", "mixture", "digits")
 TRAJECTORIES = 60
@@ -605,111 +604,14 @@ def _network(scene: _Scene, critical: list[dict[str, Any]], seed: int, tell: Pro
     }
 
 
-# --- drawing --------------------------------------------------------------------------------------
-
-
-def write_world(record: Record, path: str | Path) -> Path:
-    """Write the page of a world: one self-contained HTML file that opens from disk.
-
-    Args:
-        record: of kind ``"world"``, from `explore_world`.
-        path: the HTML file; it appears whole or not at all.
-
-    Raises:
-        InputError: for a record of another kind or with missing parts.
-    """
-    import jinja2
-
-    if record.kind != "world":
-        raise InputError(f"a record of kind {record.kind!r}; expected one of kind world, from explore_world.")
-    value = record.to_dict()
-    content = value["content"]
-    try:
-        network = content["network"]
-        rows = [_cells(r) for r in (*content["critical"], *(network["critical"] if network else ()))]
-        values = {
-            "title": content["title"],
-            "lead": content["lead"],
-            "notes": content["notes"],
-            "cloning": content["cloning"] is not None,
-            "has_network": network is not None,
-            "sentence": _network_sentence(network),
-            "count": len(content["sigma"]),
-            "rows": rows,
-            "settings": sorted(value["settings"].items()) + sorted(value["versions"].items()),
-            "world": {**content, "rows": rows},
-        }
-    except (KeyError, TypeError) as error:
-        raise InputError(f"the record lacks {error}; it is damaged or from another version. Run it again.") from None
-    template = (resources.files("symbreak.report") / "templates" / "world.html").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.policies["json.dumps_function"] = _dumps
-    html = environment.from_string(template).render(**values)
-    return write_whole(path, lambda p: p.write_text(html, encoding="utf-8"))
-
-
 def draw_world(
     name: str, path: str | Path, train: bool = False, seed: int = 0, progress: Progress | None = None
 ) -> Record:
-    """Explore a world and write its page; see `explore_world` and `write_world`.
+    """Explore a world and write its page; see `explore_world`.
 
     Returns:
         The record of what the page shows.
     """
     record = explore_world(name, train, seed, progress)
-    write_world(record, path)
+    write_report(record, path)
     return record
-
-
-def _dumps(value: Any, **kwargs: Any) -> str:
-    return json.dumps(value, separators=(",", ":"), allow_nan=False, **kwargs)
-
-
-FLOWS = {"sde": "reverse SDE", "ode": "probability flow"}
-
-
-def _cells(row: dict[str, Any]) -> dict[str, Any]:
-    """A row of critical times as text, and as the numbers that its marker needs."""
-
-    def text(value: float | None, digits: int = 5) -> str:
-        # Rounding is no number to show: log-SNR of sigma = 1.
-        return "none" if value is None else f"{0.0 if abs(value) < 1e-12 else value:.{digits}g}"
-
-    level = row["level"]
-    ends = [row[k] and row[k]["sigma"] for k in ("low", "high")]
-    # None of the criteria without a flow depends on one: they ask the noised law, not a process.
-    where = [
-        FLOWS[row["flow"]] if row["flow"] else "any flow",
-        f"{row['frame'].upper()} frame" if row["frame"] else "any frame",
-    ]
-    return {
-        "name": row["name"] + (" (network)" if row["network"] else ""),
-        "where": ", ".join(where),
-        "sigma": None if level is None else level["sigma"],
-        "low": ends[0],
-        "high": ends[1],
-        "network": row["network"],
-        "cells": [
-            text(None if level is None else level["sigma"]),
-            f"[{ends[0]:.4g}, {ends[1]:.4g}]" if None not in ends else "",
-            text(row["alpha_vp"]),
-            text(None if level is None else level["ou_time"]),
-            text(None if level is None else level["log_snr"], 4),
-            text(row["ddpm_step"]) if level is not None else "none",
-        ],
-        "note": row["note"],
-        "source": row["source"],
-    }
-
-
-def _network_sentence(network: dict[str, Any] | None) -> str:
-    if network is None:
-        return ""
-    settings = network["training"]
-    told = f"A network of {settings['parameters']:,} parameters, trained for {settings['steps']:,} steps, "
-    if network["alpha"] is None:
-        return told + f"has no bifurcation; the law's is at alpha = {network['alpha_exact']:.5f}."
-    return told + (
-        f"breaks the symmetry at alpha = {network['alpha']:.5f} ({network['criterion']}, reverse SDE, "
-        f"VP frame); the law does at {network['alpha_exact']:.5f}: {network['relative_error']:+.2%}."
-    )
