@@ -58,7 +58,7 @@ def compare(
 
     def run(at: np.ndarray, seed: int) -> tuple[np.ndarray, int, float]:
         counted.states, begin = 0, time.process_time()
-        found = sb.clones(counted, at, classify, pairs=pairs, seeds=seed, resamples=100, **settings)
+        found = sb.clones(counted, at, classify, pairs=pairs, seeds=seed, paths=sb.Paths(resamples=100), **settings)
         assert counted.states == found.calls
         return np.atleast_1d(found.curve.value), counted.states, time.process_time() - begin
 

@@ -74,8 +74,7 @@ def main() -> None:
         judge.logits,
         pairs=args.pairs,
         steps=args.steps,
-        progress=tell,
-        keep=store.keep,
+        run=store.run(tell),
     )
     print()
     published = json.loads((ROOT / "tests" / "published.json").read_text())["mnist_1_vs_8_cloning"]

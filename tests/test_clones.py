@@ -12,10 +12,14 @@ from symbreak.networks.denoiser import as_denoiser
 from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
-from symbreak.phases import clones as module
-from symbreak.phases.clones import clones, opportunity, u_turns
+from symbreak.phases import branches, kicks
+from symbreak.phases.branches import Paths
+from symbreak.phases.clones import clones
+from symbreak.phases.kicks import opportunity
 from symbreak.phases.speciation import cloning_probability, cloning_time
+from symbreak.phases.u_turns import u_turns
 from symbreak.runtime.files import InputError
+from symbreak.runtime.run import Run
 
 
 def mixture(means, variances, weights=None) -> Mixture:
@@ -39,21 +43,6 @@ def network(law):
 
 def component(law):
     return lambda images: law.responsibilities(images, 0.01).argmax(1)
-
-
-class Store:
-    """Blocks that outlive an interruption, which comes before the block ``stop``."""
-
-    def __init__(self, stop=None):
-        self.stop, self.kept, self.made = stop, {}, []
-
-    def __call__(self, key, make):
-        if key not in self.kept:
-            if len(self.made) == self.stop:
-                raise KeyboardInterrupt
-            self.kept[key] = make()
-            self.made.append(key)
-        return self.kept[key]
 
 
 # --- clones ---------------------------------------------------------------------------------------
@@ -82,7 +71,7 @@ def test_phi_of_mixtures_posing_as_networks(name):
 def test_intervals_are_as_wide_as_repetitions_scatter():
     """Over 30 repetitions the spread of phi and of the crossing is that of their intervals, +-13 % (1 / sqrt 60)."""
     law, sigma = WORLDS["unequal"], [1.5, 3.0, 4.5, 7.0, 11.0]
-    runs = [clones(law, sigma, pairs=200, seeds=i, resamples=200) for i in range(30)]
+    runs = [clones(law, sigma, pairs=200, seeds=i, paths=Paths(resamples=200)) for i in range(30)]
     for values, width in (
         (np.array([r.curve.value for r in runs]), np.mean([r.curve.high - r.curve.low for r in runs], axis=0)),
         (
@@ -97,7 +86,7 @@ def test_intervals_are_as_wide_as_repetitions_scatter():
 def test_the_floor_counts_different_pairs_only():
     labels = np.array([[0, 1, 1], [2, 2, 0], [1, 1, 1], [0, 0, 2]])
     w = np.array([[1.0, 1, 1, 1], [2.0, 0, 1, 1]])
-    priors, floor = module._priors(labels, np.arange(3), w)
+    priors, floor = branches.class_shares(labels, np.arange(3), w)
     each = np.stack([(labels == c).mean(1) for c in range(3)], axis=1)
     np.testing.assert_allclose(priors, each.mean(0))
     for weights, value in zip(w, floor):
@@ -110,7 +99,7 @@ def test_a_noisy_tail_does_not_move_the_crossing():
     s = np.array([1.0, 2.0, 4.0, 8.0, 16.0])
     curves = np.array([[0.9, 0.8, 0.4, 0.3, 0.62], [0.9, 0.8, 0.7, 0.7, 0.65], [0.5, 0.4, 0.4, 0.4, 0.3]])
     with np.errstate(divide="ignore"):
-        found = np.log(passing(s, module._monotone(s, curves), np.full(3, 0.6)))
+        found = np.log(passing(s, branches._monotone(s, curves), np.full(3, 0.6)))
     # 0.4, 0.3, 0.62 fit by their mean 0.44: from 0.8 at 2 to 0.44 at 4.
     assert found[0] == pytest.approx(math.log(2) + math.log(2) * 0.2 / 0.36)
     assert found[1] == math.inf
@@ -160,7 +149,7 @@ def test_calls_are_counted_and_shared():
             asked.append((s, len(x)))
             return d(x, s)
 
-    found = clones(Counted(), sigma, component(law), pairs=30, steps=20, progress=lambda *a: told.append(a))
+    found = clones(Counted(), sigma, component(law), pairs=30, steps=20, run=Run(progress=lambda _, *a: told.append(a)))
     assert len(asked) == 20  # the levels asked about replace steps
     assert sum(n for _, n in asked) == found.calls
     grid = [s for s, _ in asked]
@@ -187,31 +176,34 @@ def image_world():
 
 
 @pytest.mark.parametrize("experiment", ["clones", "clusters", "u_turns", "opportunity"])
-def test_interrupted_runs_go_on_with_the_same_bits(experiment):
+def test_interrupted_runs_go_on_with_the_same_bits(experiment, tmp_path):
     law = image_world()
     d, sigma = network(law), [0.5, 2.0, 6.0]
 
-    def run(keep=None, progress=None):
-        about = {"steps": 8, "seeds": 4, "keep": keep, "progress": progress}
+    def measured(run=None, seeds=4):
+        about = {"steps": 8, "seeds": seeds, "run": run}
         if experiment == "clones":
             return clones(d, sigma, component(law), pairs=150, **about)
         if experiment == "clusters":
             return clones(d, sigma, clusters=2, pairs=150, **about)
         if experiment == "u_turns":
             x = law.sample(75, 0.0, generator(1, 1))
-            return u_turns(d, x, sigma, component(law), turns=2, **about)
+            return u_turns(d, x, sigma, component(law), paths=Paths(turns=2), **about)
         return opportunity(d, sigma, component(law), samples=150, **about)
 
-    whole = run()
-    store = Store(stop=2)
+    def stop(_, done, total):
+        if done > 130 / 150 * total:  # in the third block of 64, 64 and 22
+            raise KeyboardInterrupt
+
+    whole = measured()
     with pytest.raises(KeyboardInterrupt):
-        run(store)
-    name = {"clusters": "clones"}.get(experiment, experiment)
-    assert store.made == [f"{name}/0", f"{name}/1"]
-    store.stop, told = None, []
-    resumed = run(store, lambda *a: told.append(a))
-    assert store.made == [f"{name}/{i}" for i in range(3)]
-    assert told[0][0] == round(64 / 150 * told[0][1])  # what was kept counts as done
+        measured(Run(tmp_path, progress=stop))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    told = []
+    resumed = measured(Run(tmp_path, progress=lambda _, *a: told.append(a)))
+    assert [round(150 * a / b) for a, b in told[:2]] == [64, 128]  # what was there counts as done
+    measured(Run(tmp_path), seeds=5)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 6  # other settings are other parts
     assert told[-1][0] == told[-1][1] == whole.calls
     for key, value in vars(whole).items():
         if isinstance(value, np.ndarray):
@@ -244,11 +236,13 @@ def test_u_turns_of_the_networks_own_data(name):
 def test_labels_features_and_turns():
     law = WORLDS["unequal"]
     x, y = law.sample_labelled(60, 0.0, generator(3, 3))
-    other = u_turns(network(law), x, [0.05, 3.0], component(law), labels=1 - y, turns=3, steps=20)
-    own = u_turns(network(law), x, [0.05, 3.0], component(law), labels=y, turns=3, steps=20)
+    other = u_turns(network(law), x, [0.05, 3.0], component(law), labels=1 - y, paths=Paths(turns=3), steps=20)
+    own = u_turns(network(law), x, [0.05, 3.0], component(law), labels=y, paths=Paths(turns=3), steps=20)
     np.testing.assert_allclose(own.changed + other.changed, 1.0)  # two classes: wrong labels turn the curve over
     assert set(np.unique(np.round(3 * own.changed))) <= {0.0, 1.0, 2.0, 3.0}
-    doubled = u_turns(network(law), x, [0.05, 3.0], component(law), features=lambda v: 7 * v, turns=3, steps=20)
+    doubled = u_turns(
+        network(law), x, [0.05, 3.0], component(law), features=lambda v: 7 * v, paths=Paths(turns=3), steps=20
+    )
     np.testing.assert_allclose(doubled.distance, own.distance, rtol=1e-3)  # float32 features, small differences
 
 
@@ -259,7 +253,7 @@ def test_kicks_against_the_exact_flow():
     """In one dimension the flow is known from `transport`; a kick up or down, averaged over the law's own states."""
     law, size = mixture([[-0.95], [0.95]], 0.1), 0.05
     sigma = np.array([0.02, 0.2, 0.5, 0.8, 1.4, 3.0, 15.0])
-    found = opportunity(law, sigma, samples=1500, steps=150, size=size, flow="ode", sigma_end=0.002)
+    found = opportunity(law, sigma, samples=1500, steps=150, size=size, flow="ode", paths=Paths(sigma_end=0.002))
     for i, s in enumerate(sigma):
         x = law.sample(4000, float(s), generator(6, i))
         stack = torch.cat([x, x * (1 + size), x * (1 - size)])
@@ -278,7 +272,7 @@ def test_kicks_against_the_exact_flow():
 def test_kicks_are_forgotten_early_and_carried_where_the_classes_part():
     law = mixture([[-4.0], [4.0]], 1.0)
     sigma = np.array([0.05, 0.5, 2.0, 3.5, 5.0, 7.5, 12.0, 60.0, 120.0])
-    found = opportunity(law, sigma, samples=2000, steps=150, size=0.05, sigma_end=0.01)
+    found = opportunity(law, sigma, samples=2000, steps=150, size=0.05, paths=Paths(sigma_end=0.01))
     # Far above the split the law is one Gaussian of variance 17, whose kicks shrink by known factors.
     shrunk = [math.sqrt(1 + s * s) / (17 + s * s) for s in sigma[-2:]]
     assert found.change.value[-1] / found.change.value[-2] == pytest.approx(shrunk[1] / shrunk[0], rel=0.15)
@@ -303,7 +297,7 @@ def test_one_gaussian_has_a_closed_form():
     # Three points of a curve that is no parabola, .38 apart in log sigma.
     assert found.peak.sigma == pytest.approx(math.sqrt(v - 2), rel=0.05)
     assert found.peak.low.sigma == pytest.approx(found.peak.high.sigma)  # every trajectory says the same
-    flow = opportunity(law, sigma, samples=50, steps=2000, sigma_end=1e-3, flow="ode")
+    flow = opportunity(law, sigma, samples=50, steps=2000, paths=Paths(sigma_end=1e-3), flow="ode")
     exact = np.sqrt(v * (1 + sigma**2) / (v + sigma**2))
     np.testing.assert_allclose(flow.change.value, exact, rtol=0.004)  # half a step of log sigma, .005, at first order
     assert flow.peak.level is None
@@ -313,7 +307,7 @@ def test_one_gaussian_has_a_closed_form():
 def test_a_parabola_has_its_own_peak():
     s = np.geomspace(0.5, 8, 7)
     sums = np.stack([3 - (np.log(s) - c) ** 2 for c in (0.8, 0.5, 1.1)])
-    found = module._peak(s, sums, "opportunity", "sde")
+    found = kicks._peak(s, sums, "opportunity", "sde")
     assert found.sigma == pytest.approx(math.exp(0.8))
     assert (found.low.sigma, found.high.sigma) == pytest.approx((math.exp(0.5), math.exp(1.1)))
 
@@ -349,15 +343,15 @@ def nan(images):
         (lambda: clones(D, [1.0], component, pairs=1), "1 pairs"),
         (lambda: clones(D, [1.0], component, steps=1), "1 steps"),
         (lambda: clones(D, [1e3], component), "branch levels from 1000 to 1000"),
-        (lambda: clones(D, [1.0], component, sigma_start=500.0), "in the range 0.01 to 157.4"),
+        (lambda: clones(D, [1.0], component, paths=Paths(sigma_start=500.0)), "in the range 0.01 to 157.4"),
         (lambda: clones(D, [-1.0], component), "sigma is -1"),
-        (lambda: clones(D, [1.0], component, resamples=1), "1 resamples"),
+        (lambda: clones(D, [1.0], component, paths=Paths(resamples=1)), "1 resamples"),
         (lambda: u_turns(D, torch.zeros(5, 1, 8, 8), 1.0, component), r"images of shape \(1, 8, 8\) for a network"),
         (lambda: u_turns(D, X, 1.0, nan), "classify gave NaN"),
         (lambda: u_turns(D, X * math.nan, 1.0, nan), "the images hold NaN"),
         (lambda: u_turns(D, X, 1.0, component(WORLDS["equal"]), labels=[0, 1]), r"labels of shape \(2,\) for 6"),
         (lambda: u_turns(D, X, 1.0, component(WORLDS["equal"]), labels=[0.5] * 6), "labels of float64"),
-        (lambda: u_turns(D, X[:1], 1.0, component(WORLDS["equal"])), "1 images and 1 turns"),
+        (lambda: u_turns(D, X[:1], 1.0, component(WORLDS["equal"])), "1 images; expected at least 2"),
         (lambda: u_turns(D, 0 * X, 1.0, component(WORLDS["equal"])), "all images have the same features"),
         (lambda: u_turns(D, X, 1.0, component(WORLDS["equal"]), features=lambda x: x[:2]), "features gave the shape"),
         (lambda: u_turns(D, X, 1.0), "has no classes"),

@@ -13,6 +13,7 @@ import torch
 
 from symbreak.laws import Empirical, Mixture
 from symbreak.noise import generator
+from symbreak.phases.branches import Paths
 from symbreak.phases.clones import clone_agreement
 from symbreak.phases.collapse import excess_entropy
 from symbreak.phases.speciation import cloning_probability
@@ -50,7 +51,7 @@ def test_cloning_curves_by_reverse_simulation(d, pairs):
     sigma = np.sqrt(np.expm1(2 * np.array(curve["tau"])))
     phi = cloning_probability(world(d), sigma).value
     line = Mixture.from_parameters([[math.sqrt(d)], [-math.sqrt(d)]], 1.0)
-    full = clone_agreement(world(d), sigma, pairs=pairs, steps=150, dtype=torch.float32)
+    full = clone_agreement(world(d), sigma, pairs=pairs, steps=150, paths=Paths(dtype=torch.float32))
     reduced = clone_agreement(line, sigma, pairs=10_000, steps=150)
     published = np.array(curve["phi"])
     for one, n, other, m in (

@@ -419,15 +419,17 @@ def test_a_collapse_of_points_that_ranks_share(tmp_path):
 
 
 def _network_phases(out):
-    from symbreak.phases.clones import clones, u_turns
+    from symbreak.phases.branches import Paths
+    from symbreak.phases.clones import clones
     from symbreak.phases.losses import loss_curve
+    from symbreak.phases.u_turns import u_turns
 
     with joined() as (rank, _):
         pipe = sb.load_pipeline("digits")
         network, x = sb.denoiser(pipe.unet, pipe.scheduler), sb.images("digits:held-out").tensor()[:40]
         judge = sb.extractor("digits-classifier")
         pairs = clones(network, [0.5, 2.0], judge.logits, pairs=130, steps=4)
-        turns = u_turns(network, x, [0.5, 2.0], judge.logits, steps=4, turns=3)
+        turns = u_turns(network, x, [0.5, 2.0], judge.logits, steps=4, paths=Paths(turns=3))
         loss = loss_curve(network, x, [0.3, 1.0, 3.0]).mmse
         with alone():
             write_json(

@@ -11,6 +11,7 @@ from scipy.special import expit
 from symbreak.laws import Empirical, Mixture
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
+from symbreak.phases.branches import Paths
 from symbreak.phases.clones import clone_agreement
 from symbreak.phases.speciation import SpeciationTime, cloning_probability, cloning_time, ladder, speciation_time
 from symbreak.runtime.files import InputError
@@ -248,7 +249,7 @@ def test_unequal_classes_by_clones():
         (lambda: cloning_probability(pair(1), []), "sigma of shape"),
         (lambda: cloning_probability(Empirical([[1.0], [2.0]]), 1.0), "has no classes"),
         (lambda: clone_agreement(pair(1), 1.0, pairs=0), "0 pairs"),
-        (lambda: clone_agreement(pair(1), 1.0, sigma_start=0.5), "branch levels from 1 to 1"),
+        (lambda: clone_agreement(pair(1), 1.0, paths=Paths(sigma_start=0.5)), "branch levels from 1 to 1"),
         (lambda: clone_agreement(Empirical([[1.0], [2.0]]), 1.0), "has no classes"),
     ],
 )

@@ -31,7 +31,10 @@ _HOMES = {
     "noise": ("NoiseLevel", "Schedule", "schedule"),
     "phases.collapse": ("collapse_scaling", "collapse_time", "excess_entropy", "mutual_information", "samples_needed"),
     "phases.condensation": ("nearest_flips", "nearest_of"),
-    "phases.clones": ("clone_agreement", "clones", "opportunity", "u_turns"),
+    "phases.branches": ("Paths",),
+    "phases.clones": ("clone_agreement", "clones"),
+    "phases.kicks": ("opportunity",),
+    "phases.u_turns": ("u_turns",),
     "phases.speciation": ("cloning_probability", "speciation_time"),
     "phases.gaussianity": ("first_rejection", "gaussianity"),
     "phases.losses": ("entropy_rate", "loss_curve", "non_gaussianity"),
@@ -76,7 +79,8 @@ if TYPE_CHECKING:
     from symbreak.networks.train import Recipe, train_network
     from symbreak.noise import NoiseLevel, Schedule, schedule
     from symbreak.phases.bifurcation import bifurcation, fixed_points, potential
-    from symbreak.phases.clones import clone_agreement, clones, opportunity, u_turns
+    from symbreak.phases.branches import Paths
+    from symbreak.phases.clones import clone_agreement, clones
     from symbreak.phases.collapse import (
         collapse_scaling,
         collapse_time,
@@ -86,9 +90,11 @@ if TYPE_CHECKING:
     )
     from symbreak.phases.condensation import nearest_flips, nearest_of
     from symbreak.phases.gaussianity import first_rejection, gaussianity
+    from symbreak.phases.kicks import opportunity
     from symbreak.phases.losses import entropy_rate, loss_curve, non_gaussianity
     from symbreak.phases.network_stability import arc_potential, network_stability
     from symbreak.phases.speciation import cloning_probability, speciation_time
+    from symbreak.phases.u_turns import u_turns
     from symbreak.report.html import write_report
     from symbreak.report.record import Record
     from symbreak.runtime.errors import InputError

@@ -7,10 +7,12 @@ A search that finds nothing is an answer too: a `CriticalTime` whose level is ``
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+from scipy.optimize import brentq
 
 from symbreak.intervals import mean_interval, percentiles
 from symbreak.noise import NoiseLevel
@@ -19,6 +21,7 @@ from symbreak.runtime.errors import InputError
 __all__ = [
     "CriticalTime",
     "Curve",
+    "Result",
     "crossing",
     "curve",
     "levels",
@@ -26,11 +29,32 @@ __all__ = [
     "passing",
     "passing_interval",
     "passing_time",
+    "root_time",
 ]
+
+Kind = TypeVar("Kind", bound="Curve")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple | list):
+        return [_plain(v) for v in value]
+    if hasattr(value, "to_dict"):
+        return value.to_dict()
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
+class Result:
+    """What was measured: some of its attributes go into records."""
+
+    record: ClassVar[tuple[str, ...]] = ()
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records."""
+        return {name: _plain(getattr(self, name)) for name in self.record}
 
 
 @dataclass(frozen=True)
-class CriticalTime:
+class CriticalTime(Result):
     """A noise level at which something happens.
 
     Attributes:
@@ -42,6 +66,8 @@ class CriticalTime:
         reason: why there is no level, or what limits it.
         confidence: nominal coverage of the interval.
     """
+
+    record = ("criterion", "level", "low", "high", "flow", "frame", "source", "reason", "confidence")
 
     level: NoiseLevel | None
     low: NoiseLevel | None = None
@@ -58,24 +84,12 @@ class CriticalTime:
         """sigma of the level, or ``None``."""
         return None if self.level is None else self.level.sigma
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, for records."""
-        return {
-            "criterion": self.criterion,
-            "level": self.level and self.level.to_dict(),
-            "low": self.low and self.low.to_dict(),
-            "high": self.high and self.high.to_dict(),
-            "flow": self.flow,
-            "frame": self.frame,
-            "source": self.source,
-            "reason": self.reason,
-            "confidence": self.confidence,
-        }
-
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Result):
     """A quantity against sigma: float64 arrays of one length, ``low``/``high`` its interval."""
+
+    record = ("name", "sigma", "value", "low", "high")
 
     sigma: np.ndarray
     value: np.ndarray
@@ -89,15 +103,13 @@ class Curve:
         if not (self.sigma.shape == self.value.shape == self.low.shape == self.high.shape):
             raise ValueError("a Curve needs sigma, value, low and high of one length.")
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, for records."""
-        return {
-            "name": self.name,
-            "sigma": self.sigma.tolist(),
-            "value": self.value.tolist(),
-            "low": self.low.tolist(),
-            "high": self.high.tolist(),
-        }
+    def map(self, function: Callable[[np.ndarray], np.ndarray], name: str) -> Curve:
+        """A rising function of the quantity."""
+        return Curve(self.sigma, function(self.value), function(self.low), function(self.high), name)
+
+    def extended(self, kind: type[Kind], **attributes: Any) -> Kind:
+        """The same curve as one of a kind with further attributes."""
+        return kind(self.sigma, self.value, self.low, self.high, self.name, **attributes)
 
 
 def levels(sigma: Any) -> tuple[np.ndarray, tuple[int, ...]]:
@@ -183,6 +195,37 @@ def passing_time(
     reason = f"the interval ends {' and '.join(ends[side] for side in sides)}, outside the levels measured"
     level = NoiseLevel(float(passed[0]))
     return CriticalTime(level, low, high, criterion=criterion, source=source, reason=reason if sides else None)
+
+
+def root_time(
+    average: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
+    target: float,
+    ends: tuple[float, float],
+    **about: Any,
+) -> CriticalTime:
+    """Where an average over a law passes a value between two levels; its interval is the Monte Carlo error.
+
+    Args:
+        average: levels [G] -> mean and 95 % interval, [G] each. No interval is given where its own has no width.
+        target: the value.
+        ends: log sigma on either side.
+        about: further attributes of the `CriticalTime`.
+    """
+
+    def gap(u: float) -> float:
+        return float(average(np.array([math.exp(u)]))[0][0]) - target
+
+    signs = [gap(u) for u in ends]
+    # An end that is the root itself may miss it by its rounding.
+    near = ends[int(np.argmin(np.abs(signs)))]
+    root = float(brentq(gap, *ends, xtol=1e-13, rtol=1e-14)) if signs[0] * signs[1] < 0 else near
+    mean, low, high = (float(a[0]) for a in average(np.array([math.exp(root)])))
+    first = last = None
+    if high > low:
+        h = 0.02
+        slope = (gap(root + h) - gap(root - h)) / (2 * h)
+        first, last = (NoiseLevel(math.exp(root + u)) for u in sorted([(mean - high) / slope, (mean - low) / slope]))
+    return CriticalTime(NoiseLevel(math.exp(root)), first, last, **about)
 
 
 def mean_curve(

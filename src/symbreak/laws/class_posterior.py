@@ -23,7 +23,7 @@ from symbreak.laws.mixture import Mixture
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 
-__all__ = ["class_draws", "class_of", "posterior_average", "separation"]
+__all__ = ["class_draws", "class_of", "features_of", "labels_of", "mixture_of", "posterior_average", "separation"]
 
 NUMBERS = 2**23  # numbers of one block of draws
 
@@ -64,6 +64,38 @@ def class_of(classify: Callable[[torch.Tensor], Any], images: torch.Tensor) -> n
     if not (whole == a).all():
         raise InputError(f"classify gave fractions ({float(a[whole != a][0]):g}); expected integer classes [{n}].")
     return whole
+
+
+def features_of(features: Callable[[torch.Tensor], Any], images: torch.Tensor) -> np.ndarray:
+    """Features [B, F] float64 of images [B, *S].
+
+    Raises:
+        InputError: for NaN or another number of rows.
+    """
+    with torch.no_grad():
+        out = features(images)
+    a = out.detach().cpu().numpy() if isinstance(out, torch.Tensor) else np.asarray(out)
+    n = len(images)
+    if a.ndim < 1 or len(a) != n:
+        raise InputError(f"features gave the shape {a.shape} for {n} images; expected [{n}, F].")
+    flat = a.reshape(n, -1).astype(np.float64)
+    if not np.isfinite(flat).all():
+        raise InputError("features gave NaN or infinity; expected numbers.")
+    return flat
+
+
+def labels_of(labels: Any, n: int, name: str = "labels") -> np.ndarray:
+    """Labels [n] of n images as int64.
+
+    Raises:
+        InputError: for another number of them, or numbers that are not whole.
+    """
+    a = labels.detach().cpu().numpy() if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if a.shape != (n,):
+        raise InputError(f"{name} of shape {a.shape} for {n} images; expected one label an image.")
+    if not np.issubdtype(a.dtype, np.integer):
+        raise InputError(f"{name} of {a.dtype}; expected integers, one class number an image.")
+    return a.astype(np.int64)
 
 
 def separation(law: Mixture, sigma: np.ndarray) -> np.ndarray | None:

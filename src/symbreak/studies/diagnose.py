@@ -33,13 +33,15 @@ from symbreak.networks.families import denoiser
 from symbreak.networks.loading import refuse_conditional, weights_hash
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.bifurcation import bifurcation
-from symbreak.phases.clones import clones, opportunity, u_turns
+from symbreak.phases.clones import clones
 from symbreak.phases.collapse import collapse_time, excess_entropy, samples_needed
 from symbreak.phases.condensation import nearest_flips, nearest_of
+from symbreak.phases.kicks import opportunity
 from symbreak.phases.losses import class_entropy, divergence_bound, entropy_rate, loss_curve
 from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
 from symbreak.phases.network_stability import arc_potential, network_stability
 from symbreak.phases.speciation import cloning_probability, cloning_time, speciation_time
+from symbreak.phases.u_turns import u_turns
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest, output_folder
 from symbreak.runtime.plain import plain, versions
@@ -564,14 +566,7 @@ def _condensation(
     levels = np.geomspace(max(1.05 * low, 0.03 * scale), min(0.95 * high, 2.5 * scale), max(3, effort.branches // 2))
     with found.stage("clones, same image") as tell:
         same = clones(
-            network,
-            levels,
-            nearest_of(whole.points),
-            pairs=pairs,
-            steps=effort.steps,
-            seeds=seed,
-            progress=tell,
-            keep=lambda key, make: store.keep(f"nearest-{key}", make),
+            network, levels, nearest_of(whole.points), pairs=pairs, steps=effort.steps, seeds=seed, run=store.run(tell)
         )
         found.draw("condensation", "clones end at one nearest image, phi_C", "network", same.curve, "s-", "#b3424a")
 
@@ -607,7 +602,7 @@ def _network(
         """Levels even in log sigma, as multiples of the data's largest standard deviation, inside the range."""
         return np.geomspace(max(1.05 * low, least * scale), min(0.95 * high, most * scale), count)
 
-    shared: dict[str, Any] = {"steps": effort.steps, "seeds": seed, "keep": store.keep}
+    shared: dict[str, Any] = {"steps": effort.steps, "seeds": seed}
     with found.stage("clones") as tell:
         pairs = clones(
             network,
@@ -615,7 +610,7 @@ def _network(
             judge.classify,
             pairs=effort.pairs,
             clusters=judge.clusters,
-            progress=tell,
+            run=store.run(tell),
             **shared,
         )
         found.add("cloning", "network", pairs.crossing)
@@ -625,7 +620,9 @@ def _network(
     judged = judge.classify if judge.clusters is None else _nearest(pairs)
     images, labels = _some(held, effort.images, seed)
     with found.stage("U-turns") as tell:
-        turns = u_turns(network, images[: effort.pairs], span(0.07, 2.5, effort.turns), judged, progress=tell, **shared)
+        turns = u_turns(
+            network, images[: effort.pairs], span(0.07, 2.5, effort.turns), judged, run=store.run(tell), **shared
+        )
         found.add("U-turn, class", "network", turns.crossing)
         found.draw("clones", "U-turns: class changed", "network", turns.classes, "s--")
         found.draw("clones", "U-turns: pixels changed", "network", turns.features, ":")
@@ -690,7 +687,7 @@ def _network(
         found.check(linearity_check(linear, at))
     with found.stage("opportunity") as tell:
         window = opportunity(
-            network, span(0.07, 2.5, effort.branches), judged, samples=effort.pairs, progress=tell, **shared
+            network, span(0.07, 2.5, effort.branches), judged, samples=effort.pairs, run=store.run(tell), **shared
         )
         found.draw("opportunity", "change of the final image per unit of kick", "network", window.change, "o-")
         found.add("window of opportunity, image", "network", window.peak)
