@@ -9,7 +9,7 @@ import torch
 
 import symbreak as sb
 from symbreak.start.choose import _along, _moments_gap, _run
-from symbreak.start.cut_schedule import cut
+from symbreak.start.late_start import cut
 
 
 def coherence(network, law, gaussian, images, sigma):

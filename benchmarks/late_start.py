@@ -26,7 +26,8 @@ from symbreak.metrics.features import accuracy, extractor, features, load_classi
 from symbreak.metrics.frechet import distance, floor
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.runtime.files import write_json
-from symbreak.start.cut_schedule import cut, steps_for
+from symbreak.start.grids import steps_for
+from symbreak.start.late_start import cut
 
 SAMPLERS = ("dpm++2m", "dpm++2m-karras", "unipc", "ddim", "pndm", "ddpm")
 SPACINGS = ("leading", "trailing", "linspace")

@@ -32,7 +32,7 @@ from symbreak.metrics.memorization import nearest_summary
 from symbreak.networks.loading import weights_hash
 from symbreak.runtime.files import write_json, write_whole
 from symbreak.runtime.run import Blocks
-from symbreak.start.cut_schedule import steps_for
+from symbreak.start.grids import steps_for
 
 ROOT = Path(__file__).parents[1]
 SAMPLERS = {

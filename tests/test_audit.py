@@ -370,7 +370,7 @@ def test_neighbours_in_features():
 
 
 def test_an_interrupted_audit_goes_on_with_the_same_bits(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "KEPT", 64)
+    monkeypatch.setattr(sample, "BLOCK", 64)
     data, pipe = images("digits").subset(200), load_pipeline("digits")
     options = {"model": pipe, "sampling": Sampling(70, steps=3)}
     whole = audit(data, **options)

@@ -18,7 +18,8 @@ from symbreak.networks.samplers import SAMPLERS, scheduler
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 from symbreak.start.choose import loss_gaps
-from symbreak.start.late_start import LateStartWarning, candidate_laws, fit_start, late_start
+from symbreak.start.fit import candidate_laws, fit_start, late_start
+from symbreak.start.late_start import LateStartWarning
 from symbreak.start.sample import generate
 from tests.worlds import gaussian_law, two_deltas
 

@@ -15,7 +15,7 @@ from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.samplers import scheduler
 from symbreak.runtime.files import read_tensors, write_tensors
-from symbreak.start.late_start import late_start
+from symbreak.start.fit import late_start
 
 
 def symbreak(capsys, *argv):

@@ -12,7 +12,7 @@ from symbreak.networks.loading import load_pipeline
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
-from symbreak.start.late_start import late_start
+from symbreak.start.fit import late_start
 from symbreak.start.sample import generate
 from tests.worlds import gaussian_moments
 

@@ -46,8 +46,8 @@ from symbreak.moments.one_pass import Moments
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.train import Recipe
 from symbreak.runtime.files import InputError, output_folder, read_tensors, write_json, write_tensors
-from symbreak.start.cut_schedule import LateStart, standard_start
-from symbreak.start.late_start import late_start
+from symbreak.start.fit import late_start
+from symbreak.start.late_start import LateStart, standard_start
 from symbreak.start.sample import parse_seeds
 from tests.worlds import low_rank_mixture
 

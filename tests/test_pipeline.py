@@ -21,8 +21,9 @@ from symbreak.networks.loading import load_pipeline
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
-from symbreak.start.cut_schedule import late_sigmas
-from symbreak.start.late_start import late_start, standard_start
+from symbreak.start.fit import late_start
+from symbreak.start.grids import late_sigmas
+from symbreak.start.late_start import standard_start
 from symbreak.start.pipeline import LateStartPipeline
 from symbreak.start.sample import generate
 from tests.worlds import gaussian_law

@@ -10,7 +10,9 @@ from symbreak.networks.loading import load_pipeline
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.files import InputError
-from symbreak.start.late_start import late_start, standard_start
+from symbreak.runtime.run import Run
+from symbreak.start.fit import late_start
+from symbreak.start.late_start import standard_start
 from symbreak.start.sample import generate, parse_seeds
 from tests.worlds import gaussian_law
 
@@ -61,7 +63,7 @@ def test_noised_images_come_back_from_low_noise():
 def test_progress_counts_images(pipe, law):
     seen = []
     start = late_start(scheduler("ddim", like=pipe.scheduler), law, 1)
-    generate(pipe.unet, start, range(5), micro_batch=2, progress=lambda d, n: seen.append((d, n)))
+    generate(pipe.unet, start, range(5), micro_batch=2, run=Run(progress=lambda _, d, n: seen.append((d, n))))
     assert seen == [(2, 5), (4, 5), (5, 5)]
 
 

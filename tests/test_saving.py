@@ -17,8 +17,8 @@ from symbreak.networks.samplers import SAMPLERS, scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.speciation import speciation_time
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
-from symbreak.start.cut_schedule import LateStart
-from symbreak.start.late_start import late_start, standard_start
+from symbreak.start.fit import late_start
+from symbreak.start.late_start import LateStart, standard_start
 from symbreak.start.sample import generate
 from tests.worlds import full_mixture, gaussian_law, isotropic_mixture, low_rank_mixture
 
@@ -247,7 +247,7 @@ def test_broken_starts(tmp_path):
         (lambda p: edited(p, {"asked": None}), "broken start"),
         (lambda p: edited(p, {"asked": torch.tensor([-1.0, 1.0])}), "broken start"),
         (lambda p: broken_start(p, steps=0), "broken start"),
-        (lambda p: broken_start(p, scheduler={"solver_type": "magic"}), "cannot be made"),
+        (lambda p: broken_start(p, scheduler={"solver_type": "magic"}), "broken start .*magic"),
         # a class of diffusers that is no scheduler is not made
         (lambda p: broken_start(p, **{"class": "DDPMPipeline"}), "which diffusers does not have"),
         (lambda p: broken_start(p, **{"class": "IPNDMScheduler"}), "IPNDMScheduler cannot be cut"),

@@ -14,7 +14,9 @@ from symbreak.networks.families import as_unet
 from symbreak.networks.samplers import SAMPLERS, scheduler
 from symbreak.noise import NoiseLevel, schedule
 from symbreak.runtime.files import InputError
-from symbreak.start.late_start import SUPPORTED, LateStart, late_start, standard_start
+from symbreak.start.cut_schedule import SUPPORTED
+from symbreak.start.fit import late_start
+from symbreak.start.late_start import LateStart, standard_start
 from tests.worlds import gaussian_law
 
 STOCHASTIC = {"ddpm", "sde-dpm++2m", "euler-a", "kdpm2-a", "lcm"}

@@ -19,7 +19,7 @@ from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.speciation import speciation_time
 from symbreak.runtime.files import InputError
-from symbreak.start.late_start import late_start
+from symbreak.start.fit import late_start
 
 DATA = Path(os.environ.get("SYMBREAK_DATA") or "/nonexistent")
 

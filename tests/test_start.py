@@ -13,7 +13,8 @@ from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.phases.speciation import ladder, speciation_time
 from symbreak.runtime.files import InputError
-from symbreak.start.late_start import LateStartWarning, late_start, standard_start
+from symbreak.start.fit import late_start
+from symbreak.start.late_start import LateStartWarning, standard_start
 from tests.worlds import gaussian_law
 
 
@@ -162,6 +163,6 @@ def test_gaussian_identities():
 
 
 def test_diffusers_classes_named_in_messages_exist():
-    from symbreak.start.late_start import SUPPORTED
+    from symbreak.start.cut_schedule import SUPPORTED
 
     assert all(hasattr(diffusers, name) for name in SUPPORTED)

@@ -17,9 +17,9 @@ _HOMES = {
     "networks.samplers": ("scheduler",),
     "studies.compare_starts": ("compare_starts", "sensitivity"),
     "critical": ("CriticalTime", "Curve"),
-    "start.cut_schedule": ("late_sigmas",),
     "data.images": ("Images",),
     "data.readers": ("images",),
+    "start.grids": ("late_sigmas",),
     "networks.denoiser": ("Denoiser", "score"),
     "runtime.errors": ("InputError",),
     "runtime.run": ("Run",),
@@ -45,14 +45,8 @@ _HOMES = {
     "report.html": ("write_report",),
     "start.sample": ("generate",),
     "moments.low_rank": ("LowRankMoments", "truncation_bound"),
-    "start.late_start": (
-        "LateStart",
-        "LateStartWarning",
-        "candidate_laws",
-        "fit_start",
-        "late_start",
-        "standard_start",
-    ),
+    "start.late_start": ("LateStart", "LateStartWarning", "standard_start"),
+    "start.fit": ("candidate_laws", "fit_start", "late_start"),
     "studies.diagnose": ("Effort", "diagnose"),
     "studies.audit": ("Sampling", "audit"),
     "studies.compare": ("Study", "run"),
@@ -99,15 +93,9 @@ if TYPE_CHECKING:
     from symbreak.report.record import Record
     from symbreak.runtime.errors import InputError
     from symbreak.runtime.run import Run
-    from symbreak.start.cut_schedule import late_sigmas
-    from symbreak.start.late_start import (
-        LateStart,
-        LateStartWarning,
-        candidate_laws,
-        fit_start,
-        late_start,
-        standard_start,
-    )
+    from symbreak.start.fit import candidate_laws, fit_start, late_start
+    from symbreak.start.grids import late_sigmas
+    from symbreak.start.late_start import LateStart, LateStartWarning, standard_start
     from symbreak.start.pipeline import LateStartPipeline
     from symbreak.start.sample import generate
     from symbreak.studies.audit import Sampling, audit

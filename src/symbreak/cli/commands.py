@@ -38,7 +38,7 @@ from symbreak.cli.options import (
 from symbreak.report.record import Record
 from symbreak.report.tables import out_console, show
 from symbreak.runtime.files import InputError
-from symbreak.runtime.ranks import agreed, dealt, joined, lost, rank_of
+from symbreak.runtime.ranks import joined, lost, rank_of
 
 app = typer.Typer(
     name="symbreak",
@@ -403,8 +403,9 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Sample images, one a seed, from white noise or from a late start."""
-    from symbreak.runtime.files import output_folder, read_json, write_json
-    from symbreak.start.sample import check, parse_seeds
+    from symbreak.runtime.files import output_folder
+    from symbreak.runtime.run import Run
+    from symbreak.start.sample import check, parse_seeds, write_images
 
     placed = (device, precision, compiled)
     output_folder(out)
@@ -416,47 +417,15 @@ def sample(
     begin, unet = planned(model, start, at, sampler, steps, placed, fitting)
     check(unet, begin, wanted, micro_batch)
     settings = decisive(model, start, unet, begin, placed, micro_batch)
-    info = out / "sample.json"
-    had = read_json(info) if info.exists() else settings
-    if had != settings:
-        found = had if isinstance(had, dict) else {}
-        other = sorted(k for k in settings.keys() | found.keys() if found.get(k) != settings.get(k))
-        # The network's answers to fixed states: their last bits are those of a machine and a number of threads.
-        why = " (probe: another number of threads, OMP_NUM_THREADS, or another machine)" if other == ["probe"] else ""
-        raise InputError(f"{out} holds images made with other settings: {', '.join(other)}{why}. Choose another --out.")
-    write_json(info, settings)  # before any rank writes an image
-    missing = agreed(lambda: [s for s in wanted if not (out / f"{s:08d}.png").exists()])
-    if missing:
-        _write_images(out, unet, begin, missing, micro_batch)
-    value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": len(missing)}
+    with _bars() as tell:
+        made = write_images(unet, begin, wanted, out, settings, micro_batch=micro_batch, run=Run(progress=tell))
+    value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": made}
 
     def draw() -> None:
         out_console.print(begin.explain(), markup=False)
-        sys.stdout.write(f"{len(missing)} of {len(wanted)} images made: {out}\n")
+        sys.stdout.write(f"{made} of {len(wanted)} images made: {out}\n")
 
     _emit(as_json, value, draw)
-
-
-def _write_images(out: Path, unet: Any, begin: Any, seeds: list[int], micro_batch: int) -> None:
-    import torch
-    from PIL import Image
-
-    from symbreak.runtime.files import write_whole
-    from symbreak.start.sample import generate
-
-    with _bars() as tell:
-        tell("images", 0, len(seeds))
-
-        def make(first: int) -> dict[str, Any]:
-            own = seeds[first : first + micro_batch]
-            pixels = ((generate(unet, begin, own, micro_batch=micro_batch) + 1) * 127.5).round().to(torch.uint8)
-            for seed, image in zip(own, pixels.permute(0, 2, 3, 1).numpy()):
-                picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-                write_whole(out / f"{seed:08d}.png", partial(picture.save, format="PNG"))
-            return {}
-
-        starts = range(0, len(seeds), micro_batch)
-        dealt(starts, make, lambda done, _: tell("images", min(done * micro_batch, len(seeds)), len(seeds)))
 
 
 @app.command(

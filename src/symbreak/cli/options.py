@@ -5,7 +5,6 @@ Errors name the options. The commands themselves are in `symbreak.cli.commands`.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any
 from rich.console import Console
 
 from symbreak.runtime.files import InputError
-from symbreak.runtime.ranks import agreed
 
 err = Console(stderr=True)
 
@@ -158,7 +156,8 @@ def fitted(
 ) -> tuple[Any, Any]:
     """A start fitted and chosen for a network, and the network."""
     from symbreak.networks.samplers import scheduler
-    from symbreak.start.late_start import LateStartWarning, fit_start
+    from symbreak.start.fit import fit_start
+    from symbreak.start.late_start import LateStartWarning
 
     base = scheduler(SAMPLER if sampler is None else sampler, like=pipe.scheduler)
     train = data_set(data, *options)
@@ -184,8 +183,8 @@ def planned(
     from symbreak.moments.one_pass import Moments
     from symbreak.networks.samplers import scheduler
     from symbreak.runtime.files import read_tensors
-    from symbreak.start.cut_schedule import LateStart, check_same_network
-    from symbreak.start.late_start import LateStartWarning, late_start, standard_start
+    from symbreak.start.fit import late_start
+    from symbreak.start.late_start import LateStart, LateStartWarning, check_same_network, standard_start
 
     if at is not None and start in ("none", "auto"):
         raise InputError(f"--at {at} came with --start {start}, which has no level to give. Leave one of them out.")
@@ -223,31 +222,11 @@ def planned(
 
 def decisive(model: str, start: str, unet: Any, begin: Any, placed: Placed, micro_batch: int) -> dict[str, Any]:
     """Everything that decides an image beside its seed; the first rank's answers to fixed states are everybody's."""
-    from symbreak.laws.saving import law_hash
-    from symbreak.networks.denoiser import fingerprint
-    from symbreak.networks.families import denoiser
-    from symbreak.networks.loading import weights_hash
-    from symbreak.runtime.plain import plain
+    from symbreak.start.sample import decisive as settings
 
-    _, precision, compiled = placed
-    found: dict[str, Any] = plain(
-        {
-            "model": model,
-            "probe": agreed(lambda: fingerprint(denoiser(unet, begin.full))),
-            "compiled": compiled,
-            "weights": weights_hash(unet),
-            "start": start if start in ("none", "auto") else start_hash(Path(start)),
-            "scheduler": json.loads(begin.full.to_json_string()),
-            "law": None if begin.law is None else law_hash(begin.law),
-            "micro_batch": micro_batch,
-            "precision": precision,
-            "device": next(iter(unet.parameters())).device.type,
-            "steps": begin.steps,
-            "calls": begin.calls,
-            "level": begin.level.to_dict(),
-        }
-    )
-    return found
+    named = start if start in ("none", "auto") else start_hash(Path(start))
+    more = {"model": model, "start": named, "precision": placed[1], "compiled": placed[2]}
+    return settings(unet, begin, micro_batch, more)
 
 
 def start_dict(begin: Any) -> dict[str, Any]:

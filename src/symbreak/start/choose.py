@@ -33,7 +33,10 @@ from symbreak.phases.losses import integral_above, loss_curve
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import plain
 from symbreak.runtime.ranks import agreed
-from symbreak.start.cut_schedule import LateStart, cut, schedule_of, standard_start
+from symbreak.start.cut_schedule import schedule_of
+from symbreak.start.grids import grids, standard_starts
+from symbreak.start.late_start import LateStart, cut
+from symbreak.start.sample import run_sampler
 
 __all__ = ["Candidate", "Choice", "LossGap", "choose", "loss_gaps"]
 
@@ -237,52 +240,15 @@ def loss_gaps(
     return out
 
 
-def _grids(scheduler: Any) -> dict[str, Any]:
-    """The scheduler on its own grid and, where its class offers both, on the Karras and the uniform one."""
-    config = dict(scheduler.config)
-    cls = type(scheduler)
-    if str(config.get("variance_type", "")).startswith("learned"):
-        raise InputError(
-            f"{cls.__name__} with the variance_type {config['variance_type']!r} cannot be tried without its network. "
-            "Set variance_type='fixed_small' or use another sampler; at= with a level works."
-        )
-    signature = inspect.signature(cls.__init__).parameters
-    grids = {"own": scheduler}
-    if "use_karras_sigmas" in signature and not (
-        config.get("use_exponential_sigmas") or config.get("use_beta_sigmas") or config.get("use_lu_lambdas")
-    ):
-        other = not config.get("use_karras_sigmas")
-        grids["Karras" if other else "uniform"] = cls.from_config(config, use_karras_sigmas=other)
-    return grids
-
-
-def _standards(scheduler: Any, steps: int) -> dict[str, LateStart]:
-    """Standard starts by spacing."""
-    spaced = "timestep_spacing" in inspect.signature(type(scheduler).__init__).parameters
-    starts = {}
-    for spacing in ("leading", "trailing", "linspace") if spaced else (None,):
-        try:
-            starts[f", {spacing}" if spacing else ""] = standard_start(scheduler, steps, spacing)
-        except InputError:
-            continue  # a spacing that does not fit these steps
-    return starts
-
-
 def _run(start: LateStart, unet: Any, state: torch.Tensor, seed: int) -> torch.Tensor:
     """Final states of the real scheduler with a law in the network's place."""
-    scheduler = start.fresh()
-    extra = {}
-    if "generator" in inspect.signature(scheduler.step).parameters:
-        extra["generator"] = generator(seed, 23)
-    scales = hasattr(scheduler, "scale_model_input")
     with torch.inference_mode():
-        for t in scheduler.timesteps:
-            seen = scheduler.scale_model_input(state, t) if scales else state
-            out = unet(seen, t, return_dict=False)[0]
-            try:
-                state = scheduler.step(out, t, state, return_dict=False, **extra)[0]
-            except (AssertionError, IndexError, ValueError):
-                return torch.full_like(state, math.nan)  # more steps than diffusers can make: this start is none
+        try:
+            state = run_sampler(start, state, lambda x, t: unet(x, t, return_dict=False)[0], generator(seed, 23))
+        except InputError:
+            raise
+        except (AssertionError, IndexError, ValueError):
+            return torch.full_like(state, math.nan)  # more steps than diffusers can make: this start is none
     return state.clone()
 
 
@@ -373,20 +339,20 @@ def choose(
         candidates.append(candidate)
         starts[candidate] = start
 
-    grids = _grids(scheduler)
-    late = {name: _late(grid, laws[0], steps, np.geomspace(low, high, LEVELS)) for name, grid in grids.items()}
+    tried = grids(scheduler)
+    late = {name: _late(grid, laws[0], steps, np.geomspace(low, high, LEVELS)) for name, grid in tried.items()}
     states = _along(world, noise, {start.level.sigma for some in late.values() for start in some}, END * low)
     truth = world.denoise(states[END * low], END * low)
-    for name, grid in grids.items():
+    for name, grid in tried.items():
         unet = as_unet(world, grid)
-        usual = _standards(grid, steps)
+        usual = standard_starts(grid, steps, skip=True)
         anyone = next(iter((*usual.values(), *late[name])), None)
         if anyone is None:
             continue  # no start of so many steps on this grid
         random = _is_stochastic(anyone, unet, noise[:2], seed)
         for spacing, start in usual.items():
             cost = _error(start, unet, start(noise), truth, gaussian, random, seed)
-            add(Candidate(None, name + spacing, start.level, 0.0, cost), start)
+            add(Candidate(None, name + ("" if spacing == "own" else f", {spacing}"), start.level, 0.0, cost), start)
         for start in late[name]:
             at = start.level.sigma
             cost = _error(start, unet, start.state(states[at]), truth, gaussian, random, seed)

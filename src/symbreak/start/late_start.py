@@ -1,4 +1,4 @@
-"""The late start: a shorter schedule, and a law that is good enough at its first level.
+"""The late start itself: a scheduler cut at a level, and the state that its first step expects.
 
 Above the symmetry breaking the noised data are nearly Gaussian, so a sampler need not start from white
 noise at the top: it starts at level s from  x = mu + Q sqrt(L + s^2) Q^T z, z ~ N(0, I), and spends its
@@ -7,221 +7,316 @@ steps below (Raya & Ambrogioni 2023, arXiv:2305.19693). Nothing else about the s
 
 from __future__ import annotations
 
+import copy
+import json
 import math
-import warnings
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
+import torch
 
-from symbreak.critical import CriticalTime
-from symbreak.data.held_out import held_out
-from symbreak.data.images import Images
-from symbreak.laws import Gaussian, PrincipalMixture
-from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import denoiser as adapted
-from symbreak.noise import NoiseLevel, Schedule
-from symbreak.phases.speciation import speciation_time
-from symbreak.runtime.files import InputError
-from symbreak.start.choose import choose
+from symbreak.laws.saving import law_from_tensors, law_tensors
+from symbreak.networks.denoiser import Denoiser, LawDenoiser, as_denoiser
+from symbreak.noise import NoiseLevel, schedule
+from symbreak.runtime.files import InputError, read_tensors, write_tensors
 from symbreak.start.cut_schedule import (
     SUPPORTED,
-    LateStart,
+    begins_at,
     check_scheduler,
     check_steps,
-    cut,
+    cut_scheduler,
     schedule_of,
-    standard_start,
+    takes,
+    timed,
 )
 
-__all__ = ["SUPPORTED", "LateStart", "LateStartWarning", "candidate_laws", "fit_start", "late_start", "standard_start"]
+__all__ = ["SUPPORTED", "LateStart", "LateStartWarning", "check_same_network", "cut", "standard_start"]
 
-CHOOSERS = 256  # images kept back for choosing
-FEWEST = 16  # images to choose with
-FULL = 4096  # above this dimension the Gaussian keeps RANK modes
-RANK = 100
+FORMAT, VERSION = "symbreak.start", "1"
+LAW = "law."  # prefix of the law's tensors and metadata in the file of a start
 
 
 class LateStartWarning(UserWarning):
     """A late start is legal but outside the range where theory vouches for it."""
 
 
-def _resolve(at: Any, law: Any, full: Schedule) -> NoiseLevel:
-    """The level that ``at`` means."""
-    if isinstance(at, str):
-        if at != "speciation":
-            raise InputError(f"at={at!r}; expected 'speciation', 'auto', a level, a CriticalTime or a step.")
-        at = speciation_time(law)
-    if isinstance(at, CriticalTime):
-        if at.level is None:
-            raise InputError(
-                f"there is no {at.criterion} time to start at: {at.reason} Pass a level or a step instead."
-            )
-        at = at.level
-    if isinstance(at, (int, float, np.integer, np.floating)) and not isinstance(at, bool):
-        try:
-            at = full.level(float(at))
-        except ValueError as error:
-            raise InputError(str(error)) from None
-    if not isinstance(at, NoiseLevel):
-        raise InputError(f"at={at!r}; expected 'speciation', a NoiseLevel, a CriticalTime or a step.")
-    try:
-        full.time(at)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    if not 0 < at.sigma < float("inf"):
-        raise InputError(f"a late start at sigma {at.sigma:g}; expected a finite level above 0.")
-    return at
+@dataclass(frozen=True)
+class LateStart:
+    """A ready scheduler and the state that its first step expects.
 
-
-def late_start(
-    scheduler: Any,
-    law: Any,
-    steps: int = 5,
-    at: NoiseLevel | CriticalTime | str | int | float = "auto",
-    denoiser: Any = None,
-    data: Any = None,
-    labels: Any = None,
-    check: bool = True,
-) -> LateStart:
-    """Cut a scheduler so that it begins at a level, and start there from a law.
-
-    Args:
-        scheduler: a diffusers scheduler (`SUPPORTED` lists the classes); it is not changed.
-        law: a law with ``.transport(noise, sigma)``, such as `Gaussian`; for ``"auto"`` also a list of laws.
-        steps: num_inference_steps below the start; ``.calls`` says how many network calls they cost.
-        at: ``"auto"`` weighs what the law costs against what the sampler costs (docs/choosing-a-start.md)
-            and may choose the standard start (``law`` is then ``None``); it needs ``denoiser`` and ``data``,
-            and without them falls back to ``"speciation"`` (spectral). Or a `NoiseLevel`, a `CriticalTime`,
-            or a step of the schedule.
-        denoiser: for ``"auto"``: the network as a `Denoiser`, from `denoiser`.
-        data: for ``"auto"``: at least 16 images, better 256, best ones that neither law nor network saw.
-        labels: for ``"auto"`` with a class-conditional network: class of every image in ``data``.
-        check: warn where the level lies below the spectral speciation level, or where ``"auto"`` finds signs
-            that the start is not to be trusted.
-
-    Returns:
-        A `LateStart`: ``start(noise)`` is the state that ``start.scheduler.step`` expects first.
-
-    Raises:
-        InputError: for a scheduler that cannot be cut, a level outside the schedule, more steps
-            than the cut schedule has, or shapes and ranges that do not fit.
-
-    Warns:
-        LateStartWarning: where the start is later than the spectral speciation level, or not to be trusted.
-
-    Source: arXiv:2305.19693 (Gaussian late start).
-    """
-    check_scheduler(scheduler)
-    laws = list(law) if isinstance(law, (list, tuple)) else [law]
-    if not laws:
-        raise InputError("no law to start from; expected one, or a list of them.")
-    for one in laws:
-        if not hasattr(one, "transport"):
-            raise InputError(f"{type(one).__name__} is no law to start from: it has no .transport(noise, sigma).")
-    check_steps(steps)
-    automatic = isinstance(at, str) and at == "auto"
-    if automatic and (denoiser is None) != (data is None):
-        came, wanted = ("data", "denoiser") if denoiser is None else ("denoiser", "data")
-        raise InputError(f"at='auto' came with {came}= but without {wanted}=. Pass both, or neither.")
-    if automatic and denoiser is not None:
-        start, choice = choose(scheduler, laws, int(steps), denoiser, data, labels)
-        if check:
-            for note in choice.signatures:
-                warnings.warn(note, LateStartWarning, stacklevel=2)
-        return replace(start, notes=(*start.notes, choice.sentence, *choice.signatures), choice=choice)
-    if len(laws) > 1:
-        raise InputError(
-            f"{len(laws)} laws came without what choosing among them needs. Pass at='auto' with denoiser= and data=, "
-            "or one law."
-        )
-    law = laws[0]
-    asked = _resolve("speciation" if automatic else at, law, schedule_of(scheduler))
-    start = cut(scheduler, law, steps, asked)
-    if check and hasattr(law, "moments"):
-        spectral = speciation_time(law)
-        if spectral.sigma is not None and start.level.sigma < spectral.sigma * (1 - 0.02):
-            note = (
-                f"The start at sigma {start.level.sigma:.4g} lies below the spectral speciation level "
-                f"{spectral.sigma:.4g}: the data are no longer Gaussian there; compare non-Gaussianity before you rely "
-                "on it."
-            )
-            start = replace(start, notes=(*start.notes, note))
-            warnings.warn(note, LateStartWarning, stacklevel=2)
-    return start
-
-
-def candidate_laws(data: Images, clusters: int | None = None) -> list[Any]:
-    """Laws worth trying for a data set: one Gaussian, one a class where there are labels, and clusters.
-
-    Args:
-        data: images.
-        clusters: of the last law; by default one for 20 images, at least 2 and at most 60.
-
-    Returns:
-        A `Gaussian` (of rank 100 above 4,096 dimensions) and `PrincipalMixture` laws over it.
-    """
-    d = math.prod(data.shape)
-    gaussian = Gaussian.fit(data) if d <= FULL else Gaussian(Moments.fit(data, rank=RANK))
-    laws: list[Any] = [gaussian]
-    if data.labels is not None:
-        _, counts = data.labels.unique(return_counts=True)
-        if len(counts) > 1 and int(counts.min()) >= 2:
-            laws.append(PrincipalMixture.fit(data, labels=True, gaussian=gaussian))
-    k = min(60, max(2, len(data) // 20)) if clusters is None else int(clusters)
-    if clusters is not None and not 2 <= k <= len(data) // 2:
-        raise InputError(f"{k} clusters for {len(data):,} images; expected 2 to {len(data) // 2:,}.")
-    if k <= len(data) // 2:
-        laws.append(PrincipalMixture.fit(data, components=k, gaussian=gaussian))
-    return laws
-
-
-def fit_start(
-    data: Images,
-    unet: Any,
-    scheduler: Any,
-    steps: int = 5,
-    holdout: Any = None,
-    clusters: int | None = None,
-    check: bool = True,
-) -> LateStart:
-    """From a data set and a network to a start, in one call: fit the laws, choose among them.
-
-    Args:
-        data: images that the laws are fitted to.
-        unet, scheduler: the network and the diffusers scheduler to sample with.
+    Attributes:
+        scheduler: cut, timesteps set, never stepped; `fresh` gives copies to step with.
+        level: the level where it begins, in the frame of the scheduler's states.
+        law: the law the start is drawn from; ``None`` is the standard start from white noise.
         steps: num_inference_steps.
-        holdout: images to choose with (`Images` or a tensor); by default up to 256 of ``data``, a fifth at
-            most, are kept back from the fit.
-        clusters: see `candidate_laws`.
-        check: as in `late_start`.
+        asked: the level asked for; ``level`` is what the scheduler offers.
+        full: the scheduler before it was cut.
+        notes: one line each on what was rounded or is outside the theory.
+        choice: why it was chosen, where ``at="auto"`` did.
+    """
+
+    scheduler: Any
+    level: NoiseLevel
+    law: Any | None
+    steps: int
+    asked: NoiseLevel
+    full: Any
+    notes: tuple[str, ...] = field(default=())
+    choice: Any | None = None
+
+    @property
+    def calls(self) -> int:
+        """Network evaluations (NFE) a sample costs: one an entry of the scheduler's timesteps."""
+        return len(self.scheduler.timesteps)
+
+    def fresh(self) -> Any:
+        """A scheduler at its first step, independent of every other."""
+        return copy.deepcopy(self.scheduler)
+
+    def __call__(self, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """White noise [B, *S] -> the state that ``scheduler.step`` expects first, deterministically.
+
+        Args:
+            noise: [B, *S].
+            labels: class [B] of every sample, for class-conditional networks; a law without classes is the
+                same for all of them.
+        """
+        if self.law is None:
+            return noise * self._noise_scale
+        return self.state(self.ve(noise, labels))
+
+    def ve(self, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """The start as a VE state x = x_0 + sigma eps at ``level.sigma``, for EDM and k-diffusion samplers.
+
+        Args:
+            noise: [B, *S].
+            labels: class [B] of every sample, as in a call.
+
+        Raises:
+            InputError: where the start is pure noise without any signal (sigma infinite).
+        """
+        if self.law is None:
+            if self.level.alpha == 0:
+                raise InputError("this start is pure noise, sigma infinite, and has no VE state. Start below the top.")
+            return self(noise) / self.level.alpha
+        classes = {} if labels is None or getattr(self.law, "classes", None) is None else {"labels": labels}
+        x: torch.Tensor = self.law.transport(noise, self.level.sigma, **classes)
+        return x
+
+    def state(self, x: torch.Tensor) -> torch.Tensor:
+        """A VE state x = x_0 + sigma eps at the start level, in the scheduler's own frame."""
+        return self.level.alpha * x
+
+    def latents(self, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """The start for pipelines that take ``latents=`` and multiply them by ``init_noise_sigma``."""
+        return self(noise, labels) / self._noise_scale
+
+    @property
+    def _noise_scale(self) -> float:
+        # Flow-matching schedulers have no init_noise_sigma: their pipelines start from the noise itself.
+        return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
+
+    def denoiser(self, network: Any) -> Denoiser:
+        """The law's posterior mean above the start level, the network's at and below it.
+
+            D(x, sigma) = D_law(x, sigma)       sigma > level.sigma        (no network evaluation)
+                          D_network(x, sigma)   sigma <= level.sigma
+
+        For samplers of one's own that begin at any level, however noisy. A standard start has no law: its
+        denoiser is the network itself.
+
+        Args:
+            network: a `Denoiser`, such as ``sb.denoiser(unet, scheduler)``, with its condition bound.
+
+        Returns:
+            A `Denoiser`; the upper end of its ``sigma_range`` is infinite.
+
+        Raises:
+            InputError: where the shapes of law and network differ.
+        """
+        below = as_denoiser(network)
+        if self.law is None:
+            return below
+        if tuple(below.shape) != tuple(self.law.shape):
+            raise InputError(
+                f"the start's law has the shape {tuple(self.law.shape)}, the network {tuple(below.shape)}. Fit it on "
+                "such data."
+            )
+        return _Hybrid(LawDenoiser(self.law), below, self.level.sigma)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one safetensors file: the law, and as JSON the uncut scheduler, the level asked for and the steps.
+
+        Of a ``choice`` its sentence is kept, in ``notes``, not its curves.
+
+        Raises:
+            InputError: for a law that is neither a Gaussian nor a mixture, or a scheduler not of diffusers.
+        """
+        name = type(self.full).__name__
+        if getattr(diffusers, name, None) is not type(self.full):
+            raise InputError(f"a start with the scheduler {name} cannot be saved: diffusers has no such class.")
+        about: dict[str, Any] = {
+            "scheduler": json.loads(self.full.to_json_string()),
+            "class": name,
+            "steps": self.steps,
+            "notes": list(self.notes),
+            "law": self.law is not None,
+        }
+        metadata = {"format": FORMAT, "version": VERSION, "start": json.dumps(about, sort_keys=True)}
+        tensors = {"asked": _pair(self.asked), **self._realised()}
+        if self.law is not None:
+            law, head = law_tensors(self.law)
+            tensors |= {LAW + key: value for key, value in law.items()}
+            metadata |= {LAW + key: text for key, text in head.items()}
+        return write_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> LateStart:
+        """Read what `save` wrote and cut the scheduler again: the same timesteps, level and bits.
+
+        Raises:
+            InputError: for a file that is missing, of another format or a newer version, or broken, and where
+                this version of diffusers cuts the scheduler to other timesteps than the file says.
+        """
+        tensors, metadata = read_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise InputError(
+                f"{path} holds no start (format {metadata.get('format')}). Expected one of LateStart.save."
+            )
+        if metadata.get("version") != VERSION:
+            raise InputError(
+                f"{path} is a start saved by a newer symbreak (start version {metadata.get('version')}, this one reads "
+                f"{VERSION}). Update it."
+            )
+        try:
+            about = json.loads(metadata["start"])
+            name, steps, notes = str(about["class"]), about["steps"], tuple(map(str, about["notes"]))
+            if not (isinstance(steps, int) and steps >= 1):
+                raise TypeError(f"{steps} steps")
+            kind: Any = getattr(diffusers, name, None)
+            known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+            if not known:
+                raise InputError(f"{path} names the scheduler {name}, which diffusers does not have. Update diffusers.")
+            full: Any = kind.from_config(about["scheduler"])
+            level = NoiseLevel(*tensors["asked"].tolist())
+            if about["law"]:
+                parts = {key.removeprefix(LAW): t for key, t in tensors.items() if key.startswith(LAW)}
+                head = {key.removeprefix(LAW): text for key, text in metadata.items() if key.startswith(LAW)}
+                start = cut(full, law_from_tensors(parts, head, path), steps, level)
+            else:
+                start = standard_start(full, steps)
+            pairs = [(value, tensors[key]) for key, value in start._realised().items()]
+            # Another machine's logarithm may differ in the last digits; another rule of diffusers in the first.
+            same = all(a.shape == b.shape and torch.allclose(a, b.double()) for a, b in pairs)
+        except InputError:
+            raise
+        except Exception as error:  # diffusers meets settings that do not fit each other in many ways
+            what = " ".join(str(error).split())[:80]
+            raise InputError(f"{path} holds a broken start ({type(error).__name__}: {what}). Save it again.") from None
+        if not same:
+            raise InputError(
+                f"{path}: this diffusers {diffusers.__version__} gives {name} other timesteps than the start was saved "
+                f"with (diffusers {about['scheduler'].get('_diffusers_version')}). Use that version, or make the start "
+                "again."
+            )
+        return replace(start, asked=level, notes=notes)
+
+    def _realised(self) -> dict[str, torch.Tensor]:
+        """What tells, in a file, whether the scheduler was cut again to the same."""
+        return {"level": _pair(self.level), "timesteps": torch.as_tensor(self.scheduler.timesteps).double()}
+
+    def explain(self) -> str:
+        """Where it starts, what it costs, what to know; after ``at="auto"`` the two curves and their minimum."""
+        law = "white noise" if self.law is None else repr(self.law)
+        head = (
+            f"{type(self.scheduler).__name__}, {self.steps} steps, {self.calls} network evaluations, from {law} at "
+            f"sigma {self.level.sigma:.4g} (OU time {self.level.ou_time:.4g})."
+        )
+        certificate = getattr(self.law, "certificate", lambda sigma: None)(self.level.sigma)
+        low_rank = (certificate.sentence(),) if certificate is not None and certificate.modes else ()
+        text = " ".join((head, *low_rank, *self.notes))
+        return text if self.choice is None else f"{text}\n{self.choice.table()}"
+
+
+def _pair(level: NoiseLevel) -> torch.Tensor:
+    return torch.tensor([level.sigma, level.alpha], dtype=torch.float64)
+
+
+class _Hybrid:
+    """A law's denoiser above a level and a network's at and below it; see `LateStart.denoiser`."""
+
+    def __init__(self, above: Denoiser, below: Denoiser, sigma: float) -> None:
+        self.above, self.below, self.sigma = above, below, sigma
+        self.shape: tuple[int, ...] = tuple(below.shape)
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """From the network's lower end to infinity."""
+        return float(self.below.sigma_range[0]), math.inf
+
+    def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        s = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1)
+        # A grid kept in float32 may begin a hair above the level that it was made of.
+        inside = s <= self.sigma * (1 + 1e-6)
+        if bool(inside.all()):
+            return self.below(x, s.clamp(max=self.sigma) if s.numel() > 1 else min(float(s), self.sigma))
+        if not bool(inside.any()):
+            return self.above(x, sigma)
+        out = torch.empty_like(x)
+        out[inside] = self.below(x[inside], s[inside].clamp(max=self.sigma))
+        out[~inside] = self.above(x[~inside], s[~inside])
+        return out
+
+
+def cut(scheduler: Any, law: Any, steps: int, level: NoiseLevel) -> LateStart:
+    """A late start at a level, or at the nearest that the scheduler can offer (its ``notes`` then say so).
 
     Raises:
-        InputError: as `late_start`; and for a class-conditional network whose data have no labels.
+        InputError: for a scheduler that cannot be cut, or more steps than the cut schedule has.
     """
     check_scheduler(scheduler)
-    for name, value in (("data", data), ("holdout", holdout)):
-        if isinstance(value, (str, Path)):
-            raise InputError(f"{name}={str(value)!r} is a name; expected images. Pass sb.images({str(value)!r}).")
-    if not isinstance(data, Images):
-        raise InputError(f"data of the type {type(data).__name__}; expected images. Pass sb.images(...).")
-    if unet.config.get("cross_attention_dim"):
-        raise InputError("the network needs a text condition. Use late_start with sb.denoiser(unet, ..., **condition).")
-    network = adapted(unet, scheduler)
-    if tuple(data.shape) != network.shape:
+    check_steps(steps)
+    full = schedule_of(scheduler)
+    ready = cut_scheduler(scheduler, level, int(steps), full)
+    begins = begins_at(ready, full)
+    notes: tuple[str, ...] = ()
+    if abs(math.log(begins.sigma / level.sigma)) > 0.02:
+        name = type(scheduler).__name__
+        notes = (f"The grid of {name} begins at sigma {begins.sigma:.4g} instead of {level.sigma:.4g}.",)
+    return LateStart(ready, begins, law, int(steps), level, scheduler, notes)
+
+
+def standard_start(scheduler: Any, steps: int, spacing: str | None = None) -> LateStart:
+    """The usual start from white noise at the top of the schedule, with the face of a late one.
+
+    Args:
+        scheduler: any diffusers scheduler; it is not changed.
+        steps: num_inference_steps.
+        spacing: ``"leading"``, ``"linspace"`` or ``"trailing"``; ``None`` keeps the scheduler's own.
+    """
+    check_steps(steps)
+    cls = type(scheduler)
+    if spacing is not None and not takes(scheduler, "timestep_spacing"):
+        raise InputError(f"{cls.__name__} has no timestep_spacing. Leave spacing out.")
+    config = dict(scheduler.config) | ({} if spacing is None else {"timestep_spacing": spacing})
+    ready = timed(cls.from_config(config), int(steps))
+    level = begins_at(ready, schedule(scheduler))
+    return LateStart(ready, level, None, int(steps), level, scheduler if spacing is None else cls.from_config(config))
+
+
+def check_same_network(start: LateStart, scheduler: Any, name: Any) -> None:
+    """A start whose scheduler speaks of other noise, or of another prediction, than a network's raises an error."""
+    schedules = [schedule_of(s) for s in (start.full, scheduler)]
+    kinds = [str(s.config.get("prediction_type", "flow")) for s in (start.full, scheduler)]
+    ranges = [f"{s.sigma_range[0]:.3g} to {s.sigma_range[1]:.3g}" for s in schedules]
+    ends = [(s.t_min, s.t_max) for s in schedules]
+    same = ends[0] == ends[1] and kinds[0] == kinds[1]
+    curves = [[s.level(t).alpha_bar for t in np.linspace(*ends[0], 8)] for s in schedules] if same else []
+    if not (same and np.allclose(curves[0], curves[1])):
         raise InputError(
-            f"{data.name} has images of {' x '.join(map(str, data.shape))}, the network works on "
-            f"{' x '.join(map(str, network.shape))}. Fit the start on data of the network's shape."
+            f"{name} is a start for networks with the prediction {kinds[0]} over sigma {ranges[0]}; this network "
+            f"predicts {kinds[1]} over {ranges[1]}. Fit a start for it."
         )
-    if holdout is None or isinstance(holdout, Images):
-        # The digits' other half is what starts are evaluated on: a start is not chosen with it.
-        parts = held_out(data, holdout, min(0.2, CHOOSERS / len(data)), fewest=FEWEST, bundled=False)
-        data, holdout = parts.train, parts.test
-    labels = None
-    if unet.config.get("num_class_embeds"):
-        labels = getattr(holdout, "labels", None)
-        if labels is None:
-            raise InputError("the network is class-conditional, but the images to choose with have no labels.")
-    laws = candidate_laws(data, clusters)
-    return late_start(scheduler, laws, steps, denoiser=network, data=holdout, labels=labels, check=check)

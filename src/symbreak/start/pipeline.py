@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 
 from symbreak.laws.law import fresh
 from symbreak.runtime.files import InputError
-from symbreak.start.cut_schedule import LateStart
+from symbreak.start.late_start import LateStart
 from symbreak.start.sample import check_labels, check_shape, integrate, precision
 
 __all__ = ["LateStartPipeline"]

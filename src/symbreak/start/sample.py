@@ -1,7 +1,7 @@
 """Sampling: seeds -> noise -> starts -> images, over any scheduler.
 
 An image is its seed: its noise comes from ``torch.Generator().manual_seed(seed)``, in the order in which
-a diffusers pipeline given a list of generators draws it, and every network call runs on a padded
+a diffusers pipeline given a list of generators draws it, and every network evaluation runs on a padded
 micro-batch of one fixed size, because a network's rows change by about 1e-6 with the batch they run in.
 The same seed therefore gives the same bits whatever its neighbours, on one machine, torch build,
 number of threads and micro-batch size.
@@ -10,23 +10,33 @@ number of threads and micro-batch size.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from symbreak.runtime.files import InputError
-from symbreak.runtime.ranks import alone, dealt, rank_of, shares
+from symbreak.laws.saving import law_hash
+from symbreak.networks.denoiser import fingerprint
+from symbreak.networks.families import denoiser
+from symbreak.networks.loading import weights_hash
+from symbreak.noise import generator as seeded
+from symbreak.runtime.files import InputError, digest, output_folder, read_json, write_json, write_whole
+from symbreak.runtime.plain import plain
+from symbreak.runtime.ranks import agreed, alone, dealt, rank_of, shares
 from symbreak.runtime.rows import HELD, Shards
-from symbreak.runtime.run import Arrays, Keep, unkept
+from symbreak.runtime.run import Arrays, Run, renamed
 from symbreak.start.late_start import LateStart
 
-__all__ = ["generate", "generate_shards", "parse_seeds"]
+__all__ = ["decisive", "generate", "generate_shards", "parse_seeds", "run_sampler", "write_images"]
 
-KEPT = 256  # images of a kept block, about
+BLOCK = 256  # images of a finished part, about
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -50,7 +60,7 @@ def parse_seeds(text: str) -> list[int]:
 
 
 def check(unet: Any, start: LateStart, seeds: Sequence[int], micro_batch: int) -> tuple[int, int, int]:
-    """Refuse what cannot be sampled before anything is done; the shape (C, H, W) of an image."""
+    """What cannot be sampled raises an error before anything is done; the shape (C, H, W) of an image."""
     if not seeds:
         raise InputError("no seeds; expected at least one.")
     if not 0 <= min(seeds) <= max(seeds) < 2**63:
@@ -59,7 +69,7 @@ def check(unet: Any, start: LateStart, seeds: Sequence[int], micro_batch: int) -
 
 
 def check_shape(unet: Any, start: LateStart, micro_batch: int) -> tuple[int, int, int]:
-    """The shape (C, H, W) of an image; refuse a start whose law has another one."""
+    """The shape (C, H, W) of an image; a start whose law has another one raises an error."""
     if micro_batch < 1:
         raise InputError(f"a micro-batch of {micro_batch}; expected at least 1.")
     size = unet.config.sample_size
@@ -104,15 +114,51 @@ def precision(unet: Any) -> torch.dtype:
     return torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
 
 
-def _rows(call: Callable[..., torch.Tensor], micro_batch: int, *rows: torch.Tensor | None) -> torch.Tensor:
-    """``call`` over rows, always on ``micro_batch`` of them: the last ones are padded with copies of a row."""
+def run_sampler(
+    start: LateStart,
+    state: torch.Tensor,
+    network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    generator: Generators = None,
+    each: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """The sampler's loop: the state that the first step expects -> the state after the last step, [n, C, H, W].
+
+    Args:
+        start: whose scheduler is stepped, in a copy.
+        state: [n, C, H, W].
+        network: (scaled states, the network's time) -> its prediction.
+        generator: for samplers that draw noise: one generator a row, or one for all.
+        each: called after every step with its index, the network's time and the state; returns the state
+            to go on with.
+    """
+    scheduler, shape = start.fresh(), state.shape
+    # A list of generators: every image draws its own noise, whoever runs beside it.
+    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    scales = hasattr(scheduler, "scale_model_input")  # flow-matching schedulers do not scale
+    for i, t in enumerate(scheduler.timesteps):
+        out = network(scheduler.scale_model_input(state, t) if scales else state, t)
+        if out.shape[1] == 2 * shape[1] and type(scheduler).__name__ != "DDPMScheduler":
+            out = out[:, : shape[1]]  # only DDPM steps know what to do with a learned variance
+        state = scheduler.step(out, t, state, return_dict=False, **extra)[0]
+        if each is not None:
+            state = each(i, t, state)
+        if state.shape != shape:
+            raise InputError(f"a step gave states of {tuple(state.shape)}; expected {tuple(shape)}.")
+    return state
+
+
+def padded(
+    call: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor],
+    micro_batch: int,
+    x: torch.Tensor,
+    labels: torch.Tensor | None,
+) -> torch.Tensor:
+    """``call`` over rows and their labels, always on ``micro_batch`` of them: copies of a row pad the last ones."""
     parts = []
-    n = len(rows[0])  # type: ignore[arg-type]
-    for first in range(0, n, micro_batch):
-        own = min(micro_batch, n - first)
-        index = torch.arange(first, first + micro_batch)
-        index[own:] = first
-        parts.append(call(*(None if r is None else r[index.to(r.device)] for r in rows))[:own])
+    for first in range(0, len(x), micro_batch):
+        index = torch.arange(first, first + micro_batch, device=x.device)
+        index[len(x) - first :] = first
+        parts.append(call(x[index], None if labels is None else labels[index])[: len(x) - first])
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -120,15 +166,15 @@ def integrate(
     unet: Any,
     start: LateStart,
     noise: torch.Tensor,
-    generator: Any = None,
+    generator: Generators = None,
     *,
     labels: torch.Tensor | None = None,
     micro_batch: int = 64,
     clean: torch.Tensor | None = None,
-    each: Callable[[int, Any, torch.Tensor], torch.Tensor] | None = None,
+    each: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
     **condition: Any,
 ) -> torch.Tensor:
-    """The sampler's loop: white noise [n, *S] -> the state after the last step.
+    """White noise [n, *S] -> the state after the last step of `run_sampler`.
 
     The start and the network run on padded micro-batches; the scheduler, which acts on every number by
     itself, steps all rows at once.
@@ -137,47 +183,97 @@ def integrate(
         unet: the network.
         start: the start.
         noise: [n, *S] on the device and in the dtype of the states.
-        generator: for samplers that draw noise: one generator a row, or one for all.
+        generator, each: see `run_sampler`.
         labels: classes [n], for the start and the network.
-        micro_batch: fixed size of every network call.
+        micro_batch: fixed size of every network evaluation.
         clean: images [n, *S] to noise to the start level instead of drawing from the law.
-        each: called after every step with its index, the network's time and the state; returns the state
-            to go on with.
         **condition: passed to the network.
     """
-    n, channels = len(noise), noise.shape[1]
-    if labels is not None:
-        labels = labels.to(noise.device)
+    labels = None if labels is None else labels.to(noise.device)
     if clean is None:
-        state = _rows(lambda z, y: start(z, y), micro_batch, noise, labels)
+        state = padded(start, micro_batch, noise, labels)
     else:
         state = start.state(clean.to(noise) + start.level.sigma * noise)
-    scheduler = start.fresh()
-    # A list of generators: every image draws its own noise, whoever runs beside it.
-    takes_generator = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": generator} if takes_generator else {}
-    scales = hasattr(scheduler, "scale_model_input")  # flow-matching schedulers do not scale
-    weight = next(iter(unet.parameters()), noise)
 
-    def network(seen: torch.Tensor, y: torch.Tensor | None, t: torch.Tensor) -> torch.Tensor:
-        given = condition if y is None else {**condition, "class_labels": y}
-        time = t.to(seen.device).expand(len(seen))
-        out: torch.Tensor = unet(seen.to(weight.dtype), time, return_dict=False, **given)[0]
-        return out.to(state.dtype)
+    def network(seen: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return padded(lambda x, y: evaluated(unet, x, t, y, condition), micro_batch, seen, labels)
 
-    for i, t in enumerate(scheduler.timesteps):
-        seen = scheduler.scale_model_input(state, t) if scales else state
-        out = _rows(lambda x, y, t=t: network(x, y, t), micro_batch, seen, labels)
-        if out.shape[1] == 2 * channels and type(scheduler).__name__ != "DDPMScheduler":
-            out = out[:, :channels]  # only DDPM steps know what to do with a learned variance
-        state = scheduler.step(out, t, state, return_dict=False, **extra)[0]
-        if each is not None:
-            state = each(i, t, state)
-            if state.shape != noise.shape:
-                raise InputError(f"a step gave states of {tuple(state.shape)}; expected {(n, *noise.shape[1:])}.")
-    return state
+    return run_sampler(start, state, network, generator, each)
 
 
+def evaluated(
+    unet: Any, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, condition: dict[str, Any]
+) -> torch.Tensor:
+    """One evaluation of a diffusers network at time t, in the dtype of its weights, answered in that of x."""
+    weight = next(iter(unet.parameters()), x)
+    classes = {} if labels is None else {"class_labels": labels}
+    time = t.to(x.device).expand(len(x))
+    out: torch.Tensor = unet(x.to(weight.dtype), time, return_dict=False, **condition, **classes)[0]
+    return out.to(x.dtype)
+
+
+@dataclass(frozen=True)
+class _Images:
+    """Images as `generate` makes them, a part at a time."""
+
+    unet: Any
+    start: LateStart
+    seeds: list[int]
+    shape: tuple[int, int, int]
+    labels: torch.Tensor | None
+    micro_batch: int
+    clean: torch.Tensor | None
+    device: torch.device
+    clamp: bool
+    condition: dict[str, Any]
+
+    def batch(self, rows: slice) -> torch.Tensor:
+        """The images of some seeds [n, C, H, W] float32."""
+        generators = [torch.Generator().manual_seed(s) for s in self.seeds[rows]]
+        noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
+        state = integrate(
+            self.unet,
+            self.start,
+            noise.to(self.device, precision(self.unet)),
+            generators,
+            labels=None if self.labels is None else self.labels[rows],
+            micro_batch=self.micro_batch,
+            clean=None if self.clean is None else self.clean[rows],
+            **self.condition,
+        )
+        return state.clamp(-1, 1).float().cpu() if self.clamp else state.float().cpu()
+
+    @torch.inference_mode()
+    def part(self, first: int, last: int, between: Callable[[int], None]) -> Arrays:
+        """The images of seeds first .. last - 1; ``between`` is called at every micro-batch but the first."""
+        batches = []
+        for at in range(first, last, self.micro_batch):
+            if at > first:
+                between(at)
+            batches.append(self.batch(slice(at, min(at + self.micro_batch, last))))
+        return {"x": torch.cat(batches).numpy()}
+
+    @torch.inference_mode()
+    def key(self, run: Run) -> str:
+        """Name of the finished parts: a digest of all that decides the images, where there is a folder for them."""
+        if run.folder is None:
+            return "images"
+        start = self.start
+        noise = torch.randn(1, *self.shape, generator=seeded(0, 97)).expand(self.micro_batch, *self.shape)
+        y = None if self.labels is None else self.labels[:1].expand(self.micro_batch).to(self.device)
+
+        def digested() -> str:
+            # What the law and the network make of fixed noise tells them apart, with their condition and precision.
+            state = start(noise.to(self.device, precision(self.unet)), y)
+            answer = evaluated(self.unet, state, torch.as_tensor(start.scheduler.timesteps[0]), y, self.condition)
+            inputs = [v for v in (self.labels, self.clean) if v is not None]
+            scheduler = start.full.to_json_string(), start.steps, start.level
+            return digest(state, answer, *inputs, *scheduler, self.micro_batch, self.clamp, self.seeds)
+
+        return f"images-{agreed(digested)}"
+
+
+@renamed(keep="run=sb.Run(folder)")
 def generate(
     unet: Any,
     start: LateStart,
@@ -188,28 +284,25 @@ def generate(
     clean: torch.Tensor | None = None,
     device: str | torch.device | None = None,
     clamp: bool = True,
-    keep: Keep | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    run: Run | None = None,
     **condition: Any,
 ) -> torch.Tensor:
     """Images of the given seeds from a network and a start.
 
     Args:
-        unet: diffusers network (or `as_unet`), called on micro-batches.
+        unet: diffusers network (or `as_unet`), evaluated on micro-batches.
         start: from `late_start` or `standard_start`; its ``calls`` is the cost of an image.
         seeds: one integer an image.
         labels: class [N] of every image (or one for all), for class-conditional networks; the start and
             the network both get them.
-        micro_batch: fixed size of every network call; the last one is padded.
+        micro_batch: fixed size of every network evaluation; the last one is padded.
         clean: images [N, C, H, W] to noise to the start level instead of drawing from the law
             (the best any law could do there).
         clamp: cut the result to [-1, 1] (pixels).
-        keep: ``keep(key, make)`` gives stored images of a block of seeds, or stores those that make() gives, e.g.
-            `Blocks.keep` under the settings that decide them.
-        progress: called with (images done, images in all).
+        run: with a folder, finished blocks of images are kept there; tells how many images are done.
         **condition: passed to the network.
 
-    Ranks share the micro-batches, and all of them get all images (`symbreak.runtime.ranks`).
+    Several processes share the micro-batches, and all of them get all images (`symbreak.runtime.ranks`).
 
     Returns:
         Images [N, C, H, W] float32.
@@ -218,85 +311,163 @@ def generate(
         InputError: where the law's shape is not the network's, seeds and images do not match, or labels
             are missing, too many, or not the network's.
     """
+    run = (run or Run()).named("images")
+    images = _images(unet, start, seeds, labels, micro_batch, clean, device, clamp, condition)
+    n, key = len(images.seeds), images.key(run)
+    size = micro_batch if run.folder is None else _block(micro_batch)
+
+    def block(first: int) -> Arrays:
+        make = partial(images.part, first, min(first + size, n), lambda done: run.tell(done, n))
+        return run.part(f"{key}/{first}", make)
+
+    parts = dealt(range(0, n, size), block, lambda blocks, _: run.tell(min(blocks * size, n), n))
+    return torch.from_numpy(np.concatenate([part["x"] for part in parts]))
+
+
+def generate_shards(
+    unet: Any, start: LateStart, seeds: Sequence[int], *, micro_batch: int = 64, run: Run | None = None
+) -> Shards:
+    """Images of the given seeds, the same as those of `generate`, of which every process makes and holds a part.
+
+    Args:
+        unet, start, seeds, micro_batch: see `generate`.
+        run: see `generate`; images beyond its memory go into a file without a name in its folder.
+    """
+    run = (run or Run()).named("images")
+    images = _images(unet, start, seeds, None, micro_batch, None, None, True, {})
+    n, size = len(images.seeds), _block(micro_batch)
+    edges = shares(n, size)
+    memory = run.bytes(default=HELD)
+    if len(edges) == 2:  # too few for every process to have some: they share the micro-batches
+        return Shards(
+            [generate(unet, start, seeds, micro_batch=micro_batch, run=run).numpy()], edges, memory, run.folder
+        )
+    first, last = edges[rank_of()[0] :][:2]
+    key = images.key(run)
+
+    def done(at: int) -> None:
+        run.tell(n * (at - first) // (last - first), n)  # this process's share stands for all
+
+    def blocks() -> Iterator[np.ndarray]:
+        for at in range(first, last, size):
+            end = min(at + size, last)
+            with alone():
+                x = run.part(f"{key}/{at}", partial(images.part, at, end, done))["x"]
+            done(end)
+            yield x
+
+    return Shards(blocks(), edges, memory, run.folder)
+
+
+def _block(micro_batch: int) -> int:
+    """Images of a finished part: whole micro-batches."""
+    return micro_batch * max(1, BLOCK // micro_batch)
+
+
+def _images(
+    unet: Any,
+    start: LateStart,
+    seeds: Sequence[int],
+    labels: Any,
+    micro_batch: int,
+    clean: torch.Tensor | None,
+    device: str | torch.device | None,
+    clamp: bool,
+    condition: dict[str, Any],
+) -> _Images:
+    """The images that are wanted, checked."""
     seeds = [int(s) for s in seeds]
     shape = check(unet, start, seeds, micro_batch)
     # Who hands the network its classes directly keeps them from the start, and answers for them.
     known = None if "class_labels" in condition else check_labels(unet, labels, len(seeds))
     if clean is not None and len(clean) != len(seeds):
         raise InputError(f"{len(clean)} clean images for {len(seeds)} seeds; expected one each.")
-    device = device or getattr(unet, "device", "cpu")
-    size = micro_batch if keep is None else micro_batch * max(1, KEPT // micro_batch)
-
-    def images(some: slice) -> torch.Tensor:
-        generators = [torch.Generator().manual_seed(s) for s in seeds[some]]
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-        state = integrate(
-            unet,
-            start,
-            noise.to(device, precision(unet)),
-            generators,
-            labels=None if known is None else known[some],
-            micro_batch=micro_batch,
-            clean=None if clean is None else clean[some],
-            **condition,
-        )
-        return state.clamp(-1, 1).float().cpu() if clamp else state.float().cpu()
-
-    def fresh(first: int) -> Arrays:
-        parts, stop = [], min(first + size, len(seeds))
-        for at in range(first, stop, micro_batch):
-            if progress is not None and at > first:
-                progress(at, len(seeds))
-            with torch.inference_mode():
-                parts.append(images(slice(at, min(at + micro_batch, stop))))
-        return {"x": torch.cat(parts).numpy()}
-
-    def ended(blocks: int, _: int) -> None:
-        if progress is not None:
-            progress(min(blocks * size, len(seeds)), len(seeds))
-
-    starts = range(0, len(seeds), size)
-    found = dealt(starts, lambda first: (keep or unkept)(f"images/{first}", partial(fresh, first)), ended)
-    return torch.from_numpy(np.concatenate([part["x"] for part in found]))
+    place = torch.device(getattr(unet, "device", "cpu") if device is None else device)
+    return _Images(unet, start, seeds, shape, known, micro_batch, clean, place, clamp, condition)
 
 
-def generate_shards(
+def decisive(unet: Any, start: LateStart, micro_batch: int, more: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Everything that decides an image beside its seed, as plain values for a record.
+
+    Args:
+        unet: the network.
+        start: the start.
+        micro_batch: fixed size of every network evaluation.
+        more: what the caller knows of the network and the start: names, precision, whether it is compiled.
+    """
+    settings: dict[str, Any] = plain(
+        {
+            **(more or {}),
+            # The network's answers to fixed states, the first process's for all.
+            "probe": agreed(lambda: fingerprint(denoiser(unet, start.full))),
+            "weights": weights_hash(unet),
+            "scheduler": json.loads(start.full.to_json_string()),
+            "law": None if start.law is None else law_hash(start.law),
+            "micro_batch": micro_batch,
+            "device": next(iter(unet.parameters())).device.type,
+            "steps": start.steps,
+            "calls": start.calls,
+            "level": start.level.to_dict(),
+        }
+    )
+    return settings
+
+
+def write_images(
     unet: Any,
     start: LateStart,
     seeds: Sequence[int],
+    folder: str | Path,
+    settings: dict[str, Any] | None = None,
     *,
     micro_batch: int = 64,
-    keep: Keep | None = None,
-    memory: int = HELD,
-    folder: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> Shards:
-    """Images of the given seeds, the same as those of `generate`, of which every rank makes and holds a part.
+    run: Run | None = None,
+) -> int:
+    """One PNG a seed, ``00000007.png``, and ``sample.json`` with what decides the images; goes on where it ended.
 
     Args:
-        unet, start, seeds, micro_batch, keep, progress: see `generate`.
-        memory, folder: see `Shards`.
+        unet, start, seeds, micro_batch: see `generate`.
+        folder: where the images go; those that are there are not made again.
+        settings: of `decisive`, which is called where none come.
+        run: tells how many images are done.
+
+    Returns:
+        How many images were made now.
+
+    Raises:
+        InputError: as `generate`; and where the folder holds images made with other settings, which are named.
     """
+    run = (run or Run()).named("images")
     check(unet, start, seeds, micro_batch)
-    size = micro_batch * max(1, KEPT // micro_batch)
-    edges = shares(len(seeds), size)
-    kept = keep or unkept
-    if len(edges) == 2:  # too few for every rank to have some: they share the micro-batches
-        whole = generate(unet, start, seeds, micro_batch=micro_batch, keep=keep, progress=progress)
-        return Shards([whole.numpy()], edges, memory, folder)
-    first, last = edges[rank_of()[0] :][:2]
+    settings = decisive(unet, start, micro_batch) if settings is None else settings
+    folder = output_folder(folder)
+    info = folder / "sample.json"
+    before = read_json(info) if info.exists() else settings
+    if before != settings:
+        old = before if isinstance(before, dict) else {}
+        other = sorted(k for k in settings.keys() | old.keys() if old.get(k) != settings.get(k))
+        # The network's answers to fixed states: their last bits are those of a machine and a number of threads.
+        why = " (probe: another number of threads, OMP_NUM_THREADS, or another machine)" if other == ["probe"] else ""
+        raise InputError(
+            f"{folder} holds images made with other settings: {', '.join(other)}{why}. Choose another --out."
+        )
+    write_json(info, settings)  # before any process writes an image
+    missing = agreed(lambda: [s for s in seeds if not (folder / f"{s:08d}.png").exists()])
+    if not missing:
+        return 0
+    run.tell(0, len(missing))
 
-    def own() -> Iterator[np.ndarray]:
-        for at in range(first, last, size):
-            some = seeds[at : min(at + size, last)]
+    def made(first: int) -> Arrays:
+        some = missing[first : first + micro_batch]
+        x = generate(unet, start, some, micro_batch=micro_batch)
+        pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        for seed, image in zip(some, pixels):
+            picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+            write_whole(folder / f"{seed:08d}.png", partial(picture.save, format="PNG"))
+        return {}
 
-            def under(_: str, make: Callable[[], Arrays], at: int = at) -> Arrays:
-                return kept(f"images/{at}", make)
+    def tell(batches: int, _: int) -> None:
+        run.tell(min(batches * micro_batch, len(missing)), len(missing))
 
-            with alone():
-                x = generate(unet, start, some, micro_batch=micro_batch, keep=under)
-            if progress is not None:
-                progress(len(seeds) * (at + len(some) - first) // (last - first), len(seeds))
-            yield x.numpy()
-
-    return Shards(own(), edges, memory, folder)
+    dealt(range(0, len(missing), micro_batch), made, tell)
+    return len(missing)

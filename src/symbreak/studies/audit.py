@@ -274,11 +274,8 @@ def _sampled(
         "seeds": f"{seeds[0]}-{seeds[-1]}" if whole else ",".join(map(str, seeds)),
     }
     run = run.identified({**made, "all": seeds, "versions": packages})
-    room = run.bytes(1 / 12)  # three sides, of images and features
-    with run.timed("samples") as part:
-        x = generate_shards(
-            model.unet, begin, seeds, keep=part.part, memory=room, folder=run.folder, progress=part.tell
-        )
+    with run.timed("samples") as part:  # three sides, of images and features
+        x = generate_shards(model.unet, begin, seeds, run=part.share(1 / 12))
     return made, run, x
 
 

@@ -37,8 +37,9 @@ from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest, output_folder
 from symbreak.runtime.plain import versions
 from symbreak.runtime.run import Blocks
-from symbreak.start.cut_schedule import standard_starts, steps_for
-from symbreak.start.late_start import LateStart, late_start
+from symbreak.start.fit import late_start
+from symbreak.start.grids import standard_starts, steps_for
+from symbreak.start.late_start import LateStart
 from symbreak.start.sample import generate
 
 __all__ = ["candidate_starts", "compare_starts", "flat_range", "knee", "sensitivity"]

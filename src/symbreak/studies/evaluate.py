@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +13,6 @@ import torch
 
 from symbreak.data.held_out import HeldOut, held_out
 from symbreak.data.images import Images, describe
-from symbreak.laws.saving import law_hash
 from symbreak.metrics.coverage import (
     CLASSES,
     class_counts,
@@ -30,18 +28,15 @@ from symbreak.metrics.frechet import extrapolated, group_distance
 from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import ROWS, Statistics, cache_folder, load_statistics, statistics
-from symbreak.networks.denoiser import fingerprint
-from symbreak.networks.families import denoiser
-from symbreak.networks.loading import weights_hash
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
-from symbreak.runtime.plain import plain, versions
+from symbreak.runtime.plain import versions
 from symbreak.runtime.ranks import agreed, from_each
 from symbreak.runtime.rows import HELD, Shards
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.late_start import LateStart
-from symbreak.start.sample import generate_shards
+from symbreak.start.sample import decisive, generate_shards
 from symbreak.studies.findings import png_row
 
 __all__ = ["Subset", "default_extractor", "evaluate", "evaluate_network"]
@@ -194,30 +189,9 @@ def evaluate_network(
         As `evaluate`.
     """
     run = run or Run()
-    decisive = {
-        "network": weights_hash(unet),
-        # The network's answers to fixed states: the first process's are everybody's.
-        "probe": agreed(lambda: fingerprint(denoiser(unet, start.full))),
-        "scheduler": json.loads(start.full.to_json_string()),
-        "law": None if start.law is None else law_hash(start.law),
-        "micro_batch": micro_batch,
-        "device": next(iter(unet.parameters())).device.type,
-        "steps": start.steps,
-        "calls": start.calls,
-        "level": start.level.to_dict(),
-        "seeds": list(seeds),
-    }
-    sampling = run.identified(plain({**decisive, **(identity or {}), "versions": versions(torch.get_num_threads())}))
-    images = generate_shards(
-        unet,
-        start,
-        seeds,
-        micro_batch=micro_batch,
-        keep=None if run.folder is None else sampling.part,
-        memory=run.bytes(1 / 4),
-        folder=run.folder,
-        progress=run.named("images").tell,
-    )
+    made = {**decisive(unet, start, micro_batch), "seeds": list(seeds), **(identity or {})}
+    sampling = run.identified({**made, "versions": versions(torch.get_num_threads())})
+    images = generate_shards(unet, start, seeds, micro_batch=micro_batch, run=sampling.share(1 / 4))
     content = evaluate(images, data, holdout, run=run if run.memory is None else run.share(3 / 4), **measuring)
     sampling.close()
     return content

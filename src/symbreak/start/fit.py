@@ -1,0 +1,211 @@
+"""Making a start: from a law at a level, or fitted to a data set and chosen for a network."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from symbreak.critical import CriticalTime
+from symbreak.data.held_out import held_out
+from symbreak.data.images import Images
+from symbreak.laws import Gaussian, PrincipalMixture
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import denoiser as adapted
+from symbreak.noise import NoiseLevel, Schedule
+from symbreak.phases.speciation import speciation_time
+from symbreak.runtime.files import InputError
+from symbreak.start.choose import choose
+from symbreak.start.cut_schedule import check_scheduler, check_steps, schedule_of
+from symbreak.start.late_start import LateStart, LateStartWarning, cut
+
+__all__ = ["candidate_laws", "fit_start", "late_start"]
+
+CHOOSERS = 256  # images kept back for choosing
+FEWEST = 16  # images to choose with
+FULL = 4096  # above this dimension the Gaussian keeps RANK modes
+RANK = 100
+
+
+def _resolve(at: Any, law: Any, full: Schedule) -> NoiseLevel:
+    """The level that ``at`` means."""
+    if isinstance(at, str):
+        if at != "speciation":
+            raise InputError(f"at={at!r}; expected 'speciation', 'auto', a level, a CriticalTime or a step.")
+        at = speciation_time(law)
+    if isinstance(at, CriticalTime):
+        if at.level is None:
+            raise InputError(
+                f"there is no {at.criterion} time to start at: {at.reason} Pass a level or a step instead."
+            )
+        at = at.level
+    if isinstance(at, (int, float, np.integer, np.floating)) and not isinstance(at, bool):
+        try:
+            at = full.level(float(at))
+        except ValueError as error:
+            raise InputError(str(error)) from None
+    if not isinstance(at, NoiseLevel):
+        raise InputError(f"at={at!r}; expected 'speciation', a NoiseLevel, a CriticalTime or a step.")
+    try:
+        full.time(at)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    if not 0 < at.sigma < float("inf"):
+        raise InputError(f"a late start at sigma {at.sigma:g}; expected a finite level above 0.")
+    return at
+
+
+def late_start(
+    scheduler: Any,
+    law: Any,
+    steps: int = 5,
+    at: NoiseLevel | CriticalTime | str | int | float = "auto",
+    denoiser: Any = None,
+    data: Any = None,
+    labels: Any = None,
+    check: bool = True,
+) -> LateStart:
+    """Cut a scheduler so that it begins at a level, and start there from a law.
+
+    Args:
+        scheduler: a diffusers scheduler (`SUPPORTED` lists the classes); it is not changed.
+        law: a law with ``.transport(noise, sigma)``, such as `Gaussian`; for ``"auto"`` also a list of laws.
+        steps: num_inference_steps below the start; ``.calls`` says how many network calls they cost.
+        at: ``"auto"`` weighs what the law costs against what the sampler costs (docs/choosing-a-start.md)
+            and may choose the standard start (``law`` is then ``None``); it needs ``denoiser`` and ``data``,
+            and without them falls back to ``"speciation"`` (spectral). Or a `NoiseLevel`, a `CriticalTime`,
+            or a step of the schedule.
+        denoiser: for ``"auto"``: the network as a `Denoiser`, from `denoiser`.
+        data: for ``"auto"``: at least 16 images, better 256, best ones that neither law nor network saw.
+        labels: for ``"auto"`` with a class-conditional network: class of every image in ``data``.
+        check: warn where the level lies below the spectral speciation level, or where ``"auto"`` finds signs
+            that the start is not to be trusted.
+
+    Returns:
+        A `LateStart`: ``start(noise)`` is the state that ``start.scheduler.step`` expects first.
+
+    Raises:
+        InputError: for a scheduler that cannot be cut, a level outside the schedule, more steps
+            than the cut schedule has, or shapes and ranges that do not fit.
+
+    Warns:
+        LateStartWarning: where the start is later than the spectral speciation level, or not to be trusted.
+
+    Source: arXiv:2305.19693 (Gaussian late start).
+    """
+    check_scheduler(scheduler)
+    laws = list(law) if isinstance(law, (list, tuple)) else [law]
+    if not laws:
+        raise InputError("no law to start from; expected one, or a list of them.")
+    for one in laws:
+        if not hasattr(one, "transport"):
+            raise InputError(f"{type(one).__name__} is no law to start from: it has no .transport(noise, sigma).")
+    check_steps(steps)
+    automatic = isinstance(at, str) and at == "auto"
+    if automatic and (denoiser is None) != (data is None):
+        came, wanted = ("data", "denoiser") if denoiser is None else ("denoiser", "data")
+        raise InputError(f"at='auto' came with {came}= but without {wanted}=. Pass both, or neither.")
+    if automatic and denoiser is not None:
+        start, choice = choose(scheduler, laws, int(steps), denoiser, data, labels)
+        if check:
+            for note in choice.signatures:
+                warnings.warn(note, LateStartWarning, stacklevel=2)
+        return replace(start, notes=(*start.notes, choice.sentence, *choice.signatures), choice=choice)
+    if len(laws) > 1:
+        raise InputError(
+            f"{len(laws)} laws came without what choosing among them needs. Pass at='auto' with denoiser= and data=, "
+            "or one law."
+        )
+    law = laws[0]
+    asked = _resolve("speciation" if automatic else at, law, schedule_of(scheduler))
+    start = cut(scheduler, law, steps, asked)
+    if check and hasattr(law, "moments"):
+        spectral = speciation_time(law)
+        if spectral.sigma is not None and start.level.sigma < spectral.sigma * (1 - 0.02):
+            note = (
+                f"The start at sigma {start.level.sigma:.4g} lies below the spectral speciation level "
+                f"{spectral.sigma:.4g}: the data are no longer Gaussian there; compare non-Gaussianity before you rely "
+                "on it."
+            )
+            start = replace(start, notes=(*start.notes, note))
+            warnings.warn(note, LateStartWarning, stacklevel=2)
+    return start
+
+
+def candidate_laws(data: Images, clusters: int | None = None) -> list[Any]:
+    """Laws worth trying for a data set: one Gaussian, one a class where there are labels, and clusters.
+
+    Args:
+        data: images.
+        clusters: of the last law; by default one for 20 images, at least 2 and at most 60.
+
+    Returns:
+        A `Gaussian` (of rank 100 above 4,096 dimensions) and `PrincipalMixture` laws over it.
+    """
+    d = math.prod(data.shape)
+    gaussian = Gaussian.fit(data) if d <= FULL else Gaussian(Moments.fit(data, rank=RANK))
+    laws: list[Any] = [gaussian]
+    if data.labels is not None:
+        _, counts = data.labels.unique(return_counts=True)
+        if len(counts) > 1 and int(counts.min()) >= 2:
+            laws.append(PrincipalMixture.fit(data, labels=True, gaussian=gaussian))
+    k = min(60, max(2, len(data) // 20)) if clusters is None else int(clusters)
+    if clusters is not None and not 2 <= k <= len(data) // 2:
+        raise InputError(f"{k} clusters for {len(data):,} images; expected 2 to {len(data) // 2:,}.")
+    if k <= len(data) // 2:
+        laws.append(PrincipalMixture.fit(data, components=k, gaussian=gaussian))
+    return laws
+
+
+def fit_start(
+    data: Images,
+    unet: Any,
+    scheduler: Any,
+    steps: int = 5,
+    holdout: Any = None,
+    clusters: int | None = None,
+    check: bool = True,
+) -> LateStart:
+    """From a data set and a network to a start, in one call: fit the laws, choose among them.
+
+    Args:
+        data: images that the laws are fitted to.
+        unet, scheduler: the network and the diffusers scheduler to sample with.
+        steps: num_inference_steps.
+        holdout: images to choose with (`Images` or a tensor); by default up to 256 of ``data``, a fifth at
+            most, are kept back from the fit.
+        clusters: see `candidate_laws`.
+        check: as in `late_start`.
+
+    Raises:
+        InputError: as `late_start`; and for a class-conditional network whose data have no labels.
+    """
+    check_scheduler(scheduler)
+    for name, value in (("data", data), ("holdout", holdout)):
+        if isinstance(value, (str, Path)):
+            raise InputError(f"{name}={str(value)!r} is a name; expected images. Pass sb.images({str(value)!r}).")
+    if not isinstance(data, Images):
+        raise InputError(f"data of the type {type(data).__name__}; expected images. Pass sb.images(...).")
+    if unet.config.get("cross_attention_dim"):
+        raise InputError("the network needs a text condition. Use late_start with sb.denoiser(unet, ..., **condition).")
+    network = adapted(unet, scheduler)
+    if tuple(data.shape) != network.shape:
+        raise InputError(
+            f"{data.name} has images of {' x '.join(map(str, data.shape))}, the network works on "
+            f"{' x '.join(map(str, network.shape))}. Fit the start on data of the network's shape."
+        )
+    if holdout is None or isinstance(holdout, Images):
+        # The digits' other half is what starts are evaluated on: a start is not chosen with it.
+        parts = held_out(data, holdout, min(0.2, CHOOSERS / len(data)), fewest=FEWEST, bundled=False)
+        data, holdout = parts.train, parts.test
+    labels = None
+    if unet.config.get("num_class_embeds"):
+        labels = getattr(holdout, "labels", None)
+        if labels is None:
+            raise InputError("the network is class-conditional, but the images to choose with have no labels.")
+    laws = candidate_laws(data, clusters)
+    return late_start(scheduler, laws, steps, denoiser=network, data=holdout, labels=labels, check=check)
