@@ -85,7 +85,7 @@ def test_groups_of_a_stream_are_the_groups_rows():
         torch.testing.assert_close(m.cov, torch.cov(own.T), rtol=1e-12, atol=1e-14)
         torch.testing.assert_close(m.mean, own.mean(0), rtol=1e-12, atol=1e-14)
     for rows in (x[:-1], torch.cat([x, x])):
-        with pytest.raises(InputError, match="expected as many"):
+        with pytest.raises(InputError, match="one label a sample"):
             grouped([rows], group)
 
 

@@ -49,7 +49,8 @@ class Consistency:
 
     def __call__(self, x, sigma):
         s = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1, 1)
-        return self.law._map(x, lambda values: (values / (values + s * s)).sqrt())
+        flat = self.law._map(x.flatten(1), lambda v, s2: (v / (v + s2)).sqrt(), s * s)
+        return flat.reshape(x.shape)
 
 
 def recovered(name, law, start, unet):

@@ -387,6 +387,7 @@ def low_and_dense(request):
 
 def test_low_rank_law_is_the_dense_one(low_and_dense, monkeypatch):
     from symbreak.laws import gaussian
+    from symbreak.moments import covariance
 
     law, dense = low_and_dense
     # vectors rounded to float32 are orthonormal to 1e-7; 1e-5 where they are multiplied by 1 / sigma^2
@@ -394,7 +395,7 @@ def test_low_rank_law_is_the_dense_one(low_and_dense, monkeypatch):
     x = 0.5 * torch.randn(6, 1, 8, 8, generator=generator(4), dtype=torch.float64)
     for chunk, panel in ((2**26, 2**24), (2 * 64, 9 * 20)):
         monkeypatch.setattr(gaussian, "CHUNK", chunk)
-        monkeypatch.setattr(gaussian, "PANEL", panel)
+        monkeypatch.setattr(covariance, "PANEL", panel)
         for sigma in (0.3, 2.0, torch.linspace(0.2, 3, 6)):
             torch.testing.assert_close(law.denoise(x, sigma), dense.denoise(x, sigma), **close)
             torch.testing.assert_close(law.score(x, sigma), dense.score(x, sigma), **close)
@@ -427,8 +428,8 @@ def test_large_vectors_are_not_copied_to_float64():
     law = Gaussian(Moments.fit(batches(digits()), rank=9))
     x = torch.randn(2, 1, 8, 8, generator=generator(4))
     law.transport(x, 1.0), law.log_prob(x, 1.0), law.denoise(x.double(), 1.0), law.sample(2, 0.0, generator(1))
-    kept = [t for found in law._basis._cache.values() for t in found]
-    assert all(t.dtype == torch.float32 and t.data_ptr() == law.eigenvectors.data_ptr() for t in kept)
+    copies = [t for converted in law.covariance._axes._cache.values() for t in converted]
+    assert all(t.dtype == torch.float32 and t.data_ptr() == law.eigenvectors.data_ptr() for t in copies)
 
 
 def test_diagnosis_and_late_start_take_a_low_rank_law():

@@ -21,21 +21,20 @@ infinite noise: a few Runge-Kutta steps do. All samples take the same steps with
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
+from symbreak.laws.clusters import coordinates, kmeans, labelled
 from symbreak.laws.gaussian import Gaussian
-from symbreak.laws.law import Parameters, column, first_level, flatten, fresh, level, path, runge_kutta
+from symbreak.laws.law import ExactLaw, FlowPath, flatten, fresh
 from symbreak.laws.mixture import Mixture
+from symbreak.moments.covariance import Parameters, posterior, shrink, solve
 from symbreak.moments.low_rank import Certificate
 from symbreak.moments.one_pass import LowRankMoments, Moments
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
-from symbreak.runtime.ranks import from_each, own_rows
-from symbreak.runtime.run import padded_blocks
 
 __all__ = ["PrincipalMixture"]
 
@@ -46,11 +45,9 @@ TABLES = 4  # sets of matrices of the flow that are kept
 # Products of one row with a matrix peel off what is not aligned in memory, so their last bit would depend on the
 # row's place in the batch: coordinates are padded with zeros to a multiple of this.
 ALIGNED = 16
-PIECE = 2**23  # numbers of the samples whose coordinates are taken at a time
-EVALUATIONS = 4  # of the slope, a Runge-Kutta step
 
 
-class PrincipalMixture:
+class PrincipalMixture(ExactLaw):
     """A mixture of Gaussians in the leading principal components of a Gaussian law.
 
     Args:
@@ -73,8 +70,8 @@ class PrincipalMixture:
             )
         self.gaussian, self.inner, self.prior = gaussian, inner, prior
         self.shape: tuple[int, ...] = gaussian.shape
-        self.dim, self.leading = gaussian.dim, inner.dim
-        self._tables: dict[Any, list[_Stage]] = {}
+        self.leading = inner.dim
+        self._tables: dict[tuple[Any, ...], list[_Stage]] = {}
         axes = torch.nn.functional.pad(gaussian.eigenvectors[:, : self.leading], (0, -self.leading % ALIGNED))
         self._basis = Parameters(axes)
 
@@ -118,14 +115,7 @@ class PrincipalMixture:
             InputError: for labels that do not fit the samples, neither labels nor components, or a
                 component of fewer than two samples.
         """
-        if isinstance(batches, torch.Tensor | np.ndarray):
-            batches = [batches]
-        elif iter(batches) is batches:
-            batches = list(batches)
-        if labels is True:
-            labels = getattr(batches, "labels", None)
-            if labels is None:
-                raise InputError("labels=True, but the data have no labels. Pass labels=[N] or components=.")
+        batches, labels = labelled(batches, labels)
         if labels is None and components is None:
             raise InputError("a mixture is fitted by labels= or by components=; pass at least one of them.")
         gaussian = Gaussian.fit(batches) if gaussian is None else gaussian
@@ -134,7 +124,7 @@ class PrincipalMixture:
         p = min(p, 64) if leading is None else p
         if not 1 <= p <= gaussian.eigenvectors.shape[1]:
             raise InputError(f"{p} principal components; expected 1 to {gaussian.eigenvectors.shape[1]}.")
-        a = _coordinates(gaussian, batches, p)
+        a = coordinates(batches, gaussian.moments.mean, gaussian.eigenvectors[:, :p])
         code, classes = _groups(a, labels, components, seed)
         low = 0.5 * math.sqrt(max(float(variances[0]) - 1.0, 0.25 * float(variances[0])))
         at = low if sigma is None else float(sigma)
@@ -149,61 +139,48 @@ class PrincipalMixture:
 
     # The Gaussian does everything; in the leading coordinates the mixture's answer takes the place of its own.
 
-    def _leading(self, x: torch.Tensor, centred: bool = False) -> torch.Tensor:
-        """Leading coordinates of x - mu, padded with zeros: [B, P']."""
-        flat = flatten(x, self.shape)
-        return (flat if centred else flat - self.gaussian.moments.mean.reshape(-1).to(x)) @ self._basis.like(x)[0]
+    def _leading(self, flat: torch.Tensor, centred: bool = False) -> torch.Tensor:
+        """Leading coordinates of rows x - mu, padded with zeros: [B, P']."""
+        return (flat if centred else flat - self.moments.mean.reshape(-1).to(flat)) @ self._basis.like(flat)[0]
 
-    def _variances(self, x: torch.Tensor) -> torch.Tensor:
-        """Leading eigenvalues [P], float64 on the device of x."""
-        return self.gaussian.eigenvalues[: self.leading].to(x.device)
+    def _modes(self, flat: torch.Tensor, centred: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Leading coordinates [B, P], and the Gaussian's variances along them [P] float64."""
+        coordinates = self._leading(flat, centred)[:, : self.leading]
+        return coordinates, self.gaussian.eigenvalues[: self.leading].to(flat.device)
 
-    def _corrected(self, x: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
+    def _corrected(self, flat: torch.Tensor, by: torch.Tensor) -> torch.Tensor:
         """x + V by, for coordinates [B, P] or padded ones."""
-        (axes,) = self._basis.like(x)
-        padded = torch.nn.functional.pad(by.to(x.dtype), (0, axes.shape[1] - by.shape[1]))
-        return x + (padded @ axes.T).reshape(x.shape)
+        (axes,) = self._basis.like(flat)
+        return flat + torch.nn.functional.pad(by.to(flat.dtype), (0, axes.shape[1] - by.shape[1])) @ axes.T
 
-    # The law
+    def _denoise(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        z, lam = self._modes(flat)
+        by = self.inner._denoise(z, s2).to(z.dtype) - shrink(lam, s2) * z
+        return self._corrected(self.gaussian._denoise(flat, s2), by)
 
-    def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """E[x_0 | x_0 + sigma eps = x], [B, *S]; sigma a float or [B]."""
-        s = level(sigma, x)
-        z, lam = self._leading(x)[:, : self.leading], self._variances(x)
-        own = lam / (lam + column(s * s)) * z
-        return self._corrected(self.gaussian.denoise(x, s), self.inner.denoise(z, s) - own)
+    def _score(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        z, lam = self._modes(flat)
+        by = self.inner._score(z, s2).to(z.dtype) + z / (lam + s2)
+        return self._corrected(self.gaussian._score(flat, s2), by)
 
-    def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Gradient of `log_prob`, [B, *S]."""
-        s = level(sigma, x)
-        z, lam = self._leading(x)[:, : self.leading], self._variances(x)
-        return self._corrected(self.gaussian.score(x, s), self.inner.score(z, s) + z / (lam + column(s * s)))
-
-    def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """log density of x_0 + sigma eps at x, [B], nats, float64."""
-        s = level(sigma, x)
-        wide = x.double()
-        z, lam = self._leading(wide)[:, : self.leading], self._variances(wide)
-        total = lam + column(s * s)
-        own = -0.5 * ((z * z / total).sum(-1) + total.log().sum(-1) + self.leading * math.log(2 * math.pi))
-        return self.gaussian.log_prob(wide, s) - own + self.inner.log_prob(z, s)
+    def _log_prob(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        wide = flat.double()
+        z, lam = self._modes(wide)
+        total = lam + s2
+        leading = -0.5 * ((z * z / total).sum(-1) + total.log().sum(-1) + self.leading * math.log(2 * math.pi))
+        return self.gaussian._log_prob(wide, s2) - leading + self.inner._log_prob(z, s2)
 
     def sample(self, n: int, sigma: float = 0.0, generator: torch.Generator | None = None) -> torch.Tensor:
         """n draws [n, *S] float64 of x_0 + sigma eps."""
         g = fresh(generator)
         x = self.gaussian.sample(n, sigma, g)
-        return self._corrected(x, self.inner.sample(n, sigma, g) - self._leading(x)[:, : self.leading])
+        flat = x.reshape(n, -1)
+        return self._corrected(flat, self.inner.sample(n, sigma, g) - self._modes(flat)[0]).reshape(x.shape)
 
-    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x."""
-        s = level(sigma, x)
-        z, lam = self._leading(x)[:, : self.leading], self._variances(x)
-        u = self._leading(v, centred=True)[:, : self.leading]
-        s2 = column(s * s)
-        own = lam * s2 / (lam + s2) * u
-        return self._corrected(
-            self.gaussian.posterior_covariance(x, v, s), self.inner.posterior_covariance(z, u, s) - own
-        )
+    def _covary(self, flat: torch.Tensor, v: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        (z, lam), (u, _) = self._modes(flat), self._modes(v.to(flat.dtype), centred=True)
+        by = self.inner._covary(z, u, s2).to(z.dtype) - posterior(lam, s2) * u
+        return self._corrected(self.gaussian._covary(flat, v, s2), by)
 
     def certificate(self, sigma: float) -> Certificate:
         """What the truncation of the Gaussian loses at a level; 0 for a full one."""
@@ -223,26 +200,22 @@ class PrincipalMixture:
         these coordinates the flow is smooth: 3 Runge-Kutta steps, 12 slopes, leave a squared error far below what
         a law costs (``docs/choosing-a-start.md``).
         """
-        start = first_level(sigma, sigma_from, steps)
-        log_pi = self.inner.log_weights(labels, len(noise)).to(noise)
-        moved = self.gaussian.transport(noise, sigma, sigma_from)
-        z = self._leading(noise, centred=math.isinf(start))  # pure noise has no mean to take off
-        return self._corrected(moved, self._flow(z, start, float(sigma), steps, log_pi) - self._leading(moved))
-
-    def _flow(self, z: torch.Tensor, start: float, end: float, steps: int, log_pi: torch.Tensor) -> torch.Tensor:
-        """Padded leading coordinates [B, P']: white noise, or states at ``start``, to states at ``end``."""
         lam = self.gaussian.eigenvalues[: self.leading]
-        c = max(math.sqrt(float(lam[0])), 1e-12 * end)
-        key = (start, end, steps, z.dtype, z.device)
+        flow = FlowPath(sigma, sigma_from, max(math.sqrt(float(lam[0])), 1e-12 * float(sigma)), steps)
+        log_pi = self.inner.log_weights(labels, len(noise)).to(noise)
+        moved = flatten(self.gaussian.transport(noise, sigma, sigma_from), self.shape)
+        z = self._leading(
+            noise.reshape(moved.shape), centred=math.isinf(flow.start)
+        )  # pure noise has no mean to take off
+        key = (flow.start, flow.end, steps, z.dtype, z.device)
         if key not in self._tables:
             while len(self._tables) >= TABLES:
                 self._tables.pop(next(iter(self._tables)))
             with torch.inference_mode(False):  # tables made while sampling serve gradients too
-                self._tables[key] = [_Stage(self.inner, lam, s, c, z) for s in path(start, end, c, steps)]
+                self._tables[key] = [_Stage(self.inner, lam, s, flow.c, z) for s in flow.sigmas]
         stages = self._tables[key]
-        g = z if math.isinf(start) else z / stages[0].radius
-        g = runge_kutta(lambda g, i: stages[i].slope(g, log_pi), g, path(start, end, c, steps), c)
-        return stages[-1].radius * g
+        g = flow.carry(lambda g, i: stages[i].slope(g, log_pi), z if math.isinf(flow.start) else z / stages[0].radius)
+        return self._corrected(moved, stages[-1].radius * g - self._leading(moved)).reshape(noise.shape)
 
     def __repr__(self) -> str:
         kind = "clusters" if self.classes is None else "components in classes"
@@ -253,33 +226,30 @@ class _Stage:
     """Everything that the slope of the flow needs at one level, in the dtype of the states."""
 
     def __init__(self, inner: Mixture, lam: torch.Tensor, sigma: float, c: float, like: torch.Tensor) -> None:
-        means, vectors, values, floor = inner.means, inner.vectors, inner.eigenvalues, inner.floor
+        means, covariance = inner.means, inner.covariance
         self.sigma = sigma
         extra = like.shape[1] - inner.dim
 
-        def kept(values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
-            padded = torch.nn.functional.pad(values, (0, extra), value=fill)
-            return padded.to(like.device, like.dtype)
+        def padded(values: torch.Tensor, fill: float = 0.0) -> torch.Tensor:
+            return torch.nn.functional.pad(values, (0, extra), value=fill).to(like.device, like.dtype)
 
         if math.isinf(sigma):
             # (D_Gauss - D_mixture) / radius (sigma + c) / c -> - mean of the mixture / c
-            self.end = kept(means / -c)
+            self.end = padded(means / -c)
             return
         s2 = sigma * sigma
-        outside = 1.0 / (floor + s2)
-        inside = 1.0 / (values + s2) - outside[:, None]
-        eye = torch.eye(inner.dim, dtype=torch.float64)
-        precision = (vectors * inside[:, None]) @ vectors.mT + outside[:, None, None] * eye  # [K, P, P]
-        log_det = (values + s2).log().sum(1) + (inner.dim - values.shape[1]) * (floor + s2).log()
+        precision = covariance.dense(solve, s2)  # [K, P, P]
+        outside = (covariance.floor + s2).log()
+        log_det = (covariance.values + s2).log().sum(1) + (inner.dim - covariance.rank) * outside
         shift = (precision @ means[:, :, None])[:, :, 0]
         rows = torch.nn.functional.pad(precision, (0, 0, 0, extra)).permute(1, 0, 2)
-        self.precision = kept(rows).reshape(like.shape[1], -1)  # x @ this: [B, K P']
-        self.shift = kept(shift)  # C_k^-1 mu_k
+        self.precision = padded(rows).reshape(like.shape[1], -1)  # x @ this: [B, K P']
+        self.shift = padded(shift)  # C_k^-1 mu_k
         # log density of a component at x, up to a constant: x.shift - 1/2 x.P x - this
         self.offset = (0.5 * (log_det + (means * shift).sum(1))).to(like.device, like.dtype)
-        self.radius = kept((lam + s2).sqrt(), 1.0)
-        self.gauss = kept(1.0 / (lam + s2))
-        self.factor = kept(s2 * (sigma + c) / c / (lam + s2).sqrt())
+        self.radius = padded((lam + s2).sqrt(), 1.0)
+        self.gauss = padded(1.0 / (lam + s2))
+        self.factor = padded(s2 * (sigma + c) / c / (lam + s2).sqrt())
 
     def slope(self, g: torch.Tensor, log_pi: torch.Tensor) -> torch.Tensor:
         """dg / da [B, P]; ``log_pi`` [B, K] or [1, K] are the log weights of the components."""
@@ -299,58 +269,36 @@ def _signs(gaussian: Gaussian, p: int) -> torch.Tensor:
     return axes.gather(0, axes.abs().argmax(0, keepdim=True))[0].sign().double()
 
 
-def _coordinates(gaussian: Gaussian, batches: Iterable[Any], p: int) -> torch.Tensor:
-    """Leading principal coordinates [N, p] float64 of all samples, batch by batch; ranks share a data set."""
-    axes, parts = gaussian.eigenvectors[:, :p], []
-    mean = gaussian.moments.mean.reshape(-1)
-    size = max(1, min(256, PIECE // math.prod(gaussian.shape)))
-    own, _, shared = own_rows(batches, size)
-    tensors = (b if isinstance(b, torch.Tensor) else torch.as_tensor(np.asarray(b)) for b in own)
-    # Products of one size: a row's last bits depend neither on its batch nor on the rank that made it.
-    for block, count in padded_blocks(tensors, size):
-        # The digits of the eigenvectors: those of a sketch are float32, and a wider copy could fill the memory.
-        rows = flatten(block.float() if block.dtype not in (torch.float32, torch.float64) else block, gaussian.shape)
-        if not bool(torch.isfinite(rows).all()):
-            raise InputError("the samples hold NaN or infinity; expected finite numbers.")
-        parts.append(((rows.to(axes.dtype) - mean.to(axes.dtype)) @ axes).double()[:count])
-    found = from_each({"rows": torch.cat(parts).numpy()}, shared)
-    return torch.from_numpy(np.concatenate([f["rows"] for f in found]))
-
-
-def _groups(a: torch.Tensor, labels: Any, components: int | None, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _groups(
+    a: torch.Tensor, labels: np.ndarray | None, components: int | None, seed: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Component [N] of every sample, and the class [K] of every component."""
-    from sklearn.cluster import KMeans
-
-    near = a[:, :20].numpy()
-    if labels is None:
-        y = torch.zeros(len(a), dtype=torch.int64)
-    else:
-        y = torch.as_tensor(np.asarray(torch.as_tensor(labels).cpu())).reshape(-1).long()
-        if len(y) != len(a):
-            raise InputError(f"{len(y):,} labels for {len(a):,} samples; expected one label a sample.")
-    names = y.unique()
+    y = torch.zeros(len(a), dtype=torch.int64) if labels is None else torch.as_tensor(labels).long()
+    if len(y) != len(a):
+        raise InputError(f"{len(y):,} labels for {len(a):,} samples; expected one label a sample.")
+    names, counts = y.unique(return_counts=True)
     wanted = len(names) if components is None else int(components)
     if not len(names) <= wanted <= len(a) // 2:
         raise InputError(
             f"{wanted} components for {len(a):,} samples of {len(names)} classes; expected at least one a class, "
             "and at most one for two samples."
         )
-    code, classes, used = torch.zeros(len(a), dtype=torch.int64), [], 0
-    for i, name in enumerate(names.tolist()):
-        rows = (y == name).nonzero()[:, 0]
+    code, before = torch.zeros(len(a), dtype=torch.int64), 0
+    classes: list[int] = []
+    for name, count in zip(names.tolist(), counts.tolist()):
+        if count < 2:
+            raise InputError(f"class {name} has {count} sample; at least 2 are needed. Drop it.")
         # Clusters are shared out by size, rounded so that their sum is what was asked for.
-        before = int((y[:, None] == names[:i]).sum()) if i else 0
         spare = wanted - len(names)
-        k = 1 + round(spare * (before + len(rows)) / len(a)) - round(spare * before / len(a))
-        k = max(1, min(k, len(rows) // 2))
-        if len(rows) < 2:
-            raise InputError(f"class {name} has {len(rows)} sample; at least 2 are needed. Drop it.")
-        own = torch.zeros(len(rows), dtype=torch.int64)
+        k = 1 + round(spare * (before + count) / len(a)) - round(spare * before / len(a))
+        k = max(1, min(k, count // 2))
+        rows = y == name
+        cluster = torch.zeros(count, dtype=torch.int64)
         if k > 1:
-            own = torch.as_tensor(KMeans(k, random_state=seed, n_init=4).fit_predict(near[rows])).long()
-        code[rows] = used + own
+            cluster = torch.as_tensor(kmeans(a[rows, :20].numpy(), k, seed).labels_).long()
+        code[rows] = len(classes) + cluster
         classes += [name] * k
-        used += k
+        before += count
     return code, torch.tensor(classes)
 
 
@@ -375,11 +323,11 @@ def _cross_validated(a: torch.Tensor, code: torch.Tensor, sigma: float, seed: in
     eps = torch.randn(a.shape, generator=generator(seed, 6), dtype=torch.float64)
     for fold in range(FOLDS):
         out = order[fold::FOLDS]
-        kept = torch.ones(len(a), dtype=torch.bool)
-        kept[out] = False
+        rest = torch.ones(len(a), dtype=torch.bool)
+        rest[out] = False
         # A component that a fold leaves without samples has weight 0 there.
         looked = out[: VALIDATED // FOLDS]
         x = a[looked] + sigma * eps[looked]
         for i, prior in enumerate(PRIORS):
-            total[i] += _shrunk(a[kept], code[kept], k, prior).log_prob(x, sigma).sum()
+            total[i] += _shrunk(a[rest], code[rest], k, prior).log_prob(x, sigma).sum()
     return PRIORS[int(total.argmax())]

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from symbreak.laws.law import Parameters, column, flatten, fresh, level, plain, probability_flow, top_eigenvalue
+from symbreak.laws.law import ExactLaw, fresh, rows_of, top_eigenvalue
+from symbreak.moments.covariance import Parameters
 from symbreak.moments.one_pass import Moments
 from symbreak.runtime.files import InputError
 
@@ -36,7 +37,7 @@ COPIES = 4  # times the working memory that a centred float32 copy of the data m
 CACHED = 2**24  # numbers kept as a second, float64 copy of the data
 
 
-class Empirical:
+class Empirical(ExactLaw):
     """The empirical law of a data set.
 
     Args:
@@ -76,11 +77,6 @@ class Empirical:
         self._small = Parameters(self._centre, half)
         self._data = Parameters(flat)
         self._copies: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
-
-    @property
-    def dim(self) -> int:
-        """Number of elements d of one sample."""
-        return math.prod(self.shape)
 
     def __len__(self) -> int:
         return len(self.points)
@@ -152,29 +148,23 @@ class Empirical:
         mass, square, mean, t = sums
         return top + mass.log(), 2 * top + square.log(), mean / mass, t / mass
 
-    def _chunked(
-        self, x: torch.Tensor, sigma: float | torch.Tensor
-    ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    def _chunked(self, flat: torch.Tensor, s2: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Float64 centred queries [b, d] and sigma^2, [] or [b, 1], in chunks."""
-        flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
         step = self._queries(len(flat), 8)
         for start in range(0, len(flat), step):
             part = slice(start, start + step)
-            yield (part, flat[part].double() - self._small.like(x, torch.float64)[0], s2[part] if len(s2.shape) else s2)
+            yield part, flat[part].double() - self._small.like(flat, torch.float64)[0], rows_of(s2, part)
 
     # The law
 
-    def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """E[x_0 | x_0 + sigma eps = x], [B, *S]; sigma a float or [B]."""
-        flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
-        if x.dtype == torch.float32 and plain(x, sigma):
-            step = self._queries(len(flat), 4)
-            parts = [slice(i, i + step) for i in range(0, len(flat), step)]
-            out = [self._narrow(flat[p], s2[p] if s2.ndim else s2.expand(len(flat[p]), 1)) for p in parts]
+    def _denoise(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        if flat.dtype == torch.float32 and not _differentiated(flat, s2):
+            step, s2 = self._queries(len(flat), 4), s2.expand(len(flat), 1)
+            out = [self._narrow(flat[i : i + step], s2[i : i + step]) for i in range(0, len(flat), step)]
         else:
-            centre = self._small.like(x, torch.float64)[0]
-            out = [(self._wide(y, s)[2] + centre).to(x.dtype) for _, y, s in self._chunked(x, sigma)]
-        return torch.cat(out).reshape(x.shape) if out else x
+            centre = self._small.like(flat, torch.float64)[0]
+            out = [(self._wide(y, s)[2] + centre).to(flat.dtype) for _, y, s in self._chunked(flat, s2)]
+        return torch.cat(out) if out else flat
 
     @torch.no_grad()
     def _narrow(self, x: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
@@ -266,45 +256,35 @@ class Empirical:
             out[i : i + step] = 0.5 * torch.linalg.vector_norm(gap, dim=1) ** 2
         return out
 
-    def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Gradient of `log_prob`, [B, *S]."""
-        s2 = column(level(sigma, x) ** 2).to(x.dtype)
-        gap = flatten(self.denoise(x, sigma), self.shape) - flatten(x, self.shape)
-        return (gap / s2).reshape(x.shape)
-
-    def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """log density of x_0 + sigma eps at x, [B], nats, float64."""
+    def _log_prob(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
         out = []
-        for _, y, s2 in self._chunked(x, sigma):
-            mass = self._wide(y, s2)[0] - 0.5 * y.square().sum(1, keepdim=True) / s2
-            out.append((mass - math.log(len(self)) - 0.5 * self.dim * (s2 * (2 * math.pi)).log())[:, 0])
+        for _, y, s in self._chunked(flat, s2):
+            mass = self._wide(y, s)[0] - 0.5 * y.square().sum(1, keepdim=True) / s
+            out.append((mass - math.log(len(self)) - 0.5 * self.dim * (s * (2 * math.pi)).log())[:, 0])
         return torch.cat(out)
 
     def participation(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Number of points that share the posterior, 1 / sum_j w_j^2, [B] float64, between 1 and N."""
-        parts = [self._wide(y, s2) for _, y, s2 in self._chunked(x, sigma)]
+        parts = [self._wide(y, s2) for _, y, s2 in self._chunked(*self._flat(x, sigma))]
         return torch.cat([(2 * mass - square).exp()[:, 0] for mass, square, *_ in parts])
 
     def posterior_weights(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Posterior probability of every point, p(y_j | x), [B, N] float64 (not bounded in memory)."""
-        whole = slice(0, len(self))
-        return torch.cat([self._log_weights(y, whole, s2)[0].softmax(1) for _, y, s2 in self._chunked(x, sigma)])
+        chunks, whole = self._chunked(*self._flat(x, sigma)), slice(0, len(self))
+        return torch.cat([self._log_weights(y, whole, s2)[0].softmax(1) for _, y, s2 in chunks])
 
-    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x."""
-        if v.shape != x.shape:
-            raise InputError(f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same.")
+    def _covary(self, flat: torch.Tensor, v: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
         out = []
-        for part, y, s2 in self._chunked(x, sigma):
-            u = v.reshape(len(v), -1)[part].double()
-            log_mass, _, _, t = self._wide(y, s2, u)
+        for part, y, s in self._chunked(flat, s2):
+            u = v[part].double()
+            log_mass, _, _, t = self._wide(y, s, u)
             # A second pass: deviations of t from its mean, not the difference of two means of products.
             total = torch.zeros_like(y)
             for block in self._blocks(len(y), 8, y):
-                log_w, rows = self._log_weights(y, block, s2)
+                log_w, rows = self._log_weights(y, block, s)
                 total = total + ((log_w - log_mass).exp() * (u @ rows.T - t)) @ rows
             out.append(total)
-        return torch.cat(out).to(x.dtype).reshape(x.shape)
+        return torch.cat(out)
 
     # Moments, draws and the flow
 
@@ -317,7 +297,7 @@ class Empirical:
         return out / len(self)
 
     @cached_property
-    def _scales(self) -> tuple[float, float]:
+    def _scales(self) -> tuple[float, float]:  # type: ignore[override]
         """Mean variance and top standard deviation of the points."""
         return 2 * float(self._half.mean()) / self.dim, math.sqrt(top_eigenvalue(self._covariance, self.dim))
 
@@ -337,24 +317,15 @@ class Empirical:
         noise = torch.randn(n, *self.shape, generator=g, dtype=torch.float64, device=g.device)
         return self.points.to(g.device)[index] + float(sigma) * noise
 
-    def transport(
-        self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None, steps: int = 48
-    ) -> torch.Tensor:
-        """Carry noise along the law's probability flow to level sigma, deterministically.
-
-        Args:
-            noise: [B, *S]; white noise, or VE states at ``sigma_from``.
-            sigma: target level.
-            sigma_from: level of the states given; ``None`` for pure noise (the limit of infinite sigma).
-            steps: Runge-Kutta steps; the error falls with their fourth power.
-
-        Returns:
-            VE states [B, *S] at sigma.
-        """
-        flatten(noise, self.shape)
-        variance, spread = self._scales
-        mean = self._centre.reshape(self.shape)
-        return probability_flow(self.denoise, noise, sigma, sigma_from, mean, variance, spread, steps)
-
     def __repr__(self) -> str:
         return f"Empirical({len(self):,} points, shape={self.shape})"
+
+
+def _differentiated(*values: torch.Tensor) -> bool:
+    """Whether anything is being differentiated: by autograd, forward mode or torch.func."""
+    return any(
+        (v.requires_grad and torch.is_grad_enabled())
+        or torch._C._functorch.is_functorch_wrapped_tensor(v)
+        or torch.autograd.forward_ad.unpack_dual(v).tangent is not None
+        for v in values
+    )

@@ -12,13 +12,13 @@ eigenvalues then acts as x -> g(f) x + Q (g(L) - g(f)) Q^T x, at the cost of two
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import scipy.fft
 import torch
 
-from symbreak.laws.law import Parameters, column, flatten, fresh, level
+from symbreak.laws.law import ExactLaw, fresh, rows_of
+from symbreak.moments.covariance import Covariance, Gain, Parameters, posterior, root, shrink, solve
 from symbreak.moments.low_rank import Certificate, project_moments
 from symbreak.moments.one_pass import LowRankMoments, Moments
 from symbreak.runtime.files import InputError
@@ -27,12 +27,9 @@ __all__ = ["Gaussian"]
 
 CHUNK = 2**26  # numbers [B, d] of a low-rank law handled at a time
 LARGEST = 2**30  # numbers of a basis of cosines, 4.3 GB
-PANEL = 2**24  # numbers of Q converted at a time where x has more digits than Q
-
-Gain = Callable[[torch.Tensor], torch.Tensor]
 
 
-class Gaussian:
+class Gaussian(ExactLaw):
     """The Gaussian with given moments.
 
     Args:
@@ -64,8 +61,8 @@ class Gaussian:
             self.eigenvalues, self.eigenvectors = moments.eigh
         if floor is not None and (floor < 0 or moments.dim == len(self.eigenvalues)):
             raise InputError(f"floor is {floor:g} at rank {len(self.eigenvalues)}; expected >= 0 and a rank below d.")
-        self._whole = Parameters(moments.mean.reshape(-1), self.eigenvalues)
-        self._basis = Parameters(self.eigenvectors)
+        self.covariance = Covariance(self.eigenvectors, self.eigenvalues, torch.tensor(self.floor, dtype=torch.float64))
+        self._mean = Parameters(moments.mean.reshape(-1))
 
     @classmethod
     def fit(cls, batches: Iterable[torch.Tensor], rank: int | None = None) -> Gaussian:
@@ -93,11 +90,6 @@ class Gaussian:
         return cls(project_moments(batches, lambda shape: _cosines(shape, int(size))))
 
     @property
-    def dim(self) -> int:
-        """Number of elements d of one sample."""
-        return self.moments.dim
-
-    @property
     def rank(self) -> int:
         """Number of eigenpairs r."""
         return len(self.eigenvalues)
@@ -108,107 +100,46 @@ class Gaussian:
             return self.moments.certificate(sigma, self.floor)
         return Certificate(0.0, float(sigma), self.rank, 0, 0.0, 0.0, self.moments.count, 0.0)
 
-    def _mean(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        return self._whole.like(x, dtype)[0]
-
-    def _vectors(self, x: torch.Tensor) -> torch.Tensor:
-        """Q on the device of x, in its dtype or, of a sketch, with fewer digits: a copy could fill the memory."""
-        (q,) = self._basis.like(x, x.dtype if x.dtype == torch.float32 else self.eigenvectors.dtype)
-        return q
-
-    def _flat(self, x: torch.Tensor) -> torch.Tensor:
-        return flatten(x, self.shape)
-
-    def _map(self, x: torch.Tensor, gain: Gain, centred: bool = False) -> torch.Tensor:
-        """mu + g(Sigma) (x - mu) for a function g of the eigenvalues; ``centred`` leaves mu out on both sides."""
-        flat, mean = self._flat(x), self._mean(x)
-        if self.rank == self.dim:
-            q = self._vectors(x).to(x.dtype)
-            values = self._whole.like(x, torch.float64)[1]
-            y = ((flat if centred else flat - mean) @ q) * gain(values).to(x.dtype)
-            out = y @ q.T
-            return (out if centred else out + mean).reshape(x.shape)
-        values = self._whole.like(x, torch.float64)[1]
-        outside = gain(torch.full((1,), self.floor, dtype=torch.float64, device=x.device))
-        inside = (gain(values) - outside).to(x.dtype)
-        outside = outside.to(x.dtype)
-        size = max(1, CHUNK // self.dim)
+    def _map(self, flat: torch.Tensor, gain: Gain, s2: torch.Tensor, centred: bool = False) -> torch.Tensor:
+        """mu + g(Sigma) (x - mu) of rows, some at a time; ``centred`` leaves mu out on both sides."""
+        covariance, (mean,) = self.covariance.like(flat), self._mean.like(flat)
+        size = max(1, len(flat) if self.rank == self.dim else CHUNK // self.dim)
         done = []
-        for i in range(0, len(flat), size):
-            part = flat[i : i + size] if centred else flat[i : i + size] - mean
-            # A level of its own for every sample gives a row of factors each.
-            here, there = (f[i : i + size] if f.ndim == 2 and len(f) > 1 else f for f in (inside, outside))
-            y = self._coordinates(part) * here
-            done.append(_joined([there * part[:, c] + y @ q.T for c, q in self._panels(part)], 1))
-            if not centred:
-                done[-1] = done[-1] + mean
-        return (_joined(done, 0) if done else flat.clone()).reshape(x.shape)
-
-    def _panels(self, x: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Q in the dtype of x, some of its rows at a time where they have to be converted."""
-        q = self._vectors(x)
-        size = self.dim if q.dtype == x.dtype else max(1, PANEL // max(1, self.rank))
-        for a in range(0, self.dim, size):
-            yield slice(a, a + size), q[a : a + size].to(x.dtype)
-
-    def _coordinates(self, centred: torch.Tensor) -> torch.Tensor:
-        """Q^T of rows [B, d], [B, r]."""
-        return sum((centred[:, c] @ q for c, q in self._panels(centred)), centred.new_zeros(()))
-
-    def _squared_level(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """sigma^2, [] or [B, 1], float64 on the device of x."""
-        return column(level(sigma, x) ** 2)
+        for i in range(0, max(1, len(flat)), size):
+            part = slice(i, i + size)
+            out = covariance.apply(gain, rows_of(s2, part), flat[part] if centred else flat[part] - mean)
+            done.append(out if centred else out + mean)
+        return done[0] if len(done) == 1 else torch.cat(done)
 
     def sample(self, n: int, sigma: float = 0.0, generator: torch.Generator | None = None) -> torch.Tensor:
         """n draws of x_0 + sigma eps, [n, *S] float64."""
         g = fresh(generator)
-        z = torch.randn(n, *self.shape, generator=g, dtype=torch.float64, device=g.device)
-        out = self._map(z, lambda v: (v + float(sigma) ** 2).sqrt(), centred=True)
-        return out + self._mean(z).reshape(self.shape)
+        z = torch.randn(n, self.dim, generator=g, dtype=torch.float64, device=g.device)
+        s2 = torch.tensor(float(sigma) ** 2, dtype=torch.float64, device=g.device)
+        return (self._map(z, root, s2, centred=True) + self._mean.like(z)[0]).reshape(n, *self.shape)
 
-    def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """E[x_0 | x_0 + sigma eps = x], [B, *S]; sigma a float or [B]."""
-        s2 = self._squared_level(x, sigma)
-        return self._map(x, lambda v: v / (v + s2))
+    def _denoise(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        return self._map(flat, shrink, s2)
 
-    def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Gradient of `log_prob`, [B, *S]."""
-        s2 = self._squared_level(x, sigma)
-        centred = self._flat(x) - self._mean(x)
-        return self._map(centred.reshape(x.shape), lambda v: -1.0 / (v + s2), centred=True)
+    def _score(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        return -self._map(flat - self._mean.like(flat)[0], solve, s2, centred=True)
 
-    def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """log density of x_0 + sigma eps at x, [B], nats."""
-        s2 = self._squared_level(x, sigma)
+    def _log_prob(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
         # Float64: where modes have no spread, rounding of y counts against sigma.
-        mean, values = self._whole.like(x, torch.float64)
-        if self.rank == self.dim:
-            (q,) = self._basis.like(x, torch.float64)
-            y = (self._flat(x).double() - mean) @ q
-            total = values + s2
-            return -0.5 * ((y * y / total).sum(-1) + total.log().sum(-1) + self.dim * math.log(2 * math.pi))
-        flat, total, outside = self._flat(x), values + s2, self.floor + s2
-        size, squares, lengths = max(1, CHUNK // self.dim), [], []
-        for i in range(0, len(flat), size):
-            y = length = mean.new_zeros(())
-            for c, q in self._panels(mean):
-                part = flat[i : i + size, c].double() - mean[c]
-                y, length = y + part @ q, length + (part * part).sum(-1, keepdim=True)
-            squares.append(y * y)
-            lengths.append(length)
-        z2, rest = _joined(squares, 0), _joined(lengths, 0)
-        quadratic = (z2 / total).sum(-1) + ((rest - z2.sum(-1, keepdim=True)) / outside).sum(-1)
-        log_det = total.log().sum(-1) + (self.dim - self.rank) * (outside.log().sum(-1) if s2.ndim else outside.log())
-        return -0.5 * (quadratic + log_det + self.dim * math.log(2 * math.pi))
+        covariance, (mean,) = self.covariance.like(flat, torch.float64), self._mean.like(flat, torch.float64)
+        size, done = max(1, CHUNK // (2 * self.dim)), []
+        for i in range(0, max(1, len(flat)), size):
+            part = slice(i, i + size)
+            done.append(covariance.log_density(flat[part].double() - mean, rows_of(s2, part)))
+        return torch.cat(done)
 
-    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x; the same at every x."""
-        if v.shape != x.shape:
-            raise InputError(f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same.")
-        s2 = self._squared_level(x, sigma)
-        return self._map(v.to(x.dtype), lambda e: e * s2 / (e + s2), centred=True)
+    def _covary(self, flat: torch.Tensor, v: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        """The same at every x."""
+        return self._map(v.to(flat.dtype), posterior, s2, centred=True)
 
-    def transport(self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None) -> torch.Tensor:
+    def transport(
+        self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None, steps: int | None = None
+    ) -> torch.Tensor:
         """Carry noise along the law's probability flow to level sigma, deterministically.
 
             mu + Q sqrt(L + sigma^2) Q^T z                                   from pure noise z ~ N(0, I)
@@ -217,24 +148,21 @@ class Gaussian:
         Args:
             noise: [B, *S]; white noise, or VE states at ``sigma_from``.
             sigma: target level.
-            sigma_from: level of the states given; ``None`` for pure noise (the limit of infinite sigma).
+            sigma_from: level of the states; ``None`` for pure noise (the limit of infinite sigma).
+            steps: unused, the map is exact; other laws take Runge-Kutta steps.
 
         Returns:
             VE states [B, *S] at sigma. From white noise their law is exactly that of x_0 + sigma eps.
         """
-        s2 = self._squared_level(noise, sigma)
+        flat, s2 = self._flat(noise, sigma)
         if sigma_from is None:
-            mean = self._mean(noise).reshape(self.shape)
-            return self._map(noise, lambda v: (v + s2).sqrt(), centred=True) + mean
-        return self._map(noise, lambda v: ((v + s2) / (v + float(sigma_from) ** 2)).sqrt())
+            return (self._map(flat, root, s2, centred=True) + self._mean.like(flat)[0]).reshape(noise.shape)
+        before = float(sigma_from) ** 2
+        return self._map(flat, lambda v, s2: ((v + s2) / (v + before)).sqrt(), s2).reshape(noise.shape)
 
     def __repr__(self) -> str:
         rank = "" if self.rank == self.dim else f"rank {self.rank}, "
         return f"Gaussian({rank}shape={self.shape}, top eigenvalue {float(self.eigenvalues[0]):.4g})"
-
-
-def _joined(parts: list[Any], dim: int) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _cosines(shape: tuple[int, ...], size: int) -> torch.Tensor:
@@ -254,8 +182,8 @@ def _cosines(shape: tuple[int, ...], size: int) -> torch.Tensor:
         for n in (height, width)
     )
     one = torch.einsum("ah,bw->hwab", rows, columns).reshape(height * width, -1).float()
-    channels, own = math.prod(shape[:-2]), one.shape[1]
+    channels, each = math.prod(shape[:-2]), one.shape[1]
     out = torch.zeros(channels, height * width, modes)
     for c in range(channels):
-        out[c, :, c * own : (c + 1) * own] = one
+        out[c, :, c * each : (c + 1) * each] = one
     return out.reshape(channels * height * width, -1)

@@ -1,4 +1,4 @@
-"""What the laws share: noise levels, parameters in the dtype of x, and the probability flow.
+"""What a law is, and what the laws share: checked arguments and the probability flow.
 
 In the VE picture x = x_0 + sigma eps the flow of a law with posterior mean D is
 
@@ -17,6 +17,7 @@ and no sample's steps depend on its neighbours.
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
@@ -26,22 +27,7 @@ import torch
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 
-__all__ = [
-    "Law",
-    "Parameters",
-    "column",
-    "first_level",
-    "flatten",
-    "fresh",
-    "level",
-    "path",
-    "plain",
-    "probability_flow",
-    "runge_kutta",
-    "top_eigenvalue",
-]
-
-Product = Callable[[torch.Tensor], torch.Tensor]
+__all__ = ["ExactLaw", "FlowPath", "Law", "column", "flatten", "fresh", "level", "rows_of", "top_eigenvalue"]
 
 
 @runtime_checkable
@@ -79,26 +65,93 @@ class Law(Protocol):
         """White noise, or VE states at ``sigma_from``, along the law's probability flow: VE states [B, *S] at sigma."""
 
 
-class Parameters:
-    """Float64 parameters of a law, converted once for every dtype and device that asks."""
+class ExactLaw(abc.ABC):
+    """Base of the laws of this package: a `Law` made of what it says of flat rows.
 
-    def __init__(self, *tensors: torch.Tensor) -> None:
-        self.whole = tensors
-        self._cache: dict[tuple[torch.dtype, torch.device], tuple[torch.Tensor, ...]] = {}
+    ``_denoise``, ``_score``, ``_log_prob`` and ``_covary`` get rows [B, d] and sigma^2, [] or [B, 1] float64.
+    """
 
-    def like(self, x: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, ...]:
-        """The parameters on the device of x, in its dtype or in ``dtype``."""
-        dtype = x.dtype if dtype is None else dtype
-        key = (dtype, x.device)
-        found = self._cache.get(key)
-        if found is None:
-            with torch.inference_mode(False):
-                found = tuple(p.to(x.device, dtype) for p in self.whole)
-            # Inside torch.func transforms a conversion is wrapped for that transform; such a tensor
-            # must not outlive it.
-            if not any(torch._C._functorch.is_functorch_wrapped_tensor(p) for p in found):
-                self._cache[key] = found
-        return found
+    shape: tuple[int, ...]
+    _centre: torch.Tensor  # mean [d] float64
+    _scales: tuple[float, float]  # mean variance, and largest standard deviation (a scale; 10 % do not matter)
+
+    @property
+    def dim(self) -> int:
+        """Number of elements d of one sample."""
+        return math.prod(self.shape)
+
+    @abc.abstractmethod
+    def _denoise(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        """Posterior means [B, d]."""
+
+    def _score(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        return (self._denoise(flat, s2).to(flat.dtype) - flat) / s2.to(flat.dtype)
+
+    @abc.abstractmethod
+    def _log_prob(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        """Log densities [B] float64."""
+
+    @abc.abstractmethod
+    def _covary(self, flat: torch.Tensor, v: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        """Posterior covariance times v [B, d]."""
+
+    def _flat(self, x: torch.Tensor, sigma: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return flatten(x, self.shape), column(level(sigma, x) ** 2)
+
+    def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """E[x_0 | x_0 + sigma eps = x], [B, *S]; sigma a float or [B]."""
+        return self._denoise(*self._flat(x, sigma)).to(x.dtype).reshape(x.shape)
+
+    def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Gradient of `log_prob`, [B, *S]; sigma a float or [B]."""
+        return self._score(*self._flat(x, sigma)).to(x.dtype).reshape(x.shape)
+
+    def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """log density of x_0 + sigma eps at x, [B], nats, float64; sigma a float or [B]."""
+        return self._log_prob(*self._flat(x, sigma))
+
+    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x; sigma a float or [B]."""
+        if v.shape != x.shape:
+            raise InputError(f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same.")
+        flat, s2 = self._flat(x, sigma)
+        return self._covary(flat, v.reshape(flat.shape), s2).to(x.dtype).reshape(x.shape)
+
+    def transport(
+        self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None, steps: int = 48
+    ) -> torch.Tensor:
+        """Carry noise along the law's probability flow to level sigma, deterministically.
+
+        Args:
+            noise: [B, *S]; white noise, or VE states at ``sigma_from``.
+            sigma: target level.
+            sigma_from: level of the states; ``None`` for pure noise (the limit of infinite sigma).
+            steps: Runge-Kutta steps of four posterior means each; the error falls with their fourth power.
+
+        Returns:
+            VE states [B, *S] at sigma.
+
+        Raises:
+            InputError: for levels or step counts that are not positive.
+        """
+        variance, spread = self._scales
+        x, mu = flatten(noise, self.shape), self._centre.to(noise)
+        flow = FlowPath(sigma, sigma_from, spread, steps)
+
+        def radius(s: float) -> float:
+            return math.hypot(s, math.sqrt(variance))
+
+        def slope(g: torch.Tensor, i: int) -> torch.Tensor:
+            """dg/da = (s + c) / c (g v / r^2 - (D - mu) / r), 0 at infinite sigma."""
+            s = flow.sigmas[i]
+            if math.isinf(s):
+                return torch.zeros_like(g)
+            r = radius(s)
+            d = self._denoise(mu + r * g, level(s, g) ** 2).to(g.dtype)
+            return ((s + flow.c) / flow.c) * (g * (variance / r**2) - (d - mu) / r)
+
+        g = x if math.isinf(flow.start) else (x - mu) / radius(flow.start)
+        return (mu + radius(flow.end) * flow.carry(slope, g)).reshape(noise.shape)
 
 
 def level(sigma: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -124,6 +177,11 @@ def column(s: torch.Tensor) -> torch.Tensor:
     return s[:, None] if s.ndim else s
 
 
+def rows_of(s2: torch.Tensor, part: slice) -> torch.Tensor:
+    """sigma^2, [] or [B, 1], of some rows of a batch."""
+    return s2[part] if s2.ndim and len(s2) > 1 else s2
+
+
 def flatten(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """A batch [B, *S] as [B, d].
 
@@ -138,30 +196,16 @@ def flatten(x: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     return x.reshape(len(x), -1)
 
 
-def plain(*values: torch.Tensor | float) -> bool:
-    """Whether nothing is being differentiated: not by autograd, forward mode or torch.func."""
-    for v in values:
-        if not isinstance(v, torch.Tensor):
-            continue
-        if v.requires_grad and torch.is_grad_enabled():
-            return False
-        if torch._C._functorch.is_functorch_wrapped_tensor(v):
-            return False
-        if torch.autograd.forward_ad.unpack_dual(v).tangent is not None:
-            return False
-    return True
-
-
 def fresh(generator: torch.Generator | None) -> torch.Generator:
     """The generator, or one with a new random seed: the global one is never touched."""
     if generator is not None:
         return generator
-    own = torch.Generator()
-    own.seed()
-    return own
+    new = torch.Generator()
+    new.seed()
+    return new
 
 
-def top_eigenvalue(product: Product, dim: int, iterations: int = 12) -> float:
+def top_eigenvalue(product: Callable[[torch.Tensor], torch.Tensor], dim: int, iterations: int = 12) -> float:
     """The top eigenvalue of a covariance from below, by power iteration on v -> C v (v [1, d] float64).
 
     Good to a few per cent: it sets a scale, it is no result. Start and iterations are fixed.
@@ -169,103 +213,49 @@ def top_eigenvalue(product: Product, dim: int, iterations: int = 12) -> float:
     v = torch.randn(1, dim, generator=generator(dim), dtype=torch.float64)
     value = 0.0
     for _ in range(iterations):
-        v = v / torch.linalg.vector_norm(v)
-        v = product(v)
+        v = product(v / torch.linalg.vector_norm(v))
         value = float(torch.linalg.vector_norm(v))
         if value == 0.0:
             break
     return value
 
 
-def first_level(sigma: float, sigma_from: float | None, steps: int) -> float:
-    """The level a flow starts from, infinite for white noise.
-
-    Raises:
-        InputError: for levels or step counts that are not positive.
-    """
-    start = math.inf if sigma_from is None else float(sigma_from)
-    if not (sigma > 0 and start > 0):
-        raise InputError(f"the flow was asked for from sigma {start:g} to {sigma:g}; expected levels > 0.")
-    if steps < 1:
-        raise InputError(f"{steps} steps; expected at least 1.")
-    return start
-
-
-def _coordinate(sigma: float, c: float) -> float:
-    """a = log(sigma / (sigma + c))."""
-    return 0.0 if math.isinf(sigma) else -math.log1p(c / sigma)
-
-
-def path(sigma_from: float, sigma: float, c: float, steps: int) -> list[float]:
-    """2 steps + 1 levels, middles of the steps included, equally spaced in a = log(sigma / (sigma + c))."""
-    ends = [_coordinate(s, c) for s in (sigma_from, sigma)]
-    grid = [ends[0] + (ends[1] - ends[0]) * i / (2 * steps) for i in range(2 * steps + 1)]
-    # sigma = c e^a / (1 - e^a); the ends exactly as given.
-    inner = [math.inf if a == 0 else -c * math.exp(a) / math.expm1(a) for a in grid]
-    return [sigma_from, *inner[1:-1], sigma]
-
-
-def runge_kutta(
-    slope: Callable[[torch.Tensor, int], torch.Tensor], g: torch.Tensor, sigmas: Sequence[float], c: float
-) -> torch.Tensor:
-    """Carry g along dg/da = slope(g, i), i the index in ``sigmas`` (a `path`), by the classical rule."""
-    steps = (len(sigmas) - 1) // 2
-    h = (_coordinate(sigmas[-1], c) - _coordinate(sigmas[0], c)) / steps
-    for i in range(0, 2 * steps, 2):
-        k1 = slope(g, i)
-        k2 = slope(g + (0.5 * h) * k1, i + 1)
-        k3 = slope(g + (0.5 * h) * k2, i + 1)
-        k4 = slope(g + h * k3, i + 2)
-        g = g + (h / 6.0) * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
-    return g
-
-
-def probability_flow(
-    denoise: Callable[[torch.Tensor, float], torch.Tensor],
-    x: torch.Tensor,
-    sigma: float,
-    sigma_from: float | None,
-    mean: torch.Tensor,
-    variance: float,
-    spread: float,
-    steps: int,
-) -> torch.Tensor:
-    """Carry pure noise, or VE states at ``sigma_from``, along a law's probability flow to ``sigma``.
+class FlowPath:
+    """Levels of a flow, equally spaced in a = log(sigma / (sigma + c)).
 
     Args:
-        denoise: the law's posterior mean.
-        x: [B, *S]; white noise, or states at ``sigma_from``.
-        sigma: target level > 0.
-        sigma_from: level of x, ``None`` for white noise (infinite sigma).
-        mean: mean of the law [*S].
-        variance: its mean variance (trace / d).
-        spread: its largest standard deviation (a scale; 10 % do not matter).
-        steps: Runge-Kutta steps, 4 denoiser calls each.
+        sigma: last level.
+        sigma_from: first level, ``None`` for infinite noise.
+        c: largest standard deviation of the law. One without spread moves on straight lines whatever c is.
+        steps: Runge-Kutta steps.
 
-    Returns:
-        VE states [B, *S] at sigma.
+    Attributes:
+        sigmas: 2 steps + 1 levels, middles of the steps included, the ends exactly as they came.
 
     Raises:
         InputError: for levels or step counts that are not positive.
     """
-    start = first_level(sigma, sigma_from, steps)
-    mu = mean.to(x.device, x.dtype)
-    # A law without spread (one point) moves on straight lines whatever c is.
-    c = spread if spread > 0 else float(sigma)
 
-    def radius(s: float) -> float:
-        return math.hypot(s, math.sqrt(variance))
+    def __init__(self, sigma: float, sigma_from: float | None, c: float, steps: int) -> None:
+        self.start, self.end = math.inf if sigma_from is None else float(sigma_from), float(sigma)
+        if not (self.end > 0 and self.start > 0):
+            raise InputError(f"the flow was asked for from sigma {self.start:g} to {self.end:g}; expected levels > 0.")
+        if steps < 1:
+            raise InputError(f"{steps} steps; expected at least 1.")
+        self.c, self.steps = c if c > 0 else self.end, steps
+        ends = [0.0 if math.isinf(s) else -math.log1p(self.c / s) for s in (self.start, self.end)]
+        self.h = (ends[1] - ends[0]) / steps
+        grid = [ends[0] + (ends[1] - ends[0]) * i / (2 * steps) for i in range(1, 2 * steps)]
+        # sigma = c e^a / (1 - e^a)
+        self.sigmas = [self.start, *(-self.c * math.exp(a) / math.expm1(a) for a in grid), self.end]
 
-    sigmas = path(start, float(sigma), c, steps)
-
-    def slope(g: torch.Tensor, i: int) -> torch.Tensor:
-        """dg/da = (s + c) / c (g v / r^2 - (D - mu) / r), 0 at infinite sigma."""
-        s = sigmas[i]
-        if math.isinf(s):
-            return torch.zeros_like(g)
-        r = radius(s)
-        d = denoise(mu + r * g, s)
-        return ((s + c) / c) * (g * (variance / r**2) - (d - mu) / r)
-
-    g = x if math.isinf(start) else (x - mu) / radius(start)
-    return mu + radius(float(sigma)) * runge_kutta(slope, g, sigmas, c)
+    def carry(self, slope: Callable[[torch.Tensor, int], torch.Tensor], g: torch.Tensor) -> torch.Tensor:
+        """g along dg/da = slope(g, i), i the index in ``sigmas``, by the classical Runge-Kutta rule."""
+        h = self.h
+        for i in range(0, 2 * self.steps, 2):
+            k1 = slope(g, i)
+            k2 = slope(g + (0.5 * h) * k1, i + 1)
+            k3 = slope(g + (0.5 * h) * k2, i + 1)
+            k4 = slope(g + h * k3, i + 2)
+            g = g + (h / 6.0) * (k1 + 2.0 * k2 + 2.0 * k3 + k4)
+        return g

@@ -20,12 +20,23 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
 
-from symbreak.laws.law import Parameters, column, flatten, fresh, level, probability_flow, top_eigenvalue
+from symbreak.laws.clusters import clustered, labelled
+from symbreak.laws.law import ExactLaw, fresh, top_eigenvalue
+from symbreak.moments.covariance import (
+    Covariance,
+    Parameters,
+    eigendecomposed,
+    posterior,
+    root,
+    shrink,
+    solve,
+    symmetric,
+    variance,
+)
 from symbreak.moments.low_rank import Certificate, truncation_bound
-from symbreak.moments.one_pass import Moments, _Sums
+from symbreak.moments.one_pass import Moments, grouped
 from symbreak.runtime.files import InputError
 
 __all__ = ["Mixture"]
@@ -34,7 +45,7 @@ CHUNK = 2**25  # numbers [components, B, d] held at a time
 KINDS = ("full", "low-rank", "isotropic")
 
 
-class Mixture:
+class Mixture(ExactLaw):
     """A mixture of Gaussians.
 
     Args:
@@ -107,7 +118,8 @@ class Mixture:
         self.count = count
         self.classes: torch.Tensor | None = None  # [K], the class each component belongs to
         self._dropped: torch.Tensor | None = None  # [K, d - r], the eigenvalues that `fit` left out
-        self._parameters = Parameters(means, vectors, values, floor, self.weights.log())
+        self.covariance = Covariance(vectors, values, floor)
+        self._parameters = Parameters(means, self.weights.log())
 
     @classmethod
     def from_parameters(cls, means: Any, covariances: Any, weights: Any = None) -> Mixture:
@@ -148,7 +160,9 @@ class Mixture:
             if c.ndim == 3:
                 if c.shape != (k, d, d):
                     raise InputError(f"covariances of shape {tuple(c.shape)}; expected ({k}, {d}, {d}).")
-                q, values = _diagonalise(c)
+                names = [f"covariance {i}" for i in range(k)]
+                pairs = [eigendecomposed(symmetric(one, name), name) for one, name in zip(c.numpy(), names)]
+                values, q = (torch.stack(parts) for parts in zip(*pairs))
                 floor = torch.zeros(k, dtype=torch.float64)
             else:
                 floor = c.expand(k) if c.ndim == 0 else c.reshape(-1)
@@ -157,8 +171,7 @@ class Mixture:
                         f"covariances of shape {tuple(c.shape)} for {k} means of {d} elements; expected "
                         f"[{k}, {d}, {d}], [{k}], or (vectors, eigenvalues, floor)."
                     )
-                q = torch.zeros(k, d, 0, dtype=torch.float64)
-                values = torch.zeros(k, 0, dtype=torch.float64)
+                q, values = torch.zeros(k, d, 0, dtype=torch.float64), torch.zeros(k, 0, dtype=torch.float64)
         for name, v in (("eigenvalue", values), ("variance", floor)):
             if v.numel() and not float(v.min()) >= 0:
                 raise InputError(f"a covariance has the {name} {float(v.min()):.3g}; expected numbers >= 0.")
@@ -186,7 +199,7 @@ class Mixture:
             batches: `Images`, a tensor [N, *S], or an iterable of batches [B, *S]. With ``components`` it is
                 walked three times.
             labels: class of every sample in order, [N] integers; ``True`` takes ``batches.labels``.
-            components: number of clusters, found by scikit-learn on the leading principal components.
+            components: number of clusters, moments by scikit-learn on the leading principal components.
             rank: eigenvectors kept a component, the mean of the other eigenvalues becoming the variance
                 of all other directions; implies ``kind="low-rank"``.
             kind: ``"full"``, ``"low-rank"`` (needs ``rank``) or ``"isotropic"`` covariances.
@@ -205,30 +218,36 @@ class Mixture:
             raise InputError("kind='low-rank' came without a rank. Pass rank=, the eigenvectors to keep.")
         if rank is not None and rank < 1:
             raise InputError(f"rank is {rank}; expected at least 1.")
-        has_labels = labels is not None and labels is not False
-        if has_labels == (components is not None):
+        if (labels is not None and labels is not False) == (components is not None):
             raise InputError("a mixture is fitted by labels= or by components=; pass one of them.")
-        if isinstance(batches, torch.Tensor | np.ndarray):
-            batches = [batches]
-        elif iter(batches) is batches:
-            batches = list(batches)
-        if labels is True:
-            labels = getattr(batches, "labels", None)
-            if labels is None:
-                raise InputError("labels=True, but the data have no labels. Pass labels=[N] or components=.")
+        batches, labels = labelled(batches, labels)
         if components is not None:
-            labels = _clusters(batches, components, seed, method, leading)
-        classes, code = np.unique(np.asarray(torch.as_tensor(labels).cpu()).reshape(-1), return_inverse=True)
-        found = _class_moments(batches, code, classes)
-        law = cls(found)
+            labels = clustered(batches, components, seed, method, leading)
+        classes, code, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        if counts.min() < 2:
+            raise InputError(
+                f"class {classes[counts.argmin()]} has {counts.min()} sample; at least 2 are needed. Drop it, or "
+                "ask for fewer components."
+            )
+        moments = grouped(batches, code)
+        for label, m in zip(classes, moments):
+            if not bool(m.cov.diagonal().any()):
+                raise InputError(
+                    f"all {m.count:,} samples of class {label} are equal; they have no spread to learn from."
+                )
+        law = cls(moments)
         law.classes = torch.as_tensor(classes).long() if components is None else None
         d = math.prod(law.shape)
         if kind == "isotropic":
-            variance = torch.tensor([float(m.eigh[0].sum()) / d for m in found], dtype=torch.float64)
+            variance = torch.tensor([float(m.eigh[0].sum()) / d for m in moments], dtype=torch.float64)
             flat = cls.from_parameters(law.means.reshape(-1, *law.shape), variance, law.weights)
         elif rank is not None and rank < d:
-            whole = torch.stack([m.eigh[0] for m in found])
-            factors = (torch.stack([m.eigh[1][:, :rank] for m in found]), whole[:, :rank], whole[:, rank:].mean(dim=1))
+            whole = torch.stack([m.eigh[0] for m in moments])
+            factors = (
+                torch.stack([m.eigh[1][:, :rank] for m in moments]),
+                whole[:, :rank],
+                whole[:, rank:].mean(dim=1),
+            )
             flat = cls.from_parameters(law.means.reshape(-1, *law.shape), factors, law.weights)
         else:
             return law
@@ -268,11 +287,6 @@ class Mixture:
         return law
 
     @property
-    def dim(self) -> int:
-        """Number of elements d of one sample."""
-        return self.means.shape[1]
-
-    @property
     def components(self) -> int:
         """Number of components K."""
         return len(self.means)
@@ -293,27 +307,24 @@ class Mixture:
         return Certificate(nats, float(sigma), self.dim - modes, modes, left, largest, self.count, 0.0)
 
     @cached_property
-    def _centre(self) -> torch.Tensor:
+    def _centre(self) -> torch.Tensor:  # type: ignore[override]
         """Mean of the law [d]."""
         return self.weights @ self.means
 
     def _covariance(self, v: torch.Tensor) -> torch.Tensor:
         """Covariance of the law times v [n, d] float64."""
         gap = self.means - self._centre
-        out = (v @ gap.T * self.weights) @ gap + (self.weights @ self.floor) * v
-        if self.vectors.shape[2]:
-            for pi, q, values, f in zip(self.weights, self.vectors, self.eigenvalues, self.floor):
-                out = out + pi * (((v @ q) * (values - f)) @ q.T)
-        return out
+        out = (v @ gap.T * self.weights) @ gap
+        if self.covariance.rank == 0:
+            return out + (self.weights @ self.floor) * v
+        return out + sum(pi * self.covariance[k].apply(variance, pi, v) for k, pi in enumerate(self.weights))
 
     @cached_property
-    def _scales(self) -> tuple[float, float]:
+    def _scales(self) -> tuple[float, float]:  # type: ignore[override]
         """Mean variance and top standard deviation of the law."""
-        r = self.eigenvalues.shape[1]
-        inside = self.eigenvalues.sum(1) + (self.dim - r) * self.floor
         between = ((self.means - self._centre) ** 2).sum(1)
-        variance = float(self.weights @ (inside + between)) / self.dim
-        return variance, math.sqrt(top_eigenvalue(self._covariance, self.dim))
+        total = float(self.weights @ (self.covariance.trace() + between)) / self.dim
+        return total, math.sqrt(top_eigenvalue(self._covariance, self.dim))
 
     @cached_property
     def moments(self) -> Moments:
@@ -333,7 +344,7 @@ class Mixture:
 
     def _isotropic(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
         """log p_k(x) [B, K] of isotropic components, float64."""
-        means, _, _, floor, _ = self._parameters.like(flat, torch.float64)
+        means, floor = self._parameters.like(flat, torch.float64)[0], self.covariance.like(flat).floor
         # Float64 products around the centre: |x|^2 - 2 x.m + |m|^2 loses 1e-16 of |x - centre|^2.
         c = self._centre.to(flat.device)
         y, m = flat.double() - c, means - c
@@ -345,92 +356,67 @@ class Mixture:
         self, flat: torch.Tensor, s2: torch.Tensor, part: slice
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Of some components: log p_k(x) [k, B], y = x - mu_k [k, B, d] and Q^T y [k, B, r], float64."""
-        means, vectors, values, floor, _ = (p[part] for p in self._parameters.like(flat, torch.float64))
-        r = values.shape[1]
-        y = flat.double() - means[:, None]
-        z = y @ vectors
-        total = values[:, None] + s2
-        quadratic = (z * z / total).sum(-1)
-        log_det = total.log().sum(-1)
-        if r < self.dim:
-            rest = y - z @ vectors.mT
-            outside = floor[:, None, None] + s2
-            quadratic = quadratic + ((rest * rest) / outside).sum(-1)
-            log_det = log_det + (self.dim - r) * outside[..., 0].log()
-        return -0.5 * (quadratic + log_det + self.dim * math.log(2 * math.pi)), y, z
+        covariance = self.covariance.like(flat, torch.float64)[part]
+        y = flat.double() - self._parameters.like(flat, torch.float64)[0][part, None]
+        z = covariance.coordinates(y)
+        return covariance.log_density(y, s2, z), y, z
 
-    def _component_means(
-        self, x: torch.Tensor, s2: torch.Tensor, part: slice, y: torch.Tensor, z: torch.Tensor, relative: bool
+    def _pulls(
+        self, flat: torch.Tensor, s2: torch.Tensor, part: slice, y: torch.Tensor, z: torch.Tensor, score: bool
     ) -> torch.Tensor:
-        """Posterior means, minus x where ``relative``, [k, B, d] in the dtype of x.
-
-        mu_k + C_k (C_k + sigma^2)^-1 (x - mu_k), or -sigma^2 (C_k + sigma^2)^-1 (x - mu_k) minus x: each is
-        a sum without cancellation, the first at large sigma, the second (for the score) at small.
-        """
-        means, vectors, *_ = (p[part] for p in self._parameters.like(x))
-        _, _, values, floor, _ = (p[part] for p in self._parameters.like(x, torch.float64))
-        top, rest = (-s2, -s2) if relative else (values[:, None], floor[:, None, None])
-        inside = top / (values[:, None] + s2)
-        base = 0.0 if relative else means[:, None]
-        if vectors.shape[2] == self.dim:
-            return base + (inside * z).to(x.dtype) @ vectors.mT
-        outside = rest / (floor[:, None, None] + s2)
-        return base + (outside * y).to(x.dtype) + ((inside - outside) * z).to(x.dtype) @ vectors.mT
+        """Posterior mean, or score, of some components [k, B, d] in the dtype of x: sums without cancellation."""
+        covariance = self.covariance.like(flat)[part]
+        if score:
+            return -covariance.apply(solve, s2, y, z, flat.dtype)
+        return self._parameters.like(flat)[0][part, None] + covariance.apply(shrink, s2, y, z, flat.dtype)
 
     def component_log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """log density of each noised component at x, log p_sigma(x | k), [B, K] float64."""
-        return self._log_components(flatten(x, self.shape), column(level(sigma, x) ** 2))
+        return self._log_components(*self._flat(x, sigma))
 
     def _log_components(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
-        if self.vectors.shape[2] == 0:
+        if self.covariance.rank == 0:
             return self._isotropic(flat, s2)
         return torch.cat([self._spectral(flat, s2, part)[0] for part in self._chunks(flat)]).T
 
     def _log_joint(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
         """log (pi_k p_k(x)) [B, K], float64."""
-        return self._log_components(flat, s2) + self._parameters.like(flat, torch.float64)[4]
+        return self._log_components(flat, s2) + self._parameters.like(flat, torch.float64)[1]
 
     def responsibilities(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         """Posterior probabilities of the components, p(k | x), [B, K] float64."""
-        return torch.softmax(self._log_joint(flatten(x, self.shape), column(level(sigma, x) ** 2)), dim=1)
+        return torch.softmax(self._log_joint(*self._flat(x, sigma)), dim=1)
 
-    def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """log density of x_0 + sigma eps at x, [B], nats, float64."""
-        return torch.logsumexp(self._log_joint(flatten(x, self.shape), column(level(sigma, x) ** 2)), dim=1)
+    def _log_prob(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        return torch.logsumexp(self._log_joint(flat, s2), dim=1)
 
-    def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """E[x_0 | x_0 + sigma eps = x], [B, *S]; sigma a float or [B]."""
-        flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
-        return self._mean(flat, s2, relative=False)[0].to(x.dtype).reshape(x.shape)
+    def _denoise(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        return self._average(flat, s2)[0]
 
-    def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Gradient of `log_prob`, [B, *S]."""
-        flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
-        return (self._mean(flat, s2, relative=True)[0] / s2).to(x.dtype).reshape(x.shape)
+    def _score(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        return self._average(flat, s2, score=True)[0]
 
-    def _mean(self, flat: torch.Tensor, s2: torch.Tensor, relative: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Posterior mean [B, d], minus x where ``relative``, and log (pi_k p_k(x)) [B, K]."""
-        if self.vectors.shape[2] == 0:
-            means, _, _, floor, _ = self._parameters.like(flat, torch.float64)
+    def _average(self, flat: torch.Tensor, s2: torch.Tensor, score: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Posterior mean, or score, [B, d], and log (pi_k p_k(x)) [B, K]."""
+        if self.covariance.rank == 0:
+            means, floor = self._parameters.like(flat, torch.float64)[0], self.covariance.like(flat).floor
             joint = self._log_joint(flat, s2)
             w = torch.softmax(joint, dim=1)
-            own = w * (s2 / (floor + s2))
-            kept = -own if relative else w * (floor / (floor + s2))
-            return own @ means + kept.sum(1, keepdim=True) * flat.double(), joint
+            pull, stay = w * ((1.0 if score else s2) / (floor + s2)), w * (floor / (floor + s2))
+            return pull @ means + (-pull if score else stay).sum(1, keepdim=True) * flat.double(), joint
         # One pass over the components with a running maximum, so that memory does not grow with their number.
-        log_pi = self._parameters.like(flat, torch.float64)[4]
+        log_pi = self._parameters.like(flat, torch.float64)[1]
         joints: list[torch.Tensor] = []
         top = weight = shift = None
         for part in self._chunks(flat):
             joint, y, z = self._spectral(flat, s2, part)
             joint = joint + log_pi[part, None]
-            own = self._component_means(flat, s2, part, y, z, relative)
             joints.append(joint)
             # A component of weight 0 has log weight -inf; the floor keeps -inf minus -inf away.
             highest = joint.detach().amax(0).clamp(min=-1e300)
             highest = highest if top is None else torch.maximum(top, highest)
             w = (joint - highest).exp()
-            add = torch.einsum("kb,kbd->bd", w.to(flat.dtype), own)
+            add = torch.einsum("kb,kbd->bd", w.to(flat.dtype), self._pulls(flat, s2, part, y, z, score))
             if top is None or weight is None or shift is None:
                 weight, shift = w.sum(0), add
             else:
@@ -442,39 +428,30 @@ class Mixture:
             raise RuntimeError("a mixture without components")
         return shift / weight[:, None].to(flat.dtype), torch.cat(joints).T
 
-    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Cov(x_0 | x_0 + sigma eps = x) v, [B, *S], for v of the shape of x."""
-        if v.shape != x.shape:
-            raise InputError(f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same.")
-        flat, s2 = flatten(x, self.shape), column(level(sigma, x) ** 2)
-        u = v.reshape(flat.shape).to(x.dtype)
-        mean, joint = self._mean(flat, s2, relative=False)
+    def _covary(self, flat: torch.Tensor, v: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        u = v.to(flat.dtype)
+        mean, joint = self._average(flat, s2)
         w = torch.softmax(joint, dim=1)
-        if self.vectors.shape[2] == 0:
-            means, _, _, floor, _ = self._parameters.like(x, torch.float64)
+        if self.covariance.rank == 0:
+            means, floor = self._parameters.like(flat, torch.float64)[0], self.covariance.like(flat).floor
             y, v64 = flat.double(), u.double()
-            inside = (w * (floor * s2 / (floor + s2))).sum(1, keepdim=True) * v64
+            inside = (w * posterior(floor, s2)).sum(1, keepdim=True) * v64
             # Posterior means of the components are g_k mu_k + (1 - g_k) x, and t is v times them.
             g = s2 / (floor + s2)
             t = g * (v64 @ means.T) + (1 - g) * (y * v64).sum(1, keepdim=True)
             wt = w * (t - (w * t).sum(1, keepdim=True))
             # wt sums to 0 but for rounding, so the means may be counted from D, where little cancels.
             between = (wt * g) @ means + (wt * (1 - g)).sum(1, keepdim=True) * y
-            between = between - wt.sum(1, keepdim=True) * mean
-            return (inside + between).to(x.dtype).reshape(x.shape)
+            return inside + between - wt.sum(1, keepdim=True) * mean
         out = torch.zeros_like(flat)
         for part in self._chunks(flat):
-            _, vectors, *_ = (p[part] for p in self._parameters.like(x))
-            _, _, values, floor, _ = (p[part] for p in self._parameters.like(x, torch.float64))
             _, y, z = self._spectral(flat, s2, part)
-            gap = self._component_means(flat, s2, part, y, z, relative=False) - mean
-            own = w.T[part].to(x.dtype)
-            inside = (values[:, None] * s2 / (values[:, None] + s2)).to(x.dtype)
-            outside = (floor[:, None, None] * s2 / (floor[:, None, None] + s2)).to(x.dtype)
-            covered = ((u @ vectors) * (inside - outside)) @ vectors.mT + outside * u
-            out = out + torch.einsum("kb,kbd->bd", own, covered)
-            out = out + torch.einsum("kb,kbd->bd", own * (gap * u).sum(-1), gap)
-        return out.reshape(x.shape)
+            gap = self._pulls(flat, s2, part, y, z, score=False) - mean
+            share = w.T[part].to(flat.dtype)
+            covered = self.covariance.like(flat)[part].apply(posterior, s2, u)
+            out = out + torch.einsum("kb,kbd->bd", share, covered)
+            out = out + torch.einsum("kb,kbd->bd", share * (gap * u).sum(-1), gap)
+        return out
 
     def sample(
         self, n: int, sigma: float = 0.0, generator: torch.Generator | None = None, component: int | None = None
@@ -496,15 +473,15 @@ class Mixture:
                 f"component {component} of a mixture of {self.components}; expected 0 .. {self.components - 1}."
             )
         z = torch.randn(n, self.dim, generator=g, dtype=torch.float64, device=g.device)
-        means, vectors, values, floor, _ = self._parameters.like(z)
-        s2 = float(sigma) ** 2
-        x = means[label] + (floor[label] + s2).sqrt()[:, None] * z
-        if vectors.shape[2]:
-            for k in range(self.components):
-                chosen = (label == k).nonzero()[:, 0]
-                if len(chosen):
-                    extra = (values[k] + s2).sqrt() - (floor[k] + s2).sqrt()
-                    x[chosen] += ((z[chosen] @ vectors[k]) * extra) @ vectors[k].T
+        (means, _), covariance = self._parameters.like(z), self.covariance.like(z)
+        s2 = torch.tensor(float(sigma) ** 2, dtype=torch.float64, device=g.device)
+        if covariance.rank == 0:
+            x = means[label] + root(covariance.floor[label], s2)[:, None] * z
+        else:
+            x = means[label]
+            for k in label.unique().tolist():
+                chosen = label == k
+                x[chosen] += covariance[k].apply(root, s2, z[chosen])
         return x.reshape(n, *self.shape), label
 
     def transport(
@@ -515,106 +492,19 @@ class Mixture:
         steps: int = 48,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Carry noise along the law's probability flow to level sigma, deterministically.
-
-        Args:
-            noise: [B, *S]; white noise, or VE states at ``sigma_from``.
-            sigma: target level.
-            sigma_from: level of the states given; ``None`` for pure noise (the limit of infinite sigma).
-            steps: Runge-Kutta steps; the error falls with their fourth power.
-            labels: class [B] of every sample: each follows the flow of its own class.
-
-        Returns:
-            VE states [B, *S] at sigma.
-        """
-        flatten(noise, self.shape)
-        if labels is not None:
-            self.log_weights(labels, len(noise))
-            out = torch.zeros_like(noise)
-            y = torch.as_tensor(labels).reshape(-1).cpu()
-            for label in y.unique().tolist():
-                # The whole batch for every class: no sample's bits depend on the classes of its neighbours.
-                moved = self.given(label).transport(noise, sigma, sigma_from, steps)
-                out[y == label] = moved[y == label]
-            return out
-        variance, spread = self._scales
-        mean = self._centre.reshape(self.shape)
-        return probability_flow(self.denoise, noise, sigma, sigma_from, mean, variance, spread, steps)
+        """As `ExactLaw.transport`; with ``labels``, the class [B] of every sample, each follows its class's flow."""
+        if labels is None:
+            return super().transport(noise, sigma, sigma_from, steps)
+        self.log_weights(labels, len(noise))
+        out = torch.zeros_like(noise)
+        y = torch.as_tensor(labels).reshape(-1).cpu()
+        for label in y.unique().tolist():
+            # The whole batch for every class: no sample's bits depend on the classes of its neighbours.
+            moved = self.given(label).transport(noise, sigma, sigma_from, steps)
+            out[y == label] = moved[y == label]
+        return out
 
     def __repr__(self) -> str:
-        r = self.vectors.shape[2]
+        r = self.covariance.rank
         kind = "isotropic" if r == 0 else "full" if r == self.dim else f"rank {r}"
         return f"Mixture({self.components} {kind} components, shape={self.shape})"
-
-
-def _diagonalise(c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Eigenvectors [K, d, d] and eigenvalues [K, d], falling, of covariances [K, d, d]."""
-    vectors, values = [], []
-    for k, one in enumerate(c.numpy()):
-        if not np.isfinite(one).all():
-            raise InputError(f"covariance {k} holds NaN or infinity; expected finite numbers.")
-        if not np.allclose(one, one.T, rtol=1e-8, atol=1e-10 * max(1e-300, float(np.abs(one).max()))):
-            raise InputError(f"covariance {k} is not symmetric. Pass (cov + cov.T) / 2 if the difference is rounding.")
-        e, q = scipy.linalg.eigh(0.5 * (one + one.T))
-        if e[0] < -1e-9 * max(abs(e[-1]), 1e-300) * math.sqrt(len(e)):
-            raise InputError(f"covariance {k} has the eigenvalue {e[0]:.3g}; expected a positive semidefinite matrix.")
-        values.append(torch.from_numpy(np.maximum(e[::-1], 0.0).copy()))
-        vectors.append(torch.from_numpy(q[:, ::-1].copy()))
-    return torch.stack(vectors), torch.stack(values)
-
-
-def _class_moments(batches: Any, code: np.ndarray, classes: np.ndarray) -> list[Moments]:
-    """Moments of every class in one pass; ``code`` [N] says the class of each sample in order."""
-    blocks = getattr(batches, "blocks", None)
-    exact = bool(blocks is not None and getattr(batches, "integer", False))
-    sums: list[_Sums] | None = None
-    seen = 0
-    for batch in blocks() if exact and blocks is not None else batches:
-        rows = batch.detach().cpu().numpy() if isinstance(batch, torch.Tensor) else np.asarray(batch)
-        if rows.ndim < 2:
-            raise InputError(f"a batch of shape {rows.shape}; expected [B, *S] with at least one dimension in S.")
-        own = code[seen : seen + len(rows)]
-        if len(own) < len(rows):
-            raise InputError(f"{len(code):,} labels, but more samples came; expected one label a sample.")
-        seen += len(rows)
-        if sums is None:
-            sums = [_Sums(rows.shape[1:], 1, exact) for _ in classes]
-        for k in np.unique(own):
-            sums[k].add(rows[own == k])
-    if sums is None or seen != len(code):
-        raise InputError(f"{len(code):,} labels for {seen:,} samples; expected one label a sample.")
-    scale, offset = (batches.scale, batches.offset) if exact else (1.0, 0.0)
-    few = [i for i, s in enumerate(sums) if s.rows < 2]
-    if few:
-        raise InputError(
-            f"class {classes[few[0]]} has {sums[few[0]].rows} sample; at least 2 are needed. Drop it, or "
-            "ask for fewer components."
-        )
-    return [s.finish(Moments, scale, offset) for s in sums]
-
-
-def _clusters(batches: Any, components: int, seed: int, method: str, leading: int) -> np.ndarray:
-    """A cluster for every sample [N], found on the leading principal components."""
-    from sklearn.cluster import KMeans
-    from sklearn.mixture import GaussianMixture
-
-    if components < 1:
-        raise InputError(f"{components} components; expected at least 1.")
-    if method not in ("k-means", "em"):
-        raise InputError(f"unknown method {method!r}. Known: k-means, em.")
-    whole = Moments.fit(batches)
-    if whole.count < 2 * components:
-        raise InputError(f"{whole.count} samples for {components} components; expected at least two each.")
-    p = min(leading, whole.dim)
-    axes = whole.eigh[1][:, :p]
-    mean = whole.mean.reshape(-1)
-    rows: list[torch.Tensor] = []
-    for batch in batches:
-        flat = torch.as_tensor(np.asarray(batch)).reshape(len(batch), -1).double()
-        rows.append((flat - mean) @ axes)
-    points = torch.cat(rows).numpy()
-    if method == "k-means":
-        found = KMeans(components, random_state=seed, n_init=4).fit_predict(points)
-    else:
-        found = GaussianMixture(components, random_state=seed, reg_covar=1e-6).fit_predict(points)
-    return np.asarray(found)

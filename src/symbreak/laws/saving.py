@@ -19,8 +19,8 @@ import torch
 
 from symbreak.laws.cluster_mixture import PrincipalMixture
 from symbreak.laws.gaussian import Gaussian
-from symbreak.laws.law import Parameters
 from symbreak.laws.mixture import Mixture
+from symbreak.moments.covariance import Parameters
 from symbreak.moments.one_pass import Moments
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
 
@@ -193,7 +193,7 @@ def _mixture(tensors: Tensors, about: dict[str, Any], path: Any) -> Mixture:
     law._set(shape, means, vectors, values, floor, weights, count)
     # A second division by their sum would change the last bit of weights that were normalised once.
     law.weights = weights
-    law._parameters = Parameters(means, vectors, values, floor, weights.log())
+    law._parameters = Parameters(means, weights.log())
     if "classes" in tensors:
         _check(tensors, {"classes": (k,)}, path)
         law.classes = tensors["classes"].long()

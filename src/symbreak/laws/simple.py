@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from scipy import optimize, stats
 
+from symbreak.laws.clusters import coordinates
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.law import flatten
 from symbreak.moments.one_pass import Moments
@@ -96,25 +97,23 @@ class PowerMap:
                 f"{len(self.skewness)} skewnesses and {len(self.kurtosis)} kurtoses for {gaussian.rank} modes; "
                 "expected one each of the leading modes."
             )
-        self._known: dict[float, torch.Tensor] = {}
+        self._coefficients: dict[float, torch.Tensor] = {}
 
     @classmethod
     def fit(cls, batches: Any, gaussian: Gaussian, modes: int = 16) -> PowerMap:
         """The map of a data set: sample skewness and kurtosis of its coordinates in the Gaussian's leading modes."""
         k = min(int(modes), gaussian.rank, int((gaussian.eigenvalues > 0).sum()))
-        mean, axes = gaussian.moments.mean.reshape(-1), gaussian.eigenvectors[:, :k].double()
-        rows = [(torch.as_tensor(b).flatten(1).double() - mean) @ axes for b in batches]
-        y = torch.cat(rows).numpy()
+        y = coordinates(batches, gaussian.moments.mean, gaussian.eigenvectors[:, :k].double()).numpy()
         return cls(gaussian, stats.skew(y), stats.kurtosis(y))
 
     def coefficients(self, sigma: float) -> torch.Tensor:
         """b, c, d of every mode [k, 3] at a level."""
-        if sigma not in self._known:
+        if sigma not in self._coefficients:
             lam = self.gaussian.eigenvalues[: len(self.skewness)].numpy()
             r = lam / (lam + sigma**2)
             pairs = zip(self.skewness * r**1.5, self.kurtosis * r**2)
-            self._known[sigma] = torch.from_numpy(np.array([power_coefficients(a, b) for a, b in pairs]))
-        return self._known[sigma]
+            self._coefficients[sigma] = torch.from_numpy(np.array([power_coefficients(a, b) for a, b in pairs]))
+        return self._coefficients[sigma]
 
     def transport(self, noise: torch.Tensor, sigma: float) -> torch.Tensor:
         """VE states [B, *S] from white noise [B, *S]."""
@@ -156,9 +155,8 @@ def power_coefficients(skewness: float, kurtosis: float) -> np.ndarray:
             ]
         )
 
-    found = optimize.least_squares(miss, [1.0, skewness / 6, kurtosis / 24], xtol=1e-14, ftol=1e-14, gtol=1e-14).x
-    b, c, d = found
-    out: np.ndarray = found / math.sqrt(b * b + 6 * b * d + 2 * c * c + 15 * d * d)
+    b, c, d = optimize.least_squares(miss, [1.0, skewness / 6, kurtosis / 24], xtol=1e-14, ftol=1e-14, gtol=1e-14).x
+    out: np.ndarray = np.array([b, c, d]) / math.sqrt(b * b + 6 * b * d + 2 * c * c + 15 * d * d)
     return out
 
 

@@ -21,7 +21,7 @@ from fractions import Fraction
 
 import torch
 
-from symbreak.laws.law import column, flatten, fresh, level, probability_flow
+from symbreak.laws.law import ExactLaw, fresh
 from symbreak.moments.one_pass import Moments
 from symbreak.runtime.files import InputError
 
@@ -101,7 +101,7 @@ def bessel_ratio(nu: float, z: torch.Tensor) -> torch.Tensor:
     return (wide * _bessel(nu, wide * wide, log=False)[0]).to(z.dtype)
 
 
-class Sphere:
+class Sphere(ExactLaw):
     """The uniform law on the sphere of a radius in R^dim, centred at 0.
 
     Args:
@@ -121,80 +121,48 @@ class Sphere:
             raise InputError(f"dimension {dim}; expected an integer >= 1.")
         if not 0 < float(radius) < math.inf:
             raise InputError(f"radius {radius}; expected a number > 0.")
-        self.dim = int(dim)
         self.radius = float(radius)
-        self.shape: tuple[int, ...] = (self.dim,)
+        self.shape: tuple[int, ...] = (int(dim),)
+        self._centre = torch.zeros(int(dim), dtype=torch.float64)
+        self._scales = (self.radius**2 / self.dim, math.sqrt(self.radius**2 / self.dim))
 
     @property
     def moments(self) -> Moments:
         """Exact mean 0 and covariance r^2 / d (d x d)."""
-        variance = self.radius**2 / self.dim
-        zero = torch.zeros(self.dim, dtype=torch.float64)
-        return Moments(2, zero, variance * torch.eye(self.dim, dtype=torch.float64))
+        return Moments(2, self._centre, self._scales[0] * torch.eye(self.dim, dtype=torch.float64))
 
-    def _parts(
-        self, x: torch.Tensor, sigma: float | torch.Tensor, log: bool = False
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _parts(self, flat: torch.Tensor, s2: torch.Tensor, log: bool = False) -> tuple[torch.Tensor, ...]:
         """x [B, d], |x|^2, r / sigma^2, h_nu, h_{nu+1}, F_nu, each [B, 1] or [], float64."""
-        flat = flatten(x, self.shape).double()
-        s = column(level(sigma, x))
-        norm2 = (flat * flat).sum(1, keepdim=True)
-        rate = self.radius / (s * s)
-        h, above, f = _bessel(0.5 * self.dim - 1.0, norm2 * rate**2, log)
-        return flat, norm2, rate, h, above, f
+        x = flat.double()
+        norm2 = (x * x).sum(1, keepdim=True)
+        rate = self.radius / s2
+        return x, norm2, rate, *_bessel(0.5 * self.dim - 1.0, norm2 * rate**2, log)
 
-    def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """E[x_0 | x_0 + sigma eps = x], [B, d]; sigma a float or [B]."""
-        flat, _, rate, h, _, _ = self._parts(x, sigma)
-        return (self.radius * rate * h * flat).to(x.dtype)
+    def _denoise(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        x, _, rate, h, _, _ = self._parts(flat, s2)
+        return self.radius * rate * h * x
 
-    def score(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Gradient of `log_prob`, [B, d]."""
-        s = column(level(sigma, x))
-        flat, _, rate, h, _, _ = self._parts(x, sigma)
-        return ((self.radius * rate * h - 1.0) * flat / (s * s)).to(x.dtype)
+    def _score(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        x, _, rate, h, _, _ = self._parts(flat, s2)
+        return (self.radius * rate * h - 1.0) * x / s2
 
-    def log_prob(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """log density of x_0 + sigma eps at x, [B], nats, float64."""
-        s = column(level(sigma, x))
-        _, norm2, _, _, _, f = self._parts(x, sigma, log=True)
-        gauss = -0.5 * (norm2 + self.radius**2) / (s * s) - self.dim * (s.log() + 0.5 * math.log(2 * math.pi))
+    def _log_prob(self, flat: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        _, norm2, _, _, _, f = self._parts(flat, s2, log=True)
+        gauss = -0.5 * (norm2 + self.radius**2) / s2 - self.dim * (s2.sqrt().log() + 0.5 * math.log(2 * math.pi))
         return (gauss + f)[:, 0]
 
-    def posterior_covariance(self, x: torch.Tensor, v: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """Cov(x_0 | x_0 + sigma eps = x) v, [B, d], for v of the shape of x."""
-        if v.shape != x.shape:
-            raise InputError(f"vectors of shape {tuple(v.shape)} for states of {tuple(x.shape)}; expected the same.")
-        flat, _, rate, h, above, _ = self._parts(x, sigma)
+    def _covary(self, flat: torch.Tensor, v: torch.Tensor, s2: torch.Tensor) -> torch.Tensor:
+        x, _, rate, h, above, _ = self._parts(flat, s2)
         u = v.double()
         # A' - A / z = z^2 h_nu (h_{nu+1} - h_nu), from the continued fraction.
-        radial = rate**2 * (above - h) * (flat * u).sum(1, keepdim=True)
-        return (self.radius**2 * h * (u + radial * flat)).to(x.dtype)
+        radial = rate**2 * (above - h) * (x * u).sum(1, keepdim=True)
+        return self.radius**2 * h * (u + radial * x)
 
     def sample(self, n: int, sigma: float = 0.0, generator: torch.Generator | None = None) -> torch.Tensor:
         """n draws of x_0 + sigma eps, [n, d] float64."""
         g = fresh(generator)
         z, eps = torch.randn(2, n, self.dim, generator=g, dtype=torch.float64, device=g.device)
         return self.radius * z / torch.linalg.vector_norm(z, dim=1, keepdim=True) + float(sigma) * eps
-
-    def transport(
-        self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None, steps: int = 48
-    ) -> torch.Tensor:
-        """Carry noise along the law's probability flow to level sigma, deterministically.
-
-        Args:
-            noise: [B, d]; white noise, or VE states at ``sigma_from``.
-            sigma: target level.
-            sigma_from: level of the states given; ``None`` for pure noise (the limit of infinite sigma).
-            steps: Runge-Kutta steps; the error falls with their fourth power.
-
-        Returns:
-            VE states [B, d] at sigma.
-        """
-        flatten(noise, self.shape)
-        variance = self.radius**2 / self.dim
-        mean = torch.zeros(self.dim, dtype=torch.float64)
-        return probability_flow(self.denoise, noise, sigma, sigma_from, mean, variance, math.sqrt(variance), steps)
 
     def __repr__(self) -> str:
         return f"Sphere(dim={self.dim}, radius={self.radius:g})"

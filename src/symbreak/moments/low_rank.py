@@ -28,6 +28,7 @@ import scipy.linalg
 import scipy.special
 import torch
 
+from symbreak.moments.covariance import Covariance
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.runtime.ranks import from_first, own_rows, summed
@@ -226,10 +227,8 @@ class LowRankMoments:
                 f"a covariance of {self.dim:,} x {self.dim:,}; at most {LARGEST_DIM:,} are formed. Use .vectors, "
                 ".eigenvalues and .floor."
             )
-        q = self.vectors.double()
-        out = (q * (self.eigenvalues - self.floor)) @ q.T
-        out.diagonal().add_(self.floor)
-        return out
+        floor = torch.tensor(self.floor, dtype=torch.float64)
+        return Covariance(self.vectors, self.eigenvalues, floor).dense()
 
     def spectrum(self, k: int | None = None) -> Spectrum:
         """The k largest Ritz values, at most the rank; a sketch has no parts, so the intervals are NaN."""

@@ -14,7 +14,7 @@ Gaussian start and the Fréchet distance.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from scipy.linalg import blas
 from scipy.sparse.linalg import eigsh
 
 from symbreak.intervals import jackknife
+from symbreak.moments.covariance import eigendecomposed, symmetric
 from symbreak.moments.low_rank import FORMAT, LARGEST_DIM, LowRankMoments, Spectrum, sketch_moments
 from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.runtime.ranks import from_each, from_first, own_rows, summed
@@ -99,12 +100,11 @@ class Moments:
             )
         if count < 2:
             raise InputError(f"moments of {count} sample{'s' * (count != 1)}; at least 2 are needed.")
-        if not (np.isfinite(mu).all() and np.isfinite(c).all()):
-            raise InputError("mean or covariance holds NaN or infinity; expected finite numbers.")
-        if not np.allclose(c, c.T, rtol=1e-8, atol=1e-10 * max(1e-300, float(np.abs(c).max()))):
-            raise InputError("the covariance is not symmetric. Pass (cov + cov.T) / 2 if the difference is rounding.")
+        if not np.isfinite(mu).all():
+            raise InputError("the mean holds NaN or infinity; expected finite numbers.")
+        c = symmetric(c, "the covariance")
         self.shape: tuple[int, ...] = mu.shape
-        self._parts = [_Part(int(count), mu.reshape(-1), 0.5 * (c + c.T) * (count - 1))]
+        self._parts = [_Part(int(count), mu.reshape(-1), c * (count - 1))]
 
     @classmethod
     def _from_parts(cls, shape: tuple[int, ...], parts: list[_Part]) -> Moments:
@@ -174,22 +174,17 @@ class Moments:
             return sketch_moments(batches, rank, passes, seed)
         sums: _Sums | None = None
         batches, first, shared = own_rows(batches)
-        blocks = getattr(batches, "blocks", None)
-        exact = bool(blocks is not None and getattr(batches, "integer", False))
-        for batch in blocks() if exact and blocks is not None else batches:
-            rows = batch.detach().cpu().numpy() if isinstance(batch, torch.Tensor) else np.asarray(batch)
-            if rows.ndim < 2:
-                raise InputError(f"a batch of shape {rows.shape}; expected [B, *S] with at least one dimension in S.")
+        stream = _Stream(batches)
+        for rows in stream:
             if sums is None:
-                sums = _Sums(rows.shape[1:], parts, exact, first, memory)
+                sums = _Sums(rows.shape[1:], parts, stream.exact, first, memory)
                 sums.begin(rows, shared)
             sums.add(rows)
         if sums is None:
             raise InputError("no batches came; expected at least 2 samples.")
         if shared:
             sums.share()
-        scale, offset = (batches.scale, batches.offset) if exact else (1.0, 0.0)  # type: ignore[attr-defined]
-        return sums.finish(cls, scale, offset)
+        return sums.finish(cls, stream.scale, stream.offset)
 
     @cached_property
     def _total(self) -> _Part:
@@ -222,12 +217,7 @@ class Moments:
         Raises:
             InputError: where the covariance has an eigenvalue below zero by more than rounding.
         """
-        values, vectors = scipy.linalg.eigh(self.cov.numpy(), driver="evd")
-        if values[0] < -1e-9 * max(abs(values[-1]), 1e-300) * math.sqrt(self.dim):
-            raise InputError(
-                f"the covariance has the eigenvalue {values[0]:.3g}; expected a positive semidefinite matrix."
-            )
-        return (torch.from_numpy(np.maximum(values[::-1], 0.0).copy()), torch.from_numpy(vectors[:, ::-1].copy()))
+        return eigendecomposed(self.cov.numpy(), "the covariance", driver="evd")
 
     def spectrum(self, k: int | None = None) -> Spectrum:
         """The k largest eigenvalues with jackknife intervals on the log scale.
@@ -368,6 +358,23 @@ class Moments:
 
     def __repr__(self) -> str:
         return f"Moments(count={self.count}, shape={self.shape})"
+
+
+class _Stream:
+    """Arrays [B, *S] of a data set; 8-bit images as they are stored, x = (raw + offset) / scale."""
+
+    def __init__(self, batches: Any) -> None:
+        self.exact = bool(hasattr(batches, "blocks") and getattr(batches, "integer", False))
+        self.batches = batches
+        self.scale: float = batches.scale if self.exact else 1.0
+        self.offset: float = batches.offset if self.exact else 0.0
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for batch in self.batches.blocks() if self.exact else self.batches:
+            rows = batch.detach().cpu().numpy() if isinstance(batch, torch.Tensor) else np.asarray(batch)
+            if rows.ndim < 2:
+                raise InputError(f"a batch of shape {rows.shape}; expected [B, *S] with at least one dimension in S.")
+            yield rows
 
 
 class _Sums:
@@ -515,7 +522,7 @@ def grouped(batches: Iterable[torch.Tensor], group: np.ndarray, shared: bool = F
     """Moments of several disjoint groups of the rows of one stream, in one pass.
 
     Args:
-        batches: tensors [B, *S], rows in the order of ``group``.
+        batches: as of `Moments.fit`, rows in the order of ``group``.
         group: [n] the group 0 .. G - 1 of every row; rows of a negative group belong to none.
         shared: whether every rank brings rows of its own; the moments are of all of them.
 
@@ -529,24 +536,25 @@ def grouped(batches: Iterable[torch.Tensor], group: np.ndarray, shared: bool = F
     most, start = torch.tensor([int(group.max(initial=-1)) + 1]), 0
     if shared:
         most = torch.tensor([max(int(each["groups"][0]) for each in from_each({"groups": most.numpy()}))])
-    for batch in batches:
-        rows = batch.detach().cpu().numpy()
-        own = group[start : start + len(rows)]
+    stream = _Stream(batches)
+    for rows in stream:
+        here = group[start : start + len(rows)]
         start += len(rows)
         if start > len(group):
             break
         if not sums:
-            sums = [_Sums(rows.shape[1:], 1, False) for _ in range(int(most))]
+            sums = [_Sums(rows.shape[1:], 1, stream.exact) for _ in range(int(most))]
             for one in sums:
                 one.begin(rows, shared)
         for g, one in enumerate(sums):
-            if (own == g).any():
-                one.add(rows[own == g])
+            if (here == g).any():
+                one.add(rows[here == g])
     if start != len(group):
-        raise InputError(f"a stream of {start:,} rows or more for groups of {len(group):,}; expected as many.")
+        came = f"{start:,} or more" if start > len(group) else f"{start:,}"
+        raise InputError(f"{len(group):,} labels for {came} samples; expected one label a sample.")
     for one in sums if shared else ():
         one.share()
-    return [one.finish(Moments, 1.0, 0.0, equal=True) for one in sums]
+    return [one.finish(Moments, stream.scale, stream.offset, equal=True) for one in sums]
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

@@ -18,6 +18,7 @@ from scipy import stats
 from symbreak.critical import CriticalTime, Curve, Result, curve, mean_curve
 from symbreak.intervals import percentiles
 from symbreak.laws.class_posterior import class_of
+from symbreak.laws.clusters import kmeans
 from symbreak.phases.branches import Branches, Classify, Paths, Tell, class_shares
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
@@ -199,11 +200,9 @@ def _ends(branches: Branches, classify: Classify | None, pairs: int, seeds: int,
 
 def _clusters(images: np.ndarray, k: int, seed: int, leading: int = 32) -> np.ndarray:
     """Clusters [1 + G, n] of images [1 + G, n, *S]: k-means of the trunks' [0], the others by the nearest centre."""
-    from sklearn.cluster import KMeans
-
     flat = images.reshape(len(images), images.shape[1], -1).astype(np.float64)
     mean = flat[0].mean(0)
     axes = np.linalg.svd(flat[0] - mean, full_matrices=False)[2][:leading]
     points = (flat - mean) @ axes.T
-    found = KMeans(k, random_state=seed, n_init=10).fit(points[0])
-    return np.stack([found.predict(p) for p in points]).astype(np.int64)
+    fitted = kmeans(points[0], k, seed, starts=10)
+    return np.stack([fitted.predict(p) for p in points]).astype(np.int64)
