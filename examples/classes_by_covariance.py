@@ -11,13 +11,15 @@ import torch
 import symbreak as sb
 from symbreak.report.figures import phases_figure
 
+whole = len(sys.argv) > 1  # a folder: all that the documentation shows; else the same in a fifth of the time
+count = 4000 if whole else 800
 rng = np.random.default_rng(0)
-y = np.arange(4000) % 2
+y = np.arange(count) % 2
 variance = np.where(y == 0, 0.01, 0.04)[:, None, None, None]
-x = (np.sqrt(variance) * rng.normal(size=(4000, 1, 8, 8))).astype(np.float32)
+x = (np.sqrt(variance) * rng.normal(size=(count, 1, 8, 8))).astype(np.float32)
 
 # %% Open them as any data set: an .npz with images and labels.
-folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+folder = Path(sys.argv[1] if whole else tempfile.mkdtemp())
 folder.mkdir(parents=True, exist_ok=True)
 np.savez(folder / "covariance.npz", images=x, labels=y)
 data = sb.images(str(folder / "covariance.npz"), value_range=(-1, 1))
@@ -35,8 +37,8 @@ def louder(images):
 
 
 # %% Diagnose: every criterion on one axis.
-few = sb.Effort(pairs=40, steps=16, branches=6, images=32, losses=14, stability=2, frames=("ve",))
-effort = sb.Effort(pairs=200) if len(sys.argv) > 1 else few
+few = sb.Effort(40, 16, branches=6, images=32, losses=14, stability=2, queries=200, points=400, frames=("ve",))
+effort = sb.Effort(pairs=200) if whole else few
 found = sb.diagnose(data, pipe, classify=louder, effort=effort)
 for row in found.content["criteria"]:
     level = "none" if row["level"] is None else f"sigma {row['level']['sigma']:.3f}"

@@ -32,7 +32,7 @@ for d in dims:
 
 # %% measured: pairs of reverse trajectories in the full 256 dimensions
 branch = sigma[8:40:8]
-measured = sb.clone_agreement(two_gaussians(256), branch, pairs=500, steps=100)
+measured = sb.clone_agreement(two_gaussians(256), branch, pairs=200, steps=60)
 
 # %%
 figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -42,7 +42,7 @@ for d in dims:
     right.plot(tau - times[d], phi[d])
 at = [sb.NoiseLevel(s).ou_time for s in measured.sigma]
 errors = np.clip([measured.value - measured.low, measured.high - measured.value], 0, None)
-left.errorbar(at, measured.value, errors, fmt="k.", label="500 pairs, d = 256")
+left.errorbar(at, measured.value, errors, fmt="k.", label="200 pairs, d = 256")
 left.set(xlabel="OU time tau", ylabel="phi, both clones in one class", title="Cloning")
 left.legend(fontsize=8)
 right.axvline(0, color="#999", linewidth=1)
