@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -50,19 +51,19 @@ class Images:
     name: str
     shape: tuple[int, int, int]
     count: int
-    scale: float
-    offset: float
-    integer: bool
-    labels: torch.Tensor | None
-    classes: tuple[str, ...]
-    batch_size: int
     _items: Callable[[int], Iterator[Item]] = field(repr=False)  # the items from a position on
-    _fingerprint: Callable[[], str] = field(repr=False)  # called by all ranks at once
-    _name_of: Callable[[int], str] = field(repr=False)
-    keep: np.ndarray | None = field(default=None, repr=False)
+    _content: Callable[[], str] = field(repr=False)  # hash of the source, asked for on all processes at once
+    _name_of: Callable[[int], str] = field(default="image {}".format, repr=False)
+    labels: torch.Tensor | None = None
+    classes: tuple[str, ...] = ()
+    scale: float = 127.5
+    offset: float = -127.5
+    integer: bool = True
+    batch_size: int = 1
     pad: int | None = None
     skipped: tuple[str, ...] = field(default=(), repr=False)
     history: tuple[str, ...] = ()
+    _index: np.ndarray | None = field(default=None, repr=False)  # positions in the source, of a selection
 
     def __len__(self) -> int:
         return self.count
@@ -74,43 +75,39 @@ class Images:
         """Raw values as float32 in [-1, 1]."""
         return torch.from_numpy((raw.astype(np.float32) + np.float32(self.offset)) / np.float32(self.scale))
 
-    def _kept(self) -> Iterator[tuple[int, Item]]:
-        """The items that belong to this selection, not yet loaded, by their position in the source."""
-        if self.keep is None:
+    def _selected(self) -> Iterator[tuple[int, Item]]:
+        """The items of this selection, not yet loaded, with their positions in the source."""
+        if self._index is None:
             yield from enumerate(self._items(0))
-            return
-        wanted = iter(self.keep.tolist())
-        target = next(wanted, None)
-        first = target or 0
-        for index, item in enumerate(self._items(first), first):
-            if target is None:
-                return
-            if index == target:
-                yield index, item
-                target = next(wanted, None)
+        elif len(self._index):
+            first = int(self._index[0])
+            wanted = np.zeros(int(self._index[-1]) + 1 - first, bool)
+            wanted[self._index - first] = True
+            items = itertools.islice(self._items(first), len(wanted))  # what comes after is not read
+            yield from itertools.compress(enumerate(items, first), wanted)
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Raw blocks [B, C, H, W]: uint8 where ``integer``, else float32 in the file's own range."""
         block: list[np.ndarray] = []
-        for index, load in self._kept():
+        for index, load in self._selected():
             raw = load()
             fault = self._fault(raw)
-            if fault is not None:
-                raise self._report(self._name_of(index), fault)
-            block.append(self._padded(raw))  # type: ignore[arg-type]
+            if isinstance(raw, Exception) or fault is not None:
+                raise self._report(self._name_of(index), str(fault))
+            block.append(self._padded(raw))
             if len(block) == self.batch_size:
                 yield np.stack(block)
                 block = []
         if block:
             yield np.stack(block)
 
-    def _usable(self) -> Images:
-        """The images without a fault; the others are named in ``skipped``. One pass, which ranks share."""
+    def usable(self) -> Images:
+        """The images without a fault; the others are named in ``skipped``. One pass, which processes share."""
         part, first, shared = own_rows(self)
-        faulty = [first + i for i, (_, load) in enumerate(part._kept()) if self._fault(load()) is not None]
+        faulty = [first + i for i, (_, load) in enumerate(part._selected()) if self._fault(load()) is not None]
         bad = np.concatenate([f["bad"] for f in from_each({"bad": np.array(faulty, np.int64)}, shared)])
         good = np.setdiff1d(np.arange(len(self)), bad)
-        skipped = [f"{self._name_of(i)}: {self._fault(load())}" for i, load in self.take(bad, "bad")._kept()]
+        skipped = [f"{self._name_of(i)}: {self._fault(load())}" for i, load in self.take(bad, "bad")._selected()]
         if len(good) < 2:
             raise InputError(f"{self.name}: {len(good)} usable images; at least 2 are needed. First: {skipped[0]}.")
         if not skipped:
@@ -147,7 +144,7 @@ class Images:
 
     def name_of(self, index: int) -> str:
         """What the image at a position is called in its source: its file, row or position."""
-        return self._name_of(index if self.keep is None else int(self.keep[index]))
+        return self._name_of(index if self._index is None else int(self._index[index]))
 
     def names(self) -> list[str]:
         """What every image is called."""
@@ -155,7 +152,7 @@ class Images:
 
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) of the source's content and of every selection made."""
-        digest = hashlib.sha256(self._fingerprint().encode())
+        digest = hashlib.sha256(self._content().encode())
         digest.update(json.dumps([self.shape, self.history, self.pad]).encode())
         return digest.hexdigest()[:16]
 
@@ -166,9 +163,9 @@ class Images:
     def take(self, index: np.ndarray, note: str) -> Images:
         """The images at the given positions, in rising order; ``note`` says why, for records."""
         index = np.unique(np.asarray(index, dtype=np.int64))
-        keep = index if self.keep is None else self.keep[index]
+        places = index if self._index is None else self._index[index]
         labels = None if self.labels is None else self.labels[torch.from_numpy(index)]
-        return replace(self, keep=keep, labels=labels, count=len(index), history=self.history + (note,))
+        return replace(self, _index=places, labels=labels, count=len(index), history=(*self.history, note))
 
     def split(self, fraction: float = 0.5, seed: int = SPLIT_SEED) -> tuple[Images, Images]:
         """Two disjoint parts, stratified by label where there are labels; fixed by the seed.
@@ -244,15 +241,14 @@ class Images:
         return None
 
     def _report(self, name: str, fault: str) -> InputError:
-        """Count the offenders before failing, so that the message is useful at once."""
-        faults = [self._fault(load()) is not None for _, load in self._kept()]
-        bad, total = sum(faults), len(faults)
-        mend = (
-            "Pass the true range with --range LOW,HIGH (of samples: --samples-range)."
-            if "outside the range" in fault
-            else ("Mend or remove them, or pass --skip-bad.")
+        """Count the unusable images before failing, so that the message is useful at once."""
+        bad = sum(self._fault(load()) is not None for _, load in self._selected())
+        advice = "Repair or remove them, or pass --skip-bad."
+        if "outside the range" in fault:
+            advice = "Pass the true range with --range LOW,HIGH (of samples: --samples-range)."
+        return InputError(
+            f"{bad:,} of {len(self):,} images in {self.name} are unusable (first: {name} {fault}). {advice}"
         )
-        return InputError(f"{bad:,} of {total:,} images in {self.name} are unusable (first: {name} {fault}). {mend}")
 
     def _padded(self, raw: np.ndarray) -> np.ndarray:
         if self.pad is None:

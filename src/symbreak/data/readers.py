@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,16 +31,18 @@ from symbreak.runtime.ranks import agreed, dealt
 __all__ = ["images"]
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif"}
-HASHED = 1000  # files, whose hashes are a block
+HASHED = 1000  # files that one process hashes at a time
 PART_BYTES = 64 * 2**20  # of a file; a larger one is hashed in parts, and mapped instead of read
 MAX_CLASSES = 2**20
 MAX_PIXELS = 64 * 2**20  # an image beyond this is a bomb or a mistake
+BYTES = (0.0, 255.0)  # range of 8-bit values
+Range = tuple[float, float]
 
 
 def images(
     source: str | Path | Images | np.ndarray | torch.Tensor,
     *,
-    value_range: tuple[float, float] | None = None,
+    value_range: Range | None = None,
     skip_bad: bool = False,
     classes: Sequence[str] | None = None,
     pad: int | None = None,
@@ -69,31 +70,31 @@ def images(
     (898, (1, 8, 8))
     """
     if isinstance(source, Images):
-        found = source
+        opened = source
     elif isinstance(source, (np.ndarray, torch.Tensor)):
         array = source.detach().cpu().numpy() if isinstance(source, torch.Tensor) else source
-        found = _from_array("array", array, None, value_range)
+        opened = _from_array("array", array, None, value_range)
     else:
-        found = _open(str(source), value_range)
+        opened = _open(str(source), value_range)
     if classes is not None:
-        found = found.only(classes)
-    c, h, w = found.shape if pad is None else (found.shape[0], pad, pad)
+        opened = opened.only(classes)
     if pad is not None and not 0 < pad <= 8192:
         raise InputError(f"padding to {pad} pixels; expected a size between the image's own and 8192.")
+    c, h, w = opened.shape if pad is None else (opened.shape[0], pad, pad)
     size = batch_size or max(1, min(1024, BLOCK_BYTES // (4 * c * h * w)))
-    opened = replace(found, shape=(c, h, w), pad=found.pad if pad is None else pad, batch_size=size)
-    opened = opened._usable() if skip_bad else opened
+    opened = replace(opened, shape=(c, h, w), pad=opened.pad if pad is None else pad, batch_size=size)
+    opened = opened.usable() if skip_bad else opened
     return opened if limit is None else opened.subset(limit)
 
 
-def _open(source: str, value_range: tuple[float, float] | None) -> Images:
-    if source.split(":")[0] == "digits" and source in ("digits", "digits:held-out", "digits:all"):
-        return _digits(source)
+def _open(source: str, value_range: Range | None) -> Images:
+    if source in ("digits", "digits:held-out", "digits:all"):
+        return _from_digits(source)
     path = Path(source).expanduser()
+    suffix = path.suffix.lower()
     if path.is_dir():
         return _from_folder(path)
     if path.is_file():
-        suffix = path.suffix.lower()
         if suffix == ".parquet":
             return _from_parquet(path)
         if suffix in (".npz", ".npy"):
@@ -101,35 +102,28 @@ def _open(source: str, value_range: tuple[float, float] | None) -> Images:
         raise InputError(
             f"{source} is a {suffix or 'nameless'} file. Expected a folder of images or a .parquet, .npz or .npy file."
         )
-    looks_like_hub = source.count("/") == 1 and not path.suffix and not source.startswith((".", "/", "~"))
+    looks_like_hub = source.count("/") == 1 and not suffix and not source.startswith((".", "/", "~"))
     if looks_like_hub and not path.parent.exists():
         return _from_hub(source)
     raise InputError(f"{source} does not exist. Pass digits, a folder of images, or a .parquet, .npz or .npy file.")
 
 
-def _digits(source: str) -> Images:
+def _from_digits(source: str) -> Images:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    raw = bunch.images.astype(np.uint8)[:, None]
-    everything = Images(
-        name=source,
-        shape=(1, 8, 8),
-        count=len(raw),
-        scale=8.0,
+    raw = bunch.images.astype(np.uint8)
+    everything = replace(
+        _from_array(source, raw, bunch.target, None),
+        scale=8.0,  # values are 0 .. 16
         offset=-8.0,
-        integer=True,
-        labels=torch.from_numpy(bunch.target.astype(np.int64)),
-        classes=tuple(str(i) for i in range(10)),
         batch_size=1024,
-        _items=lambda start: (partial(raw.__getitem__, i) for i in range(start, len(raw))),
-        _fingerprint=lambda: hashlib.sha256(raw.tobytes()).hexdigest(),
-        _name_of=lambda i: f"image {i}",
+        _content=lambda: hashlib.sha256(raw.tobytes()).hexdigest(),
     )
     if source == "digits:all":
         return everything
-    train, held_out = everything.split(0.5)
-    return held_out if source == "digits:held-out" else train
+    train, test = everything.split(0.5)
+    return test if source == "digits:held-out" else train
 
 
 def _decode(data: bytes | Path) -> np.ndarray:
@@ -158,79 +152,72 @@ def _attempt(data: bytes | Path | None) -> Raw:
         return error
 
 
-def _first_shape(name: str, items: Iterator[Item]) -> tuple[int, int, int]:
-    for load in items:
-        raw = load()
-        if not isinstance(raw, Exception):
-            return raw.shape
-    raise InputError(f"{name} holds no readable image. Expected PNG, JPEG, WebP, BMP, GIF or TIFF files.")
-
-
-def _eight_bit(
+def _encoded(
     name: str,
     items: Callable[[int], Iterator[Item]],
     count: int,
+    content: Callable[[], str],
     labels: torch.Tensor | None,
     classes: tuple[str, ...],
-    fingerprint: Callable[[], str],
     name_of: Callable[[int], str] = "row {}".format,
 ) -> Images:
+    """Images of encoded pictures; their shape is that of the first one that can be read."""
+    _enough(name, count)
+    for load in items(0):
+        raw = load()
+        if not isinstance(raw, Exception):
+            return Images(name, raw.shape, count, items, content, name_of, labels, classes)
+    raise InputError(f"{name} holds no readable image. Expected PNG, JPEG, WebP, BMP, GIF or TIFF files.")
+
+
+def _enough(name: str, count: int) -> None:
     if count < 2:
         raise InputError(f"{name} holds {count} image{'s' * (count != 1)}; at least 2 are needed.")
-    return Images(
-        name=name,
-        shape=_first_shape(name, items(0)),
-        count=count,
-        scale=127.5,
-        offset=-127.5,
-        integer=True,
-        labels=labels,
-        classes=classes,
-        batch_size=1,
-        _items=items,
-        _fingerprint=fingerprint,
-        _name_of=name_of,
-    )
 
 
 def _from_folder(path: Path) -> Images:
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
         raise InputError(f"{path} holds no images. Expected PNG, JPEG, WebP, BMP, GIF or TIFF files in it.")
-    tops = [p.relative_to(path).parts[0] if len(p.relative_to(path).parts) > 1 else None for p in files]
-    labels, classes = None, tuple(sorted({t for t in tops if t is not None}))
-    if classes and None not in tops:
-        labels = torch.tensor([classes.index(t) for t in tops])
+    places = [p.relative_to(path) for p in files]
+    classes = tuple(sorted({p.parts[0] for p in places if len(p.parts) > 1}))
+    if any(len(p.parts) == 1 for p in places):  # an image beside the classes has none
+        classes = ()
+    labels = torch.tensor([classes.index(p.parts[0]) for p in places]) if classes else None
 
     def items(start: int) -> Iterator[Item]:
-        for file in files[start:]:
-            yield partial(_attempt, file)
+        return (partial(_attempt, file) for file in files[start:])
 
-    def name_of(index: int) -> str:
-        return str(files[index].relative_to(path))
+    def hashed(start: int) -> bytes:
+        return b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files[start : start + HASHED])
 
-    def hashed(start: int) -> dict[str, np.ndarray]:
-        own = [hashlib.sha256(file.read_bytes()).digest() for file in files[start : start + HASHED]]
-        return {"hash": np.frombuffer(b"".join(own), np.uint8).reshape(-1, 32)}
-
-    def fingerprint() -> str:
-        digest = hashlib.sha256()
-        found = dealt(range(0, len(files), HASHED), hashed)
-        for file, content in zip(files, np.concatenate([f["hash"] for f in found])):
-            digest.update(os.fsencode(file.relative_to(path)) + b"\0" + content.tobytes())
+    def content() -> str:
+        digest, hashes = hashlib.sha256(), _hashes(range(0, len(files), HASHED), hashed)
+        for i, place in enumerate(places):
+            digest.update(os.fsencode(place) + b"\0" + hashes[32 * i : 32 * i + 32])
         return digest.hexdigest()
 
-    tags = classes if labels is not None else ()
-    return _eight_bit(str(path), items, len(files), labels, tags, fingerprint, name_of)
+    return _encoded(str(path), items, len(files), content, labels, classes, lambda i: str(places[i]))
 
 
-def _label_names(field_metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...]:
-    """Class names from the Hugging Face schema metadata of a parquet file, if it has any."""
-    try:
-        info = json.loads((field_metadata or {})[b"huggingface"])["info"]["features"][column]
-        return tuple(str(n) for n in info["names"])
-    except (KeyError, TypeError, ValueError):
-        return ()
+def _hashes(starts: Sequence[int], hashed: Callable[[int], bytes]) -> bytes:
+    """The hashes of pieces of a source, one after the other; every process makes a part of them."""
+    parts = dealt(starts, lambda start: {"hash": np.frombuffer(hashed(start), np.uint8)})
+    return b"".join(part["hash"].tobytes() for part in parts)
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of a file; of a large one that of its parts' hashes, so that ranks read a part each."""
+    size = path.stat().st_size
+    if size <= PART_BYTES:
+        return agreed(partial(file_hash, path))
+
+    def hashed(start: int) -> bytes:
+        with path.open("rb") as stream:
+            stream.seek(start)
+            return hashlib.sha256(stream.read(PART_BYTES)).digest()
+
+    return hashlib.sha256(_hashes(range(0, size, PART_BYTES), hashed)).hexdigest()
 
 
 def _from_parquet(path: Path) -> Images:
@@ -242,18 +229,17 @@ def _from_parquet(path: Path) -> Images:
         schema = file.schema_arrow
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is no readable parquet file ({str(error)[:80]}).") from None
-    column = next((f.name for f in schema if f.name in ("image", "img")), None)
-    if column is None or not (
-        pa.types.is_struct(schema.field(column).type) or pa.types.is_binary(schema.field(column).type)
-    ):
+    types = {field.name: field.type for field in schema}
+    column = next((name for name in types if name in ("image", "img")), None)
+    if column is None or not (pa.types.is_struct(types[column]) or pa.types.is_binary(types[column])):
         raise InputError(
             f"{path} has the columns {', '.join(schema.names[:8])}; expected 'image' with encoded bytes "
             "(the Hugging Face layout image: {bytes, path}, label)."
         )
-    label = next((f.name for f in schema if f.name in ("label", "labels", "fine_label")), None)
     labels: torch.Tensor | None = None
-    names: tuple[str, ...] = ()
-    if label is not None and pa.types.is_integer(schema.field(label).type):
+    classes: tuple[str, ...] = ()
+    label = next((name for name in types if name in ("label", "labels", "fine_label")), None)
+    if label is not None and pa.types.is_integer(types[label]):
         try:
             values = file.read(columns=[label]).column(0).to_numpy()
         except (pa.ArrowException, OSError) as error:
@@ -263,53 +249,42 @@ def _from_parquet(path: Path) -> Images:
             if most >= MAX_CLASSES:
                 raise InputError(f"{path} has the label {most}; expected class numbers below {MAX_CLASSES:,}.")
             labels = torch.from_numpy(values.astype(np.int64))
-            names = _label_names(schema.metadata, label) or tuple(str(i) for i in range(most + 1))
-            if len(names) <= most:
-                raise InputError(f"{path} has the label {most}, but only {len(names)} class names.")
-
-    def rows(start: int) -> Iterator[Item]:
-        with pq.ParquetFile(path) as stream:
-            groups = stream.num_row_groups
-            ends = np.cumsum([stream.metadata.row_group(g).num_rows for g in range(groups)])
-            skipped = int(np.searchsorted(ends, start, side="right"))
-            index = int(ends[skipped - 1]) if skipped else 0
-            wanted = list(range(skipped, groups))
-            for batch in stream.iter_batches(batch_size=512, row_groups=wanted, columns=[column]):
-                own = batch.column(0).slice(max(0, start - index))
-                index += len(batch)
-                for cell in own.to_pylist():
-                    yield partial(_attempt, cell.get("bytes") if isinstance(cell, dict) else cell)
+            classes = _label_names(schema.metadata, label) or tuple(str(i) for i in range(most + 1))
+            if len(classes) <= most:
+                raise InputError(f"{path} has the label {most}, but only {len(classes)} class names.")
 
     def items(start: int) -> Iterator[Item]:
         try:
-            yield from rows(start)
+            with pq.ParquetFile(path) as stream:
+                groups = range(stream.num_row_groups)
+                ends = np.cumsum([stream.metadata.row_group(g).num_rows for g in groups])
+                skipped = int(np.searchsorted(ends, start, side="right"))  # row groups before the first row
+                index = int(ends[skipped - 1]) if skipped else 0
+                for batch in stream.iter_batches(batch_size=512, row_groups=list(groups[skipped:]), columns=[column]):
+                    for cell in batch.column(0).slice(max(0, start - index)).to_pylist():
+                        yield partial(_attempt, cell.get("bytes") if isinstance(cell, dict) else cell)
+                    index += len(batch)
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{path} is a damaged parquet file ({str(error)[:80]}).") from None
 
-    return _eight_bit(str(path), items, file.metadata.num_rows, labels, names, partial(_content, path))
+    return _encoded(str(path), items, file.metadata.num_rows, partial(_content, path), labels, classes)
 
 
-def _content(path: Path) -> str:
-    """SHA-256 of a file; of a large one that of its parts' hashes, so that ranks read a part each."""
-    size = path.stat().st_size
-    if size <= PART_BYTES:
-        return agreed(partial(file_hash, path))
-
-    def hashed(start: int) -> dict[str, np.ndarray]:
-        with path.open("rb") as stream:
-            stream.seek(start)
-            return {"hash": np.frombuffer(hashlib.sha256(stream.read(PART_BYTES)).digest(), np.uint8)}
-
-    found = dealt(range(0, size, PART_BYTES), hashed)
-    return hashlib.sha256(b"".join(f["hash"].tobytes() for f in found)).hexdigest()
+def _label_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str, ...]:
+    """Class names from the Hugging Face schema metadata of a parquet file, if it has any."""
+    try:
+        info = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]
+        return tuple(str(n) for n in info["names"])
+    except (KeyError, TypeError, ValueError):
+        return ()
 
 
 def _from_hub(source: str) -> Images:
     import datasets
 
     try:
-        found = datasets.load_dataset(source, split="train")
-        column = next(n for n, f in found.features.items() if isinstance(f, datasets.Image))
+        data = datasets.load_dataset(source, split="train")
+        column = next(n for n, f in data.features.items() if isinstance(f, datasets.Image))
     except StopIteration:
         raise InputError(f"the data set {source} has no image column.") from None
     except Exception as error:
@@ -317,19 +292,19 @@ def _from_hub(source: str) -> Images:
             f"{source} is no file here, and the hub gave no such data set ({type(error).__name__}). "
             "Check the path or the id."
         ) from None
-    undecoded = found.cast_column(column, datasets.Image(decode=False))
-    label = next((n for n, f in found.features.items() if isinstance(f, datasets.ClassLabel)), None)
-    labels = None if label is None else torch.tensor(found[label])
-    names = () if label is None else tuple(found.features[label].names)
+    undecoded = data.cast_column(column, datasets.Image(decode=False))
+    label = next((n for n, f in data.features.items() if isinstance(f, datasets.ClassLabel)), None)
+    labels = None if label is None else torch.tensor(data[label])
+    classes = () if label is None else tuple(data.features[label].names)
 
     def items(start: int) -> Iterator[Item]:
         for row in undecoded.select(range(start, len(undecoded))):
             yield partial(_attempt, row[column]["bytes"] or Path(row[column]["path"]))
 
-    return _eight_bit(source, items, len(found), labels, names, lambda: str(found._fingerprint))
+    return _encoded(source, items, len(data), lambda: str(data._fingerprint), labels, classes)
 
 
-def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
+def _from_numpy(path: Path, value_range: Range | None) -> Images:
     labels = None
     try:
         if path.suffix.lower() == ".npy":
@@ -341,7 +316,7 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
                 key = next((k for k in ("images", "x", "data", "arr_0", "x_train") if k in names), None)
                 if key is None:
                     raise InputError(f"{path} holds {', '.join(names[:8])}; expected an array named 'images'.")
-                array = _mapped(path, f"{key}.npy")
+                array = _mapped(path, archive.zip.NameToInfo.get(f"{key}.npy"))
                 array = archive[key] if array is None else array
                 tag = next((k for k in ("labels", "label", "y", "y_train") if k in names), None)
                 labels = None if tag is None else archive[tag]
@@ -350,37 +325,30 @@ def _from_numpy(path: Path, value_range: tuple[float, float] | None) -> Images:
     except InputError:
         raise
     except Exception as error:
-        what = (
-            "holds pickled objects, which are never loaded"
-            if "pickle" in str(error) or "Python objects" in str(error)
-            else "cannot be read"
-        )
+        pickled = "pickle" in str(error) or "Python objects" in str(error)
+        what = "holds pickled objects, which are never loaded" if pickled else "cannot be read"
         raise InputError(f"{path} {what} ({type(error).__name__}). Expected a plain numeric array.") from None
     return _from_array(str(path), array, labels, value_range, partial(_content, path))
 
 
-def _mapped(path: Path, member: str) -> np.ndarray | None:
+def _mapped(path: Path, info: zipfile.ZipInfo | None) -> np.ndarray | None:
     """A large array of an .npz that is stored as it is, as a memory map, whose checksum nobody reads.
 
     ``None`` where it is small, compressed or pickled.
     """
-    with zipfile.ZipFile(path) as archive:
-        info = archive.NameToInfo.get(member)
-        if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size <= PART_BYTES:
-            return None
-        with archive.open(info) as stream:
-            version = np.lib.format.read_magic(stream)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(stream)
-            header = stream.tell()
-    if dtype.hasobject or math.prod(shape) == 0:
+    if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size <= PART_BYTES:
         return None
-    if header + math.prod(shape) * dtype.itemsize != info.file_size:
-        raise ValueError(f"{member} does not have the size it declares")
     with path.open("rb") as file:
         file.seek(info.header_offset + 26)  # the lengths of name and extra field, which come before the content
-        name, extra = struct.unpack("<HH", file.read(4))
-    start = info.header_offset + 30 + name + extra + header
+        content = file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+        start = file.tell()
+    if dtype.hasobject or math.prod(shape) == 0:
+        return None
+    if start - content + math.prod(shape) * dtype.itemsize != info.file_size:
+        raise ValueError(f"{info.filename} does not have the size it declares")
     return np.memmap(path, dtype, "r", start, shape, "F" if fortran else "C")
 
 
@@ -388,53 +356,32 @@ def _from_array(
     name: str,
     array: np.ndarray,
     labels: np.ndarray | None,
-    value_range: tuple[float, float] | None,
-    fingerprint: Callable[[], str] | None = None,
+    value_range: Range | None,
+    content: Callable[[], str] | None = None,
 ) -> Images:
     if array.ndim == 3:
-        layout = "NHW"
+        ordered = array[:, None]
     elif array.ndim == 4 and array.shape[-1] in (1, 3):
-        layout = "NHWC"
+        ordered = array.transpose(0, 3, 1, 2)
     elif array.ndim == 4 and array.shape[1] in (1, 3):
-        layout = "NCHW"
+        ordered = array
     else:
         raise InputError(
             f"{name} has the shape {tuple(array.shape)}. Expected [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 "
             "channels."
         )
-    count = array.shape[0]
-    if count < 2:
-        raise InputError(f"{name} holds {count} image{'s' * (count != 1)}; at least 2 are needed.")
+    count = len(array)
+    _enough(name, count)
     if array.size == 0:
         raise InputError(f"{name} has the shape {tuple(array.shape)}: the images have no pixels.")
     if not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
         raise InputError(f"{name} holds {array.dtype} values; expected 8-bit integers or floats.")
-    integer = array.dtype == np.uint8 and value_range in (None, (0, 255), (0.0, 255.0))
-    if integer:
-        low, high = 0.0, 255.0
-    elif value_range is not None:
-        low, high = map(float, value_range)
-        if not (math.isfinite(high - low) and (high - low) / 2 > 0):
-            raise InputError(f"--range {low:g},{high:g} is empty or endless; expected LOW,HIGH with LOW < HIGH.")
-        if (low, high) == (0.0, 255.0) and not np.issubdtype(array.dtype, np.integer):
-            largest = _extreme(array, np.fmax)
-            if largest <= 1:  # declared so, all would be black
-                raise InputError(
-                    f"{name} has no value above {largest:g}, declared as 0 .. 255. Pass its true range, 0,1 or -1,1."
-                )
-    elif np.issubdtype(array.dtype, np.integer):
-        low, high = 0.0, 255.0
-    else:
-        low, high = (-1.0, 1.0) if _extreme(array, np.fmin) < 0 else (0.0, 1.0)
-    scale, offset = (high - low) / 2, -(high + low) / 2
+    low, high = _range_of(name, array, value_range)
+    integer = array.dtype == np.uint8 and (low, high) == BYTES
 
-    def load(i: int) -> Raw:
-        raw = np.asarray(array[i])
-        raw = raw[None] if layout == "NHW" else raw.transpose(2, 0, 1) if layout == "NHWC" else raw
+    def load(i: int) -> np.ndarray:
+        raw = np.asarray(ordered[i])
         return raw if integer else raw.astype(np.float32)
-
-    def items(start: int) -> Iterator[Item]:
-        return (partial(load, i) for i in range(start, count))
 
     classes: tuple[str, ...] = ()
     tags = None
@@ -445,22 +392,36 @@ def _from_array(
             raise InputError(f"{name} has labels of the type {labels.dtype}; expected numbers or text.")
         values, codes = np.unique(labels, return_inverse=True)
         classes, tags = tuple(str(v) for v in values), torch.from_numpy(codes.astype(np.int64))
-    shape = load(0).shape  # type: ignore[union-attr]
     return Images(
-        name=name,
-        shape=tuple(shape),
-        count=count,
-        scale=scale,
-        offset=offset,
-        integer=integer,
+        name,
+        load(0).shape,
+        count,
+        _items=lambda start: (partial(load, i) for i in range(start, count)),
+        # the same numbers in another range are other images
+        _content=lambda: f"{content() if content else _array_hash(array)} {low} {high}",
         labels=tags,
         classes=classes,
-        batch_size=1,
-        _items=items,
-        # the same numbers in another range are other images
-        _fingerprint=lambda: f"{(fingerprint or partial(_array_hash, array))()} {low} {high}",
-        _name_of=lambda i: f"image {i}",
+        scale=(high - low) / 2,
+        offset=-(high + low) / 2,
+        integer=integer,
     )
+
+
+def _range_of(name: str, array: np.ndarray, value_range: Range | None) -> Range:
+    """Lowest and highest value that stand for black and white."""
+    whole_numbers = np.issubdtype(array.dtype, np.integer)
+    if value_range is None:
+        return BYTES if whole_numbers else (-1.0, 1.0) if _extreme(array, np.fmin) < 0 else (0.0, 1.0)
+    low, high = map(float, value_range)
+    if not (math.isfinite(high - low) and (high - low) / 2 > 0):
+        raise InputError(f"--range {low:g},{high:g} is empty or endless; expected LOW,HIGH with LOW < HIGH.")
+    if (low, high) == BYTES and not whole_numbers:
+        largest = _extreme(array, np.fmax)
+        if largest <= 1:  # declared so, all would be black
+            raise InputError(
+                f"{name} has no value above {largest:g}, declared as 0 .. 255. Pass its true range, 0,1 or -1,1."
+            )
+    return low, high
 
 
 def _slabs(array: np.ndarray) -> list[slice]:
@@ -471,11 +432,11 @@ def _slabs(array: np.ndarray) -> list[slice]:
 
 def _extreme(array: np.ndarray, of: np.ufunc) -> float:
     """The smallest (``np.fmin``) or largest (``np.fmax``) number, NaN passed by; ranks look at a part each."""
-    found = dealt(_slabs(array), lambda part: {"found": of.reduce(np.asarray(array[part], np.float64), axis=None)})
-    return float(of.reduce([f["found"] for f in found]))
+    parts = dealt(_slabs(array), lambda part: {"end": of.reduce(np.asarray(array[part], np.float64), axis=None)})
+    return float(of.reduce([part["end"] for part in parts]))
 
 
-def _array_hash(array: Any) -> str:
+def _array_hash(array: np.ndarray) -> str:
     digest = hashlib.sha256()
     for part in _slabs(array):
         digest.update(np.asarray(array[part], dtype=np.float64).tobytes())
