@@ -24,7 +24,7 @@ import symbreak as sb
 from symbreak.intervals import mean_interval
 from symbreak.metrics.features import extractor, load_classifier, save_classifier, train_classifier
 from symbreak.phases.gaussianity import MULTIVARIATE, PROJECTED, Gaussianity, gaussianity
-from symbreak.phases.losses import non_gaussianity
+from symbreak.phases.non_gaussianity import non_gaussianity
 from symbreak.phases.reverse_paths import reverse_states
 from symbreak.phases.speciation import cloning_time
 from symbreak.report.record import Record
@@ -85,7 +85,7 @@ def is_it_gaussian(data, held, pipe, laws, out: Path, args) -> dict:
     settings |= {"steps": NETWORK_STEPS, "simulations": args.simulations}
     store = Blocks(out, {"check": "gaussian", **settings})
     began = time.perf_counter()
-    nats = non_gaussianity(network, gaussian, held.tensor()[: args.nats], sigma, keep=store.keep)
+    nats = non_gaussianity(network, gaussian, held.tensor()[: args.nats], sigma, run=store.run())
     states = reverse_states(network, sigma, sizes[0], NETWORK_STEPS, run=store.run(told("reverse trajectories")))
     sources = {"training images": data, "network": states, "class mixture": laws["class mixture"], FULL: gaussian}
     found: dict[str, dict] = {}

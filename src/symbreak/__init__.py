@@ -37,7 +37,8 @@ _HOMES = {
     "phases.u_turns": ("u_turns",),
     "phases.speciation": ("cloning_probability", "speciation_time"),
     "phases.gaussianity": ("first_rejection", "gaussianity"),
-    "phases.losses": ("entropy_rate", "loss_curve", "non_gaussianity"),
+    "phases.losses": ("entropy_rate", "loss_curve"),
+    "phases.non_gaussianity": ("non_gaussianity",),
     "phases.network_stability": ("arc_potential", "network_stability"),
     "phases.bifurcation": ("bifurcation", "fixed_points", "potential"),
     "start.pipeline": ("LateStartPipeline",),
@@ -85,8 +86,9 @@ if TYPE_CHECKING:
     from symbreak.phases.condensation import nearest_flips, nearest_of
     from symbreak.phases.gaussianity import first_rejection, gaussianity
     from symbreak.phases.kicks import opportunity
-    from symbreak.phases.losses import entropy_rate, loss_curve, non_gaussianity
+    from symbreak.phases.losses import entropy_rate, loss_curve
     from symbreak.phases.network_stability import arc_potential, network_stability
+    from symbreak.phases.non_gaussianity import non_gaussianity
     from symbreak.phases.speciation import cloning_probability, speciation_time
     from symbreak.phases.u_turns import u_turns
     from symbreak.report.html import write_report

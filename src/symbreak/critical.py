@@ -67,7 +67,17 @@ class CriticalTime(Result):
         confidence: nominal coverage of the interval.
     """
 
-    record = ("criterion", "level", "low", "high", "flow", "frame", "source", "reason", "confidence")
+    record: ClassVar[tuple[str, ...]] = (
+        "criterion",
+        "level",
+        "low",
+        "high",
+        "flow",
+        "frame",
+        "source",
+        "reason",
+        "confidence",
+    )
 
     level: NoiseLevel | None
     low: NoiseLevel | None = None
@@ -89,7 +99,7 @@ class CriticalTime(Result):
 class Curve(Result):
     """A quantity against sigma: float64 arrays of one length, ``low``/``high`` its interval."""
 
-    record = ("name", "sigma", "value", "low", "high")
+    record: ClassVar[tuple[str, ...]] = ("name", "sigma", "value", "low", "high")
 
     sigma: np.ndarray
     value: np.ndarray

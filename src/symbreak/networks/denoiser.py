@@ -16,8 +16,10 @@ import torch
 
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, digest
+from symbreak.runtime.ranks import agreed
+from symbreak.runtime.run import Run
 
-__all__ = ["Denoiser", "LawDenoiser", "as_denoiser", "ask", "fingerprint", "images_for", "score"]
+__all__ = ["Denoiser", "LawDenoiser", "as_denoiser", "ask", "fingerprint", "fingerprints", "images_for", "score"]
 
 CHUNK = 64  # states of one call: a fixed size, so that results do not depend on how many are asked about
 
@@ -137,6 +139,14 @@ def fingerprint(denoiser: Any) -> str:
     x = torch.randn(4, *denoiser.shape, generator=generator(0, 97))
     with torch.inference_mode():
         return digest(ask(denoiser, sigma * x, sigma))
+
+
+def fingerprints(run: Run, *sources: Any) -> list[str]:
+    """What tells the finished parts of these laws or denoisers from others'; nothing where none are kept."""
+    if run.folder is None:
+        return []
+    # Networks may differ in the last bits between machines: the first one's answers count.
+    return list(agreed(lambda: [f"{hasattr(v, 'denoise')} {fingerprint(as_denoiser(v))}" for v in sources]))
 
 
 def score(law_or_denoiser: Any, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:

@@ -24,9 +24,9 @@ import torch
 
 from symbreak.critical import CriticalTime, levels, passing, passing_interval
 from symbreak.laws.mixture import Mixture
-from symbreak.networks.denoiser import as_denoiser, ask
+from symbreak.networks.denoiser import as_denoiser, ask, fingerprints
 from symbreak.noise import NoiseLevel, generator
-from symbreak.phases.reverse_paths import descend, identity, start_states
+from symbreak.phases.reverse_paths import descend, start_states
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.files import digest
 from symbreak.runtime.ranks import agreed
@@ -200,9 +200,9 @@ class Branches:
         # A block that has ended, or was finished before, counts as all of its states.
         blocks = copy.copy(run)
         blocks.progress = lambda _, ended, of: run.tell(min(ended * size, total) * self.cost, everything)
-        who = identity(run, self.source, self.denoiser)
+        who = fingerprints(run, self.source)
         told = [self._known(v) if callable(v) else v for v in settings] if who else []
-        path = (who, self.grid.tolist(), self.at.tolist(), str(self.dtype), self.step, total, seeds)
+        path = (*who, self.grid.tolist(), self.at.tolist(), str(self.dtype), self.step, total, seeds)
         parts = blocks.parts(name, range(0, total, size), block, *path, *told)
         return {k: np.concatenate([part[k] for part in parts], axis=1) for k in parts[0]}
 

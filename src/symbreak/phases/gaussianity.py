@@ -12,7 +12,7 @@ their standardised form has the same law whatever their covariance.
 
 Data that are not Gaussian are so at no level (Cramer 1936: if x_0 + sigma eps is Gaussian, x_0 is). A test only says
 whether n samples see it, and the level of the first rejection falls with fewer samples. What the departure costs is
-said in nats (`symbreak.phases.losses`), and the caller may put that beside.
+said in nats (`symbreak.phases.non_gaussianity`), and the caller may put that beside.
 """
 
 from __future__ import annotations

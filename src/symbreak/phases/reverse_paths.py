@@ -20,13 +20,12 @@ import numpy as np
 import torch
 
 from symbreak.critical import levels
-from symbreak.networks.denoiser import CHUNK, Denoiser, ask, fingerprint
+from symbreak.networks.denoiser import CHUNK, Denoiser, ask, fingerprints
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
-from symbreak.runtime.ranks import agreed
 from symbreak.runtime.run import Arrays, Run
 
-__all__ = ["descend", "grid_through", "identity", "reverse_states", "start_states"]
+__all__ = ["descend", "grid_through", "reverse_states", "start_states"]
 
 
 @torch.no_grad()
@@ -112,14 +111,6 @@ def grid_through(denoiser: Denoiser, s: np.ndarray, top: float, steps: int) -> t
     return grid, np.abs(np.log(grid[:, None] / s)).argmin(0)
 
 
-def identity(run: Run, source: Any, denoiser: Denoiser) -> str:
-    """What tells the finished parts of one law or denoiser from another's; nothing where none are kept."""
-    if run.folder is None:
-        return ""
-    # Networks may differ in the last bits between machines: the first one's answers count.
-    return str(agreed(lambda: f"{hasattr(source, 'denoise')} {fingerprint(denoiser)}"))
-
-
 def reverse_states(
     denoiser: Denoiser,
     sigma: Any,
@@ -167,6 +158,6 @@ def reverse_states(
         return {"states": out}
 
     with torch.inference_mode():
-        settings = (identity(run, denoiser, denoiser), grid.tolist(), at.tolist(), paths, seed)
+        settings = (*fingerprints(run, denoiser), grid.tolist(), at.tolist(), paths, seed)
         states = run.part("states", make, *settings)["states"]
     return {float(u): torch.from_numpy(np.array(state)) for u, state in zip(s, states)}

@@ -33,13 +33,15 @@ from symbreak.networks.families import denoiser
 from symbreak.networks.loading import refuse_conditional, weights_hash
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.bifurcation import bifurcation
+from symbreak.phases.class_entropy import class_entropy, class_entropy_bound
 from symbreak.phases.clones import clones
 from symbreak.phases.collapse import collapse_time, excess_entropy, samples_needed
 from symbreak.phases.condensation import nearest_flips, nearest_of
 from symbreak.phases.kicks import opportunity
-from symbreak.phases.losses import class_entropy, divergence_bound, entropy_rate, loss_curve
+from symbreak.phases.losses import entropy_rate, loss_curve
 from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
 from symbreak.phases.network_stability import arc_potential, network_stability
+from symbreak.phases.non_gaussianity import divergence_bound
 from symbreak.phases.speciation import cloning_probability, cloning_time, speciation_time
 from symbreak.phases.u_turns import u_turns
 from symbreak.report.record import Record
@@ -629,7 +631,7 @@ def _network(
     with found.stage("losses") as tell:
         own = {"Gaussian": laws.gaussian} | ({} if laws.classes is None else {"class mixture": laws.classes})
         levels = span(0.05, 6.0, effort.losses)
-        losses = loss_curve(network, images, levels, laws=own, seed=seed, progress=tell, keep=store.keep)
+        losses = loss_curve(network, images, levels, laws=own, seed=seed, run=store.run(tell))
         found.draw("loss", "network", "network", losses.mmse)
         rate = entropy_rate(losses, rescaled=True)
         found.draw("rate", "entropy rate, rescaled", "network", rate)
@@ -644,7 +646,7 @@ def _network(
         with found.stage("class entropy") as tell:
             some, known = _some(fit, 2 * effort.images, seed, even=True)
             try:
-                open_ = class_entropy(
+                open_ = class_entropy_bound(
                     network,
                     span(0.07, 2.5, effort.turns),
                     images,
@@ -653,8 +655,7 @@ def _network(
                     known,
                     features=judge.features,
                     seed=seed,
-                    progress=tell,
-                    keep=store.keep,
+                    run=store.run(tell),
                 )
                 found.add("class entropy", "network", open_.time())
                 found.draw("entropy", "network, upper bound", "network", open_, "o-")

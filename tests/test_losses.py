@@ -15,19 +15,19 @@ from symbreak.intervals import resampled
 from symbreak.laws import Gaussian, Mixture, PrincipalMixture
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
+from symbreak.phases.class_entropy import class_entropy, class_entropy_bound
 from symbreak.phases.losses import (
     Losses,
-    class_entropy,
     conditional_entropy,
-    divergence_bound,
     entropic_levels,
     entropy_rate,
     integral_above,
     loss_curve,
-    non_gaussianity,
 )
+from symbreak.phases.non_gaussianity import divergence_bound, non_gaussianity
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import plain
+from symbreak.runtime.run import Run
 
 RATES = {0.5: 0.5487792, 1.0: 0.4495995, 2.0: 0.0994932}
 ENTROPIES = {0.5: 0.0604270, 1.0: 0.3563164, 2.0: 0.5817257}
@@ -132,26 +132,30 @@ def test_classes_are_given_to_laws_with_classes():
     assert loss_curve(law, data, [s]).mmse.value[0] > 2  # not knowing the class
 
 
-def test_an_interrupted_run_goes_on_with_the_same_bits():
+def test_an_interrupted_run_goes_on_with_the_same_bits(tmp_path):
     law = points(-1.0, 1.0)
     data, grid = law.sample(100, 0.0, generator(6)), np.geomspace(0.2, 2, 5)
-    store, made, seen = {}, [], []
+    seen = []
 
-    def keep(key, make, most=99):
-        if key not in store:
-            if len(made) == most:
-                raise KeyboardInterrupt
-            made.append(key)
-            store[key] = make()
-        return store[key]
+    def stop(_, done, total):
+        if done == 2:
+            raise KeyboardInterrupt
 
-    whole = loss_curve(law, data, grid, {"law": law}, progress=lambda *at: seen.append(at))
+    whole = loss_curve(law, data, grid, {"law": law}, run=Run(progress=lambda *at: seen.append(at)))
     with pytest.raises(KeyboardInterrupt):
-        loss_curve(law, data, grid, {"law": law}, keep=lambda key, make: keep(key, make, 2))
-    again = loss_curve(law, data, grid, {"law": law}, keep=keep)
+        loss_curve(law, data, grid, {"law": law}, run=Run(tmp_path, progress=stop))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    again = loss_curve(law, data, grid, {"law": law}, run=Run(tmp_path))
     np.testing.assert_array_equal(whole.network, again.network)
-    assert made == [f"loss/{j}" for j in range(5)]
-    assert seen == [(j, 5) for j in range(1, 6)]
+    assert seen == [("loss", j, 5) for j in range(1, 6)]
+    # In the same folder other images, laws, noise or levels never meet these parts.
+    for arguments in ((data + 1, grid), (data, 2 * grid)):
+        np.testing.assert_array_equal(
+            loss_curve(law, *arguments, run=Run(tmp_path)).network, loss_curve(law, *arguments).network
+        )
+    other = loss_curve(law, data, grid, {"law": Gaussian(law.moments)}, seed=1, run=Run(tmp_path))
+    assert not np.array_equal(other.laws["law"], again.laws["law"])
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 20
 
 
 def test_entropic_levels_of_a_gaussian():
@@ -352,7 +356,7 @@ def labelled(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def bound(network, sigma, seed, features=barycentric, fit=2000, held=500):
     x, y = labelled(fit + held, seed)
-    return class_entropy(network, sigma, x[fit:], y[fit:], x[:fit], y[:fit], features, seed=seed)
+    return class_entropy_bound(network, sigma, x[fit:], y[fit:], x[:fit], y[:fit], features, seed=seed)
 
 
 def test_a_classifier_bounds_the_class_entropy():
@@ -372,19 +376,14 @@ def test_a_classifier_bounds_the_class_entropy():
     json.dumps(plain(tight.to_dict()), allow_nan=False)
 
 
-def test_class_entropy_goes_on_with_the_same_bits():
-    store = {}
-
-    def keep(key, make):
-        return store[key] if key in store else store.setdefault(key, make())
-
+def test_class_entropy_goes_on_with_the_same_bits(tmp_path):
     x, y = labelled(120, 13)
     arguments = (triangle(), [0.5, 1.0], x[60:], y[60:], x[:60], y[:60])
-    whole, first = class_entropy(*arguments), class_entropy(*arguments, keep=keep)
-    again = class_entropy(*arguments, keep=keep)
-    assert sorted(store) == ["class-entropy/0", "class-entropy/1"]
-    for other in (first, again):
-        np.testing.assert_array_equal(whole.scores, other.scores)
+    whole = class_entropy_bound(*arguments)
+    for _ in range(2):
+        again = class_entropy_bound(*arguments, run=Run(tmp_path))
+        assert len(list(tmp_path.rglob("class-entropy*.safetensors"))) == 2
+        np.testing.assert_array_equal(whole.scores, again.scores)
 
 
 # --- wrong input ----------------------------------------------------------------------------------
@@ -407,7 +406,7 @@ class Broken:
         (lambda x: loss_curve(Broken(), x, 1.0), "answers NaN"),
         (lambda x: loss_curve(Broken(), x, 1.0, labels=[0] * 40), "takes no condition"),
         (lambda x: loss_curve(as_network(points(0.0, 1.0)), x, 1e-4), "the network knows"),
-        (lambda x: loss_curve(points(0.0, 1.0), x, 1.0, labels=[1, 2]), "2 labels for 40 images"),
+        (lambda x: loss_curve(points(0.0, 1.0), x, 1.0, labels=[1, 2]), "labels of shape .2,. for 40 images"),
         (lambda x: loss_curve(points(0.0, 1.0), x, 1.0, {"q": triangle()}), "the law 'q'"),
         (lambda x: loss_curve(points(0.0, 1.0), x, 1.0, draws=0), "0 noise draws"),
         (lambda x: loss_curve(points(0.0, 1.0), x, 1.0).law("q"), "no losses of 'q'"),
@@ -415,14 +414,14 @@ class Broken:
         (lambda x: divergence_bound(exact_losses(np.array([1.0, 2.0])), "g", 3.0), "the losses run from 1 to 2"),
         (lambda x: entropic_levels(exact_losses(np.array([1.0])), 3), "at least 2"),
         (lambda x: class_entropy(Gaussian(points(0.0, 1.0).moments), 1.0), "has no classes"),
-        (lambda x: class_entropy(Broken(), 1.0, x), "labels="),
-        (lambda x: class_entropy(Broken(), 1.0, x, [0] * 40, x, [0] * 40), "a single class"),
-        (lambda x: class_entropy(Broken(), 1.0, x, [0] * 40, x, [0] * 39), "39 fit_labels for 40"),
-        (lambda x: class_entropy(Broken(), 1.0, x, [0] * 40, x, [0] * 39 + [1]), "class 1 has 1 images"),
-        (lambda x: class_entropy(Broken(), 1.0, x, [0] * 39 + [7], x, [0, 1] * 20), "class 7"),
-        (lambda x: class_entropy(Broken(), 1.0, x, [0, 1] * 20, x, [0, 1] * 20), "features hold NaN"),
+        (lambda x: class_entropy(points(0.0, 1.0), 1.0, images=x), "class_entropy_bound"),
+        (lambda x: class_entropy_bound(Broken(), 1.0, x, [0] * 40, x, [0] * 40), "a single class"),
+        (lambda x: class_entropy_bound(Broken(), 1.0, x, [0] * 40, x, [0] * 39), "fit_labels of shape .39,. for 40"),
+        (lambda x: class_entropy_bound(Broken(), 1.0, x, [0] * 40, x, [0] * 39 + [1]), "class 1 has 1 images"),
+        (lambda x: class_entropy_bound(Broken(), 1.0, x, [0] * 39 + [7], x, [0, 1] * 20), "class 7"),
+        (lambda x: class_entropy_bound(Broken(), 1.0, x, [0, 1] * 20, x, [0, 1] * 20), "features gave NaN"),
         (
-            lambda x: class_entropy(points(0.0, 1.0), 1.0, x, [0, 1] * 20, x, [0, 1] * 20, lambda d: d.flatten()),
+            lambda x: class_entropy_bound(points(0.0, 1.0), 1.0, x, [0, 1] * 20, x, [0, 1] * 20, lambda d: d[:3]),
             r"expected \[40, F\]",
         ),
     ],

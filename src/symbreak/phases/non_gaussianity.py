@@ -1,0 +1,172 @@
+"""Non-Gaussianity: how far noised data are from a law, in nats, read off denoising losses.
+
+    KL(p_sigma || q_sigma) = integral from sigma up of E|D_p - D_q|^2 / u^3 du
+                           >= integral of (loss_q - loss_net) / u^3 du, in expectation, on images not trained on
+
+Source: derived, from the I-MMSE relation (Guo, Shamai, Verdu 2005).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from symbreak.critical import CriticalTime, Curve, levels, mean_curve, passing_time
+from symbreak.intervals import resampled
+from symbreak.laws.law import top_eigenvalue
+from symbreak.networks.denoiser import as_denoiser, images_for
+from symbreak.phases.losses import Losses, between, integral_above, loss_curve, nowhere
+from symbreak.runtime.errors import InputError
+from symbreak.runtime.run import Run, renamed
+
+__all__ = ["NonGaussianity", "divergence_bound", "non_gaussianity"]
+
+TOP = 20.0  # integrals end at this multiple of the data's largest standard deviation
+SPACING = 0.25  # largest step of an integral in log sigma
+THRESHOLD = 0.1  # nats
+SOURCE = "integral of denoising losses (derived, I-MMSE)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NonGaussianity(Curve):
+    """How far the data are from a law, in nats: in expectation a lower bound on KL(p_sigma || q_sigma).
+
+    A `Curve`; for a single level its arrays have no axis.
+
+    Attributes:
+        indicator: integral of E|D_net - D_law|^2 / u^3: the divergence, were the network perfect. It adds the
+            network's error, and is too small for a network shrunk toward the law: no bound.
+        quadrature: estimate from above of the integration error of every value.
+        losses: what it was computed from, on the finer grid of the integral.
+        law: name of the law there.
+    """
+
+    record = (*Curve.record, "indicator", "quadrature", "law", "images")
+
+    indicator: np.ndarray
+    quadrature: np.ndarray
+    losses: Losses
+    law: str
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return self.losses.images
+
+    def time(self, threshold: float = THRESHOLD, resamples: int = 1000, seed: int = 0) -> CriticalTime:
+        """The level where it passes a threshold in nats, with a bootstrap interval over images."""
+        sigma, gap = self.losses.sigma, _excess(self.losses, self.law)
+        fine = between(sigma)
+        # Integrals from the fine levels as one matrix [A, G]: each resample is a product.
+        weights = integral_above(np.eye(len(sigma)), sigma, at=fine)
+        value = weights @ gap.mean(1)
+        return passing_time(
+            fine,
+            np.concatenate([value[None], resampled(gap, seed, resamples) @ weights.T]),
+            threshold,
+            nowhere(fine, value, threshold),
+            f"non-Gaussianity of {threshold:g} nat",
+            SOURCE,
+        )
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records."""
+        return {**super().to_dict(), "time": self.time().to_dict()}
+
+
+def divergence_bound(losses: Losses, law: str, sigma: Any = None) -> NonGaussianity:
+    """`non_gaussianity` from losses that are there already.
+
+    Args:
+        losses: of `loss_curve`; the integral ends at its top level, and its levels should not be more than about 0.3
+            apart in log sigma.
+        law: name of the law there.
+        sigma: levels to integrate from, inside its range; by default all of them.
+    """
+    s, shape = levels(losses.sigma if sigma is None else sigma)
+    low, high = losses.sigma[[0, -1]]
+    if s.min() < low * (1 - 1e-9) or s.max() > high * (1 + 1e-9):
+        raise InputError(
+            f"levels from {s.min():.4g} to {s.max():.4g}; the losses run from {low:.4g} to {high:.4g}. Choose levels "
+            "in that range or take losses at more."
+        )
+    gap = _excess(losses, law)
+    name = f"non-Gaussianity, {law}" if law else "non-Gaussianity"
+    c = mean_curve(s, integral_above(gap, losses.sigma, at=s), name, shape=shape)
+    indicator = integral_above(losses.apart[law].mean(1) / losses.sigma**2, losses.sigma, at=s)
+    # Every second level, the top one among them; the error of the finer rule is a part of the difference.
+    half = np.unique(np.append(np.arange(len(losses.sigma) - 1, -1, -2), 0))
+    coarse = integral_above(gap[half].mean(1), losses.sigma[half], at=s)
+    return c.extended(
+        NonGaussianity,
+        indicator=indicator.reshape(shape),
+        quadrature=np.abs(coarse - c.value.ravel()).reshape(shape),
+        losses=losses,
+        law=law,
+    )
+
+
+def _excess(losses: Losses, law: str) -> np.ndarray:
+    """(loss_law - loss_net) / u^2 [G, N], the integrand over log u."""
+    return (losses.of(law) - losses.network) / losses.sigma[:, None] ** 2
+
+
+@renamed()
+def non_gaussianity(
+    denoiser: Any,
+    law: Any,
+    data: Any,
+    sigma: Any,
+    labels: Any = None,
+    seed: int = 0,
+    top: float | None = None,
+    spacing: float = SPACING,
+    run: Run | None = None,
+) -> NonGaussianity:
+    """What a start from a law costs at every level, in nats, from denoising losses.
+
+        KL(p_sigma || q_sigma) >= integral from sigma to the top of (loss_law - loss_net) / u^3 du, in expectation
+
+    for any law q, and with equality for a perfect network. Losses are taken on the given levels and on more above and
+    between them.
+
+    Args:
+        denoiser: network as a `Denoiser`, or a law that takes its place.
+        law: a law with ``.denoise``, such as the `Gaussian` of the training images.
+        data: images [N, *S], an `Images` or batches that neither network nor law was fitted on.
+        sigma: a level, or levels [G].
+        labels: class [N] of every image, only for a class-conditional network.
+        seed: of the noise, the same at every level.
+        top: where the integral ends; by default 20 times the data's largest standard deviation, at most the
+            network's highest level. Above it the law is taken for exact.
+        spacing: largest step of the integral in log sigma; the network is asked once an image and step.
+        run: as for `loss_curve`.
+
+    Returns:
+        A `NonGaussianity`: ``value`` with a 95 % interval ``low``, ``high`` over images, ``indicator``, ``quadrature``;
+        its ``time()`` is the level where it passes 0.1 nat. Negative where the network is worse than the law.
+
+    Raises:
+        InputError: as for `loss_curve`, and for a top below the levels.
+
+    Source: derived, from the I-MMSE relation.
+    """
+    (s, _), network = levels(sigma), as_denoiser(denoiser)
+    images = images_for(network, data, s)
+    if top is None:
+        y = (images - images.mean(0)).flatten(1)
+        variance = top_eigenvalue(lambda v: ((v.to(y) @ y.T) @ y / len(y)).double(), y.shape[1])
+        top = min(max(TOP * math.sqrt(variance), float(s.max())), network.sigma_range[1])
+    if not (s.max() <= top and 0 < spacing < math.inf):
+        raise InputError(
+            f"an integral from sigma {s.max():.4g} to {top:.4g} in steps of {spacing:g}; expected it to rise."
+        )
+    ends = [*np.unique(s), top]
+    parts = [np.geomspace(a, b, 1 + math.ceil(math.log(b / a) / spacing))[:-1] for a, b in pairwise(ends) if b > a]
+    grid = np.append(np.concatenate(parts), top) if parts else np.array([top])
+    losses = loss_curve(network, images, grid, {"law": law}, labels, seed, run=run)
+    return divergence_bound(losses, "law", sigma)
