@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 import symbreak as sb
-from symbreak.metrics.coverage import class_entropy, precision_recall
+from symbreak.metrics.composition import class_entropy
+from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.features import accuracy, extractor, features, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.frechet import distance, floor
 from symbreak.metrics.memorization import nearest_summary

@@ -30,7 +30,9 @@ from symbreak.phases.speciation import cloning_time
 from symbreak.report.record import Record
 from symbreak.runtime.files import write_json
 from symbreak.runtime.run import Blocks
-from symbreak.studies.compare_starts import candidate_starts, compare_starts, sensitivity
+from symbreak.studies.compare_starts import candidate_starts, compare_starts
+from symbreak.studies.measure import Measure
+from symbreak.studies.sensitivity import sensitivity
 
 ROOT = Path(__file__).parents[1]
 PAGES = {"gaussian": "is-it-gaussian", "sensitivity": "sensitivity", "starts": "which-start"}
@@ -70,6 +72,12 @@ def told(stage: str):
             print(f"{stage}: {done} of {total}", file=sys.stderr, flush=True)
 
     return tell
+
+
+def resumed(stage: str, out: Path) -> sb.Run:
+    """A run that keeps what is finished in a folder of its own."""
+    tell = told(stage)
+    return sb.Run(out / stage, progress=lambda _, done, total: tell(done, total))
 
 
 def is_it_gaussian(data, held, pipe, laws, out: Path, args) -> dict:
@@ -129,7 +137,7 @@ def run(args) -> None:
     gaussian = laws[FULL]
     network = sb.denoiser(pipe.unet, pipe.scheduler)
     scale = math.sqrt(float(gaussian.eigenvalues[0]))
-    counts = {"samples": args.samples, "repeats": args.repeats, "micro_batch": 100, "holdout": held, "extract": extract}
+    shared = {"holdout": held, "measure": Measure(extract, args.samples, args.repeats)}
     calls = tuple(map(int, args.calls.split(",")))
     # The critical levels wait on an image-by-image loss curve: only where the record is not there yet.
     if not (out / "sensitivity" / "record.json").exists():
@@ -142,9 +150,8 @@ def run(args) -> None:
             np.geomspace(0.15 * scale, 20 * scale, args.levels),
             starts={"Gaussian": gaussian, "white noise": laws["white noise"]},
             marks=marks(data, held, pipe, laws, nats),
-            out=out / "sensitivity",
-            progress=told("sensitivity"),
-            **counts,
+            run=resumed("sensitivity", out),
+            **shared,
         )
     if not (out / "starts" / "record.json").exists():
         compare_starts(
@@ -154,9 +161,8 @@ def run(args) -> None:
             calls,
             scale * np.array([0.35, 1.0, 3.0]),
             starts=laws,
-            out=out / "starts",
-            progress=told("starts"),
-            **counts,
+            run=resumed("starts", out),
+            **shared,
         )
     print(f"all three checks are in {out}")
 

@@ -25,7 +25,8 @@ import torch
 from diffusers import PNDMScheduler
 
 import symbreak as sb
-from symbreak.metrics.coverage import class_entropy, precision_recall
+from symbreak.metrics.composition import class_entropy
+from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.features import accuracy, features, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.frechet import distance
 from symbreak.metrics.memorization import nearest_summary

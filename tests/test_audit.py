@@ -11,11 +11,12 @@ from scipy.stats import binomtest
 
 from symbreak.cli.commands import main
 from symbreak.data.readers import images
+from symbreak.intervals import proportion
 from symbreak.laws import Empirical, Gaussian
 from symbreak.laws import nearest_neighbours as neighbours_module
 from symbreak.laws.nearest_neighbours import neighbours
 from symbreak.metrics import memorization
-from symbreak.metrics.memorization import apart, groups, nearer_to_train, proportion
+from symbreak.metrics.memorization import apart, groups, nearer_to_train
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.families import as_unet
 from symbreak.networks.loading import load_pipeline

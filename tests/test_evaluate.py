@@ -9,15 +9,10 @@ import torch
 
 from symbreak.cli.commands import main
 from symbreak.data.readers import images
+from symbreak.intervals import entropy_interval
 from symbreak.metrics import extractor, features
-from symbreak.metrics.coverage import (
-    class_counts,
-    composition,
-    density_coverage,
-    entropy_interval,
-    precision_recall,
-    vendi_score,
-)
+from symbreak.metrics.composition import class_counts, composition
+from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
 from symbreak.metrics.features import feature_blocks
 from symbreak.metrics.frechet import extrapolated, group_distance, together
 from symbreak.metrics.kernel_distance import kid

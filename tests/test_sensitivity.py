@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,15 +18,18 @@ from symbreak.networks.families import as_unet
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
-from symbreak.studies.compare_starts import NOISED, candidate_starts, compare_starts, flat_range, knee, sensitivity
+from symbreak.runtime.run import Run
+from symbreak.studies.compare_starts import NOISED, candidate_starts, compare_starts
+from symbreak.studies.measure import Measure
+from symbreak.studies.sensitivity import flat_range, knee, sensitivity
 from tests.worlds import gaussian_moments
 
 # Small enough that white noise carried down from .15 (standard deviation .46) is not cut to [-1, 1].
 SPECTRUM = (6e-3, 3e-4, 2e-4, 1e-4)
 LAW = Gaussian(gaussian_moments(eigenvalues=SPECTRUM, mean=0.05, seed=2))
 LEVELS = (0.15, 0.5, 1.5, 6.0)
-COUNTS = {"samples": 100, "repeats": 4, "micro_batch": 400}
-TOP = {"samplers": ("dpm++2m-karras",), "calls": (20,), "levels": LEVELS, **COUNTS}
+MEASURE = Measure(extractor("pixels"), samples=100, repeats=4, micro_batch=400)
+TOP = {"samplers": ("dpm++2m-karras",), "calls": (20,), "levels": LEVELS, "measure": MEASURE}
 
 
 @pytest.fixture(scope="module")
@@ -48,14 +52,7 @@ def record(world, tmp_path_factory):
     }
     starts = {"law": LAW, "white noise": WhiteNoise(train.shape)}
     return sensitivity(
-        train,
-        pipe,
-        holdout=held,
-        extract=extractor("pixels"),
-        starts=starts,
-        marks=marks,
-        out=tmp_path_factory.mktemp("s"),
-        **TOP,
+        train, pipe, holdout=held, starts=starts, marks=marks, run=Run(tmp_path_factory.mktemp("s")), **TOP
     )
 
 
@@ -109,26 +106,22 @@ def test_the_knee_of_white_noise_lies_where_the_closed_form_passes(record):
 def test_an_interrupted_run_ends_with_the_same_record(record, world, tmp_path):
     train, held, pipe = world
 
-    def stop(done, total):
-        assert total == 9
+    def stop(stage, done, total):
+        assert (stage, total) == ("cells", 9)
         if done == 4:
             raise KeyboardInterrupt
 
-    args = {
-        "holdout": held,
-        "extract": extractor("pixels"),
-        "starts": {"law": LAW, "white noise": WhiteNoise(train.shape)},
-    }
+    args = {"holdout": held, "starts": {"law": LAW, "white noise": WhiteNoise(train.shape)}}
     with pytest.raises(KeyboardInterrupt):
-        sensitivity(train, pipe, out=tmp_path, progress=stop, **args, **TOP)
-    assert len(list(tmp_path.glob("blocks-*/*"))) >= 4
-    found = sensitivity(train, pipe, out=tmp_path, **args, **TOP)
-    assert not list(tmp_path.glob("blocks-*"))
+        sensitivity(train, pipe, run=Run(tmp_path, progress=stop), **args, **TOP)
+    assert len(json.loads((tmp_path / "cells.json").read_text())["cells"]) >= 4
+    found = sensitivity(train, pipe, run=Run(tmp_path), **args, **TOP)
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
     kept, again = (
         [s["cells"] for r in x.content["rows"] for s in (r["standard"] | {"cells": None}, *r["starts"].values())]
         for x in (record, found)
     )
-    assert json.dumps(kept) == json.dumps(again)
+    assert json.dumps(kept, sort_keys=True) == json.dumps(again, sort_keys=True)
 
 
 def test_starts_compared(world, tmp_path):
@@ -136,16 +129,7 @@ def test_starts_compared(world, tmp_path):
     moments = Moments.fit(train)
     starts = {"white noise": WhiteNoise(train.shape), "diagonal": diagonal(moments), "full": Gaussian(moments)}
     found = compare_starts(
-        train,
-        pipe,
-        "dpm++2m-karras",
-        (8,),
-        [0.045],
-        holdout=held,
-        extract=extractor("pixels"),
-        starts=starts,
-        out=tmp_path,
-        **COUNTS,
+        train, pipe, "dpm++2m-karras", (8,), [0.045], holdout=held, measure=MEASURE, starts=starts, run=Run(tmp_path)
     )
     rows = {r["start"]: r for r in found.content["rows"]}
     assert list(rows) == [*starts, NOISED]
@@ -244,9 +228,11 @@ def test_candidate_starts_of_the_digits():
 
 def test_bad_input(world):
     train, held, pipe = world
-    args = {"holdout": held, "extract": extractor("pixels")}
+    args = {"holdout": held, "measure": MEASURE}
     with pytest.raises(InputError, match="at least 2 of each"):
-        sensitivity(train, pipe, repeats=1, **args)
+        sensitivity(train, pipe, holdout=held, measure=replace(MEASURE, repeats=1))
+    with pytest.raises(InputError, match=r"sensitivity\(measure=sb.Measure\(samples=...\)\)"):
+        sensitivity(train, pipe, samples=5, **args)
     with pytest.raises(InputError, match="the network makes"):
         sensitivity(images("digits"), pipe, **args)
     with pytest.raises(InputError, match="cannot spend exactly 2"):

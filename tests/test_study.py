@@ -8,7 +8,8 @@ from symbreak.data.readers import images
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
-from symbreak.studies.compare import Study, run
+from symbreak.runtime.run import Run
+from symbreak.studies.compare_samplers import Study, run
 from symbreak.studies.diagnose import diagnose
 
 TINY = Study(
@@ -25,7 +26,7 @@ TINY = Study(
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
-    return run(TINY, tmp_path_factory.mktemp("study"))
+    return run(TINY, run=Run(tmp_path_factory.mktemp("study")))
 
 
 def without_timings(record):
@@ -65,11 +66,11 @@ def test_an_interrupted_study_ends_with_the_same_record(record, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run(TINY, tmp_path, stop)
+        run(TINY, run=Run(tmp_path, progress=stop))
     assert not (tmp_path / "record.json").exists()
     kept = json.loads((tmp_path / "cells.json").read_text())["cells"]
     assert len(kept) > 5
-    resumed = run(TINY, tmp_path)
+    resumed = run(TINY, run=Run(tmp_path))
     assert without_timings(resumed) == without_timings(record)
     assert not (tmp_path / "cells.json").exists()
     assert without_timings(Record.load(tmp_path)) == without_timings(record)
@@ -77,7 +78,7 @@ def test_an_interrupted_study_ends_with_the_same_record(record, tmp_path):
 
 def test_cells_of_another_study_are_not_taken(record, tmp_path):
     (tmp_path / "cells.json").write_text(json.dumps({"identity": "other", "cells": {"choose/ddim/3/leading": 1e9}}))
-    assert without_timings(run(TINY, tmp_path)) == without_timings(record)
+    assert without_timings(run(TINY, run=Run(tmp_path))) == without_timings(record)
 
 
 def test_the_report_is_whole_and_alone(record, tmp_path):
@@ -149,8 +150,15 @@ def test_records_refuse_what_is_no_record(tmp_path):
 )
 def test_bad_studies(change, match, tmp_path):
     with pytest.raises(InputError, match=match):
-        run(Study(**{**TINY.__dict__, **change}), tmp_path / "out")
+        run(Study(**{**TINY.__dict__, **change}), run=Run(tmp_path / "out"))
     assert not (tmp_path / "out" / "record.json").exists()
+
+
+def test_the_old_order_of_arguments_names_the_new_one():
+    with pytest.raises(InputError, match=r"run\(study, run=sb.Run\('out'\)\)"):
+        run(TINY, "out")
+    with pytest.raises(InputError, match=r"run\(out=...\) is now run\(run=sb.Run\(folder\)\)"):
+        run(TINY, out="out")
 
 
 def test_a_network_of_another_shape(tmp_path):

@@ -15,7 +15,9 @@ _HOMES = {
     "networks.latents": ("encode",),
     "networks.loading": ("load_pipeline",),
     "networks.samplers": ("scheduler",),
-    "studies.compare_starts": ("compare_starts", "sensitivity"),
+    "studies.compare_starts": ("compare_starts",),
+    "studies.sensitivity": ("sensitivity",),
+    "studies.measure": ("Measure",),
     "critical": ("CriticalTime", "Curve"),
     "data.images": ("Images",),
     "data.readers": ("images",),
@@ -50,7 +52,7 @@ _HOMES = {
     "start.fit": ("candidate_laws", "fit_start", "late_start"),
     "studies.diagnose": ("Effort", "diagnose"),
     "studies.audit": ("Sampling", "audit"),
-    "studies.compare": ("Study", "run"),
+    "studies.compare_samplers": ("Study", "run"),
     "networks.train": ("Recipe", "train_network"),
     "studies.worlds": ("draw_world",),
 }
@@ -101,10 +103,12 @@ if TYPE_CHECKING:
     from symbreak.start.pipeline import LateStartPipeline
     from symbreak.start.sample import generate
     from symbreak.studies.audit import Sampling, audit
-    from symbreak.studies.compare import Study, run
-    from symbreak.studies.compare_starts import compare_starts, sensitivity
+    from symbreak.studies.compare_samplers import Study, run
+    from symbreak.studies.compare_starts import compare_starts
     from symbreak.studies.diagnose import Effort, diagnose
     from symbreak.studies.evaluate import Subset, evaluate, evaluate_network
+    from symbreak.studies.measure import Measure
+    from symbreak.studies.sensitivity import sensitivity
     from symbreak.studies.worlds import draw_world
 
 

@@ -1,13 +1,26 @@
-"""Intervals of estimates: Student, jackknife, bootstrap. 95 % unless said otherwise."""
+"""Intervals of estimates: Student, jackknife, bootstrap, shares, entropies. 95 % unless said otherwise."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
+from scipy.special import betaincinv
 
-__all__ = ["bootstrap", "jackknife", "mean_interval", "percentiles", "resampled"]
+from symbreak.runtime.errors import InputError
+
+__all__ = [
+    "bootstrap",
+    "entropy_interval",
+    "jackknife",
+    "mean_interval",
+    "percentiles",
+    "proportion",
+    "resampled",
+    "share_interval",
+]
 
 
 def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -55,3 +68,60 @@ def resampled(values: np.ndarray, seed: int = 0, resamples: int = 1000) -> np.nd
     rng, block = np.random.default_rng(seed), max(1, 2**22 // n)
     sizes = [min(block, resamples - i) for i in range(0, resamples, block)]
     return np.concatenate([rng.multinomial(n, np.full(n, 1 / n), k) @ x.T for k in sizes]) / n
+
+
+def share_interval(hits: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    interval = stats.binomtest(hits, count).proportion_ci(method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def proportion(count: float, of: float, confidence: float = 0.95) -> dict[str, float]:
+    """A share with its Clopper-Pearson interval, which covers at least the confidence at every count.
+
+    >>> share = proportion(0, 100)  # the upper end is 1 - 0.025 ** (1 / 100)
+    >>> share["share"], share["low"], round(share["high"], 6)
+    (0.0, 0.0, 0.036217)
+    """
+    tail = (1 - confidence) / 2
+    low = 0.0 if count <= 0 else float(betaincinv(count, of - count + 1, tail))
+    high = 1.0 if count >= of else float(betaincinv(count + 1, of - count, 1 - tail))
+    return {"count": count, "of": of, "share": count / of, "low": low, "high": high}
+
+
+def entropy_interval(counts: ArrayLike, confidence: float = 0.95) -> dict[str, float]:
+    """Entropy in bits of a law from counts of its classes, corrected for the count, with an interval.
+
+        H = H_plug-in + (K - 1) / (2 N ln 2)        K classes that occur (Miller-Madow)
+        Var = (sum p log2(p)^2 - H^2) / N + (K - 1) / (2 N^2 ln(2)^2)
+
+    The first term of the variance is the delta method's; it vanishes where all classes are equally frequent, and the
+    second, that of the chi-squared error there, takes its place.
+
+    Args:
+        counts: [K] how often each class occurred.
+        confidence: nominal coverage.
+
+    Returns:
+        ``value``, ``low``, ``high`` in bits, cut to 0 .. log2(len(counts)), and ``plug_in``.
+
+    Raises:
+        InputError: where all counts are 0.
+
+    >>> entropy_interval([50, 50])["plug_in"]
+    1.0
+    """
+    n = np.asarray(counts, dtype=np.float64)
+    total = n.sum()
+    if not total > 0:
+        raise InputError("no labels; the entropy of nothing is not defined.")
+    share = n[n > 0] / total
+    plug_in = float(-(share * np.log2(share)).sum())
+    extra = len(share) - 1
+    variance = max(0.0, float((share * np.log2(share) ** 2).sum()) - plug_in**2) / total
+    variance += extra / (2 * total**2 * math.log(2) ** 2)
+    most = math.log2(len(n))
+    value = plug_in + extra / (2 * total * math.log(2))
+    half = float(stats.norm.ppf(0.5 + confidence / 2)) * math.sqrt(variance)
+    low, value, high = (min(max(0.0, v), most) for v in (value - half, value, value + half))
+    return {"value": value, "low": low, "high": high, "plug_in": plug_in}

@@ -162,11 +162,12 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Measure the late start against the standard start, at equal network calls, and write a report."""
-    from symbreak.runtime.files import output_folder
-    from symbreak.studies.compare import SAMPLERS, Study, run
+    from symbreak.runtime.run import Run
+    from symbreak.studies.compare_samplers import SAMPLERS, Study
+    from symbreak.studies.compare_samplers import run as measure
 
     placed = (device, precision, compiled)
-    output_folder(out)
+    run = Run(out, memory_size(memory))
     try:
         numbers = tuple(int(n) for n in calls.split(","))
     except ValueError:
@@ -188,8 +189,8 @@ def study(
     )
     if quick:
         settings = settings.smoke()
-    with _bars() as tell:
-        record = run(settings, out, tell, loaded(model, placed), memory_size(memory) or 2**30)
+    with _bars() as run.progress:
+        record = measure(settings, loaded(model, placed), run)
     path = _report(out)
     _emit(as_json, {**record.to_dict(), "report": str(path)}, lambda: show(record, path))
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
-from scipy.special import betaincinv
 
 from symbreak.data.images import Images
+from symbreak.intervals import proportion
 from symbreak.laws.nearest_neighbours import Rows, neighbours, searches
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
@@ -22,7 +22,7 @@ from symbreak.runtime.ranks import from_each
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
 
-__all__ = ["apart", "groups", "nearer_to_train", "nearest", "nearest_in", "nearest_summary", "proportion"]
+__all__ = ["apart", "groups", "nearer_to_train", "nearest", "nearest_in", "nearest_summary"]
 
 THRESHOLD = 1 / 3
 NEAR = 0.1  # of the median distance to the eighth neighbour
@@ -176,19 +176,6 @@ def apart(queries: Rows, points: Rows, group: np.ndarray, name: str = "samples",
 
 
 # Counts and what they can say
-
-
-def proportion(count: float, of: float, confidence: float = 0.95) -> dict[str, Any]:
-    """A share with its Clopper-Pearson interval, which covers at least the confidence at every count.
-
-    >>> share = proportion(0, 100)  # the upper end is 1 - 0.025 ** (1 / 100)
-    >>> share["share"], share["low"], round(share["high"], 6)
-    (0.0, 0.0, 0.036217)
-    """
-    tail = (1 - confidence) / 2
-    low = 0.0 if count <= 0 else float(betaincinv(count, of - count + 1, tail))
-    high = 1.0 if count >= of else float(betaincinv(count + 1, of - count, 1 - tail))
-    return {"count": count, "of": of, "share": count / of, "low": low, "high": high}
 
 
 def nearer_to_train(

@@ -20,9 +20,11 @@ import torch
 
 from symbreak.data.held_out import held_out
 from symbreak.data.images import Images, describe
+from symbreak.intervals import proportion
+from symbreak.laws.nearest_neighbours import neighbours
 from symbreak.metrics.extractors import BATCH, Extractor, Function
 from symbreak.metrics.features import NamedExtractor, feature_shards
-from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train, neighbours, proportion
+from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train
 from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
 from symbreak.networks.loading import refuse_conditional, weights_hash

@@ -13,14 +13,8 @@ import torch
 
 from symbreak.data.held_out import HeldOut, held_out
 from symbreak.data.images import Images, describe
-from symbreak.metrics.coverage import (
-    CLASSES,
-    class_counts,
-    composition,
-    density_coverage,
-    precision_recall,
-    vendi_score,
-)
+from symbreak.metrics.composition import CLASSES, class_counts, composition
+from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
 from symbreak.metrics.extractors import BATCH, Extractor, Function
 from symbreak.metrics.features import NamedExtractor
 from symbreak.metrics.features import features as feature_rows

@@ -1,0 +1,265 @@
+"""The whole flow in one readable file: data and network -> late starts measured against standard starts.
+
+batches -> moments -> speciation level -> late starts -> images -> features -> distances -> `Record`.
+
+For every sampler and number of network evaluations (NFE) four columns are measured at equal NFE on the same seeds:
+the standard start with its best spacing, the Gaussian late start at the spectral speciation level, the
+Gaussian late start at the best level of a small sweep (spacing and level are chosen on other seeds than
+those reported), and training images noised to that level, the best any law could do there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from symbreak.data.held_out import HeldOut, held_out
+from symbreak.data.images import describe
+from symbreak.data.readers import images
+from symbreak.laws import Gaussian
+from symbreak.metrics import extractor, floor
+from symbreak.metrics.memorization import nearest_summary
+from symbreak.metrics.reference import statistics
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.denoiser import fingerprint
+from symbreak.networks.families import denoiser
+from symbreak.networks.loading import load_pipeline, refuse_conditional, weights_hash
+from symbreak.networks.samplers import scheduler
+from symbreak.noise import NoiseLevel, schedule
+from symbreak.phases.speciation import speciation_time
+from symbreak.report.record import Record
+from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import versions
+from symbreak.runtime.run import Run, renamed
+from symbreak.start.cut_schedule import standard_start, standard_starts, steps_for
+from symbreak.start.late_start import LateStart, late_start
+from symbreak.studies.evaluate import default_extractor
+from symbreak.studies.findings import png_row, spectral_times
+from symbreak.studies.measure import SELECTION_SEED, Comparison
+
+__all__ = ["SAMPLERS", "Study", "run"]
+
+SAMPLERS = ("ddpm", "ddim", "pndm", "dpm++2m", "dpm++2m-karras")
+GRID = 10  # images of a sample grid
+PHASES = ("schedule", "eigenvalues", "eigenvalues_low", "eigenvalues_high", "speciation", "ladder", "total_variance")
+
+
+@dataclass(frozen=True)
+class Study:
+    """What to measure.
+
+    Attributes:
+        data: what `images` takes; the training images.
+        model: what `load_pipeline` takes.
+        holdout: images to measure against; by default the other half of ``data``.
+        samplers, calls: rows of the table; calls are network evaluations (NFE), not steps.
+        samples: images a cell, split into ``repeats``.
+        selection: images for choosing spacing and level.
+        sweep: start levels tried, as multiples of the speciation sigma.
+        value_range, skip_bad, classes, pad: how the data are opened, see `images`.
+        features: extractor name; ``None`` takes the bundled one for the digits, else pixels.
+        micro_batch: fixed size of every network evaluation.
+        reference_calls: NFE of the standard DDIM run that stands for the network at its best; 0 leaves it out.
+        quick: a smoke run, marked as no evidence.
+    """
+
+    data: str = "digits"
+    model: str = "digits"
+    holdout: str | None = None
+    samplers: tuple[str, ...] = SAMPLERS
+    calls: tuple[int, ...] = (3, 5, 10)
+    samples: int = 1000
+    repeats: int = 5
+    selection: int = 300
+    sweep: tuple[float, ...] = (0.35, 0.6, 1.0, 1.7, 3.0)
+    features: str | None = None
+    value_range: tuple[float, float] | None = None
+    skip_bad: bool = False
+    classes: tuple[str, ...] | None = None
+    pad: int | None = None
+    micro_batch: int = 200
+    reference_calls: int = 100
+    quick: bool = False
+
+    def smoke(self) -> Study:
+        """The same study, small enough for a minute."""
+        return replace(
+            self,
+            samples=50,
+            repeats=5,
+            selection=50,
+            sweep=(0.6, 1.0, 1.7),
+            micro_batch=50,
+            reference_calls=0,
+            quick=True,
+        )
+
+
+@renamed()
+def run(study: Study, pipeline: Any = None, run: Run | None = None) -> Record:
+    """Run a study.
+
+    Args:
+        study: what to measure.
+        pipeline: the network that ``study.model`` names where it is loaded already, for another device or precision.
+        run: its folder gets ``record.json`` and, while it runs, the finished cells: the same call goes on after an
+            interruption and ends with the same record. Images beyond its memory go into files without a name.
+
+    Returns:
+        The `Record`; it is also saved where the run has a folder.
+
+    Raises:
+        InputError: for data, networks and settings that do not fit each other.
+    """
+    if isinstance(pipeline, str | Path):
+        raise InputError(f"run(study, {str(pipeline)!r}) is now run(study, run=sb.Run({str(pipeline)!r})).")
+    run = run or Run()
+    with run.timed("all"):
+        parts, pipe, plans, phases = _prepared(study, pipeline, run)
+        train, test = parts.train, parts.test
+        network = denoiser(pipe.unet, pipe.scheduler)
+        with run.timed("features"):
+            extract = extractor(study.features or default_extractor(train), train, run=run.share(1 / 2))
+            reference = statistics(extract, test, rows=0).whole
+            real = statistics(extract, train, rows=max(study.samples, study.selection * study.repeats))
+            floors = {
+                name: floor(real.rows, reference, size, study.repeats, extract.name, real.whole).to_dict()
+                for name, size in (("floor", study.samples // study.repeats), ("selection_floor", study.selection))
+            }
+        settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
+        weights, packages = weights_hash(pipe.unet), versions(torch.get_num_threads())
+        whole = [settings, train.fingerprint(), test.fingerprint(), weights, fingerprint(network), packages]
+        run = run.identified({"study": whole})
+        x, real_images = (d.shards(run.bytes(1 / 4), run.folder, run.named("images").tell) for d in (train, test))
+        reported, choosing = range(study.samples), range(SELECTION_SEED, SELECTION_SEED + study.selection)
+        comparison = Comparison(
+            pipe.unet, extract, reference, x, reported, choosing, study.repeats, study.micro_batch, run, stream=11
+        )
+        rows = _table(study, plans, comparison)
+        best = None
+        if study.reference_calls:
+            with run.timed("reference") as part:
+                part.tell(0, 1)
+                start = standard_start(scheduler("ddim", like=pipe.scheduler), study.reference_calls, "trailing")
+                best = _cell(comparison, start, {"sampler": "ddim"})
+                part.tell(1, 1)
+        content = {
+            "data": describe(train),
+            "held_out": parts.to_dict(),
+            "network": {
+                "source": study.model,
+                "weights": weights,
+                "parameters": sum(p.numel() for p in pipe.unet.parameters()),
+                "prediction": network.prediction,
+                "scheduler": type(pipe.scheduler).__name__,
+                "sigma_range": list(network.sigma_range),
+            },
+            "extractor": {"name": extract.name, "held_out_accuracy": extract.to_dict()["held_out_accuracy"]},
+            "phases": {k: phases[k] for k in PHASES},
+            **floors,
+            "floor_neighbours": nearest_summary(real_images, x, None, run.share(1 / 2))["samples"],
+            "reference": best,
+            "rows": rows,
+            "real_grid": png_row(real_images.at(torch.arange(min(GRID, len(test))))),
+            "smoke": study.quick,
+        }
+    record = Record("study", settings, content, packages, run.timings)
+    if run.folder is not None:
+        record.save(run.folder)
+        run.close()
+    return record
+
+
+def _prepared(study: Study, pipeline: Any, run: Run) -> tuple[HeldOut, Any, list[_Plan], dict[str, Any]]:
+    """Data, network, every start and the spectral times: what cannot be done raises an error before the first image."""
+    if study.samples < 2 * study.repeats or study.repeats < 1:
+        raise InputError(f"{study.samples} samples in {study.repeats} repeats; expected at least 2 samples a repeat.")
+    options: dict[str, Any] = {k: getattr(study, k) for k in ("value_range", "skip_bad", "classes", "pad")}
+    holdout = None if study.holdout is None else images(study.holdout, **options)
+    parts = held_out(images(study.data, **options), holdout, share=0.5)
+    train = parts.train
+    pipe = load_pipeline(study.model) if pipeline is None else pipeline
+    refuse_conditional(pipe, study.model)
+    shape = denoiser(pipe.unet, pipe.scheduler).shape
+    if tuple(shape) != train.shape:
+        raise InputError(
+            f"the network {study.model} makes images of {shape}, but the data are {train.shape}. Resize the "
+            "data or choose another network."
+        )
+    base = {name: scheduler(name, like=pipe.scheduler) for name in study.samplers}
+    with run.timed("moments"):
+        moments = Moments.fit(train)
+        spectral = speciation_time(moments)
+        if spectral.level is None:
+            raise InputError(f"{train.name} has no spectral speciation level: {spectral.reason} A study needs one.")
+        phases = {"schedule": type(pipe.scheduler).__name__, **spectral_times(train, schedule(pipe.scheduler), moments)}
+    law = Gaussian(moments)
+    plans = [
+        _plan(sampler, full, calls, law, spectral.level, study.sweep)
+        for sampler, full in base.items()
+        for calls in study.calls
+    ]
+    return parts, pipe, plans, phases
+
+
+def _table(study: Study, plans: list[_Plan], comparison: Comparison) -> list[dict[str, Any]]:
+    """The rows: spacing and level chosen, then four columns measured."""
+    run, rows = comparison.run, []
+    table = run.named("table")
+    table.tell(0, len(plans))
+    for plan in plans:
+        with run.timed("choosing"):
+            spacing, spacings = comparison.choose(plan.standard)
+            factor, swept = comparison.choose(plan.late)
+        best = plan.late[factor]
+        with run.timed("sampling"):
+            columns = {
+                "standard": _cell(comparison, plan.standard[spacing], {"spacing": spacing}),
+                "spectral": _cell(comparison, plan.late[1.0], {"factor": 1.0}),
+                "best": _cell(comparison, best, {"factor": factor}),
+                "noised": _cell(comparison, best, {"factor": factor}, noised=True),
+            }
+        sweep = [
+            {"sigma": plan.late[f].level.sigma, "factor": f, "pooled": v, "samples": study.selection}
+            for f, v in swept.items()
+        ]
+        steps = plan.late[1.0].steps
+        more = {"sweep": sweep, "spacings": spacings}
+        rows.append({"sampler": plan.sampler, "calls": plan.calls, "steps": steps, **columns, **more})
+        table.tell(len(rows), len(plans))
+    return rows
+
+
+def _cell(comparison: Comparison, start: LateStart, choice: dict[str, Any], noised: bool = False) -> dict[str, Any]:
+    """A column of the table: what was chosen, the start, its distance, copies and pictures."""
+
+    def more(x: torch.Tensor, _: torch.Tensor) -> dict[str, Any]:
+        near = nearest_summary(x, comparison.train, None, comparison.run.share(1 / 2))["samples"]
+        return {"neighbours": near, "grid": png_row(x[:GRID])}
+
+    about = {"level": start.level.to_dict(), "calls": start.calls, "steps": start.steps}
+    return {**choice, **about, **comparison.cell(start, more, noised=noised)}
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All starts of one row of the table; each spends the row's network evaluations."""
+
+    sampler: str
+    calls: int
+    standard: dict[str, LateStart]  # by spacing
+    late: dict[float, LateStart]  # by level, as a multiple of the speciation sigma; 1.0 is always there
+
+
+def _plan(sampler: str, full: Any, calls: int, law: Gaussian, level: NoiseLevel, sweep: tuple[float, ...]) -> _Plan:
+    steps = steps_for(full, calls, sampler)
+    standard = standard_starts(full, steps)
+    # A sweep goes below the spectral level on purpose: no check.
+    late = {f: late_start(full, law, steps, at=NoiseLevel(level.sigma * f), check=False) for f in sorted({1.0, *sweep})}
+    spent = {s.calls for s in (*standard.values(), *late.values())}
+    if spent != {calls}:
+        raise InputError(f"{sampler} spends {sorted(spent)} network calls at different levels; expected {calls}.")
+    return _Plan(sampler, calls, standard, late)

@@ -1,0 +1,250 @@
+"""One way of measuring for all starts that are compared: the same network, seeds, features and reference.
+
+start -> images of the reporting seeds -> features -> Fréchet distance over repeats, and what else is asked of the
+images. Choices (a spacing, a level) are made on seeds of their own. Every number is computed once: with a folder an
+interrupted call goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from symbreak.data.images import Images, describe
+from symbreak.metrics import Extractor, distance, features, floor
+from symbreak.metrics.composition import class_entropy
+from symbreak.metrics.coverage import precision_recall
+from symbreak.metrics.memorization import nearest_summary
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.denoiser import fingerprint
+from symbreak.networks.families import denoiser
+from symbreak.networks.loading import weights_hash
+from symbreak.noise import generator
+from symbreak.report.record import Record
+from symbreak.runtime.files import InputError, digest
+from symbreak.runtime.plain import versions
+from symbreak.runtime.rows import Shards
+from symbreak.runtime.run import Run
+from symbreak.start.late_start import LateStart
+from symbreak.start.sample import generate
+
+__all__ = ["Comparison", "Measure", "compared", "recorded"]
+
+SELECTION_SEED = 1_000_000  # choices are made on seeds from here on, reports on seeds from 0 on
+NEAREST = 500  # images whose nearest training image is looked for
+NEIGHBOURS = 1000  # features compared for precision and recall
+Name = TypeVar("Name", str, float)
+More = Callable[[torch.Tensor, torch.Tensor], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a start is measured.
+
+    Attributes:
+        extract: the feature extractor (`extractor`).
+        samples: images a repeat.
+        repeats: of them, for the intervals; the same seeds for every start.
+        micro_batch: fixed size of every network evaluation.
+    """
+
+    extract: Extractor
+    samples: int = 200
+    repeats: int = 5
+    micro_batch: int = 100
+
+
+@dataclass
+class Comparison:
+    """What all starts of a comparison share.
+
+    Attributes:
+        unet: the network.
+        extract: the feature extractor.
+        reference: moments of the held-out images' features.
+        train: the training images.
+        seeds: of the images that are reported on, cut into ``repeats``.
+        choosing: seeds of the images that choose.
+        micro_batch: fixed size of every network evaluation.
+        run: where finished numbers are kept, under an identity that decides them.
+        real: features of the held-out images, for precision and recall.
+        stream: of the random numbers that pick training images to noise.
+    """
+
+    unet: nn.Module
+    extract: Extractor
+    reference: Moments
+    train: Shards
+    seeds: Sequence[int]
+    choosing: Sequence[int]
+    repeats: int
+    micro_batch: int
+    run: Run
+    real: torch.Tensor | None = None
+    stream: int = 62
+
+    def images(
+        self, start: LateStart, seeds: Sequence[int], noised: bool = False, unet: nn.Module | None = None
+    ) -> torch.Tensor:
+        """Images [N, C, H, W] of a start, or from training images noised to its level."""
+        clean = None
+        if noised:
+            clean = self.train.at(
+                torch.randint(len(self.train), (len(seeds),), generator=generator(self.stream, seeds[0]))
+            )
+        return generate(unet or self.unet, start, seeds, micro_batch=self.micro_batch, clean=clean)
+
+    def cell(
+        self,
+        start: LateStart,
+        more: More | None = None,
+        *,
+        noised: bool = False,
+        unet: nn.Module | None = None,
+        key: str = "",
+    ) -> dict[str, Any]:
+        """``distance`` of a start on the reporting seeds, and what ``more(images, features)`` says of them.
+
+        Args:
+            unet: a network of its own, which ``key`` has to name.
+        """
+
+        def make() -> dict[str, Any]:
+            x = self.images(start, self.seeds, noised, unet)
+            f = features(self.extract, x)
+            measured = distance(f, self.reference, self.repeats, self.extract.name).to_dict()
+            return {"distance": measured, **({} if more is None else more(x, f))}
+
+        name = f"cell/{key}/{_key(start)}/{noised}/{more is not None}"
+        measured: dict[str, Any] = self.run.value(name, make)
+        return measured
+
+    def row(self, start: LateStart, more: More | None = None, *, noised: bool = False) -> dict[str, Any]:
+        """A `cell` with the level and cost of its start."""
+        return {"sigma": start.level.sigma, "calls": start.calls, **self.cell(start, more, noised=noised)}
+
+    def score(self, start: LateStart, *, unet: nn.Module | None = None, key: str = "") -> float:
+        """The distance of all choosing seeds together."""
+
+        def make() -> float:
+            x = self.images(start, self.choosing, unet=unet)
+            return distance(features(self.extract, x), self.reference, 1, self.extract.name).pooled
+
+        return float(self.run.value(f"choose/{key}/{_key(start)}", make))
+
+    def choose(self, starts: Mapping[Name, LateStart]) -> tuple[Name, dict[Name, float]]:
+        """The name of the best start on the choosing seeds, and all distances there."""
+        scores: dict[Name, float] = {}
+        for name, start in starts.items():
+            twin = next((k for k in scores if _same_grid(starts[k], start)), None)
+            scores[name] = self.score(start) if twin is None else scores[twin]
+        return min(scores, key=scores.__getitem__), scores
+
+    def quality(self, x: torch.Tensor, f: torch.Tensor) -> dict[str, Any]:
+        """Precision, recall, class entropy (where the extractor classifies), nearest training images, copies."""
+        if self.real is None:
+            raise InputError("a comparison without features of the held-out images has no precision and recall.")
+        near = nearest_summary(x[:NEAREST], self.train, None, self.run)["samples"]
+        both = precision_recall(f[:NEIGHBOURS], self.real[:NEIGHBOURS])
+        entropy = None
+        logits = getattr(self.extract, "logits", None)
+        if logits is not None:
+            with torch.inference_mode():
+                scores = torch.cat([logits(part) for part in x.split(500)])
+            entropy = class_entropy(scores.argmax(1), scores.shape[1])
+        return {
+            "precision": both["precision"],
+            "recall": both["recall"],
+            "entropy": entropy,
+            "nearest": near["median_nearest"],
+            "memorized": near["memorized"],
+        }
+
+
+def compared(
+    data: Images, holdout: Images, pipeline: Any, measure: Measure, run: Run
+) -> tuple[Comparison, dict[str, Any]]:
+    """The comparison of starts of a pipeline, with features of all held-out images, and the settings that decide it.
+
+    Raises:
+        InputError: for images of another shape than the network's, and for fewer than two repeats.
+    """
+    if measure.samples < 2 or measure.repeats < 2:
+        raise InputError(
+            f"{measure.repeats} repeats of {measure.samples} samples; expected at least 2 of each for an interval."
+        )
+    network = denoiser(pipeline.unet, pipeline.scheduler)
+    for name, images in (("the data", data), ("the held-out images", holdout)):
+        if images.shape != tuple(network.shape):
+            raise InputError(f"{name} are {images.shape}, the network makes {tuple(network.shape)}. Resize them.")
+    real, samples = features(measure.extract, holdout), measure.samples
+    settings = {
+        "data": data.fingerprint(),
+        "holdout": holdout.fingerprint(),
+        "network": weights_hash(pipeline.unet),
+        "answer": fingerprint(network),
+        "extractor": measure.extract.name,
+        "features": digest(real[:16]),
+        "samples": samples,
+        "repeats": measure.repeats,
+        "micro_batch": measure.micro_batch,
+    }
+    comparison = Comparison(
+        pipeline.unet,
+        measure.extract,
+        Moments.fit([real], parts=1),
+        data.shards(run.bytes(1 / 4), run.folder),
+        range(samples * measure.repeats),
+        range(SELECTION_SEED, SELECTION_SEED + samples),
+        measure.repeats,
+        measure.micro_batch,
+        run.identified({**settings, "versions": versions(torch.get_num_threads())}),
+        real,
+    )
+    return comparison, settings
+
+
+def recorded(
+    kind: str, comparison: Comparison, data: Images, holdout: Images, settings: dict[str, Any], content: dict[str, Any]
+) -> Record:
+    """The record of a comparison, saved where the run has a folder."""
+    run, extract, unet = comparison.run, comparison.extract, comparison.unet
+    samples, repeats = len(comparison.seeds) // comparison.repeats, comparison.repeats
+    real = floor(features(extract, data), comparison.reference, samples, repeats, extract.name)
+    about = {
+        "data": describe(data),
+        "held_out": describe(holdout),
+        "network": {"parameters": sum(p.numel() for p in unet.parameters()), "weights": weights_hash(unet)},
+        "extractor": {"name": extract.name, "held_out_accuracy": extract.to_dict()["held_out_accuracy"]},
+        "floor": real.to_dict(),
+    }
+    record = Record(kind, settings, {**about, **content}, versions(torch.get_num_threads()), run.timings)
+    if run.folder is not None:
+        record.save(run.folder)
+        run.close()
+    return record
+
+
+def _key(start: LateStart) -> str:
+    """What decides an image beside the network and its seed: the scheduler, its times, and where it starts from."""
+    shape = (1, 4, 4) if start.law is None else start.law.shape
+    probe = start(torch.randn(4, *shape, generator=generator(64, 0)))
+    config = start.scheduler.to_json_string() if hasattr(start.scheduler, "to_json_string") else ""
+    times = torch.as_tensor(start.scheduler.timesteps)
+    return digest(type(start.scheduler).__name__, config, start.steps, start.level, probe, times)
+
+
+def _same_grid(a: LateStart, b: LateStart) -> bool:
+    """Whether two starts of one scheduler and law visit the same levels."""
+
+    def grid(s: LateStart) -> list[float]:
+        levels = np.asarray(s.scheduler.sigmas, dtype=float).tolist()
+        return [*map(float, s.scheduler.timesteps), *levels, float(s.scheduler.init_noise_sigma)]
+
+    # Schedulers without sigmas step differently for equal timesteps, so only grids with sigmas are compared.
+    return hasattr(a.scheduler, "sigmas") and grid(a) == grid(b)
