@@ -192,11 +192,10 @@ def _prepared(study: Study, pipeline: Any, run: Run) -> tuple[HeldOut, Any, list
     base = {name: scheduler(name, like=pipe.scheduler) for name in study.samplers}
     with run.timed("moments"):
         moments = Moments.fit(train)
-        spectral = speciation_time(moments)
+        law, spectral = Gaussian(moments), speciation_time(moments)
         if spectral.level is None:
             raise InputError(f"{train.name} has no spectral speciation level: {spectral.reason} A study needs one.")
         phases = {"schedule": type(pipe.scheduler).__name__, **spectral_times(train, schedule(pipe.scheduler), moments)}
-    law = Gaussian(moments)
     plans = [
         _plan(sampler, full, calls, law, spectral.level, study.sweep)
         for sampler, full in base.items()
