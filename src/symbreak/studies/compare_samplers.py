@@ -34,8 +34,9 @@ from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import versions
 from symbreak.runtime.run import Run, renamed
-from symbreak.start.cut_schedule import standard_start, standard_starts, steps_for
-from symbreak.start.late_start import LateStart, late_start
+from symbreak.start.fit import late_start
+from symbreak.start.grids import standard_starts, steps_for
+from symbreak.start.late_start import LateStart, standard_start
 from symbreak.studies.evaluate import default_extractor
 from symbreak.studies.findings import png_row, spectral_times
 from symbreak.studies.measure import SELECTION_SEED, Comparison
