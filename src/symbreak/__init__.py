@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "networks.families": ("as_unet", "denoiser"),
+    "networks.guidance": ("guided",),
     "networks.latents": ("encode",),
     "networks.loading": ("load_pipeline",),
     "networks.samplers": ("scheduler",),
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from symbreak.moments.one_pass import Moments, frechet_distance
     from symbreak.networks.denoiser import Denoiser, score
     from symbreak.networks.families import as_unet, denoiser
+    from symbreak.networks.guidance import guided
     from symbreak.networks.latents import encode
     from symbreak.networks.loading import load_pipeline
     from symbreak.networks.samplers import scheduler
