@@ -629,7 +629,7 @@ def test_images_of_a_part_and_those_asked_for(pictures, tmp_path):
     index = torch.tensor([1535, 0, 1, 2, 600, 7, 7, 550])
     for memory in (2**30, 1000):  # in memory, in a file
         rows = data.shards(memory, tmp_path / "new")
-        assert (rows._held.file is None) == (memory == 2**30)
+        assert (rows._file is None) == (memory == 2**30)
         assert rows.shape == (1536, 1, 8, 8)
         assert torch.equal(rows.at(index), x[index])
         some = rows.take(np.array([3, 4, 5, 1535])).take(np.array([1, 2, 3]))

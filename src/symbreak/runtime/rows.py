@@ -1,6 +1,6 @@
-"""Rows of a table of which every rank holds a shard: in memory where it fits, else in a file without a name.
+"""Rows of a table of which every process holds a shard: in memory where it fits, else in a file without a name.
 
-No rank reads or holds all rows. What the others need of a rank's rows is exchanged, by all ranks at once: where rows
+No process reads or holds all rows. What the others need of its rows is exchanged, by all of them at once: where rows
 are shared, `Shards.at` has to be called by all of them, in the same order.
 """
 
@@ -10,8 +10,9 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 import torch
@@ -26,73 +27,16 @@ BLOCK_BYTES = 32 * 2**20
 Decode = Callable[[np.ndarray], torch.Tensor]
 
 
-class _Held:
-    """Rows of one shard, in the order in which they came."""
-
-    def __init__(self, count: int, memory: int, folder: Path | None) -> None:
-        self.count, self.memory, self.folder = count, memory, folder
-        self.shape: tuple[int, ...] = ()
-        self.dtype = np.dtype(np.uint8)
-        self.rows: np.ndarray | None = None
-        self.file: Any = None
-        self.done = 0
-
-    def add(self, block: np.ndarray) -> None:
-        if self.rows is None and self.file is None:
-            self.shape, self.dtype = block.shape[1:], block.dtype
-            if self.count * self._bytes <= self.memory:
-                self.rows = np.empty((self.count, *self.shape), self.dtype)
-            else:
-                self.file = nameless_file(self.folder)
-        if len(block) == self.count and self.file is None:
-            self.rows = block  # as a whole, and there already
-        elif self.rows is not None:
-            self.rows[self.done : self.done + len(block)] = block
-        else:
-            self.file.write(np.ascontiguousarray(block).data)
-        self.done += len(block)
-
-    def end(self) -> None:
-        if self.file is not None:
-            self.file.flush()
-
-    @property
-    def _bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def get(self, index: np.ndarray) -> np.ndarray:
-        """Rows at positions of this shard."""
-        if self.rows is not None:
-            return self.rows[index]
-        out = np.empty((len(index), *self.shape), self.dtype)
-        if not len(index):
-            return out
-        # Positions that follow each other are one read.
-        starts = np.flatnonzero(np.diff(index, prepend=index[0] - 2) != 1)
-        for a, b in zip(starts.tolist(), [*starts[1:].tolist(), len(index)]):
-            self._read(out[a:b], int(index[a]) * self._bytes)
-        return out
-
-    def _read(self, into: np.ndarray, offset: int) -> None:
-        view = into.reshape(-1).view(np.uint8).data
-        while len(view):
-            data = os.pread(self.file.fileno(), min(len(view), 2**26), offset)
-            if not data:
-                raise OSError("a temporary file ended before its rows did")
-            view[: len(data)] = data
-            view, offset = view[len(data) :], offset + len(data)
-
-
 class Shards:
-    """Rows [N, *S] of which this rank holds those from ``edges[rank]`` to ``edges[rank + 1]``.
+    """Rows [N, *S] of which this process holds those from ``edges[rank]`` to ``edges[rank + 1]``.
 
     Args:
-        blocks: this rank's rows, block by block: arrays [B, ...] of any type.
-        edges: positions at which the ranks' shards begin, and N; ``[0, N]`` where every rank holds all rows.
+        blocks: this process's rows, block by block: arrays [B, ...] of any type.
+        edges: positions at which the processes' shards begin, and N; ``[0, N]`` where every one holds all rows.
         memory: bytes held in memory; a larger shard goes into a file without a name, which ends with the process.
         folder: where that file is; by default where temporary files are.
-        decode: rows as they are held -> tensor [B, *S]; by default as they are.
-        progress: called with (about how many rows have come, of how many on all ranks).
+        decode: rows as they are stored -> tensor [B, *S]; by default as they are.
+        progress: called with (about how many rows have come, of how many on all processes).
     """
 
     def __init__(
@@ -107,16 +51,30 @@ class Shards:
         self.edges, self.decode = edges, decode
         self.shared = len(edges) > 2
         self.rank = rank_of()[0] if self.shared else 0
-        self._index: np.ndarray | None = None  # positions among all rows that were held
+        self._index: np.ndarray | None = None  # positions among all rows that were stored
         self._base = self.first
-        self._held = _Held(self.last - self.first, memory, folder)
+        self._rows: np.ndarray | None = None
+        self._file: IO[bytes] | None = None
+        self._none = np.empty(0, np.uint8)  # no rows, of the shape and type of a row
+        count, done = self.last - self.first, 0
         for block in blocks:
-            self._held.add(block)
+            if self._rows is None and self._file is None:
+                self._none = np.empty((0, *block.shape[1:]), block.dtype)
+                if count * self._stored_bytes > memory:
+                    self._file = nameless_file(folder)
+                else:  # what comes whole is there already
+                    self._rows = block if len(block) == count else np.empty((count, *block.shape[1:]), block.dtype)
+            if self._file is not None:
+                self._file.write(np.ascontiguousarray(block).data)
+            elif block is not self._rows:
+                self._rows[done : done + len(block)] = block  # type: ignore[index]
+            done += len(block)
             if progress is not None:
-                progress(len(self) * self._held.done // self._held.count, len(self))
-        self._held.end()
-        if self._held.done != self.last - self.first:
-            raise RuntimeError(f"{self._held.done} rows came for a shard of {self.last - self.first}")
+                progress(len(self) * done // count, len(self))
+        if self._file is not None:
+            self._file.flush()
+        if done != count:
+            raise RuntimeError(f"{done} rows came for a shard of {count}")
 
     @classmethod
     def of(cls, rows: torch.Tensor, multiple: int = 1) -> Shards:
@@ -130,34 +88,52 @@ class Shards:
     @property
     def shape(self) -> tuple[int, ...]:
         """(N, *S)."""
-        return (len(self), *self._held.shape)
+        return (len(self), *self._none.shape[1:])
 
     @property
     def row_bytes(self) -> int:
         """Bytes of a row that was asked for."""
-        one = self.decode(np.zeros((1, *self._held.shape), self._held.dtype))
+        one = self.decode(np.zeros((1, *self._none.shape[1:]), self._none.dtype))
         return one.numel() * one.element_size()
 
     @property
+    def _stored_bytes(self) -> int:
+        return math.prod(self._none.shape[1:]) * self._none.itemsize
+
+    @property
     def first(self) -> int:
-        """Position of this rank's first row."""
+        """Position of this process's first row."""
         return self.edges[self.rank]
 
     @property
     def last(self) -> int:
-        """Position after this rank's last row."""
+        """Position after this process's last row."""
         return self.edges[self.rank + 1]
 
-    def own(self, first: int, last: int) -> torch.Tensor:
-        """Rows of this rank at positions first .. last - 1 of all."""
-        return self.decode(self._raw(np.arange(first, last)))
-
     def _raw(self, index: np.ndarray) -> np.ndarray:
-        """Rows of this rank at positions among all rows, as they are held."""
-        return self._held.get((index if self._index is None else self._index[index]) - self._base)
+        """Rows of this process at positions among all rows, as they are stored."""
+        index = (index if self._index is None else self._index[index]) - self._base
+        if self._rows is not None:
+            return self._rows[index]
+        out = np.empty((len(index), *self._none.shape[1:]), self._none.dtype)
+        # Positions that follow each other are one read.
+        ends = [0, *(np.flatnonzero(np.diff(index) != 1) + 1).tolist(), len(index)]
+        for a, b in pairwise(ends):
+            if a < b:
+                self._read(out[a:b], int(index[a]) * self._stored_bytes)
+        return out
+
+    def _read(self, into: np.ndarray, offset: int) -> None:
+        view = into.reshape(-1).view(np.uint8).data
+        while len(view):
+            data = os.pread(self._file.fileno(), min(len(view), 2**26), offset)  # type: ignore[union-attr]
+            if not data:
+                raise OSError("a temporary file ended before its rows did")
+            view[: len(data)] = data
+            view, offset = view[len(data) :], offset + len(data)
 
     def here(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows of this rank at positions among all, in their order."""
+        """Rows of this process at positions among all, in their order."""
         return self.decode(self._raw(index.numpy()))
 
     def at(self, index: torch.Tensor) -> torch.Tensor:
@@ -192,21 +168,22 @@ class Shards:
         out.rank = self.rank if out.shared else 0
         return out
 
+    def pieces(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """This process's rows, ``size`` at a time: (position of the first, rows)."""
+        for first in range(self.first, self.last, size):
+            yield first, self.decode(self._raw(np.arange(first, min(first + size, self.last))))
+
     def __iter__(self) -> Iterator[torch.Tensor]:
-        """This rank's rows, a block at a time."""
+        """This process's rows, a block at a time."""
         for _, rows in self.pieces(max(1, min(1024, BLOCK_BYTES // self.row_bytes))):
             yield rows
 
-    def digests(self, content: Callable[[torch.Tensor], torch.Tensor] | None = None) -> tuple[bytes, ...]:
-        """16 bytes of BLAKE2b of every row, or of what ``content`` makes of blocks of rows; on all ranks at once."""
-        own = []
-        for block in self:
-            for row in (block if content is None else content(block)).contiguous().numpy():
-                own.append(hashlib.blake2b(row.tobytes(), digest_size=16).digest())
-        found = from_each({"digests": np.frombuffer(b"".join(own), np.uint8).reshape(-1, 16)}, self.shared)
-        return tuple(one.tobytes() for f in found for one in f["digests"])
-
-    def pieces(self, size: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """This rank's rows, ``size`` at a time: (position of the first, rows)."""
-        for first in range(self.first, self.last, size):
-            yield first, self.own(first, min(first + size, self.last))
+    def digests(self, content: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.contiguous) -> tuple[bytes, ...]:
+        """16 bytes of BLAKE2b of every row, or of what ``content`` makes of blocks; called by all processes."""
+        mine = b"".join(
+            hashlib.blake2b(row.tobytes(), digest_size=16).digest()
+            for block in self
+            for row in content(block).contiguous().numpy()
+        )
+        each = from_each({"digests": np.frombuffer(mine, np.uint8).reshape(-1, 16)}, self.shared)
+        return tuple(one.tobytes() for part in each for one in part["digests"])
