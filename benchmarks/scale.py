@@ -155,10 +155,11 @@ def nearest(count, side, queries):
     import torch
 
     from symbreak.laws.nearest_neighbours import neighbours
+    from symbreak.runtime.run import Run
 
     rows = points(count, side)
     asked = 2 * torch.rand(queries, *rows.shape[1:], generator=torch.Generator().manual_seed(1)) - 1
-    neighbours(asked, rows, 2, memory=MEMORY)
+    neighbours(asked, rows, 2, run=Run(memory=MEMORY))
 
 
 def sample(count, side, queries):

@@ -75,7 +75,7 @@ def test_neighbours_are_those_of_exact_differences(name):
         # The same sums of squares, at most in another order.
         torch.testing.assert_close(d, want_d, rtol=1e-13, atol=0)
         assert torch.equal(j, want_j)
-        for options in ({"block": 1}, {"block": 7, "memory": 2**20}, {"memory": 2**32}):
+        for options in ({"block": 1}, {"block": 7, "run": Run(memory=2**20)}, {"run": Run(memory=2**32)}):
             again = neighbours(x, y, k, **options)
             assert torch.equal(again[0], d)
             assert torch.equal(again[1], j)
@@ -103,24 +103,25 @@ def test_nobody_is_its_own_neighbour():
     with pytest.raises(InputError, match="NaN"):
         neighbours(x, torch.full((4, 5), torch.nan))
     with pytest.raises(InputError, match="1 MiB"):
-        neighbours(x, x, memory=10)
+        neighbours(x, x, run=Run(memory=10))
 
 
-def test_kept_blocks_are_not_made_again(monkeypatch):
-    monkeypatch.setattr(neighbours_module, "KEPT", 100)
-    x, store, seen = torch.randn(250, 4, generator=rng()), {}, []
-    keep = lambda key, make: store.setdefault(key, None) or store.update({key: make()}) or store[key]  # noqa: E731
-    first = neighbours(x, x, keep=keep, progress=lambda *a: seen.append(a))
-    assert sorted(store) == ["neighbours/0", "neighbours/100", "neighbours/200"]
-    assert seen[-1] == (250, 250)
+def test_finished_parts_are_not_made_again(monkeypatch, tmp_path):
+    monkeypatch.setattr(neighbours_module, "QUERIES", 100)
+    x, seen = torch.randn(250, 4, generator=rng()), []
+    run = Run(tmp_path, progress=lambda *a: seen.append(a))
+    first = neighbours(x, x, run=run)
+    parts = [p.stem for p in tmp_path.rglob("*.safetensors")]
+    assert sorted(parts) == ["neighbours-0-100", "neighbours-100-200", "neighbours-200-250"]
+    assert seen[-1] == ("neighbours", 250, 250)
     monkeypatch.setattr(neighbours_module.Search, "ask", None)
-    assert all(torch.equal(a, b) for a, b in zip(first, neighbours(x, x, keep=keep)))
+    assert all(torch.equal(a, b) for a, b in zip(first, neighbours(x, x, run=run)))
 
 
 @pytest.mark.parametrize(("held", "points"), [(2**30, None), (0, None), (0, 23), (2**30, 1)])
 def test_neighbours_among_shards_are_those_among_all(monkeypatch, held, points):
     """In memory or in a file, all at once or so many points at a time."""
-    monkeypatch.setattr(neighbours_module, "KEPT", 50)
+    monkeypatch.setattr(neighbours_module, "QUERIES", 50)
     for name, (x, y) in worlds().items():
         x, y = (x[:10], y[:30]) if points == 1 else (x, y)
         queries, rows = (Shards([t.numpy()], [0, len(t)], held) for t in (x, y))
@@ -129,7 +130,10 @@ def test_neighbours_among_shards_are_those_among_all(monkeypatch, held, points):
         with monkeypatch.context() as patch:
             if points is not None:
                 patch.setattr(Shards, "row_bytes", 2**20 // (4 * points))
-            found = neighbours(queries, rows, k, memory=2**20), neighbours(rows, None, k, memory=2**20)
+            found = (
+                neighbours(queries, rows, k, run=Run(memory=2**20)),
+                neighbours(rows, None, k, run=Run(memory=2**20)),
+            )
         assert all(torch.equal(a, b) for f, w in zip(found, want) for a, b in zip(f, w)), name
 
 
@@ -147,14 +151,14 @@ def test_neighbours_of_another_class():
     assert torch.isinf(d).all()  # all points are of its class
 
 
-def test_kept_blocks_among_shards_do_not_depend_on_the_memory(monkeypatch):
-    monkeypatch.setattr(neighbours_module, "KEPT", 100)
-    rows, store = Shards.of(torch.randn(250, 4, generator=rng())), {}
-    keep = lambda key, make: store.setdefault(key, None) or store.update({key: make()}) or store[key]  # noqa: E731
-    first = neighbours(rows, None, 3, keep=keep)
-    assert sorted(store) == ["neighbours/0-100", "neighbours/100-200", "neighbours/200-250"]
+def test_finished_parts_among_shards_do_not_depend_on_the_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(neighbours_module, "QUERIES", 100)
+    rows = Shards.of(torch.randn(250, 4, generator=rng()))
+    first = neighbours(rows, None, 3, run=Run(tmp_path))
+    parts = [p.stem for p in tmp_path.rglob("*.safetensors")]
+    assert sorted(parts) == ["neighbours-0-100", "neighbours-100-200", "neighbours-200-250"]
     monkeypatch.setattr(neighbours_module.Search, "ask", None)
-    assert all(torch.equal(a, b) for a, b in zip(first, neighbours(rows, None, 3, keep=keep, memory=2**20)))
+    assert all(torch.equal(a, b) for a, b in zip(first, neighbours(rows, None, 3, run=Run(tmp_path, 2**20))))
 
 
 # --- duplicates -----------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
+from symbreak.laws import Empirical, Gaussian, Mixture, Sphere, pairwise_weights
 from symbreak.laws.pairwise_weights import overlaps
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
 from symbreak.phases.collapse import collapse_scaling, collapse_time, excess_entropy, mutual_information, samples_needed
 from symbreak.runtime.files import InputError
 from symbreak.runtime.ranks import over_ranks
+from symbreak.runtime.run import Run
 
 
 def isotropic(d: int, v: float = 1.0) -> Mixture:
@@ -201,29 +202,32 @@ def test_near_copies_need_float64():
     assert found.value[1] > 0.1 * math.log(2) / 64  # a copy within the noise
 
 
-def test_memory_and_interruptions_leave_the_result():
+def test_memory_and_interruptions_leave_the_result(monkeypatch, tmp_path):
     points = torch.randn(3000, 40, generator=generator(4))
     sigma = np.array([0.5, 1.0, 2.0])
     whole = overlaps(Empirical(points), sigma, 600)
     least = overlaps(Empirical(points, memory=2**16), sigma, 600)  # no copy of the points, blocks of 64
     # Sums in other blocks: the rounding of float32 exponents, less than EXACT d = 2e-5 nats each.
     np.testing.assert_allclose(least.leave_one_out(), whole.leave_one_out(), atol=2e-5, rtol=0)
-    stored, stop = {}, 2
+    calls = []
 
-    def keep(key, make):
-        if key not in stored:
-            if len(stored) == stop:
-                raise KeyboardInterrupt
-            stored[key] = make()
-        return stored[key]
+    def interrupted(*arguments, block=pairwise_weights._block):
+        calls.append(arguments)
+        if len(calls) == 5:  # two a part: float32 levels and float64 ones
+            raise KeyboardInterrupt
+        return block(*arguments)
 
+    monkeypatch.setattr(pairwise_weights, "_block", interrupted)
+    run = Run(tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        overlaps(Empirical(points), sigma, 600, keep=keep)
-    stop = 99
-    assert [k.split("-")[0] + k[-2:] for k in stored] == ["overlaps/0", "overlaps/1"]
-    other = excess_entropy(Empirical(points), 3.0, queries=600, keep=keep)  # other levels are other blocks
+        overlaps(Empirical(points), sigma, 600, run=run)
+    stored = sorted(p.stem for p in tmp_path.rglob("*.safetensors"))
+    assert [k.split("-")[0] + k[-2:] for k in stored] == ["overlaps-0", "overlaps-1"]
+    other = excess_entropy(Empirical(points), 3.0, queries=600, run=run)  # other levels are other parts
     assert float(other.value) == float(excess_entropy(Empirical(points), 3.0, queries=600).value)
-    again = overlaps(Empirical(points), sigma, 600, keep=keep)
+    calls.clear()
+    again = overlaps(Empirical(points), sigma, 600, run=run)
+    assert len(calls) == 2  # the third part only
     np.testing.assert_array_equal(again.parts, whole.parts)
 
 

@@ -98,7 +98,7 @@ def shards(n, memory):
 
 def asks(n, memory):
     rows = shards(n, memory)
-    neighbours(rows.take(np.arange(100)), rows, 3, memory=memory)
+    neighbours(rows.take(np.arange(100)), rows, 3, run=sb.Run(memory=memory))
     overlaps(SharedPoints(rows, memory), np.array([2.0]), 100)
 
 
@@ -109,7 +109,10 @@ def test_rows_in_a_file_keep_to_the_memory():
     assert tight < 0.6 * whole
     assert wide > tight + 0.6 * whole
     few, some = (shards(300, m) for m in (1000, 2**20))
-    for ask in (lambda r: neighbours(r, None, 2, memory=2**20), lambda r: neighbours(torch.zeros(5, 1, 28, 28), r)):
+    for ask in (
+        lambda r: neighbours(r, None, 2, run=sb.Run(memory=2**20)),
+        lambda r: neighbours(torch.zeros(5, 1, 28, 28), r),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(ask(few), ask(some)))
 
 

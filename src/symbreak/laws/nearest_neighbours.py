@@ -11,7 +11,7 @@ distances the lower index comes first), whatever the size of the blocks.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
@@ -20,13 +20,14 @@ import torch
 from symbreak.runtime.files import InputError
 from symbreak.runtime.ranks import dealt, from_each, rank_of
 from symbreak.runtime.rows import Shards
-from symbreak.runtime.run import Keep, unkept
+from symbreak.runtime.run import Arrays, Run
 
 __all__ = ["Rows", "Search", "neighbours", "searches"]
 
 SPARE = 8  # candidates kept beyond the k wanted
 PIECE = 2**18  # numbers differenced at a time: they stay in the cache
-KEPT = 4096  # queries a kept block
+QUERIES = 4096  # of a finished part
+MEMORY = 2**28  # bytes to work in where a run says nothing
 Pairs = tuple[torch.Tensor, torch.Tensor]
 Rows = torch.Tensor | Shards
 
@@ -38,10 +39,8 @@ def neighbours(
     *,
     classes: tuple[torch.Tensor, torch.Tensor] | None = None,
     block: int = 1024,
-    memory: int = 2**28,
-    keep: Keep | None = None,
     name: str = "neighbours",
-    progress: Callable[[int, int], None] | None = None,
+    run: Run | None = None,
 ) -> Pairs:
     """The k nearest points of every query, exact: d = |x - y| by differences in float64.
 
@@ -50,60 +49,102 @@ def neighbours(
         points: [M, *S] with M >= k, or `Shards`; ``None``: the queries among themselves, none its own neighbour.
         k: neighbours wanted.
         classes: whole numbers of queries [N] and points [M]: neighbours are of another class than the query.
-        block: queries at a time.
-        memory: bytes of working memory beside tensors that came; results depend on neither.
-        keep: keep(key, make) -> arrays, for blocks that may have been made before; ``name`` begins their keys.
-        progress: called with (queries done, queries in all).
+        block: queries at a time; results do not depend on it.
+        name: of the run's parts.
+        run: memory to work in beside tensors that came (by default 256 MiB), parts of 4,096 queries, progress.
 
-    Ranks share the blocks of queries, or among shards each asks its own points (`symbreak.runtime.ranks`).
+    Ranks share the parts, or among shards each asks its own points, or all of them for a share of the queries
+    (`symbreak.runtime.ranks`).
 
     Returns:
         Distances [N, k] float64, rising, and the points' indices [N, k]; infinite where fewer are of other classes.
 
     Raises:
-        InputError: for sizes that do not fit, too few points, NaN, or too little memory.
+        InputError: for sizes that do not fit, too few points, or NaN.
 
     >>> d, j = neighbours(torch.tensor([[0.0], [5.0]]), torch.tensor([[1.0], [7.0], [4.0]]))
     >>> d.tolist(), j.tolist()
     ([[1.0, 4.0], [1.0, 2.0]], [[0, 2], [2, 1]])
     """
-    _check(queries, points, k, block, memory)
-    if isinstance(queries, Shards) or isinstance(points, Shards):
-        return _among_shards(queries, points, k, classes, block, memory, keep, name, progress)
-    among = queries if points is None else points
-    search = Search(among, k, block, memory, own=points is None, classes=None if classes is None else classes[1])
-    x = _flat(queries)
+    run = (run or Run()).named(name)
+    memory, own, among = max(2**20, run.bytes(default=MEMORY)), points is None, queries if points is None else points
+    _check(queries, among, k, own, block)
+    tags = (None, None) if classes is None else classes
+    count, total, size = len(queries), len(among), QUERIES
+    whole = isinstance(queries, torch.Tensor) and isinstance(among, torch.Tensor)
+    asked_here = total  # points that this rank asks
+    held: list[Search] | None
+    if whole:
+        held = [Search(among, k, block, memory, own=own, classes=tags[1])]  # type: ignore[arg-type]
+    else:
+        among = Shards.of(among) if isinstance(among, torch.Tensor) else among
+        size = max(1, min(QUERIES, memory // (64 * math.prod(queries.shape[1:]))))
+        pieces = partial(searches, among, k, block, memory, own, tags[1])
+        asked_here = among.last - among.first
+        # Else pieces are read again for every part, which costs little beside thousands of products with each.
+        held = list(pieces()) if 4 * asked_here * among.row_bytes <= memory else None
 
-    def make(start: int) -> dict[str, np.ndarray]:
-        parts, stop = [], min(start + KEPT, len(x))
-        for some in torch.arange(start, stop).split(search.block):
-            parts.append(search.ask(x[some], some, None if classes is None else classes[0][some]))
-            if progress is not None and int(some[-1]) + 1 < stop:
-                progress(int(some[-1]) + 1, len(x))
-        return {"d": torch.cat([d for d, _ in parts]).numpy(), "j": torch.cat([j for _, j in parts]).numpy()}
+    def nearest(x: torch.Tensor, index: torch.Tensor, part: int) -> Pairs:
+        """The nearest of this rank's points; a ``part`` of so many queries is at an end with these."""
+        d = torch.full((len(index), k), math.inf, dtype=torch.float64)
+        j, done = torch.full((len(index), k), total), 0
+        for search in pieces() if held is None else held:
+            for some in torch.arange(len(index)).split(search.block) if len(index) else ():
+                new = search.ask(x[some], index[some], None if tags[0] is None else tags[0][index[some]])
+                d[some], j[some] = _ranked(torch.cat([d[some], new[0]], 1), torch.cat([j[some], new[1]], 1), k)
+                done += len(some) * (search.last - search.first)
+                run.tell(min(count - 1, int(index[0]) + part * done // (len(index) * asked_here)), count)
+            del search  # its points go before the next ones come
+        return d, j
 
-    def block_of(start: int) -> dict[str, np.ndarray]:
-        return (keep or unkept)(f"{name}/{start}", partial(make, start))
+    def make(index: torch.Tensor) -> Arrays:
+        x = _flat(queries.at(index) if isinstance(queries, Shards) else queries[index])
+        if isinstance(among, torch.Tensor):
+            d, j = nearest(x, index, len(index))
+        else:  # by all ranks at once, each from its points, or from all of them for a part of the queries
+            rank, ranks = (0, 1) if among.shared else rank_of()
+            mine = slice(len(index) * rank // ranks, len(index) * (rank + 1) // ranks)
+            each = from_each(_arrays(nearest(x[mine], index[mine], len(index))))
+            d, j = _ranked(*_joined(each, int(among.shared)), k)
+        return _arrays((d, j))
 
-    def ended(blocks: int, _: int) -> None:
-        if progress is not None:
-            progress(min(blocks * KEPT, len(x)), len(x))
+    def part(start: int) -> Arrays:
+        index = torch.arange(start, min(start + size, count))
+        return run.part(f"{name}/{start}-{int(index[-1]) + 1}", partial(make, index))
 
-    found = dealt(range(0, len(x), KEPT), block_of, ended)
-    return tuple(torch.from_numpy(np.concatenate([f[key] for f in found])) for key in ("d", "j"))  # type: ignore[return-value]
+    starts = range(0, count, size)
+
+    def ended(done: int, _: int) -> None:
+        run.tell(min(done * size, count), count)
+
+    if whole:
+        return _joined(dealt(starts, part, ended))
+    found = []
+    for done, start in enumerate(starts):
+        found.append(part(start))
+        ended(done + 1, 0)
+    return _joined(found)
 
 
-def _check(queries: Rows, points: Rows | None, k: int, block: int, memory: int) -> None:
-    own = points is None
-    among = queries if points is None else points
+def _arrays(pairs: Pairs) -> Arrays:
+    return {"d": pairs[0].numpy(), "j": pairs[1].numpy()}
+
+
+def _joined(parts: Iterable[Arrays], axis: int = 0) -> Pairs:
+    parts = list(parts)
+    d, j = (torch.from_numpy(np.concatenate([p[n] for p in parts], axis)) for n in ("d", "j"))
+    return d, j
+
+
+def _check(queries: Rows, among: Rows, k: int, own: bool, block: int) -> None:
     x, y = queries.shape, among.shape
     if not len(among) - own >= k >= 1 or len(x) < 2 or x[1:] != y[1:] or math.prod(x[1:]) == 0:
         raise InputError(
             f"samples {tuple(x)} against training images {tuple(y)}; expected equal sizes and at least {k + own} "
             "training images."
         )
-    if memory < 2**20 or block < 1:
-        raise InputError(f"{memory:,} bytes and {block} queries at a time; expected at least 1 MiB and 1.")
+    if block < 1:
+        raise InputError(f"{block} queries at a time; expected at least 1.")
 
 
 def searches(
@@ -116,66 +157,6 @@ def searches(
         search = Search(rows, min(k, len(rows)), block, max(2**18, memory // 4), first, own, tags)
         yield search
         del piece, rows, search
-
-
-def _among_shards(
-    queries: Rows,
-    points: Rows | None,
-    k: int,
-    classes: tuple[torch.Tensor, torch.Tensor] | None,
-    block: int,
-    memory: int,
-    keep: Keep | None,
-    name: str,
-    progress: Callable[[int, int], None] | None,
-) -> Pairs:
-    """Every rank is asked for the nearest of its own points; the nearest of all of them are the answer.
-
-    A block of queries goes through all points: their pieces are read again for every block, which costs little beside
-    thousands of products with each.
-    """
-    among = queries if points is None else points
-    among = Shards.of(among) if isinstance(among, torch.Tensor) else among
-    count, here = len(queries), among.last - among.first
-    size = max(1, min(KEPT, memory // (64 * math.prod(queries.shape[1:]))))
-    tags = None if classes is None else classes[1]
-    pieces = partial(searches, among, k, block, memory, points is None, tags)
-    held = list(pieces()) if 4 * here * among.row_bytes <= memory else None
-
-    def asked(some: torch.Tensor, x: torch.Tensor, whole: int) -> Pairs:
-        """The nearest of this rank's points; ``whole`` queries are at an end with these."""
-        d = torch.full((len(some), k), math.inf, dtype=torch.float64)
-        j = torch.full((len(some), k), len(among))
-        done = 0
-        for search in pieces() if held is None else held:
-            for part in torch.arange(len(some)).split(search.block) if len(some) else ():
-                own = None if classes is None else classes[0][some[part]]
-                new_d, new_j = search.ask(x[part], some[part], own)
-                d[part], j[part] = _ranked(torch.cat([d[part], new_d], 1), torch.cat([j[part], new_j], 1), k)
-                done += len(part) * (search.last - search.first)
-                if progress is not None:
-                    progress(min(count - 1, int(some[0]) + whole * done // (len(some) * here)), count)
-            del search  # its points go before the next ones come
-        return d, j
-
-    def make(some: torch.Tensor) -> dict[str, np.ndarray]:
-        """By all ranks at once, each from its points, or from all of them for a part of the queries."""
-        x = _flat(queries.at(some) if isinstance(queries, Shards) else queries[some])
-        rank, ranks = (0, 1) if among.shared else rank_of()
-        mine = slice(len(some) * rank // ranks, len(some) * (rank + 1) // ranks)
-        d, j = asked(some[mine], x[mine], len(some))
-        each = from_each({"d": d.numpy(), "j": j.numpy()})
-        d, j = (torch.from_numpy(np.concatenate([e[n] for e in each], int(among.shared))) for n in ("d", "j"))
-        d, j = _ranked(d, j, k)
-        return {"d": d.numpy(), "j": j.numpy()}
-
-    parts = []
-    for some in torch.arange(count).split(size):
-        last = int(some[-1]) + 1
-        parts.append((keep or unkept)(f"{name}/{int(some[0])}-{last}", partial(make, some)))
-        if progress is not None:
-            progress(last, count)
-    return tuple(torch.from_numpy(np.concatenate([p[n] for p in parts])) for n in ("d", "j"))  # type: ignore[return-value]
 
 
 class Search:
@@ -276,8 +257,8 @@ class Search:
             sure[:] = True
         doubt = (~sure).nonzero()[:, 0]
         for some in doubt.split(64) if len(doubt) else ():
-            own = None if tags is None else tags[some]
-            d[some], place[some] = self._again(raw[some], index[some], own, d[some], place[some])
+            some_tags = None if tags is None else tags[some]
+            d[some], place[some] = self._again(raw[some], index[some], some_tags, d[some], place[some])
         return d, place + self.first
 
     def _again(

@@ -28,7 +28,7 @@ from symbreak.noise import generator
 from symbreak.runtime.files import InputError, digest
 from symbreak.runtime.ranks import alone, from_each, summed
 from symbreak.runtime.rows import Shards
-from symbreak.runtime.run import Arrays, Keep, Progress, in_blocks, keyed, unkept
+from symbreak.runtime.run import Arrays, Run
 
 __all__ = ["PARTS", "Overlaps", "SharedPoints", "overlaps"]
 
@@ -115,10 +115,9 @@ def overlaps(
     sigma: np.ndarray,
     queries: int = 1000,
     seed: int = 0,
-    progress: Progress | None = None,
-    keep: Keep | None = None,
     name: str = "overlaps",
     tails: bool = True,
+    run: Run | None = None,
 ) -> Overlaps:
     """Overlaps of noised points of a data set with its other points, at all levels at once.
 
@@ -128,9 +127,9 @@ def overlaps(
         sigma: levels [G].
         queries: noised points, at most one a point.
         seed: of the choice of points, their noise (common to all levels) and the parts.
-        progress: called with (blocks done, blocks).
-        keep: where finished blocks are kept, see `Blocks.keep`, under ``name`` and a digest of all else.
+        name: of the run's parts.
         tails: whether log S must be right far below zero; without, it is at least about -40 where it counts.
+        run: finished parts and progress.
 
     Raises:
         InputError: for fewer than 2 queries.
@@ -158,31 +157,31 @@ def overlaps(
             if which.any():
                 out[: len(z), :, which] = _block(points, asked, z.to(dtype), sigma[which])
         if tails:
-            found = out[: len(z)]
-            again = (np.isfinite(found) & (found < faint)).any(1)  # [b, G]
+            real = out[: len(z)]
+            again = (np.isfinite(real) & (real < faint)).any(1)  # [b, G]
             rows, some = again.any(1), again.any(0)
             if again.any():
                 exact = _tail(points, asked.some(torch.from_numpy(rows)), z[rows].double(), sigma[some])
                 whole = np.ix_(rows, np.arange(PARTS), some)
-                found[whole] = np.where(again[np.ix_(rows, some)][:, None], exact, found[whole])
+                real[whole] = np.where(again[np.ix_(rows, some)][:, None], exact, real[whole])
         return {"log": out}
 
-    identity = None if keep is None else law.points if isinstance(law, Empirical) else law.identity
-    key = name if keep is None else keyed(name, identity, torch.from_numpy(sigma), len(chosen), seed, tails)
+    run = (run or Run()).named(name)
+    of = None if run.folder is None else law.points if isinstance(law, Empirical) else law.identity
+    settings = of, torch.from_numpy(sigma), len(chosen), seed, tails
     if isinstance(law, Empirical):
-        made = in_blocks(key, range(len(blocks)), lambda i: make(i, points.asked(blocks[i], place)), progress, keep)
+        made = run.parts(name, range(len(blocks)), lambda i: make(i, points.asked(blocks[i], place)), *settings)
         logs = [m["log"] for m in made]
     else:
         logs = []
         for i, index in enumerate(blocks):
             asked = points.asked(index, place)  # by all ranks at once
-            own = f"{key}/{i}/{law.points.first}-{law.points.last}"
             with alone(), torch.inference_mode():
-                found = (keep or unkept)(own, partial(make, i, asked))
-            each = from_each({"log": found["log"]}, law.points.shared)
+                shard = f"{i}/{law.points.first}-{law.points.last}"
+                mine = run.part(name, partial(make, i, asked), shard, *settings)
+            each = from_each({"log": mine["log"]}, law.points.shared)
             logs.append(np.logaddexp.reduce([e["log"] for e in each]))
-            if progress is not None:
-                progress(i + 1, len(blocks))
+            run.tell(i + 1, len(blocks))
     return Overlaps(sigma, np.concatenate([log[: len(q)] for log, q in zip(logs, blocks)]), n)
 
 

@@ -38,7 +38,7 @@ def nearest(samples: torch.Tensor, train: torch.Tensor, block: int = 1024, memor
         samples: [N, *S]; train: [M, *S] with M >= 2.
         block, memory: as for `neighbours`; results do not depend on them.
     """
-    d, index = neighbours(samples, train, 2, block=block, memory=memory)
+    d, index = neighbours(samples, train, 2, block=block, run=Run(memory=memory))
     return d, index[:, 0]
 
 
@@ -53,7 +53,7 @@ def nearest_in(samples: Rows, train: Rows | Images, run: Run | None = None) -> t
     """
     run = run or Run()
     points = train.shards(run.bytes(1 / 4), run.folder) if isinstance(train, Images) else train
-    return neighbours(samples, points, 2, memory=max(2**20, run.bytes(1 / 2)))[0]
+    return neighbours(samples, points, 2, run=run.share(1 / 2))[0]
 
 
 @renamed()
@@ -109,7 +109,7 @@ def groups(points: Rows, near: float = NEAR, run: Run | None = None) -> tuple[np
     run = run or Run()
     memory = max(2**20, run.bytes(default=2**28))
     k = min(EIGHTH, len(points) - 1)
-    d, j = neighbours(points, None, k, memory=memory, keep=run.part, name="train", progress=run.tell)
+    d, j = neighbours(points, None, k, name="train", run=run)
     scale = float(d[:, -1].median())
     radius = near * scale
     rows, columns = (d <= radius).nonzero(as_tuple=True)
@@ -162,7 +162,7 @@ def apart(queries: Rows, points: Rows, group: np.ndarray, name: str = "samples",
         raise InputError("all training images are duplicates of one; expected at least 2 different ones.")
     run = run or Run()
     memory, k = max(2**20, run.bytes(default=2**28)), min(EIGHTH, len(points))
-    d, j = neighbours(queries, points, k, memory=memory, keep=run.part, name=name, progress=run.tell)
+    d, j = neighbours(queries, points, k, name=name, run=run)
     of = labels[j]
     other = of != of[:, :1]
     column = other.double().argmax(1, keepdim=True)
@@ -170,7 +170,7 @@ def apart(queries: Rows, points: Rows, group: np.ndarray, name: str = "samples",
     rest = (~other.any(1)).nonzero()[:, 0]  # all neighbours belong to one large group
     if len(rest):
         some = queries.take(rest.numpy()) if isinstance(queries, Shards) else queries[rest]
-        far, where = neighbours(some, points, 1, classes=(of[rest, 0], labels), memory=memory)
+        far, where = neighbours(some, points, 1, classes=(of[rest, 0], labels), run=Run(memory=memory))
         distance[rest, 1], index[rest, 1] = far[:, 0], where[:, 0]
     return distance, index
 

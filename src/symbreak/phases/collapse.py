@@ -40,7 +40,7 @@ from symbreak.laws.mixture import Mixture
 from symbreak.laws.pairwise_weights import PARTS, Overlaps, SharedPoints, overlaps
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
-from symbreak.runtime.run import Keep, Progress
+from symbreak.runtime.run import Run, renamed
 
 __all__ = [
     "Information",
@@ -77,6 +77,7 @@ class Information(Curve):
         return {**super().to_dict(), "least": self.least.tolist(), "most": self.most.tolist()}
 
 
+@renamed()
 def excess_entropy(
     law: Any,
     sigma: Any,
@@ -84,8 +85,7 @@ def excess_entropy(
     queries: int = 1000,
     draws: int = 20000,
     seed: int = 0,
-    progress: Progress | None = None,
-    keep: Keep | None = None,
+    run: Run | None = None,
 ) -> Curve:
     """The excess entropy density f of n samples of a law, or as measured on a data set, in nats a dimension.
 
@@ -99,7 +99,7 @@ def excess_entropy(
         queries: noised samples that f^e is averaged over, at most one a point.
         draws: Monte Carlo draws where they are needed.
         seed: of queries and draws. All levels share them: errors of neighbouring levels are correlated.
-        progress, keep: of the measurement, see `symbreak.laws.pairwise_weights.overlaps`.
+        run: finished parts and progress of a measurement on a data set.
 
     Returns:
         A `Curve` with 95 % intervals, of no width where the value is exact; f^e's is conditional on the
@@ -118,7 +118,7 @@ def excess_entropy(
     grid, shape = levels(sigma)
     if isinstance(law, POINTS):
         _own_count(law, samples)
-        found = overlaps(law, grid, queries, seed, progress, keep, tails=False)
+        found = overlaps(law, grid, queries, seed, tails=False, run=run)
         value, low, high = _normal(np.logaddexp(0.0, found.leave_one_out()) / law.dim)
     else:
         nats = math.log(_count(samples))
@@ -127,14 +127,9 @@ def excess_entropy(
     return curve(grid, shape, value, low, high, "excess entropy")
 
 
+@renamed()
 def mutual_information(
-    law: Any,
-    sigma: Any,
-    queries: int = 1000,
-    draws: int = 20000,
-    seed: int = 0,
-    progress: Progress | None = None,
-    keep: Keep | None = None,
+    law: Any, sigma: Any, queries: int = 1000, draws: int = 20000, seed: int = 0, run: Run | None = None
 ) -> Information:
     """I(x_0; x_0 + sigma eps) in nats: what a state at a level tells of the sample it came from.
 
@@ -142,7 +137,7 @@ def mutual_information(
         law: as for `excess_entropy`; for an `Empirical` the information of the law that its points were drawn from
             is estimated, not that of the points, which ends at log n.
         sigma: a level, or levels [G].
-        queries, draws, seed, progress, keep: as for `excess_entropy`.
+        queries, draws, seed, run: as for `excess_entropy`.
 
     Returns:
         An `Information` with 95 % intervals, and bounds. A data set's estimate is trustworthy up to about log n;
@@ -160,7 +155,7 @@ def mutual_information(
         value, low, high = (a.reshape(shape) for a in _information(law, grid, draws, seed))
         return Information(grid.reshape(shape), value, low, high, name, value, value)
     _own_count(law, None)
-    found = overlaps(law, grid, queries, seed, progress, keep)
+    found = overlaps(law, grid, queries, seed, run=run)
     least, most = _bounds(found)
 
     if len(law) < FEW:
@@ -177,19 +172,14 @@ def mutual_information(
     return Information(grid.reshape(shape), value, low, high, name, least, most)
 
 
+@renamed()
 def samples_needed(
-    law: Any,
-    sigma: Any,
-    queries: int = 1000,
-    draws: int = 20000,
-    seed: int = 0,
-    progress: Progress | None = None,
-    keep: Keep | None = None,
+    law: Any, sigma: Any, queries: int = 1000, draws: int = 20000, seed: int = 0, run: Run | None = None
 ) -> Curve:
     """Training samples above which a level lies above the collapse, as log10 n: n = exp I(x_0; x_sigma).
 
     Args:
-        law, sigma, queries, draws, seed, progress, keep: as for `mutual_information`.
+        law, sigma, queries, draws, seed, run: as for `mutual_information`.
 
     Returns:
         A `Curve` of log10 n. For a data set its interval reaches over both bounds of the information as well: above
@@ -202,7 +192,7 @@ def samples_needed(
     >>> round(float(samples_needed(law, level).value), 9)
     3.0
     """
-    told = mutual_information(law, sigma, queries, draws, seed, progress, keep)
+    told = mutual_information(law, sigma, queries, draws, seed, run)
     low, high = told.low, told.high
     if isinstance(law, POINTS):
         low, high = np.fmin(low, told.least), np.fmax(high, told.most)  # NaN ends take the bounds
@@ -210,14 +200,9 @@ def samples_needed(
     return Curve(told.sigma, told.value / ten, low / ten, high / ten, name="log10 of the samples needed")
 
 
+@renamed()
 def collapse_time(
-    law: Any,
-    samples: int | None = None,
-    queries: int = 1000,
-    draws: int = 20000,
-    seed: int = 0,
-    progress: Progress | None = None,
-    keep: Keep | None = None,
+    law: Any, samples: int | None = None, queries: int = 1000, draws: int = 20000, seed: int = 0, run: Run | None = None
 ) -> CriticalTime:
     """The collapse level of n samples of a law, or of a data set.
 
@@ -226,7 +211,7 @@ def collapse_time(
     Args:
         law: as for `excess_entropy`. For an `Empirical` it is where `mutual_information` passes log n.
         samples: number n of training samples; for an `Empirical` it is its own.
-        queries, draws, seed, progress, keep: as for `excess_entropy`.
+        queries, draws, seed, run: as for `excess_entropy`.
 
     Returns:
         A `CriticalTime`; with a reason and no level where the state tells less than log n nats at every level
@@ -247,7 +232,7 @@ def collapse_time(
         _own_count(law, samples)
         if len(law) < 3:
             raise InputError(f"a data set of {len(law)} points; expected at least 3 to look for its collapse.")
-        return _of_points(law, queries, seed, progress, keep)
+        return _of_points(law, queries, seed, run or Run())
     nats = math.log(_count(samples))
     size = _size(law)
 
@@ -303,8 +288,9 @@ class Scaling:
         }
 
 
+@renamed()
 def collapse_scaling(
-    law: Empirical, axis: str, sizes: Any, queries: int = 1000, seed: int = 0, progress: Progress | None = None
+    law: Empirical, axis: str, sizes: Any, queries: int = 1000, seed: int = 0, run: Run | None = None
 ) -> Scaling:
     """The curse of dimensionality, measured: the collapse of a data set cut down in one size.
 
@@ -314,7 +300,7 @@ def collapse_scaling(
             principal components; ``"pixels"``: images averaged to this side length, which must divide their own.
         sizes: sizes [K].
         queries, seed: as for `collapse_time`.
-        progress: called with (sizes done, sizes).
+        run: progress, in sizes.
 
     Raises:
         InputError: for another axis, or sizes that the data do not have.
@@ -345,8 +331,7 @@ def collapse_scaling(
             small = Empirical(torch.nn.functional.avg_pool2d(law.points, side // size), law.memory)
         measured.append(collapse_time(small, queries=queries, seed=seed))
         gaussian.append(collapse_time(Gaussian(small.moments), samples=len(small)))
-        if progress is not None:
-            progress(done + 1, len(sizes))
+        (run or Run()).named("collapse").tell(done + 1, len(sizes))
     return Scaling(axis, tuple(sizes), tuple(measured), tuple(gaussian))
 
 
@@ -459,9 +444,7 @@ def _left_out(found: Overlaps, estimate: Callable[[Overlaps], Any]) -> np.ndarra
     return np.array([estimate(Overlaps(found.sigma, p, found.count)) for p in parts])
 
 
-def _of_points(
-    law: Empirical | SharedPoints, queries: int, seed: int, progress: Progress | None, keep: Keep | None
-) -> CriticalTime:
+def _of_points(law: Empirical | SharedPoints, queries: int, seed: int, run: Run) -> CriticalTime:
     """Where the information of a data set's law passes log n."""
     n, size = len(law), _size(law) / math.sqrt(law.dim)
     nats = math.log(n)
@@ -472,7 +455,7 @@ def _of_points(
         return CriticalTime(None, criterion="collapse", source=MEASURED, reason=reason)
 
     for name, grid in (("wide", np.geomspace(300.0, 0.03, 50)), ("low", np.geomspace(0.03, 3e-4, 25))):
-        wide = overlaps(law, size * grid, min(queries, 256), seed, keep=keep, name=name)
+        wide = overlaps(law, size * grid, min(queries, 256), seed, name=name, run=run.telling(lambda *_: None))
         rough = crossing(wide.sigma, _bounds(wide)[1], nats)
         if rough is not None:
             break
@@ -483,7 +466,7 @@ def _of_points(
         )
         ends = f"sigma {size * 3e-4:.3g} and {size * 300:.3g}"
         return nothing(f"the information does not pass log n = {nats:.4g} nats between {ends}: {why}")
-    found = overlaps(law, rough * np.geomspace(1.25, 0.5, 24), queries, seed, progress, keep, name="near")
+    found = overlaps(law, rough * np.geomspace(1.25, 0.5, 24), queries, seed, name="near", run=run)
 
     def upper(some: Overlaps) -> float | None:
         return crossing(some.sigma, _bounds(some)[1], nats)

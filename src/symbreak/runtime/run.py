@@ -75,6 +75,10 @@ class Run:
         """This run, telling its progress under a name, unless a caller has given one."""
         return self if self.stage else self._view(stage=stage)
 
+    def telling(self, tell: Callable[[int, int], None]) -> Run:
+        """This run, its progress told to ``tell(done, total)``: for one of several steps of a stage."""
+        return self._view(progress=lambda _, done, total: tell(done, total))
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[Run]:
         """This run under a stage of that name, whose seconds are added to ``timings``."""

@@ -396,9 +396,7 @@ class _Comparison:
                 run.tell(number * total + done, 2 * total)
 
             points, name = side.rows.take(order[:count].sort().values.numpy()), f"compare-{number}"
-            d, j = neighbours(
-                new.rows, points, 1, memory=max(2**20, run.bytes()), keep=run.part, name=name, progress=tell
-            )
+            d, j = neighbours(new.rows, points, 1, name=name, run=run.telling(tell))
             nearest.append((d[:, 0], j[:, 0]))
         edges = np.linspace(0, float(max(d.max() for d, _ in nearest)) or 1.0, BINS + 1)
         return {

@@ -502,7 +502,7 @@ def _collapse(
         for name, law in own.items():
             measured: dict[str, Any] = {"queries": effort.queries, "seed": seed, "draws": DRAWS}
             if law is whole:
-                measured |= {"progress": tell, "keep": store.keep}
+                measured |= {"run": store.run(tell)}
             count = None if law is whole else n
             line = "o-" if law is whole else "-"
             found.add("collapse", name, collapse_time(law, samples=count, **measured))
