@@ -14,6 +14,7 @@ from symbreak.phases.clones import clones
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.condensation import nearest_flips, nearest_of
 from symbreak.runtime.files import InputError
+from symbreak.runtime.run import Run
 
 
 def points(n, d, seed=0):
@@ -56,28 +57,21 @@ def test_clones_end_at_one_sample_below_the_collapse():
     assert found.floor < 0.05
 
 
-def test_networks_blocks_and_interruptions():
+def test_networks_blocks_and_interruptions(tmp_path):
     data = Empirical(points(50, 4, 3).reshape(50, 1, 2, 2).float())
     full = scheduler("ddpm")
     network = denoiser(as_unet(data, full), full)
     whole = nearest_flips(network, data, trajectories=70, steps=20, sigma_end=0.05)
-    stored = {}
 
-    def keep(key, make):
-        if key not in stored:
-            if len(stored) == 1 and not keep.again:
-                raise KeyboardInterrupt
-            stored[key] = make()
-        return stored[key]
+    def stop(*_):
+        raise KeyboardInterrupt
 
-    keep.again = False
     with pytest.raises(KeyboardInterrupt):
-        nearest_flips(network, data, trajectories=70, steps=20, sigma_end=0.05, keep=keep)
-    keep.again = True
+        nearest_flips(network, data, trajectories=70, steps=20, sigma_end=0.05, run=Run(tmp_path, progress=stop))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     done = []
-    again = nearest_flips(
-        network, data, trajectories=70, steps=20, sigma_end=0.05, keep=keep, progress=lambda a, b: done.append((a, b))
-    )
+    go_on = Run(tmp_path, progress=lambda _, a, b: done.append((a, b)))
+    again = nearest_flips(network, data, trajectories=70, steps=20, sigma_end=0.05, run=go_on)
     np.testing.assert_array_equal(again.ends, whole.ends)
     np.testing.assert_array_equal(again.nearest, whole.nearest)
     assert done[-1] == (2, 2)

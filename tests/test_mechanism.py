@@ -16,6 +16,7 @@ from symbreak.phases.losses import loss_curve
 from symbreak.phases.mechanism import linear_share, linearity_check, reversion, reversion_check
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import plain
+from symbreak.runtime.run import Run
 from tests.worlds import gaussian_law
 
 
@@ -91,19 +92,14 @@ def test_many_points_are_far_from_linear():
     assert float(found.gaussian.value) - 0.01 < float(found.value) < float(found.gaussian.value) + 0.02
 
 
-def test_the_linear_share_goes_on_with_the_same_bits():
-    store, seen = {}, []
-
-    def keep(key, make):
-        return store[key] if key in store else store.setdefault(key, make())
-
-    law = points()
+def test_the_linear_share_goes_on_with_the_same_bits(tmp_path):
+    seen, law = [], points()
     data = law.sample(40, 0.0, generator(5))
-    whole = linear_share(law, data, [0.5, 1.0], progress=lambda *at: seen.append(at))
-    linear_share(law, data, [0.5, 1.0], keep=keep)
-    again = linear_share(law, data, [0.5, 1.0], keep=keep)
-    assert sorted(store) == ["linear/0", "linear/1"]
-    assert seen == [(1, 2), (2, 2)]
+    whole = linear_share(law, data, [0.5, 1.0], run=Run(progress=lambda *at: seen.append(at)))
+    linear_share(law, data, [0.5, 1.0], run=Run(tmp_path))
+    again = linear_share(law, data, [0.5, 1.0], run=Run(tmp_path))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
+    assert seen == [("linear", 1, 2), ("linear", 2, 2)]
     for key in ("value", "low", "high"):
         np.testing.assert_array_equal(getattr(whole, key), getattr(again, key))
 
@@ -162,23 +158,19 @@ def test_a_level_that_is_not_reached():
     assert "the range to try is below" in time.reason
 
 
-def test_reversion_goes_on_with_the_same_bits():
-    law, store, made = points(48), {}, []
+def test_reversion_goes_on_with_the_same_bits(tmp_path):
+    law = points(48)
     arguments = {"sigma": [0.5, 2.0], "paths": 9000, "steps": 4, "sigma_start": 4.0}
 
-    def keep(key, make, most=99):
-        if key not in store:
-            if len(made) == most:
-                raise KeyboardInterrupt
-            made.append(key)
-            store[key] = make()
-        return store[key]
+    def stop(*_):
+        raise KeyboardInterrupt
 
     whole = reversion(law, **arguments)
     with pytest.raises(KeyboardInterrupt):
-        reversion(law, **arguments, keep=lambda key, make: keep(key, make, 1))
-    again = reversion(law, **arguments, keep=keep)
-    assert made == ["reversion/0", "reversion/1"]
+        reversion(law, **arguments, run=Run(tmp_path, progress=stop))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    again = reversion(law, **arguments, run=Run(tmp_path))
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 2
     np.testing.assert_array_equal(whole.products, again.products)
 
 

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.critical import CriticalTime, Curve, mean_curve
+from symbreak.critical import CriticalTime, Curve, Result, mean_curve
 from symbreak.intervals import percentiles
 from symbreak.laws.empirical import Empirical
 from symbreak.laws.nearest_neighbours import neighbours
-from symbreak.networks.denoiser import as_denoiser
+from symbreak.networks.denoiser import as_denoiser, fingerprints
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.reverse_paths import descend, start_states
 from symbreak.runtime.files import InputError
-from symbreak.runtime.run import Arrays, Keep, Progress, in_blocks, keyed
+from symbreak.runtime.run import Arrays, Run, renamed
 
 __all__ = ["Condensation", "nearest_flips", "nearest_of"]
 
@@ -40,7 +40,7 @@ BLOCK = 64  # trajectories
 
 
 @dataclass(frozen=True)
-class Condensation:
+class Condensation(Result):
     """Trajectories on their way to a training sample.
 
     Attributes:
@@ -55,6 +55,8 @@ class Condensation:
         calls: states given to the denoiser.
     """
 
+    record = ("settled", "participation", "last", "trajectories", "median_ratio", "calls")
+
     settled: Curve
     participation: Curve
     last: CriticalTime
@@ -64,16 +66,15 @@ class Condensation:
     ends: np.ndarray
     calls: int
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, for records; the images are left out."""
-        return {
-            "settled": self.settled.to_dict(),
-            "participation": self.participation.to_dict(),
-            "last": self.last.to_dict(),
-            "trajectories": len(self.levels),
-            "median_ratio": float(np.median(self.ratio)),
-            "calls": self.calls,
-        }
+    @property
+    def trajectories(self) -> int:
+        """Number of trajectories N."""
+        return len(self.levels)
+
+    @property
+    def median_ratio(self) -> float:
+        """Median of the ratios."""
+        return float(np.median(self.ratio))
 
 
 def nearest_of(points: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -81,6 +82,7 @@ def nearest_of(points: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda images: neighbours(images, points, 1)[1][:, 0]
 
 
+@renamed()
 def nearest_flips(
     law_or_denoiser: Any,
     data: Empirical,
@@ -89,8 +91,7 @@ def nearest_flips(
     sigma_start: float | None = None,
     sigma_end: float | None = None,
     seeds: int = 0,
-    progress: Progress | None = None,
-    keep: Keep | None = None,
+    run: Run | None = None,
 ) -> Condensation:
     """Run reverse trajectories and watch the nearest training point and the participation.
 
@@ -102,7 +103,7 @@ def nearest_flips(
         sigma_start, sigma_end: first and last level; by default the denoiser's own ends, or for a law 30 times and a
             hundredth of the spread of the data.
         seeds: every block of 64 trajectories draws from a generator keyed by this and its number.
-        progress, keep: as for `clones`; blocks are "condensation-<settings>/<block>".
+        run: a finished part for every 64 trajectories, and progress in these.
 
     Returns:
         A `Condensation`. Its ``last`` has no level where the nearest point of most trajectories still changes at the
@@ -132,17 +133,18 @@ def nearest_flips(
         g = generator(seeds, 53, i)
         n = min(BLOCK, trajectories - i * BLOCK)
         x = start_states(law_or_denoiser, n, start, g, torch.float32)
-        found = np.zeros((2, steps, n))
+        watched = np.zeros((2, steps, n))
         for j, (sigma, image) in enumerate(descend(d, x, [*grid, 0.0], g)):
             if sigma:
-                found[0, j] = neighbours(image, data.points, 1)[1][:, 0]
-                found[1, j] = data.participation(image, sigma).log10()
+                watched[0, j] = neighbours(image, data.points, 1)[1][:, 0]
+                watched[1, j] = data.participation(image, sigma).log10()
         apart = neighbours(image, data.points, 2)[0]
         ratio = (apart[:, 0] / apart[:, 1].clamp_min(1e-300)).numpy()
-        return {"watched": found, "ratio": ratio, "ends": image.numpy()}
+        return {"watched": watched, "ratio": ratio, "ends": image.numpy()}
 
-    name = keyed("condensation", data.points, trajectories, steps, start, end, seeds)
-    parts = in_blocks(name, range(math.ceil(trajectories / BLOCK)), block, progress, keep)
+    run = run or Run()
+    settings = (*fingerprints(run, law_or_denoiser), data.points, trajectories, steps, start, end, seeds)
+    parts = run.parts("condensation", range(math.ceil(trajectories / BLOCK)), block, *settings)
     watched = np.concatenate([p["watched"] for p in parts], axis=2)
     nearest = watched[0].astype(np.int64)
     settled = np.cumprod((nearest == nearest[-1])[::-1], axis=0)[::-1].astype(float)
@@ -152,7 +154,7 @@ def nearest_flips(
     return Condensation(
         mean_curve(grid, settled, "share that has settled"),
         mean_curve(grid, watched[1], "log10 of the participation"),
-        _median(levels, first, grid, seeds),
+        _last(levels, first, grid, seeds),
         levels,
         nearest,
         np.concatenate([p["ratio"] for p in parts]),
@@ -161,15 +163,13 @@ def nearest_flips(
     )
 
 
-def _median(levels: np.ndarray, first: np.ndarray, grid: np.ndarray, seed: int) -> CriticalTime:
+def _last(levels: np.ndarray, first: np.ndarray, grid: np.ndarray, seed: int) -> CriticalTime:
+    """The median level of the last change, with its bootstrap interval."""
     criterion = "last change of the nearest"
     if np.median(first) >= len(grid) - 1:
         reason = f"the nearest training point of most trajectories still changes at sigma {grid[-1]:.3g}"
         return CriticalTime(None, criterion=criterion, flow="sde", source=SOURCE, reason=reason)
-    rng = np.random.default_rng(seed)
-    drawn = np.median(levels[rng.integers(0, len(levels), (1000, len(levels)))], axis=1)
-    low, high = percentiles(drawn)
-    middle = NoiseLevel(float(np.median(levels)))
-    return CriticalTime(
-        middle, NoiseLevel(float(low)), NoiseLevel(float(high)), criterion=criterion, flow="sde", source=SOURCE
-    )
+    rows = np.random.default_rng(seed).integers(0, len(levels), (1000, len(levels)))
+    ends = percentiles(np.median(levels[rows], axis=1))
+    middle, low, high = (NoiseLevel(float(v)) for v in (np.median(levels), *ends))
+    return CriticalTime(middle, low, high, criterion=criterion, flow="sde", source=SOURCE)

@@ -16,22 +16,22 @@ Source: derived; the mechanism is that of arXiv:2305.19693.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.integrate import trapezoid
 
-from symbreak.critical import CriticalTime, Curve, curve, levels, passing_time
+from symbreak.critical import CriticalTime, Curve, Result, curve, levels, passing_time
 from symbreak.intervals import resampled
 from symbreak.laws.gaussian import Gaussian
 from symbreak.moments.one_pass import LowRankMoments, Moments
-from symbreak.networks.denoiser import CHUNK, as_denoiser, ask, images_for
+from symbreak.networks.denoiser import CHUNK, as_denoiser, ask, fingerprints, images_for
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.reverse_paths import descend, grid_through, start_states
 from symbreak.runtime.files import InputError
-from symbreak.runtime.run import Arrays, Keep, Progress, in_blocks
+from symbreak.runtime.run import Arrays, Run, renamed
 
 __all__ = ["Check", "LinearShare", "Reversion", "linear_share", "linearity_check", "reversion", "reversion_check"]
 
@@ -45,7 +45,7 @@ DENSE = 1024  # up to this dimension a law's covariance is formed
 
 
 @dataclass(frozen=True)
-class Check:
+class Check(Result):
     """One of the mechanism's signatures.
 
     Attributes:
@@ -56,18 +56,16 @@ class Check:
         sentence: both in words.
     """
 
+    record = ("name", "holds", "value", "expected", "sentence")
+
     name: str
     holds: bool | None
     value: float
     expected: float
     sentence: str
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, for records."""
-        return {k: getattr(self, k) for k in ("name", "holds", "value", "expected", "sentence")}
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reversion(Curve):
     """Correlation of reverse trajectories with their start, a `Curve` with 95 % bootstrap intervals over paths.
 
@@ -78,10 +76,17 @@ class Reversion(Curve):
         seed: of the bootstrap.
     """
 
-    start: float = math.inf
-    exact: Curve | None = None
-    products: np.ndarray = field(default_factory=lambda: np.zeros((3, 0, 0)))
-    seed: int = 0
+    record = (*Curve.record, "start", "paths", "exact")
+
+    start: float
+    exact: Curve | None
+    products: np.ndarray
+    seed: int
+
+    @property
+    def paths(self) -> int:
+        """Number of paths N."""
+        return self.products.shape[2]
 
     def time(self, threshold: float = REVERTED, resamples: int = 1000) -> CriticalTime:
         """The level where the correlation falls below a threshold, e.g. 1/2 or 1/e, with its bootstrap interval."""
@@ -101,16 +106,10 @@ class Reversion(Curve):
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for records."""
-        return {
-            **super().to_dict(),
-            "start": self.start,
-            "paths": self.products.shape[2],
-            "exact": self.exact and self.exact.to_dict(),
-            "half": self.time(0.5).to_dict(),
-            "1/e": self.time(math.exp(-1)).to_dict(),
-        }
+        return {**super().to_dict(), "half": self.time(0.5).to_dict(), "1/e": self.time(math.exp(-1)).to_dict()}
 
 
+@renamed()
 def reversion(
     law_or_denoiser: Any,
     sigma: Any,
@@ -119,8 +118,7 @@ def reversion(
     seeds: int = 0,
     moments: Any = None,
     sigma_start: float | None = None,
-    progress: Progress | None = None,
-    keep: Keep | None = None,
+    run: Run | None = None,
 ) -> Reversion:
     """How a reverse trajectory forgets its start: correlation of its state with the start, by level.
 
@@ -138,7 +136,7 @@ def reversion(
             dimensions has its own.
         sigma_start: level T of the start; by default the top of a network's range, from pure noise, or, for a
             law, which is sampled there exactly, the largest level.
-        progress, keep: called as progress(done, blocks) and keep("reversion/<block>", make).
+        run: finished parts and progress in blocks of paths.
 
     Returns:
         A `Reversion`.
@@ -166,28 +164,30 @@ def reversion(
         rho = np.sqrt((total + dim * s**2) / (total + dim * start**2))
         exact = curve(s, shape, rho, rho, rho, "exact correlation with the start")
     # Blocks as even as they can be: each is centred by itself.
-    sizes = [len(part) for part in np.array_split(np.arange(paths), max(1, -(-paths // _block(dim))))]
+    most = max(1, NUMBERS // dim // CHUNK) * CHUNK
+    sizes = [len(part) for part in np.array_split(np.arange(paths), -(-paths // most))]
 
     def block(i: int) -> Arrays:
         g = generator(seeds, 41, i)
         x = start_states(law_or_denoiser, sizes[i], start, g, torch.float64 if is_law else torch.float32)
         first = (x - x.mean(0)).flatten(1).double()
-        found = np.zeros((3, len(s), sizes[i]))
+        products = np.zeros((3, len(s), sizes[i]))
         for j, (_, state) in enumerate(descend(d, x, grid, g)):
             centred = (state - state.mean(0)).flatten(1).double()
             for k in np.flatnonzero(at == j):
                 pairs = ((centred, first), (centred, centred), (first, first))
-                found[:, k] = np.stack([(a * b).sum(1).numpy() for a, b in pairs])
-        if not np.isfinite(found).all():
+                products[:, k] = np.stack([(a * b).sum(1).numpy() for a, b in pairs])
+        if not np.isfinite(products).all():
             raise InputError("the network answers NaN or infinity; expected denoised images.")
-        return {"products": found}
+        return {"products": products}
 
-    parts = in_blocks("reversion", range(len(sizes)), block, progress, keep)
+    run = run or Run()
+    settings = (*fingerprints(run, law_or_denoiser), grid.tolist(), at.tolist(), paths, seeds)
+    parts = run.parts("reversion", range(len(sizes)), block, *settings)
     products = np.concatenate([part["products"] for part in parts], axis=2)
-    value = _correlation(products.mean(2))
-    ends = np.quantile(_correlations(products, seeds), [0.025, 0.975], axis=0)
-    at_level, rho, below, above = (a.reshape(shape) for a in (s, value, ends[0], ends[1]))
-    return Reversion(at_level, rho, below, above, "correlation with the start", start, exact, products, seeds)
+    low, high = np.quantile(_correlations(products, seeds), [0.025, 0.975], axis=0)
+    measured = curve(s, shape, _correlation(products.mean(2)), low, high, "correlation with the start")
+    return measured.extended(Reversion, start=start, exact=exact, products=products, seed=seeds)
 
 
 def reversion_check(found: Reversion, at: Any) -> Check:
@@ -198,11 +198,10 @@ def reversion_check(found: Reversion, at: Any) -> Check:
         at: the level: sigma, a `NoiseLevel` or a `CriticalTime`.
     """
     name = "early fluctuations revert"
-    level, why = _sigma_of(at)
     sigma, value = np.append(np.atleast_1d(found.sigma), found.start), np.append(np.atleast_1d(found.value), 1.0)
-    if level is None or not sigma.min() <= level <= found.start:
-        why = why or f"sigma {level:.4g} is outside {sigma.min():.4g} to {found.start:.4g}, where it was measured"
-        return Check(name, None, math.nan, REVERTED, f"Cannot be said: {(why or '').rstrip('.')}.")
+    level = _level(name, at, sigma, REVERTED)
+    if isinstance(level, Check):
+        return level
     order = np.argsort(sigma)
     rho = float(np.interp(math.log(level), np.log(sigma[order]), value[order]))
     holds = rho < REVERTED
@@ -213,7 +212,7 @@ def reversion_check(found: Reversion, at: Any) -> Check:
     return Check(name, holds, rho, REVERTED, sentence)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LinearShare(Curve):
     """Share of the variance of D(x, sigma) explained by an affine map of x, a `Curve` with 95 % bootstrap intervals.
 
@@ -226,16 +225,14 @@ class LinearShare(Curve):
         spread: E|D - E D|^2 [G].
     """
 
-    gaussian: Curve | None = None
-    remainder: np.ndarray = field(default_factory=lambda: np.zeros(0))
-    spread: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    record = (*Curve.record, "gaussian", "remainder", "spread")
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, for records."""
-        own = {k: np.atleast_1d(getattr(self, k)).tolist() for k in ("remainder", "spread")}
-        return {**super().to_dict(), "gaussian": self.gaussian and self.gaussian.to_dict(), **own}
+    gaussian: Curve
+    remainder: np.ndarray
+    spread: np.ndarray
 
 
+@renamed()
 def linear_share(
     denoiser: Any,
     images: Any,
@@ -243,8 +240,7 @@ def linear_share(
     gaussian: Gaussian | None = None,
     leading: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
-    keep: Keep | None = None,
+    run: Run | None = None,
 ) -> LinearShare:
     """How linear a network's denoiser is at every level.
 
@@ -261,7 +257,7 @@ def linear_share(
         gaussian: the Gaussian of the data; best fitted on other and more images. By default fitted in every fold.
         leading: principal coordinates of the regression; by default a quarter of the images fitted on, at most 64.
         seed: of the noise, the same at every level, and of the folds.
-        progress, keep: called as progress(done, levels) and keep("linear/<level number>", make).
+        run: a finished part a level, and progress in levels.
 
     Returns:
         A `LinearShare`.
@@ -301,18 +297,21 @@ def linear_share(
                 energy[k, test.numpy()] = (r * r).sum(1).numpy()
         return {"energy": energy}
 
-    found = in_blocks("linear", s.tolist(), level, progress, keep)
-    best, own, total = np.stack([block["energy"] for block in found], axis=1)
+    run = run or Run()
+    settings: tuple[object, ...] = ()
+    if run.folder is not None:
+        settings = (*fingerprints(run, denoiser, laws[0]), x0, s.tolist(), p, seed)
+    parts = run.parts("linear", s.tolist(), level, *settings)
+    best, rest, total = np.stack([part["energy"] for part in parts], axis=1)
 
-    def share(left: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def share(left: np.ndarray, name: str) -> Curve:
         again = resampled(np.concatenate([left, total]), seed)
         low, high = np.quantile(1 - again[:, : len(s)] / again[:, len(s) :], [0.025, 0.975], axis=0)
-        return 1 - left.mean(1) / total.mean(1), low, high
+        return curve(s, shape, 1 - left.mean(1) / total.mean(1), low, high, f"share explained by {name}")
 
-    value, low, high = (a.reshape(shape) for a in share(best))
-    law_curve = curve(s, shape, *share(own), name="share explained by the Gaussian's map")
-    name = "share explained by a linear map"
-    return LinearShare(s.reshape(shape), value, low, high, name, law_curve, best.mean(1), total.mean(1))
+    law_curve = share(rest, "the Gaussian's map")
+    linear = share(best, "a linear map")
+    return linear.extended(LinearShare, gaussian=law_curve, remainder=best.mean(1), spread=total.mean(1))
 
 
 def linearity_check(found: LinearShare, at: Any) -> Check:
@@ -328,12 +327,11 @@ def linearity_check(found: LinearShare, at: Any) -> Check:
         at: the start's level: sigma, a `NoiseLevel` or a `CriticalTime`.
     """
     name = "early dynamics are linear"
-    level, why = _sigma_of(at)
     order = np.argsort(np.atleast_1d(found.sigma))
     sigma = np.atleast_1d(found.sigma)[order]
-    if level is None or not sigma[0] <= level < sigma[-1]:
-        why = why or f"sigma {level:.4g} is outside {sigma[0]:.4g} to {sigma[-1]:.4g}, where it was measured"
-        return Check(name, None, math.nan, LINEAR, f"Cannot be said: {(why or '').rstrip('.')}.")
+    level = _level(name, at, sigma, LINEAR, top=False)
+    if isinstance(level, Check):
+        return level
     u = np.log(np.append(level, sigma[sigma > level]))
     left, whole = (
         trapezoid(np.interp(u, np.log(sigma), energy[order]) * np.exp(-2 * u), u)
@@ -366,8 +364,8 @@ def _ridge(z: torch.Tensor, left: torch.Tensor, at: torch.Tensor) -> torch.Tenso
         error = (((target - (y * shrunk) @ slopes) / (1 - leverage).clamp_min(1e-6)[:, None]) ** 2).sum()
         if error < best:
             best, gain = error, shrunk
-    found: torch.Tensor = offset + ((at - centre) @ vectors * gain) @ slopes
-    return found
+    out: torch.Tensor = offset + ((at - centre) @ vectors * gain) @ slopes
+    return out
 
 
 def _correlation(products: np.ndarray) -> np.ndarray:
@@ -382,18 +380,21 @@ def _correlations(products: np.ndarray, seed: int, resamples: int = 1000) -> np.
     return _correlation(again.reshape(resamples, 3, -1).transpose(1, 0, 2))
 
 
-def _block(dim: int) -> int:
-    return max(1, NUMBERS // dim // CHUNK) * CHUNK
-
-
 def _trace(moments: Any) -> tuple[float, int]:
     """Total variance and dimension."""
     m = getattr(moments, "moments", moments)
     return (m.trace if isinstance(m, LowRankMoments) else float(torch.trace(m.cov))), m.dim
 
 
-def _sigma_of(at: Any) -> tuple[float | None, str | None]:
-    """sigma of a level in any form, or why there is none."""
-    if isinstance(at, CriticalTime):
-        return at.sigma, at.reason or "there is no level"
-    return (at.sigma if isinstance(at, NoiseLevel) else float(at)), None
+def _level(
+    name: str, at: float | NoiseLevel | CriticalTime, sigma: np.ndarray, expected: float, top: bool = True
+) -> float | Check:
+    """sigma of a level among those measured, the top one or not, or the check that cannot be made there."""
+    level = at.sigma if isinstance(at, CriticalTime | NoiseLevel) else float(at)
+    if level is not None and sigma.min() <= level <= sigma.max() and (top or level < sigma.max()):
+        return level
+    if level is None:
+        why = ((isinstance(at, CriticalTime) and at.reason) or "there is no level").rstrip(".")
+    else:
+        why = f"sigma {level:.4g} is outside {sigma.min():.4g} to {sigma.max():.4g}, where it was measured"
+    return Check(name, None, math.nan, expected, f"Cannot be said: {why}.")

@@ -542,14 +542,7 @@ def _condensation(
     pairs = max(20, effort.pairs // 3)
     with found.stage("condensation") as tell:
         flips = nearest_flips(
-            network,
-            whole,
-            pairs,
-            effort.steps,
-            sigma_start=min(high, 30 * scale),
-            seeds=seed,
-            progress=tell,
-            keep=store.keep,
+            network, whole, pairs, effort.steps, sigma_start=min(high, 30 * scale), seeds=seed, run=store.run(tell)
         )
         found.add("last change of the nearest image", "network", flips.last)
         near = np.flatnonzero(flips.settled.sigma < 4 * scale)  # above, nothing happens
@@ -674,9 +667,9 @@ def _network(
             seeds=seed,
             moments=moments,
             sigma_start=min(0.95 * high, max(8.0 * scale, 4.0 * float(moments.mean.norm()))),
-            keep=store.keep,
+            run=store.run(),
         )
-        linear = linear_share(network, images, early, gaussian=laws.gaussian, seed=seed, progress=tell, keep=store.keep)
+        linear = linear_share(network, images, early, gaussian=laws.gaussian, seed=seed, run=store.run(tell))
         found.draw("mechanism", "correlation with the start", "network", paths, "o-")
         if paths.exact is not None:
             found.draw("mechanism", "the same, exact dynamics", "data", paths.exact, "--")
