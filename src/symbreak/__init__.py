@@ -5,60 +5,12 @@ Names are loaded on first use, so that ``import symbreak`` is quick and touches 
 
 from __future__ import annotations
 
+import ast
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-
-_HOMES = {
-    "networks.families": ("as_unet", "denoiser"),
-    "networks.guidance": ("guided",),
-    "networks.latents": ("encode",),
-    "networks.loading": ("load_pipeline",),
-    "networks.samplers": ("scheduler",),
-    "studies.compare_starts": ("compare_starts",),
-    "studies.sensitivity": ("sensitivity",),
-    "studies.measure": ("Measure",),
-    "critical": ("CriticalTime", "Curve"),
-    "data.images": ("Images",),
-    "data.readers": ("images",),
-    "start.grids": ("late_sigmas",),
-    "networks.denoiser": ("Denoiser", "score"),
-    "runtime.errors": ("InputError",),
-    "runtime.run": ("Run",),
-    "laws": ("Empirical", "Gaussian", "Mixture", "PrincipalMixture", "Sphere"),
-    "metrics.features": ("extractor",),
-    "studies.evaluate": ("Subset", "evaluate", "evaluate_network"),
-    "laws.saving": ("load_law", "save_law"),
-    "moments.one_pass": ("Moments", "frechet_distance"),
-    "noise": ("NoiseLevel", "Schedule", "schedule"),
-    "phases.collapse": ("collapse_scaling", "collapse_time", "excess_entropy", "mutual_information", "samples_needed"),
-    "phases.condensation": ("nearest_flips", "nearest_of"),
-    "phases.branches": ("Paths",),
-    "phases.clones": ("clone_agreement", "clones"),
-    "phases.kicks": ("opportunity",),
-    "phases.u_turns": ("u_turns",),
-    "phases.speciation": ("cloning_probability", "speciation_time"),
-    "phases.gaussianity": ("first_rejection", "gaussianity"),
-    "phases.losses": ("entropy_rate", "loss_curve"),
-    "phases.non_gaussianity": ("non_gaussianity",),
-    "phases.network_stability": ("arc_potential", "network_stability"),
-    "phases.bifurcation": ("bifurcation", "fixed_points", "potential"),
-    "start.pipeline": ("LateStartPipeline",),
-    "report.record": ("Record",),
-    "report.html": ("write_report",),
-    "start.sample": ("generate",),
-    "moments.low_rank": ("LowRankMoments", "truncation_bound"),
-    "start.late_start": ("LateStart", "LateStartWarning", "standard_start"),
-    "start.fit": ("candidate_laws", "fit_start", "late_start"),
-    "studies.diagnose": ("Effort", "diagnose"),
-    "studies.audit": ("Sampling", "audit"),
-    "studies.compare_samplers": ("Study", "run"),
-    "networks.train": ("Recipe", "train_network"),
-    "studies.worlds": ("draw_world",),
-}
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from symbreak.critical import CriticalTime, Curve
@@ -114,10 +66,21 @@ if TYPE_CHECKING:
     from symbreak.studies.worlds import draw_world
 
 
+def _homes() -> dict[str, str]:
+    """The module of each public name, from the imports above, which only type checkers run."""
+    tree = ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    imports = [node for node in tree if isinstance(node, ast.ImportFrom) and str(node.module).startswith("symbreak.")]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+_HOME = _homes()
+__all__ = sorted(_HOME)
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'symbreak' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"symbreak.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
