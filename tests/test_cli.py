@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -167,6 +168,53 @@ def test_without_arguments_there_is_help(capsys):
     assert "phases" in out
 
 
+FLAGS = {
+    "audit": "--classes --compile --data --device --features --holdout --json --limit --memory --model --near --out "
+    "--pad --precision --range --sampler --samples --samples-range --seed --seeds --skip-bad --steps --threshold "
+    "--weights --weights-sha256",
+    "evaluate": "--at --cache --classes --classify --compile --data --device --features --holdout --json --memory "
+    "--model --no-cache --out --pad --precision --range --reference --repeats --rows --sampler --samples "
+    "--samples-range --seed --seeds --skip-bad --start --steps --weights --weights-sha256",
+    "fit": "--classes --clusters --compile --data --device --holdout --json --memory --model --out --pad --precision "
+    "--range --rank --sampler --skip-bad --start --steps",
+    "phases": "--branches --classes --classify --clusters --compile --data --device --holdout --json --limit --memory "
+    "--model --out --pad --pairs --precision --quick --range --seed --skip-bad --steps",
+    "report": "--json --out",
+    "sample": "--at --classes --clusters --compile --data --device --holdout --json --micro-batch --model --out --pad "
+    "--precision --range --sampler --seeds --skip-bad --start --steps",
+    "study": "--calls --classes --compile --data --device --features --holdout --json --memory --model --out --pad "
+    "--precision --quick --range --repeats --samplers --samples --skip-bad",
+    "train": "--classes --compile --data --device --json --limit --memory --out --pad --precision --range --recipe "
+    "--skip-bad --steps",
+    "world": "--json --out --seed --train",
+}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_scripts_of_users_go_on_working(capsys, command):
+    code, out, err = symbreak(capsys, command, "--help")
+    assert (code, err) == (0, "")
+    assert "Example" in out
+    assert set(FLAGS[command].split()) <= set(re.findall(r"--[a-z0-9-]+", out))
+
+
+def test_help_is_there_at_once():
+    code = "import sys; sys.argv = ['symbreak', '--help']; from symbreak.cli.commands import main\ntry: main()\n"
+    code += "except SystemExit: print(sorted({'torch', 'scipy', 'diffusers', 'PIL', 'numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+def test_values_may_begin_with_a_minus_sign(capsys, tmp_path):
+    x = np.random.default_rng(0).random((30, 4, 4)) * 4 - 2
+    np.save(tmp_path / "x.npy", x)
+    for said in (("--range", "-2,2"), ("--range=-2,2",)):
+        code, out, _ = symbreak(
+            capsys, "fit", "--data", tmp_path / "x.npy", *said, "--out", tmp_path / "m.safetensors", "--json"
+        )
+        assert (code, json.loads(out)["count"]) == (0, 30)
+
+
 def test_train(capsys, tmp_path):
     (tmp_path / "r.json").write_text('{"channels": [8, 8], "steps": 5, "batch": 8}')
     argv = ("train", "--data", "digits", "--recipe", tmp_path / "r.json", "--out", tmp_path / "net")
@@ -257,8 +305,10 @@ def test_skip_bad_counts(capsys, tmp_path):
         (("report", "absent.json"), "cannot be read"),
         (("train", "--data", "digits", "--recipe", "absent.json"), "cannot be read"),
         (("fit", "--data", "digits", "--range", "a"), "LOW,HIGH"),
-        (("fit", "--nope"), "No such option"),
-        (("nope",), "No such command"),
+        (("fit", "--nope"), "--data requires an argument"),
+        (("fit", "--data", "digits", "--nope"), "Unknown option: --nope"),
+        (("fit", "--data", "digits", "--rank", "few"), "into int"),
+        (("nope",), 'Unknown command "nope"'),
     ],
 )
 def test_bad_arguments(capsys, tmp_path, argv, words):

@@ -1,32 +1,67 @@
-"""What a command line asks for: data sets, networks, starts and sizes, from the words of its options.
+"""Options that several commands share, in groups: cyclopts lays each dataclass flat into a command's options.
 
-Errors name the options. The commands themselves are in `symbreak.cli.commands`.
+A group opens what its options name. Errors name the options.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
+from cyclopts import Parameter
 
-from symbreak.runtime.files import InputError
+from symbreak.cli.console import err
+from symbreak.runtime.errors import InputError
 
-err = Console(stderr=True)
+if TYPE_CHECKING:
+    from symbreak.data.images import Images
+    from symbreak.noise import NoiseLevel
+    from symbreak.start.late_start import LateStart
 
-SAMPLER, STEPS = "dpm++2m-karras", 5
-Placed = tuple[str, str, bool]  # device, precision, compiled
+DATA = "digits, a folder of images (sub-folders are classes), a .parquet, .npz or .npy file, or a hub id"
+MODEL = "digits, a diffusers folder or a hub id"
+START = "a file of `symbreak fit` (moments, law or start), auto: fitted to --data and chosen, none: white noise"
+CLASSIFIERS = "digits-classifier, classifier (trained on the labels), FILE.safetensors, module:callable"
+MICRO = 64  # states of one network evaluation
 
 
-def given(source: str | None, name: str) -> str:
-    if source is None:
+def option(name: str | None, text: str) -> Parameter:
+    """An option with its help; a value may begin with a minus sign, as in --range -1,1."""
+    return Parameter(name, help=text, allow_leading_hyphen=True)
+
+
+def flag(name: str | None, text: str) -> Parameter:
+    """A switch with its help; it is off without it."""
+    return Parameter(name, help=text, show_default=False)
+
+
+Data = Annotated[str, option("--data", DATA)]
+Limit = Annotated[int | None, option("--limit", "keep only N of the images, spread evenly over the classes")]
+Memory = Annotated[str | None, option("--memory", "working memory, such as 4GB")]
+Clusters = Annotated[int | None, option("--clusters", "clusters of a start's mixture law")]
+SamplesRange = Annotated[str | None, option("--samples-range", "--range of the samples")]
+Weights = Annotated[str | None, option("--weights", "of inception (file) or dinov2 (folder)")]
+Sha256 = Annotated[str | None, option("--weights-sha256", "of other Inception weights than FID's")]
+Folder = Annotated[Path | None, option("--out", "folder for record.json and report.html; resumable")]
+Json = Annotated[bool, flag("--json", "print one JSON object on stdout and nothing else")]
+
+
+def required(value: str | None, name: str) -> str:
+    """A value that another option asks for.
+
+    Raises:
+        InputError: where it is missing.
+    """
+    if value is None:
         raise InputError(f"{name} is missing.")
-    return source
+    return value
 
 
 def limits(text: str | None) -> tuple[float, float] | None:
+    """LOW,HIGH as two numbers."""
     if text is None:
         return None
     try:
@@ -40,8 +75,8 @@ def memory_size(text: str | None) -> int | None:
     """A size such as 4GB, 512MiB or a number of bytes."""
     if text is None:
         return None
-    units = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-    units |= {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+    units = {"": 1, "b": 1} | {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)}
+    units |= {f"{p}ib": 1024**i for i, p in enumerate("kmgt", 1)}
     number = text.strip().rstrip("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
     try:
         size = float(number) * units[text.strip()[len(number) :].lower()]
@@ -52,13 +87,14 @@ def memory_size(text: str | None) -> int | None:
     return int(size)
 
 
-def level(text: str) -> Any:
+def level(text: str) -> str | float | NoiseLevel:
+    """What --at says: speciation, a step, or a noise level by one of its views."""
     from symbreak.noise import NoiseLevel
 
     if text == "speciation":
         return text
     name, _, value = text.rpartition("=")
-    makers: dict[str, Callable[[float], Any]] = {
+    makers: dict[str, Callable[[float], float | NoiseLevel]] = {
         "": float,
         "step": float,
         "sigma": NoiseLevel,
@@ -73,67 +109,168 @@ def level(text: str) -> Any:
         ) from None
 
 
-def start_hash(path: Path) -> str:
-    from symbreak.runtime.files import file_hash
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Reading:
+    """How data are read."""
 
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; expected a file of `symbreak fit`, auto or none.")
-    if not path.is_file():
-        raise InputError(f"{path} does not exist. Expected a file of `symbreak fit`, auto or none.")
-    return file_hash(path)[:16]
+    value_range: Annotated[str | None, option("--range", "value range LOW,HIGH of float arrays, such as 0,255")] = None
+    skip_bad: Annotated[bool, flag(None, "leave unusable images out and count them")] = False
+    classes: Annotated[str | None, option(None, "keep only these classes, such as cat,dog")] = None
+    pad: Annotated[int | None, option(None, "pad images with black to N x N pixels")] = None
 
+    def open(self, source: str, limit: int | None = None) -> Images:
+        """The images that a source names."""
+        from symbreak.data.readers import images
 
-def data_set(
-    source: str,
-    value_range: str | None = None,
-    skip_bad: bool = False,
-    classes: str | None = None,
-    pad: int | None = None,
-    limit: int | None = None,
-) -> Any:
-    from symbreak.data.readers import images
+        names = None if self.classes is None else self.classes.split(",")
+        data = images(
+            source,
+            value_range=limits(self.value_range),
+            skip_bad=self.skip_bad,
+            classes=names,
+            pad=self.pad,
+            limit=limit,
+        )
+        if data.skipped:
+            err.print(f"left out {len(data.skipped)} unusable images (first: {data.skipped[0]})", markup=False)
+        return data
 
-    found = images(
-        source,
-        value_range=limits(value_range),
-        skip_bad=skip_bad,
-        classes=None if classes is None else classes.split(","),
-        pad=pad,
-        limit=limit,
-    )
-    if found.skipped:
-        err.print(f"left out {len(found.skipped)} unusable images (first: {found.skipped[0]})", markup=False)
-    return found
-
-
-def device_of(name: str) -> str:
-    """The device that ``auto`` stands for: this process's GPU where there is one."""
-    import torch
-
-    torch.backends.cudnn.allow_tf32 = False  # ten bits of a product are no single precision
-    if name != "auto":
-        return name
-    return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+    def open_if(self, source: str | None) -> Images | None:
+        """The images that a source names, if one is named."""
+        return None if source is None else self.open(source)
 
 
-def refuse_without_network(model: str | None, placed: Placed) -> None:
-    """A precision and a compiler belong to a network."""
-    if model is None and placed[1:] != ("fp32", False):
-        raise InputError("--precision and --compile belong to a network. Add --model, or leave them out.")
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a network runs."""
+
+    device: Annotated[str, option(None, "of the network: auto (a GPU if there is one), cpu, cuda, cuda:1")] = "auto"
+    precision: Annotated[str, option(None, "of network evaluations: fp32, bf16 or fp16 (autocast)")] = "fp32"
+    compiled: Annotated[bool, flag("--compile", "put the network through torch.compile")] = False
+
+    def place(self) -> str:
+        """The device; auto stands for this process's GPU where there is one."""
+        import torch
+
+        torch.backends.cudnn.allow_tf32 = False  # ten bits of a product are no single precision
+        if self.device != "auto":
+            return self.device
+        return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
+
+    def load(self, model: str) -> Any:
+        """The pipeline that a model names."""
+        from symbreak.networks.loading import load_pipeline, refuse_conditional
+
+        pipe = load_pipeline(model, device=self.place(), precision=self.precision, compiled=self.compiled)
+        refuse_conditional(pipe, model)
+        return pipe
+
+    def load_if(self, model: str | None) -> Any:
+        """The pipeline that a model names, if one is named.
+
+        Raises:
+            InputError: for a precision or a compiler without a network that they belong to.
+        """
+        if model is None and (self.precision, self.compiled) != ("fp32", False):
+            raise InputError("--precision and --compile belong to a network. Add --model, or leave them out.")
+        return None if model is None else self.load(model)
 
 
-def loaded(source: str, placed: Placed) -> Any:
-    """A network where and how it is to run."""
-    from symbreak.networks.loading import load_pipeline, refuse_conditional
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Beginning:
+    """Where sampling begins, and how it goes on."""
 
-    device, precision, compiled = placed
-    pipe = load_pipeline(source, device=device_of(device), precision=precision, compiled=compiled)
-    refuse_conditional(pipe, source)
-    return pipe
+    start: Annotated[str, option(None, START)] = "none"
+    at: Annotated[
+        str | None, option(None, "of moments or a law: speciation (default), a step such as 400, sigma=1.5")
+    ] = None
+    sampler: Annotated[str | None, option(None, "ddpm, ddim, pndm, dpm++2m, dpm++2m-karras (default), ...")] = None
+    steps: Annotated[int | None, option(None, "num_inference_steps (default: 5; evaluate: 10)")] = None
+
+    def scheduler(self, pipe: Any) -> Any:
+        """The sampler's scheduler with the settings of a network's own."""
+        from symbreak.networks.samplers import scheduler
+
+        return scheduler("dpm++2m-karras" if self.sampler is None else self.sampler, like=pipe.scheduler)
+
+    def check(self) -> None:
+        """Raise what can be known before anything is loaded."""
+        if self.at is not None and self.start in ("none", "auto"):
+            raise InputError(
+                f"--at {self.at} came with --start {self.start}, which has no level to give. Leave one of them out."
+            )
+        if self.start not in ("none", "auto"):
+            self.file_hash()
+
+    def file_hash(self) -> str:
+        """Digest of the start's file.
+
+        Raises:
+            InputError: where it is none.
+        """
+        from symbreak.runtime.files import file_hash
+
+        path = Path(self.start)
+        if not path.is_file():
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise InputError(f"{path} {what}; expected a file of `symbreak fit`, auto or none.")
+        return file_hash(path)[:16]
+
+    def plan(self, pipe: Any, steps: int) -> LateStart:
+        """The start that the options name, for a network."""
+        from symbreak.laws import Gaussian
+        from symbreak.laws.saving import law_from_tensors
+        from symbreak.moments.one_pass import Moments
+        from symbreak.runtime.files import read_tensors
+        from symbreak.start.fit import late_start
+        from symbreak.start.late_start import LateStart, LateStartWarning, check_same_network, standard_start
+
+        self.check()
+        number = steps if self.steps is None else self.steps
+        base = self.scheduler(pipe)
+        if self.start == "none":
+            return standard_start(base, number)
+        if self.start == "auto":
+            raise InputError("--start auto is for sample. Fit one with symbreak fit --start, and pass the file.")
+        tensors, metadata = read_tensors(self.start)
+        kind = metadata.get("format", "")
+        if kind == "symbreak.start":
+            if (self.at, self.sampler, self.steps) != (None,) * 3:
+                raise InputError(
+                    f"{self.start} is a start, which brings its own sampler, steps and level. Leave --sampler, --steps "
+                    "and --at out, or pass moments or a law."
+                )
+            saved = LateStart.load(self.start)
+            check_same_network(saved, pipe.scheduler, self.start)
+            return saved
+        law: Any = (
+            law_from_tensors(tensors, metadata, self.start)
+            if kind == "symbreak.law"
+            else Gaussian(Moments.from_tensors(self.start, tensors, metadata))
+        )
+        with warnings_as_lines(LateStartWarning):
+            return late_start(base, law, number, at=level("speciation" if self.at is None else self.at))
+
+    def fit(self, pipe: Any, data: Images, holdout: Images | None, clusters: int | None, steps: int) -> LateStart:
+        """A start fitted to data and chosen for a network."""
+        from symbreak.start.fit import fit_start
+        from symbreak.start.late_start import LateStartWarning
+
+        number = steps if self.steps is None else self.steps
+        with err.status("fitting laws and choosing"), warnings_as_lines(LateStartWarning):
+            return fit_start(data, pipe.unet, self.scheduler(pipe), number, holdout, clusters)
+
+    def names(self, model: str, machine: Machine) -> dict[str, Any]:
+        """What the options say of network and start, for the record of what decides an image."""
+        start = self.start if self.start in ("none", "auto") else self.file_hash()
+        return {"model": model, "start": start, "precision": machine.precision, "compiled": machine.compiled}
 
 
 @contextmanager
-def _warnings(kind: type[Warning]) -> Iterator[None]:
+def warnings_as_lines(kind: type[Warning]) -> Iterator[None]:
     """Warnings of a kind as lines of our own on stderr."""
     import warnings
 
@@ -143,99 +280,3 @@ def _warnings(kind: type[Warning]) -> Iterator[None]:
     for warning in caught:
         if issubclass(warning.category, kind):
             err.print(f"warning: {warning.message}", markup=False)
-
-
-def fitted(
-    data: str,
-    holdout: str | None,
-    clusters: int | None,
-    options: tuple[Any, ...],
-    pipe: Any,
-    sampler: str | None,
-    steps: int | None,
-) -> tuple[Any, Any]:
-    """A start fitted and chosen for a network, and the network."""
-    from symbreak.networks.samplers import scheduler
-    from symbreak.start.fit import fit_start
-    from symbreak.start.late_start import LateStartWarning
-
-    base = scheduler(SAMPLER if sampler is None else sampler, like=pipe.scheduler)
-    train = data_set(data, *options)
-    kept = None if holdout is None else data_set(holdout, *options)
-    with err.status("fitting laws and choosing"), _warnings(LateStartWarning):
-        begin = fit_start(train, pipe.unet, base, STEPS if steps is None else steps, kept, clusters)
-    return begin, pipe.unet
-
-
-def planned(
-    model: str,
-    start: str,
-    at: str | None,
-    sampler: str | None,
-    steps: int | None,
-    placed: Placed,
-    fitting: tuple[Any, ...] | None = None,
-    default_steps: int = STEPS,
-) -> tuple[Any, Any]:
-    """The start and the network that a command line asks for."""
-    from symbreak.laws import Gaussian
-    from symbreak.laws.saving import law_from_tensors
-    from symbreak.moments.one_pass import Moments
-    from symbreak.networks.samplers import scheduler
-    from symbreak.runtime.files import read_tensors
-    from symbreak.start.fit import late_start
-    from symbreak.start.late_start import LateStart, LateStartWarning, check_same_network, standard_start
-
-    if at is not None and start in ("none", "auto"):
-        raise InputError(f"--at {at} came with --start {start}, which has no level to give. Leave one of them out.")
-    steps_asked = default_steps if steps is None else steps
-    if fitting is not None:
-        data, holdout, clusters, options = fitting
-        return fitted(data, holdout, clusters, options, loaded(model, placed), sampler, steps_asked)
-    pipe = loaded(model, placed)
-    base = scheduler(SAMPLER if sampler is None else sampler, like=pipe.scheduler)
-    if start == "none":
-        return standard_start(base, steps_asked), pipe.unet
-    if start == "auto":
-        raise InputError("--start auto is for sample. Fit one with symbreak fit --start, and pass the file.")
-    start_hash(Path(start))  # a missing file is named before anything is read
-    tensors, metadata = read_tensors(start)
-    kind = metadata.get("format", "")
-    if kind == "symbreak.start":
-        if (at, sampler, steps) != (None,) * 3:
-            raise InputError(
-                f"{start} is a start, which brings its own sampler, steps and level. Leave --sampler, --steps and --at "
-                "out, or pass moments or a law."
-            )
-        saved = LateStart.load(start)
-        check_same_network(saved, pipe.scheduler, start)
-        return saved, pipe.unet
-    law: Any
-    if kind == "symbreak.law":
-        law = law_from_tensors(tensors, metadata, start)
-    else:
-        law = Gaussian(Moments.from_tensors(start, tensors, metadata))
-    with _warnings(LateStartWarning):
-        begin = late_start(base, law, steps_asked, at=level("speciation" if at is None else at))
-    return begin, pipe.unet
-
-
-def decisive(model: str, start: str, unet: Any, begin: Any, placed: Placed, micro_batch: int) -> dict[str, Any]:
-    """Everything that decides an image beside its seed; the first rank's answers to fixed states are everybody's."""
-    from symbreak.start.sample import decisive as settings
-
-    named = start if start in ("none", "auto") else start_hash(Path(start))
-    more = {"model": model, "start": named, "precision": placed[1], "compiled": placed[2]}
-    return settings(unet, begin, micro_batch, more)
-
-
-def start_dict(begin: Any) -> dict[str, Any]:
-    return {
-        "scheduler": type(begin.scheduler).__name__,
-        "steps": begin.steps,
-        "calls": begin.calls,
-        "level": begin.level.to_dict(),
-        "law": None if begin.law is None else repr(begin.law),
-        "notes": list(begin.notes),
-        "choice": None if begin.choice is None else begin.choice.to_dict(),
-    }

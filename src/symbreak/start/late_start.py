@@ -147,6 +147,18 @@ class LateStart:
             )
         return _Hybrid(LawDenoiser(self.law), below, self.level.sigma)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for records."""
+        return {
+            "scheduler": type(self.scheduler).__name__,
+            "steps": self.steps,
+            "calls": self.calls,
+            "level": self.level.to_dict(),
+            "law": None if self.law is None else repr(self.law),
+            "notes": list(self.notes),
+            "choice": None if self.choice is None else self.choice.to_dict(),
+        }
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file: the law, and as JSON the uncut scheduler, the level asked for and the steps.
 

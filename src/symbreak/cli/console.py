@@ -1,0 +1,87 @@
+"""What a command says: bars and warnings on stderr, one table or one JSON object on stdout, one line for an error."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from symbreak.report.record import Record
+    from symbreak.runtime.run import Run
+
+err = Console(stderr=True)
+
+
+@contextmanager
+def running(out: Path | None, memory: int | None = None) -> Iterator[Run]:
+    """A `Run` with a folder and a budget that draws bars on stderr, of the first process only."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from symbreak.runtime.ranks import rank_of
+    from symbreak.runtime.run import Run
+
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn())
+    progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, disable=rank_of()[0] > 0)
+    tasks: dict[str, Any] = {}
+
+    def tell(stage: str, done: int, total: int) -> None:
+        if not tasks:
+            progress.start()  # not before there is something to show: an error prints one line only
+        if stage not in tasks:
+            tasks[stage] = progress.add_task(stage, total=total)
+        progress.update(tasks[stage], completed=done, total=total)
+
+    try:
+        yield Run(out, memory, tell)
+    finally:
+        if tasks:
+            progress.stop()
+
+
+def say(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> None:
+    """One JSON object, or what ``draw`` prints; one process speaks for all."""
+    from symbreak.runtime.plain import plain
+    from symbreak.runtime.ranks import rank_of
+
+    if rank_of()[0]:
+        return
+    if as_json:
+        sys.stdout.write(json.dumps(plain(value), sort_keys=True) + "\n")
+    else:
+        draw()
+
+
+def say_record(record: Record, out: Path | None, as_json: bool, value: dict[str, Any] | None = None) -> None:
+    """A record's tables, and its report where a folder was asked for.
+
+    Args:
+        value: the JSON object; by default the record.
+    """
+    from symbreak.report.html import write_report
+    from symbreak.report.tables import show
+    from symbreak.runtime.ranks import rank_of
+
+    page = None if out is None else out / "report.html"
+    if page is not None and not rank_of()[0]:  # the process that wrote the record
+        write_report(record, page)
+    say(as_json, record.to_dict() if value is None else value, lambda: show(record, page))
+
+
+def fail(code: int, line: str) -> NoReturn:
+    """Leave with one line on stderr."""
+    sys.stderr.write(" ".join(line.split()) + "\n")
+    sys.stderr.flush()
+    raise SystemExit(code)
