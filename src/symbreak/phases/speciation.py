@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
-from symbreak.critical import CriticalTime, Curve, curve, levels
+from symbreak.critical import CriticalTime, Curve, curve, levels, root_time
 from symbreak.intervals import jackknife
 from symbreak.laws.class_posterior import class_draws, mixture_of, posterior_average
 from symbreak.laws.mixture import Mixture
@@ -51,11 +51,9 @@ class SpeciationTime(CriticalTime):
             class. They differ for classes of different shape.
     """
 
-    classes: tuple[CriticalTime, ...] = field(default=())
+    record = (*CriticalTime.record, "classes")
 
-    def to_dict(self) -> dict[str, object]:
-        """Plain values, for records."""
-        return {**super().to_dict(), "classes": [c.to_dict() for c in self.classes]}
+    classes: tuple[CriticalTime, ...] = ()
 
 
 def _spectral(value: float, low: float, high: float, scale: float) -> CriticalTime:
@@ -135,31 +133,21 @@ def _free_entropy(law: Mixture, scale: float, samples: int, seed: int) -> Specia
     size = math.sqrt(variance)
     if not size > 0:
         raise InputError("all components are one point; expected classes that differ.")
-    found = []
-    ends: tuple[float | None, float | None, float | None]
-    reason: str | None
+    times = []
     for k in range(law.components):
+        ends: tuple[float | None, float | None, float | None] = (None, None, None)
+        reason: str | None = f"E[L] stays below Std[L] for class {k} at every level"
         if law.weights[k] == 0:
             reason = f"class {k} has weight 0"
-            found.append(CriticalTime(None, criterion="free-entropy", source=FREE_ENTROPY, reason=reason))
-            continue
-        if law.components == 2:
+        elif law.components == 2:
             ends = (_outermost(_pair(law, k), size), None, None)
         else:
             ends = _against_rest(law, k, size, samples, seed)
-        reason = None if ends[0] is not None else f"E[L] stays below Std[L] for class {k} at every level"
         level, low, high = (None if e is None else NoiseLevel(e * scale) for e in ends)
-        found.append(CriticalTime(level, low, high, criterion="free-entropy", source=FREE_ENTROPY, reason=reason))
-    first = max(found, key=lambda c: -1.0 if c.sigma is None else c.sigma)
-    return SpeciationTime(
-        first.level,
-        first.low,
-        first.high,
-        criterion="free-entropy",
-        source=FREE_ENTROPY,
-        reason=first.reason,
-        classes=tuple(found),
-    )
+        reason = reason if level is None else None
+        times.append(CriticalTime(level, low, high, criterion="free-entropy", source=FREE_ENTROPY, reason=reason))
+    first = max(times, key=lambda c: -1.0 if c.sigma is None else c.sigma)
+    return SpeciationTime(**vars(first), classes=tuple(times))
 
 
 def _outermost(excess: Callable[[float], float], size: float, points: int = 120) -> float | None:
@@ -192,10 +180,10 @@ def _pair(law: Mixture, k: int) -> Callable[[float], float]:
         t = u.T @ law.vectors[i]
         return (t * (law.eigenvalues[i] - law.floor[i])) @ t.T + law.floor[i] * torch.eye(u.shape[1]).double()
 
-    own, other = inside(k), inside(j)
+    here, other = inside(k), inside(j)
     values, vectors = torch.linalg.eigh(other)
     values = values.clamp_min(0.0)
-    difference = vectors.T @ (own - other) @ vectors
+    difference = vectors.T @ (here - other) @ vectors
     along = (vectors.T @ (u.T @ gap))[:, 0]
     beyond, floors = d - u.shape[1], (float(law.floor[k]), float(law.floor[j]))
 
@@ -309,18 +297,15 @@ def cloning_time(law: Any, sigma: Any = None, samples: int = 20000, seed: int = 
     else:
         ends = levels(sigma)[0]
 
-    def excess(log_sigma: float) -> float:
-        return float(cloning_probability(mixture, math.exp(log_sigma), samples, seed).value) - half
+    def average(s: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        phi = cloning_probability(mixture, s, samples, seed)
+        return phi.value, phi.low, phi.high
 
     about: dict[str, Any] = {"criterion": "cloning", "flow": "sde", "source": "arXiv:2402.18491"}
-    low, high = math.log(ends.min()), math.log(ends.max())
-    if not excess(high) < 0 < excess(low):
-        reason = f"agreement of clones does not pass {half:.3g} from sigma {ends.min():.4g} to {ends.max():.4g}"
+    low, high = float(ends.min()), float(ends.max())
+    if not average(np.array([high]))[0][0] < half < average(np.array([low]))[0][0]:
+        reason = f"agreement of clones does not pass {half:.3g} from sigma {low:.4g} to {high:.4g}"
         return CriticalTime(None, reason=reason, **about)
-    root = brentq(excess, low, high, xtol=1e-10)
     reason = f"agreement of clones at {half:.3g}, halfway from its floor to certainty"
-    h = 0.02
-    near = cloning_probability(mixture, np.exp(root + np.array([-h, 0.0, h])), samples, seed)
-    error = 0.5 * float(near.high[1] - near.low[1]) * 2 * h / float(near.value[0] - near.value[2])
-    below, above = (NoiseLevel(math.exp(root + e)) for e in (-error, error))
-    return CriticalTime(NoiseLevel(math.exp(root)), below, above, reason=reason, **about)
+    time = root_time(average, half, (math.log(low), math.log(high)), reason=reason, **about)
+    return replace(time, low=time.low or time.level, high=time.high or time.level)
