@@ -41,7 +41,8 @@ def whole(n: int, d: int, seed: int) -> torch.Tensor:
 
 
 def frechet_symbreak(n: int, d: int) -> float:
-    from symbreak.moments.one_pass import Moments, frechet_distance
+    from symbreak.metrics.frechet import frechet_distance
+    from symbreak.moments.one_pass import Moments
 
     return frechet_distance(*(Moments.fit(stream(n, d, s), parts=1) for s in (1, 2)))
 

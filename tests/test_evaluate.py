@@ -14,11 +14,11 @@ from symbreak.metrics import extractor, features
 from symbreak.metrics.composition import class_counts, composition
 from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
 from symbreak.metrics.features import feature_blocks
-from symbreak.metrics.frechet import extrapolated, group_distance, together
+from symbreak.metrics.frechet import extrapolated, frechet_distance, group_distance, together
 from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.pretrained import INCEPTION_SHA256, Dinov2
 from symbreak.metrics.reference import load_statistics, statistics
-from symbreak.moments.one_pass import Moments, frechet_distance, grouped
+from symbreak.moments.one_pass import Moments, grouped
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError

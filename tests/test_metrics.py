@@ -8,8 +8,9 @@ import torch
 from symbreak.data.readers import images
 from symbreak.metrics import distance, extractor, features, floor
 from symbreak.metrics.features import accuracy, load_classifier, save_classifier, train_classifier
+from symbreak.metrics.frechet import frechet_distance
 from symbreak.metrics.memorization import nearest, nearest_summary
-from symbreak.moments.one_pass import Moments, frechet_distance
+from symbreak.moments.one_pass import Moments
 from symbreak.runtime.files import InputError
 from symbreak.studies.evaluate import default_extractor, evaluate
 

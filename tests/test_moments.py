@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from symbreak.data.readers import images
-from symbreak.moments.one_pass import Moments, frechet_distance
+from symbreak.metrics.frechet import frechet_distance
+from symbreak.moments.one_pass import Moments
 from symbreak.runtime.files import InputError
 from tests.worlds import gaussian_moments
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from symbreak.laws import Empirical, Gaussian, Mixture, PrincipalMixture, Sphere
     from symbreak.laws.saving import load_law, save_law
     from symbreak.metrics.features import extractor
+    from symbreak.metrics.frechet import frechet_distance
     from symbreak.moments.low_rank import LowRankMoments, truncation_bound
-    from symbreak.moments.one_pass import Moments, frechet_distance
+    from symbreak.moments.one_pass import Moments
     from symbreak.networks.denoiser import Denoiser, score
     from symbreak.networks.families import as_unet, denoiser
     from symbreak.networks.guidance import guided

@@ -13,13 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.linalg import lapack
 
 from symbreak.intervals import jackknife, mean_interval
-from symbreak.moments.one_pass import Moments, frechet_distance
+from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 
-__all__ = ["Distance", "distance", "extrapolated", "floor", "group_distance", "together"]
+__all__ = ["Distance", "distance", "extrapolated", "floor", "frechet_distance", "group_distance", "together"]
+
+
+CONDITION = 1e-9  # reciprocal condition above which no eigenvalue is near rounding
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,49 @@ class Distance:
         }
 
 
-def distance(found: torch.Tensor, reference: Moments, repeats: int, extractor: str) -> Distance:
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Fréchet (2-Wasserstein, squared) distance of the Gaussians with two sets of moments.
+
+        |mu_a - mu_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2
+
+    The last trace is the sum of singular values of R_a^T R_b with any roots A = R_a R_a^T, which holds for
+    rank-deficient covariances too.
+
+    Raises:
+        InputError: where the shapes differ, or a covariance has an eigenvalue below zero.
+
+    Source: Dowson & Landau 1982; Heusel et al. 2017, arXiv:1706.08500.
+    """
+    if a.shape != b.shape:
+        raise InputError(f"moments of shape {a.shape} and {b.shape} cannot be compared.")
+    gap, roots = (a.mean - b.mean).reshape(-1), (_root(a), _root(b))
+    cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum() if min(r.shape[1] for r in roots) else 0.0
+    value = gap @ gap + torch.trace(a.cov) + torch.trace(b.cov) - 2 * cross
+    return max(0.0, float(value))
+
+
+def _root(moments: Moments) -> torch.Tensor:
+    """R [d, r] with R R^T the covariance: Cholesky's where it is well conditioned, a tenth of an eigendecomposition."""
+    cov = moments.cov.numpy()
+    root, failed = lapack.dpotrf(cov, lower=1)
+    if not failed and lapack.dpocon(root, np.abs(cov).sum(0).max(), uplo="L")[0] > CONDITION:
+        return torch.from_numpy(root)
+    values, vectors = moments.eigh
+    # Below this an eigenvalue is rounding, and its root, half as many digits down, would not be.
+    keep = values > moments.dim * torch.finfo(torch.float64).eps * values[0]
+    return vectors[:, keep] * values[keep].sqrt()
+
+
+def distance(samples: torch.Tensor, reference: Moments, repeats: int, extractor: str) -> Distance:
     """Fréchet distance of features [N, F], cut into consecutive repeats of N // repeats rows.
 
     Raises:
         InputError: with fewer than 2 samples a repeat.
     """
-    size = len(found) // repeats if repeats > 0 else 0
+    size = len(samples) // repeats if repeats > 0 else 0
     if size < 2:
-        raise InputError(f"{len(found)} samples in {repeats} repeats; expected at least 2 samples a repeat.")
-    parts = [Moments.fit([part], parts=1) for part in found[: size * repeats].split(size)]
+        raise InputError(f"{len(samples)} samples in {repeats} repeats; expected at least 2 samples a repeat.")
+    parts = [Moments.fit([part], parts=1) for part in samples[: size * repeats].split(size)]
     return group_distance(parts, reference, extractor)
 
 

@@ -27,7 +27,7 @@ TILE = 1024
 
 
 def kid(
-    found: torch.Tensor,
+    samples: torch.Tensor,
     real: torch.Tensor,
     *,
     subsets: int = SUBSETS,
@@ -42,7 +42,7 @@ def kid(
     ``subset_size`` rows (or of all, where there are fewer); the subsets overlap, so their spread is no standard error.
 
     Args:
-        found, real: features, at least 2 rows a block; kernels are formed in tiles of 1,024 x 1,024.
+        samples, real: features, at least 2 rows a block; kernels are formed once, in tiles of 1,024 x 1,024.
         subsets: how many subsets; 0 leaves them out.
         subset_size: rows of a subset of each set.
         blocks: at least 2.
@@ -53,25 +53,33 @@ def kid(
 
     Source: Binkowski et al., arXiv:1801.01401; subsets as in torch-fidelity.
     """
-    x, y = found.double(), real.double()
+    x, y = samples.double(), real.double()
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
         raise InputError(f"features of shape {tuple(x.shape)} and {tuple(y.shape)}; expected [N, F] and [M, F].")
     blocks = min(blocks, len(x) // 2, len(y) // 2)
     if blocks < 2:
         raise InputError(f"{len(x)} samples and {len(y)} real images; expected at least 4 of each.")
-    parts = [
-        [z[i] for i in torch.randperm(len(z), generator=generator(seed, 17, side)).tensor_split(blocks)]
-        for side, z in enumerate((x, y))
-    ]
-    # Sums of the kernel over every pair of blocks: any block can then be left out of both sets.
-    xx, yy = (_within(p) for p in parts)
-    xy = np.array([[_kernel_sum(a, b) for b in parts[1]] for a in parts[0]])
-    counts = np.array([[len(p) for p in side] for side in parts], dtype=np.float64)
-    value = _mmd(xx, yy, xy, counts)
-    left_out = np.array([_mmd(*_without(xx, yy, xy, counts, b)) for b in range(blocks)])
-    low, high = jackknife(value, left_out)
     size = min(subset_size, len(x), len(y))
-    draws = np.array([_subset(x, y, size, seed, i) for i in range(subsets)])
+    marks, counts = [], []
+    for side, z in enumerate((x, y)):
+        parts = torch.randperm(len(z), generator=generator(seed, 17, side)).tensor_split(blocks)
+        mark = torch.zeros(len(z), blocks + subsets, dtype=torch.float64)  # which blocks and subsets a row belongs to
+        for b, part in enumerate(parts):
+            mark[part, b] = 1
+        for i in range(subsets):
+            mark[torch.randperm(len(z), generator=generator(seed, 18, i, side + 1))[:size], blocks + i] = 1
+        marks.append(mark)
+        counts.append([len(p) for p in parts])
+    # Sums of the kernel over every pair of blocks: any block can then be left out of both sets.
+    (xx, of_x), (yy, of_y), (xy, of_xy) = (
+        _sums(a, b, p, q, blocks)
+        for a, b, p, q in ((x, x, marks[0], marks[0]), (y, y, marks[1], marks[1]), (x, y, *marks))
+    )
+    n = np.array(counts, dtype=np.float64)
+    value = _mmd(xx, yy, xy, n)
+    left_out = np.array([_mmd(*_without(xx, yy, xy, n, b)) for b in range(blocks)])
+    low, high = jackknife(value, left_out)
+    draws = (of_x + of_y) / (size * (size - 1)) - 2 * of_xy / size**2
     return {
         "value": value,
         "low": low,
@@ -87,23 +95,29 @@ def kid(
     }
 
 
-def _kernel(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return (a @ b.T / a.shape[1] + 1) ** DEGREE
+def _sums(
+    a: torch.Tensor, b: torch.Tensor, mark_a: torch.Tensor, mark_b: torch.Tensor, blocks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the kernel over all pairs of blocks [B, B], and over each subset's pairs [S]; none of a row with itself.
 
-
-def _kernel_sum(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float(sum(_kernel(p, q).sum() for p in a.split(TILE) for q in b.split(TILE)))
-
-
-def _within(parts: list[torch.Tensor]) -> np.ndarray:
-    """Sums over pairs of blocks of one set, without the pairs of a row with itself."""
-    n = len(parts)
-    out = np.zeros((n, n))
-    for i in range(n):
-        for j in range(i, n):
-            out[i, j] = out[j, i] = _kernel_sum(parts[i], parts[j])
-        out[i, i] -= float(((parts[i].square().sum(1) / parts[i].shape[1] + 1) ** DEGREE).sum())
-    return out
+    Every kernel is formed once: a subset's sum is m_a^T K m_b of the indicators m of its rows.
+    """
+    same, one = a is b, torch.ones(1, dtype=torch.float64)
+    pairs, subsets = torch.zeros(blocks, blocks, dtype=torch.float64), torch.zeros(mark_a.shape[1] - blocks).double()
+    for i in range(0, len(a), TILE):
+        left = mark_a[i : i + TILE]
+        for j in range(i if same else 0, len(b), TILE):
+            kernel = torch.addmm(one, a[i : i + TILE], b[j : j + TILE].T, alpha=1 / a.shape[1]).pow_(DEGREE)
+            right = kernel @ mark_b[j : j + TILE]
+            block, subset = left[:, :blocks].T @ right[:, :blocks], (left[:, blocks:] * right[:, blocks:]).sum(0)
+            mirrored = same and j > i
+            pairs += block + block.T if mirrored else block
+            subsets += 2 * subset if mirrored else subset
+    if same:
+        itself = mark_a.T @ (a.square().sum(1) / a.shape[1] + 1) ** DEGREE
+        pairs.diagonal().sub_(itself[:blocks])
+        subsets -= itself[blocks:]
+    return pairs.numpy(), subsets.numpy()
 
 
 def _mmd(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray, counts: np.ndarray) -> float:
@@ -115,9 +129,3 @@ def _without(xx: np.ndarray, yy: np.ndarray, xy: np.ndarray, counts: np.ndarray,
     keep = np.arange(len(xx)) != block
     grid = np.ix_(keep, keep)
     return xx[grid], yy[grid], xy[grid], counts[:, keep]
-
-
-def _subset(x: torch.Tensor, y: torch.Tensor, size: int, seed: int, index: int) -> float:
-    a, b = (z[torch.randperm(len(z), generator=generator(seed, 18, index, i + 1))[:size]] for i, z in enumerate((x, y)))
-    one = np.array([[float(size)], [float(size)]])
-    return _mmd(_within([a]), _within([b]), np.array([[_kernel_sum(a, b)]]), one)

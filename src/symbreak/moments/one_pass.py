@@ -32,7 +32,7 @@ from symbreak.moments.low_rank import FORMAT, LARGEST_DIM, LowRankMoments, Spect
 from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.runtime.ranks import from_each, from_first, own_rows, summed
 
-__all__ = ["LowRankMoments", "Moments", "Spectrum", "frechet_distance", "grouped", "mode_images"]
+__all__ = ["LowRankMoments", "Moments", "Spectrum", "grouped", "mode_images"]
 
 EXACT_ROWS = 1024  # 1,024 products of two numbers up to 128 stay below 2^24
 BUFFER_BYTES = 2**28
@@ -555,31 +555,6 @@ def grouped(batches: Iterable[torch.Tensor], group: np.ndarray, shared: bool = F
     for one in sums if shared else ():
         one.share()
     return [one.finish(Moments, stream.scale, stream.offset, equal=True) for one in sums]
-
-
-def frechet_distance(a: Moments, b: Moments) -> float:
-    """Fréchet (2-Wasserstein, squared) distance of the Gaussians with two given moments.
-
-        |mu_a - mu_b|^2 + tr A + tr B - 2 tr (A^1/2 B A^1/2)^1/2
-
-    The last trace is the sum of singular values of A^1/2 B^1/2 with symmetric roots, which holds
-    for rank-deficient covariances too.
-
-    Source: Dowson & Landau 1982; Heusel et al. 2017, arXiv:1706.08500.
-    """
-    if a.shape != b.shape:
-        raise InputError(f"moments of shape {a.shape} and {b.shape} cannot be compared.")
-    gap = (a.mean - b.mean).reshape(-1)
-    roots = []
-    for m in (a, b):
-        values, vectors = m.eigh
-        # Below this an eigenvalue is rounding, and its root, half as many digits down, would not be.
-        keep = values > m.dim * torch.finfo(torch.float64).eps * values[0]
-        roots.append(vectors[:, keep] * values[keep].sqrt())
-    # A^1/2 = Q_a L_a^1/2 Q_a^T: the outer orthogonal factors do not change singular values.
-    cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum() if min(r.shape[1] for r in roots) else 0.0
-    value = gap @ gap + torch.trace(a.cov) + torch.trace(b.cov) - 2 * cross
-    return max(0.0, float(value))
 
 
 def mode_images(moments: Moments | LowRankMoments, modes: int = 8) -> torch.Tensor:
