@@ -628,7 +628,7 @@ def test_images_of_a_part_and_those_asked_for(pictures, tmp_path):
     x = data.tensor()
     index = torch.tensor([1535, 0, 1, 2, 600, 7, 7, 550])
     for memory in (2**30, 1000):  # in memory, in a file
-        rows = data.shards(memory, tmp_path / "new")
+        rows = data.shards(sb.Run(tmp_path / "new").share(memory / 2**30))
         assert (rows._file is None) == (memory == 2**30)
         assert rows.shape == (1536, 1, 8, 8)
         assert torch.equal(rows.at(index), x[index])
@@ -644,7 +644,7 @@ def _asked_for(pictures, x, index):
     with joined() as (rank, _):
         data = sb.images(pictures / "train.parquet")
         assert torch.equal(data.tensor(), x)
-        for rows in (data.shards(), data.shards(1000), Shards.of(x)):
+        for rows in (data.shards(), data.shards(sb.Run().share(1000 / 2**30)), Shards.of(x)):
             assert (rows.first, rows.last) == (512 * rank, 512 * rank + 512)
             assert torch.equal(rows.at(index), x[index])
             odd = rows.take(np.arange(1, 700, 2))  # the last rank has none of them

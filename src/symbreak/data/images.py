@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,8 @@ import torch
 
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.ranks import from_each, own_rows, shares, summed
-from symbreak.runtime.rows import HELD, Shards
+from symbreak.runtime.rows import Shards
+from symbreak.runtime.run import Run
 
 __all__ = ["BLOCK_BYTES", "Images", "Item", "Raw", "describe"]
 
@@ -126,21 +126,15 @@ class Images:
             summed(*out.view(torch.uint8).split(max(1, BLOCK_BYTES // (4 * math.prod(self.shape)))))
         return out
 
-    def shards(
-        self,
-        memory: int = HELD,
-        folder: Path | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        multiple: int = 1,
-    ) -> Shards:
-        """The images as rows to be asked for, of which every rank reads and holds a part.
+    def shards(self, run: Run | None = None, multiple: int = 1) -> Shards:
+        """The images as rows to be asked for, of which every process reads and holds a part.
 
         Args:
-            memory, folder, progress: see `Shards`.
+            run: its memory holds them, its folder those that do not fit; told how many have been read.
             multiple: parts begin at multiples of it.
         """
-        part, _, _ = own_rows(self, multiple)
-        return Shards(part.blocks(), shares(len(self), multiple), memory, folder, self.scaled, progress)
+        run, (part, _, _) = run or Run(), own_rows(self, multiple)
+        return Shards(part.blocks(), shares(len(self), multiple), run.bytes(), run.folder, self.scaled, run.tell)
 
     def name_of(self, index: int) -> str:
         """What the image at a position is called in its source: its file, row or position."""

@@ -101,7 +101,7 @@ def train_classifier(
         raise InputError(f"{train.name} has no labels of at least two classes; a classifier needs them.")
     run = run or Run()
     held_out = None if held_out is None else held_out.numbered(train.classes)
-    x, y = train.shards(run.bytes(default=HELD), run.folder), train.labels
+    x, y = train.shards(run), train.labels
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
         torch.default_generator.manual_seed(seed)
         model = Classifier(train.shape, train.classes)

@@ -52,7 +52,7 @@ def nearest_in(samples: Rows, train: Rows | Images, run: Run | None = None) -> t
         run: its memory is to hold images in and to work in; results do not depend on it.
     """
     run = run or Run()
-    points = train.shards(run.bytes(1 / 4), run.folder) if isinstance(train, Images) else train
+    points = train.shards(run.share(1 / 4)) if isinstance(train, Images) else train
     return neighbours(samples, points, 2, run=run.share(1 / 2))[0]
 
 
@@ -68,7 +68,7 @@ def nearest_summary(
         run: see `nearest_in`.
     """
     run = run or Run()
-    points = train.shards(run.bytes(1 / 4), run.folder) if isinstance(train, Images) else train
+    points = train.shards(run.share(1 / 4)) if isinstance(train, Images) else train
 
     def one(x: Rows) -> dict[str, Any]:
         d = nearest_in(x, points, run)

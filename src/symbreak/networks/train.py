@@ -34,6 +34,7 @@ from symbreak.runtime.files import (
 )
 from symbreak.runtime.ranks import agreed, rank_of, summed
 from symbreak.runtime.rows import HELD
+from symbreak.runtime.run import Run
 
 __all__ = ["Recipe", "train_network"]
 
@@ -182,7 +183,7 @@ def train_network(
     if recipe.batch < ranks:
         raise InputError(f"a batch of {recipe.batch} images for {ranks} processes; expected at least one image each.")
     there = usable(device)
-    images = data.shards(memory, out, reading)
+    images = data.shards(Run(out, memory, lambda _, done, total: reading and reading(done, total)))
     # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(recipe.seed)

@@ -238,7 +238,7 @@ def _side(source: Images | Shards | torch.Tensor, eight_bit: bool, extract: Extr
     if isinstance(source, torch.Tensor):
         source = Shards.of(source.detach().float().cpu(), BATCH)
     blocks = 1 if extract.name == "pixels" else BATCH
-    x = source.shards(run.bytes(), run.folder, run.tell, blocks) if isinstance(source, Images) else source
+    x = source.shards(run, blocks) if isinstance(source, Images) else source
     digests = x.digests(partial(_bytes, eight_bit=eight_bit))
     if extract.name == "pixels":  # as they are: no float64 copy, and no bound on their number as for a distance
         return _Side(x, x, digests, digest(digests))

@@ -134,7 +134,7 @@ def run(study: Study, pipeline: Any = None, run: Run | None = None) -> Record:
         weights, packages = weights_hash(pipe.unet), versions(torch.get_num_threads())
         whole = [settings, train.fingerprint(), test.fingerprint(), weights, fingerprint(network), packages]
         run = run.identified({"study": whole})
-        x, real_images = (d.shards(run.bytes(1 / 4), run.folder, run.named("images").tell) for d in (train, test))
+        x, real_images = (d.shards(run.share(1 / 4).named("images")) for d in (train, test))
         reported, choosing = range(study.samples), range(SELECTION_SEED, SELECTION_SEED + study.selection)
         comparison = Comparison(
             pipe.unet, extract, reference, x, reported, choosing, study.repeats, study.micro_batch, run, stream=11

@@ -493,7 +493,8 @@ def _collapse(
 ) -> None:
     """Below which level would a perfect score only replay the data set? All its images count, a part on every rank."""
     with found.stage("images") as tell:
-        n, whole = len(data), SharedPoints(data.shards(_share(memory), folder, tell), **_room(memory))
+        holding = Run(folder, progress=lambda _, *n: tell(*n)).share(_share(memory) / 2**30)
+        n, whole = len(data), SharedPoints(data.shards(holding), **_room(memory))
     sigma = scale * np.geomspace(0.05, 4.0, 24)
     mixture = None if laws.classes is None else laws.classes.inner
     own: dict[str, Any] = {"data": whole, "Gaussian": laws.gaussian}

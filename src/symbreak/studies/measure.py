@@ -198,7 +198,7 @@ def compared(
         pipeline.unet,
         measure.extract,
         Moments.fit([real], parts=1),
-        data.shards(run.bytes(1 / 4), run.folder),
+        data.shards(run.share(1 / 4)),
         range(samples * measure.repeats),
         range(SELECTION_SEED, SELECTION_SEED + samples),
         measure.repeats,
