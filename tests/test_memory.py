@@ -55,7 +55,7 @@ class Stream:
 
 
 def fit(n, memory):
-    moments = sb.Moments.fit(Stream(n, 32), memory=memory)
+    moments = sb.Moments.fit(Stream(n, 32), run=sb.Run(memory=memory))
     assert moments.eigh[0].shape == (1024,)
     assert np.isfinite(moments.spectrum(3).low).all() == (len(moments._parts) > 1)
 
@@ -69,9 +69,9 @@ def test_moments_keep_to_the_memory_and_do_not_grow_with_the_samples():
 
 def test_moments_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="a sketch takes"):
-        sb.Moments.fit(Stream(100, 32), rank=5, memory=2**30)
+        sb.Moments.fit(Stream(100, 32), rank=5, run=sb.Run(memory=2**30))
     with pytest.raises(InputError, match=r"0\.0419 GB of memory for samples of 1,024 elements.*rank="):
-        sb.Moments.fit(Stream(100, 32), memory=40 * 2**20)
+        sb.Moments.fit(Stream(100, 32), run=sb.Run(memory=40 * 2**20))
 
 
 def search(law):

@@ -189,7 +189,7 @@ def fit(
     machine.load_if(None)
     images = reading.open(data)
     with running(None, memory_size(memory)) as work:
-        moments = Moments.fit(images, rank=rank, memory=work.memory)
+        moments = Moments.fit(images, rank=rank, run=work)
     moments.save(out)
     value, lines = _about_moments(moments, rank)
     value |= {"out": str(out), "skipped": list(images.skipped)}

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from symbreak.runtime.ranks import from_first, own_rows, summed
 __all__ = ["Certificate", "LowRankMoments", "Spectrum", "project_moments", "sketch_moments", "truncation_bound"]
 
 FORMAT = "symbreak.low-rank-moments"
+STORED = ("count", "mean", "variances", "vectors", "eigenvalues", "residuals", "dropped")  # in a file
 OVERSAMPLING = 10
 PROBES = 50  # fewer make S cheap to find and dear to certify: 1 / c is 42 at 10, 3.5 at 50, 2.3 at 100
 FAILURE = 1e-6
@@ -134,12 +135,13 @@ def truncation_bound(
     if remainder <= 0 and floor == 0:
         return 0.0
     s2 = sigma * sigma
-    kept = max(0.0, remainder - coupling)
-    log_det = kept / largest * math.log1p(largest / s2) if largest > 0 else kept / s2
+    left = max(0.0, remainder - coupling)
+    log_det = left / largest * math.log1p(largest / s2) if largest > 0 else left / s2
     law = modes * math.log1p(floor / s2) + (remainder - modes * floor) / (floor + s2)
     return max(0.0, 0.5 * (law - log_det))
 
 
+@dataclass(eq=False, repr=False)
 class LowRankMoments:
     """Mean, per-pixel variances and leading eigenpairs of an empirical covariance C, with what was left out.
 
@@ -159,34 +161,28 @@ class LowRankMoments:
         shape: S.
     """
 
-    def __init__(
-        self,
-        count: int,
-        mean: Any,
-        variances: Any,
-        vectors: Any,
-        eigenvalues: Any,
-        residuals: Any,
-        largest_dropped: float,
-        squares_dropped: float,
-        failure: float,
-    ) -> None:
-        self.count = int(count)
-        self.mean, self.variances, self.eigenvalues, self.residuals = (
-            torch.as_tensor(t).detach().cpu().double() for t in (mean, variances, eigenvalues, residuals)
-        )
-        self.vectors = torch.as_tensor(vectors).detach().cpu()
-        self.shape: tuple[int, ...] = tuple(self.mean.shape)
-        r = len(self.eigenvalues)
+    count: int
+    mean: torch.Tensor
+    variances: torch.Tensor
+    vectors: torch.Tensor
+    eigenvalues: torch.Tensor
+    residuals: torch.Tensor
+    largest_dropped: float
+    squares_dropped: float
+    failure: float
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "variances", "vectors", "eigenvalues", "residuals"):
+            tensor = torch.as_tensor(getattr(self, name)).detach().cpu()
+            setattr(self, name, tensor if name == "vectors" else tensor.double())
+        self.count, self.shape, r = int(self.count), tuple(self.mean.shape), len(self.eigenvalues)
         if self.variances.shape != self.mean.shape or self.vectors.shape != (self.dim, r) or len(self.residuals) != r:
             raise InputError(
                 f"low-rank moments with a mean of {self.shape}, variances of {tuple(self.variances.shape)}, vectors of "
                 f"{tuple(self.vectors.shape)} and {r} eigenvalues do not fit together; expected [*S], [*S], [d, r], r."
             )
         if self.count < 2:
-            raise InputError(f"moments of {count} sample{'s' * (count != 1)}; at least 2 are needed.")
-        self.largest_dropped, self.squares_dropped = float(largest_dropped), float(squares_dropped)
-        self.failure = float(failure)
+            raise InputError(f"moments of {self.count} sample{'s' * (self.count != 1)}; at least 2 are needed.")
 
     @property
     def dim(self) -> int:
@@ -232,9 +228,7 @@ class LowRankMoments:
 
     def spectrum(self, k: int | None = None) -> Spectrum:
         """The k largest Ritz values, at most the rank; a sketch has no parts, so the intervals are NaN."""
-        k = self.rank if k is None else min(int(k), self.rank)
-        if k < 1:
-            raise InputError(f"{k} eigenvalues asked for; expected at least 1.")
+        k = at_most(k, self.rank)
         return Spectrum(self.eigenvalues[:k].numpy().copy(), np.full(k, math.nan), np.full(k, math.nan))
 
     def truncate(self, rank: int) -> LowRankMoments:
@@ -244,21 +238,18 @@ class LowRankMoments:
         it is [[D, E], [E^T, M]], so sum squares = |D|^2 + 2 |E|^2 + |M|^2, and its largest eigenvalue is at most
         that of [[max D, |E|], [|E|, l]]. |E|^2 is the sum of squared residuals.
         """
-        rank = _checked_rank(rank)
+        rank = whole_rank(rank)
         if rank >= self.rank:
             return self
         dropped, cross = self.eigenvalues[rank:], float((self.residuals[rank:] ** 2).sum())
         top, rest = float(dropped[0]), self.largest_dropped
-        return LowRankMoments(
-            self.count,
-            self.mean,
-            self.variances,
-            self.vectors[:, :rank].contiguous(),
-            self.eigenvalues[:rank],
-            self.residuals[:rank],
-            0.5 * (top + rest) + math.hypot(0.5 * (top - rest), math.sqrt(cross)),
-            float((dropped**2).sum()) + 2 * cross + self.squares_dropped,
-            self.failure,
+        return replace(
+            self,
+            vectors=self.vectors[:, :rank].contiguous(),
+            eigenvalues=self.eigenvalues[:rank],
+            residuals=self.residuals[:rank],
+            largest_dropped=0.5 * (top + rest) + math.hypot(0.5 * (top - rest), math.sqrt(cross)),
+            squares_dropped=float((dropped**2).sum()) + 2 * cross + self.squares_dropped,
         )
 
     def certificate(self, sigma: float, floor: float | None = None) -> Certificate:
@@ -276,23 +267,15 @@ class LowRankMoments:
         modes = self.dim - self.rank
         return Certificate(nats, float(sigma), self.rank, modes, r, self.largest_dropped, self.count, self.failure)
 
-    def merge(self, other: Any) -> LowRankMoments:
-        """Refused: what the sketches left out cannot be put together."""
+    def merge(self, other: object) -> LowRankMoments:
+        """Raises an error: what the sketches left out cannot be put together."""
         raise InputError("low-rank moments cannot be merged. Fit all batches together, or merge full Moments.")
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Everything, and the format: the content of a file."""
-        numbers = [self.largest_dropped, self.squares_dropped, self.failure]
-        tensors = {
-            "count": torch.tensor(self.count),
-            "mean": self.mean,
-            "variances": self.variances,
-            "vectors": self.vectors,
-            "eigenvalues": self.eigenvalues,
-            "residuals": self.residuals,
-            "dropped": torch.tensor(numbers, dtype=torch.float64),
-        }
-        return tensors, {"format": FORMAT, "version": "1"}
+        dropped = torch.tensor([self.largest_dropped, self.squares_dropped, self.failure], dtype=torch.float64)
+        tensors = {name: torch.as_tensor(getattr(self, name)) for name in STORED[:-1]}
+        return tensors | {"dropped": dropped}, {"format": FORMAT, "version": "1"}
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file; `Moments.load` reads it."""
@@ -308,29 +291,49 @@ class LowRankMoments:
         cls, path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     ) -> LowRankMoments:
         """Low-rank moments from the content of a file at ``path``."""
-        names = ("count", "mean", "variances", "vectors", "eigenvalues", "residuals", "dropped")
-        if metadata.get("format") != FORMAT or not set(names) <= set(tensors):
-            raise InputError(f"{path} holds no low-rank moments. Expected a file that LowRankMoments.save wrote.")
-        if metadata.get("version") != "1":
-            raise InputError(f"{path} was written by a newer symbreak (format {metadata.get('version')}). Update it.")
+        known_file(path, tensors, metadata, FORMAT, STORED, "low-rank moments", "LowRankMoments.save")
         with damaged(path, "a set of low-rank moments"):
-            count, mean, variances, vectors, eigenvalues, residuals, dropped = (tensors[name] for name in names)
-            for name, tensor in zip(names, (count, mean, variances, vectors, eigenvalues, residuals, dropped)):
-                if not bool(torch.isfinite(tensor).all()):
+            for name in STORED:
+                if not bool(torch.isfinite(tensors[name]).all()):
                     raise InputError(f"{path} holds NaN or infinity in {name}; expected finite numbers. Fit it again.")
-            if bool((eigenvalues < 0).any()):
+            if bool((tensors["eigenvalues"] < 0).any()):
                 raise InputError(f"{path} holds a negative variance; expected eigenvalues >= 0. Fit it again.")
-            largest, squares, failure = dropped.tolist()
-            return cls(int(count), mean, variances, vectors, eigenvalues, residuals, largest, squares, failure)
+            count, mean, variances, vectors, eigenvalues, residuals, dropped = (tensors[name] for name in STORED)
+            return cls(int(count), mean, variances, vectors, eigenvalues, residuals, *dropped.tolist())
 
     def __repr__(self) -> str:
         return f"LowRankMoments(count={self.count}, shape={self.shape}, rank={self.rank})"
 
 
-def _checked_rank(rank: int) -> int:
+def at_most(k: int | None, most: int) -> int:
+    """How many eigenvalues: k, all by default, no more than there are."""
+    k = most if k is None else min(int(k), most)
+    if k < 1:
+        raise InputError(f"{k} eigenvalues asked for; expected at least 1.")
+    return k
+
+
+def whole_rank(rank: int) -> int:
+    """The rank, if it is a whole number of at least 1."""
     if int(rank) != rank or rank < 1:
         raise InputError(f"rank is {rank}; expected a whole number of at least 1.")
     return int(rank)
+
+
+def known_file(
+    path: str | Path,
+    tensors: Collection[str],
+    metadata: dict[str, str],
+    format: str,
+    names: Collection[str],
+    what: str,
+    writer: str,
+) -> None:
+    """Raises an error where a file is of another format or a newer version, or lacks one of the tensors."""
+    if metadata.get("format") != format or not set(names) <= set(tensors):
+        raise InputError(f"{path} holds no {what}. Expected a file that {writer} wrote.")
+    if metadata.get("version") != "1":
+        raise InputError(f"{path} was written by a newer symbreak (format {metadata.get('version')}). Update it.")
 
 
 # Walking over the data
@@ -383,10 +386,9 @@ class _Rows:
                 "the batches can be walked only once, but a low rank takes several passes. Pass a list, Images, or an "
                 "object whose __iter__ starts afresh."
             )
-        try:
-            first = next(stream)
-        except StopIteration:
-            raise InputError("no batches came; expected at least 2 samples.") from None
+        first = next(stream, None)
+        if first is None:
+            raise InputError("no batches came; expected at least 2 samples.")
         if stream is batches:
             self.batches = itertools.chain([first], stream)
         rows = _tensor(first)
@@ -443,21 +445,21 @@ class _Rows:
                     f"sample {self.first + count + int(bad[0])} holds NaN or infinity; expected finite numbers."
                 )
             count, energy = count + len(block), energy + float(lengths.sum())
-            for basis, product, found in zip(bases, products, coordinates):
+            for basis, product, rows in zip(bases, products, coordinates):
                 y = torch.zeros(len(block), basis.shape[1], dtype=torch.float64)
                 # A float32 product over millions of columns rounds; panels of it are added in float64.
                 for a in range(0, self.dim, COLUMNS):
                     y += block[:, a : a + COLUMNS] @ basis[a : a + COLUMNS]
                 product.addmm_(block.T, y.float())
-                found.append(y)
+                rows.append(y)
         if self.shared:
             numbers = torch.tensor([float(count), energy], dtype=torch.float64)
             summed(numbers, total, squares, *products)
             count, energy = int(numbers[0]), float(numbers[1])
         if count < 2:
             raise InputError(f"{count} sample{'s' * (count != 1)} came; at least 2 are needed.")
-        found = [torch.cat(some) for some in coordinates]
-        return _Walk(count, energy, total, squares, products, found, self.shared)
+        whole = [torch.cat(rows) for rows in coordinates]
+        return _Walk(count, energy, total, squares, products, whole, self.shared)
 
 
 def _tensor(batch: Any) -> torch.Tensor:
@@ -534,18 +536,18 @@ def _rayleigh_ritz(
     """Ritz pairs of C from the walk over a basis and its probes; the vectors take the basis's place."""
     q, inside = basis.q, basis.inside
     # With the true Gram matrix of Q the Ritz values are q^T C q for |q| = 1, whatever Q lacks in orthonormality.
-    found, turn = scipy.linalg.eigh((walk.gram(0) / (walk.count - 1)).numpy(), basis.gram.numpy())
-    values, u = torch.from_numpy(found[::-1].copy()).clamp_(min=0.0), torch.from_numpy(turn[:, ::-1].copy())
+    ritz_values, turn = scipy.linalg.eigh((walk.gram(0) / (walk.count - 1)).numpy(), basis.gram.numpy())
+    values, u = torch.from_numpy(ritz_values[::-1].copy()).clamp_(min=0.0), torch.from_numpy(turn[:, ::-1].copy())
     rank = min(rank, len(values))
-    kept, dropped = u[:, :rank], u[:, rank:]
+    leading, dropped = u[:, :rank], u[:, rank:]
     products = walk.covariance_products()
     residuals = torch.zeros(rank, dtype=torch.float64)
     if inside is not None:
-        # M w = P C P w for the kept vectors: the dropped Ritz vectors belong to the complement as well.
+        # M w = P C P w for the leading vectors: the dropped Ritz vectors belong to the complement as well.
         back = (dropped @ (dropped.T @ inside)).float()
         norms = torch.zeros(inside.shape[1], dtype=torch.float64)
         along = torch.zeros(rank, inside.shape[1], dtype=torch.float64)
-    turn32, values32 = kept.float(), values[:rank].float()
+    turn32, values32 = leading.float(), values[:rank].float()
     for part in _panels(q):
         ritz = q[part] @ turn32
         residuals += (products[0][part] @ turn32 - ritz * values32).double().square_().sum(0)
@@ -565,17 +567,9 @@ def _rayleigh_ritz(
         squares, failure = inflate * float(squared.mean()), FAILURE
         largest = min(theta * math.sqrt(float(squared.max())), math.sqrt(squares))
         largest = min(largest, max(0.0, float(variances.sum() - values[:rank].sum())))
-    return LowRankMoments(
-        walk.count,
-        mean.reshape(rows.shape),
-        variances.reshape(rows.shape),
-        vectors,
-        values[:rank],
-        residuals.sqrt_(),
-        largest,
-        squares,
-        failure,
-    )
+    mean, variances = mean.reshape(rows.shape), variances.reshape(rows.shape)
+    residuals.sqrt_()
+    return LowRankMoments(walk.count, mean, variances, vectors, values[:rank], residuals, largest, squares, failure)
 
 
 def _mean_and_variances(rows: _Rows, walk: _Walk) -> tuple[torch.Tensor, torch.Tensor]:
@@ -605,7 +599,7 @@ def sketch_moments(batches: Iterable[Any], rank: int, passes: int = 2, seed: int
 
     Source: Halko, Martinsson & Tropp 2011, arXiv:0909.4061; Dixon 1983.
     """
-    rank = _checked_rank(rank)
+    rank = whole_rank(rank)
     if int(passes) != passes or passes < 2:
         raise InputError(f"{passes} passes; a sketch takes a whole number of at least 2.")
     rows = _Rows(batches, again=True)

@@ -28,9 +28,19 @@ from scipy.sparse.linalg import eigsh
 
 from symbreak.intervals import jackknife
 from symbreak.moments.covariance import eigendecomposed, symmetric
-from symbreak.moments.low_rank import FORMAT, LARGEST_DIM, LowRankMoments, Spectrum, sketch_moments
+from symbreak.moments.low_rank import (
+    FORMAT,
+    LARGEST_DIM,
+    LowRankMoments,
+    Spectrum,
+    at_most,
+    known_file,
+    sketch_moments,
+    whole_rank,
+)
 from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.runtime.ranks import from_each, from_first, own_rows, summed
+from symbreak.runtime.run import Run, renamed
 
 __all__ = ["LowRankMoments", "Moments", "Spectrum", "grouped", "mode_images"]
 
@@ -116,7 +126,7 @@ class Moments:
     @overload
     @classmethod
     def fit(
-        cls, batches: Iterable[torch.Tensor], rank: None = None, parts: int | None = None, *, memory: int | None = None
+        cls, batches: Iterable[torch.Tensor], rank: None = None, parts: int | None = None, *, run: Run | None = None
     ) -> Moments: ...
 
     @overload
@@ -128,11 +138,11 @@ class Moments:
         parts: None = None,
         passes: int = 2,
         seed: int = 0,
-        *,
-        memory: int | None = None,
+        run: Run | None = None,
     ) -> LowRankMoments: ...
 
     @classmethod
+    @renamed(memory="run=sb.Run(memory=...)")
     def fit(
         cls,
         batches: Iterable[torch.Tensor],
@@ -140,8 +150,7 @@ class Moments:
         parts: int | None = None,
         passes: int = 2,
         seed: int = 0,
-        *,
-        memory: int | None = None,
+        run: Run | None = None,
     ) -> Moments | LowRankMoments:
         """Moments of a stream of batches in one pass, or leading eigenpairs in two; memory does not grow with n.
 
@@ -152,23 +161,23 @@ class Moments:
             parts: disjoint sub-accumulators for the jackknife; by default 8, 5 above d = 1,024.
             passes: of a fit with ``rank``, at least 2; one more sharpens the last eigenpairs.
             seed: of the random vectors of a fit with ``rank``.
-            memory: bytes that a full covariance and all that is made of it may take: fewer parts where there is room
-                for fewer. By default 4 GiB of parts. Not with ``rank``, see `sketch_moments`.
+            run: its memory is for a full covariance and all that is made of it: fewer parts where there is room for
+                fewer. By default 4 GiB of parts. Not with ``rank``, see `sketch_moments`.
 
         Ranks share `Images` (`symbreak.runtime.ranks`): bit for bit the same moments of 8-bit ones.
 
         Raises:
             InputError: for fewer than 2 rows, changing shapes, NaN or infinity, or all rows equal; with ``rank``,
-                for batches that can be walked only once; where ``memory`` does not hold a covariance.
+                for batches that can be walked only once; where the memory does not hold a covariance.
         """
         if isinstance(batches, torch.Tensor | np.ndarray) and batches.ndim > 1:
             batches = [batches]  # type: ignore[list-item]  # one batch, not a walk over its rows
         if rank is not None:
             if parts is not None:
                 raise InputError("parts= came with rank=; a sketch has no parts to leave out. Drop one of them.")
-            if memory is not None:
+            if run is not None and run.memory is not None:
                 raise InputError(
-                    "memory= (--memory) came with rank= (--rank); a sketch takes 8 d (rank + 60) bytes beside 0.25 GB "
+                    "a memory (--memory) came with rank= (--rank); a sketch takes 8 d (rank + 60) bytes beside 0.25 GB "
                     "of rows whatever is allowed. Leave one of them out."
                 )
             return sketch_moments(batches, rank, passes, seed)
@@ -177,7 +186,7 @@ class Moments:
         stream = _Stream(batches)
         for rows in stream:
             if sums is None:
-                sums = _Sums(rows.shape[1:], parts, stream.exact, first, memory)
+                sums = _Sums(rows.shape[1:], parts, stream.exact, first, None if run is None else run.memory)
                 sums.begin(rows, shared)
             sums.add(rows)
         if sums is None:
@@ -224,9 +233,7 @@ class Moments:
 
         Source: the leave-one-part-out jackknife; parts are random disjoint subsets of the rows.
         """
-        k = self.dim if k is None else min(int(k), self.dim)
-        if k < 1:
-            raise InputError(f"{k} eigenvalues asked for; expected at least 1.")
+        k = at_most(k, self.dim)
         values = self._top(self._total, k) if "eigh" not in self.__dict__ else self.eigh[0].numpy()[:k]
         low, high = np.full(k, math.nan), np.full(k, math.nan)
         left_out = self._left_out(k)
@@ -275,10 +282,8 @@ class Moments:
 
     def truncate(self, rank: int) -> LowRankMoments:
         """The leading eigenpairs, and exactly what the others hold."""
-        if int(rank) != rank or rank < 1:
-            raise InputError(f"rank is {rank}; expected a whole number of at least 1.")
         values, vectors = self.eigh
-        r = min(int(rank), self.dim)
+        r = min(whole_rank(rank), self.dim)
         rest = values[r:]
         return LowRankMoments(
             self.count,
@@ -333,16 +338,13 @@ class Moments:
         """Moments of either kind from what ``tensors`` gave; ``path`` names the file in messages."""
         if metadata.get("format") == FORMAT:
             return LowRankMoments.from_tensors(path, tensors, metadata)
-        if metadata.get("format") != "symbreak.moments" or not {"count", "mean", "cov"} <= set(tensors):
-            raise InputError(f"{path} holds no moments. Expected a file that `symbreak fit` wrote.")
-        if metadata.get("version") != "1":
-            raise InputError(f"{path} was written by a newer symbreak (format {metadata.get('version')}). Update it.")
+        known_file(path, tensors, metadata, "symbreak.moments", ("count", "mean", "cov"), "moments", "`symbreak fit`")
         with damaged(path, "a set of moments"):
             self = cls(int(tensors["count"]), tensors["mean"], tensors["cov"])
             if "parts.count" in tensors:
                 counts, means, scatters = (tensors[f"parts.{k}"].numpy() for k in ("count", "mean", "scatter"))
-                fit = means.shape == (len(counts), self.dim) and scatters.shape == (len(counts), self.dim, self.dim)
-                if not fit or counts.min() < 1 or counts.sum() != self.count:
+                d, fit = self.dim, counts.min() >= 1 and counts.sum() == self.count
+                if not fit or means.shape != (len(counts), d) or scatters.shape != (len(counts), d, d):
                     raise InputError(f"{path} holds moments whose parts do not fit together. Fit it again.")
                 if not (np.isfinite(means).all() and np.isfinite(scatters).all()):
                     raise InputError(f"{path} holds NaN or infinity in the parts of its moments. Fit it again.")

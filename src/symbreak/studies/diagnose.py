@@ -196,7 +196,7 @@ def diagnose(
     packages = versions(torch.get_num_threads())
     store = Blocks(folder, {**settings, "versions": packages, "probes": _probes(network, classify, held)})
     with found.stage("spectrum"):
-        moments = Moments.fit(data, memory=memory) if moments is None else moments
+        moments = Moments.fit(data, run=Run(memory=memory)) if moments is None else moments
         content = {"schedule": name, **spectral_times(data, found.steps, moments, modes)}
         found.add("spectral", "data", speciation_time(moments))
         found.add("signal-to-noise", "data", speciation_time(moments, "signal-to-noise"))
@@ -215,7 +215,7 @@ def diagnose(
         found.notes.append(
             "No two classes of at least 2 images by the labels: no criterion of classes. Pass --clusters K for some."
         )
-    own = moments if fit is data else Moments.fit(fit, memory=memory)
+    own = moments if fit is data else Moments.fit(fit, run=Run(memory=memory))
     laws = _laws(found, fit, held, Gaussian(own), network is None, clusters, effort, scale, seed, memory)
     _collapse(found, store, data, laws, effort, scale, seed, memory, folder)
     if network is not None:
