@@ -33,14 +33,9 @@ if TYPE_CHECKING:
     from symbreak.phases.bifurcation import bifurcation, fixed_points, potential
     from symbreak.phases.branches import Paths
     from symbreak.phases.clones import clone_agreement, clones
-    from symbreak.phases.collapse import (
-        collapse_scaling,
-        collapse_time,
-        excess_entropy,
-        mutual_information,
-        samples_needed,
-    )
+    from symbreak.phases.collapse import collapse_scaling, collapse_time, samples_needed
     from symbreak.phases.condensation import nearest_flips, nearest_of
+    from symbreak.phases.excess_entropy import excess_entropy, mutual_information
     from symbreak.phases.gaussianity import first_rejection, gaussianity
     from symbreak.phases.kicks import opportunity
     from symbreak.phases.losses import entropy_rate, loss_curve

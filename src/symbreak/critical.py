@@ -7,9 +7,9 @@ A search that finds nothing is an answer too: a `CriticalTime` whose level is ``
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
 from scipy.optimize import brentq
@@ -21,6 +21,7 @@ from symbreak.runtime.errors import InputError
 __all__ = [
     "CriticalTime",
     "Curve",
+    "Levels",
     "Result",
     "crossing",
     "curve",
@@ -32,6 +33,10 @@ __all__ = [
     "root_time",
 ]
 
+if TYPE_CHECKING:
+    import torch
+
+Levels: TypeAlias = "float | Sequence[float] | np.ndarray | torch.Tensor"  # a noise level sigma, or levels [G]
 Kind = TypeVar("Kind", bound="Curve")
 
 
@@ -122,7 +127,7 @@ class Curve(Result):
         return kind(self.sigma, self.value, self.low, self.high, self.name, **attributes)
 
 
-def levels(sigma: Any) -> tuple[np.ndarray, tuple[int, ...]]:
+def levels(sigma: Levels) -> tuple[np.ndarray, tuple[int, ...]]:
     """Levels [G] float64 and the shape they came in, () for a single one.
 
     Raises:

@@ -35,8 +35,9 @@ from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.bifurcation import bifurcation
 from symbreak.phases.class_entropy import class_entropy, class_entropy_bound
 from symbreak.phases.clones import clones
-from symbreak.phases.collapse import collapse_time, excess_entropy, samples_needed
+from symbreak.phases.collapse import collapse_time, samples_needed
 from symbreak.phases.condensation import nearest_flips, nearest_of
+from symbreak.phases.excess_entropy import excess_entropy
 from symbreak.phases.kicks import opportunity
 from symbreak.phases.losses import entropy_rate, loss_curve
 from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
