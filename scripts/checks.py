@@ -29,7 +29,6 @@ from symbreak.phases.reverse_paths import reverse_states
 from symbreak.phases.speciation import cloning_time
 from symbreak.report.record import Record
 from symbreak.runtime.files import write_json
-from symbreak.runtime.run import Blocks
 from symbreak.studies.compare_starts import candidate_starts, compare_starts
 from symbreak.studies.measure import Measure
 from symbreak.studies.sensitivity import sensitivity
@@ -91,10 +90,10 @@ def is_it_gaussian(data, held, pipe, laws, out: Path, args) -> dict:
     sizes = [min(args.states, len(data)), min(args.states, len(data)) // 4]
     settings = {"data": data.fingerprint(), "levels": sigma.tolist(), "sizes": sizes, "modes": 8, "directions": 16}
     settings |= {"steps": NETWORK_STEPS, "simulations": args.simulations}
-    store = Blocks(out, {"check": "gaussian", **settings})
+    run = sb.Run(out).identified({"check": "gaussian", **settings})
     began = time.perf_counter()
-    nats = non_gaussianity(network, gaussian, held.tensor()[: args.nats], sigma, run=store.run())
-    states = reverse_states(network, sigma, sizes[0], NETWORK_STEPS, run=store.run(told("reverse trajectories")))
+    nats = non_gaussianity(network, gaussian, held.tensor()[: args.nats], sigma, run=run)
+    states = reverse_states(network, sigma, sizes[0], NETWORK_STEPS, run=run.telling(told("reverse trajectories")))
     sources = {"training images": data, "network": states, "class mixture": laws["class mixture"], FULL: gaussian}
     found: dict[str, dict] = {}
     for n in sizes:
@@ -112,7 +111,7 @@ def is_it_gaussian(data, held, pipe, laws, out: Path, args) -> dict:
     content = {"found": found, "nats": nats.to_dict(), "data": {"name": data.name, "count": len(data)}}
     record = Record("gaussianity", settings, content, {}, {"all": time.perf_counter() - began})
     write_json(out / "gaussian.json", record.to_dict())
-    store.close()
+    run.close()
     return record.content
 
 

@@ -24,7 +24,6 @@ from symbreak.metrics.features import accuracy, load_classifier, save_classifier
 from symbreak.networks.loading import weights_hash
 from symbreak.runtime.files import write_json
 from symbreak.runtime.plain import plain, versions
-from symbreak.runtime.run import Blocks
 
 STEPS = (999, 800, 700, 650, 600, 550, 500, 450, 400, 350, 300, 250, 200, 150, 100)
 ROOT = Path(__file__).parents[1]
@@ -63,18 +62,13 @@ def main() -> None:
         "classifier": weights_hash(judge),
         "versions": versions(torch.get_num_threads()),
     }
-    store = Blocks(args.out, identity)
 
-    def tell(done: int, total: int) -> None:
+    def tell(_: str, done: int, total: int) -> None:
         print(f"\r{done / total:.0%} of {total:,} network calls", end="", flush=True)
 
+    run = sb.Run(args.out, progress=tell).identified(identity)
     found = sb.clones(
-        sb.denoiser(pipe.unet, pipe.scheduler),
-        sigma,
-        judge.logits,
-        pairs=args.pairs,
-        steps=args.steps,
-        run=store.run(tell),
+        sb.denoiser(pipe.unet, pipe.scheduler), sigma, judge.logits, pairs=args.pairs, steps=args.steps, run=run
     )
     print()
     published = json.loads((ROOT / "tests" / "published.json").read_text())["mnist_1_vs_8_cloning"]
@@ -104,7 +98,7 @@ def main() -> None:
         ],
     }
     write_json(args.out / "clones.json", result)
-    store.close()
+    run.close()
     draw(args.out / "clones.png", ours, found, theirs, moved, phi, np.asarray(published["standard_error"]))
     print(json.dumps(result["tau"], indent=1))
 

@@ -32,7 +32,6 @@ from symbreak.metrics.frechet import distance
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.networks.loading import weights_hash
 from symbreak.runtime.files import write_json, write_whole
-from symbreak.runtime.run import Blocks
 from symbreak.start.grids import steps_for
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +92,7 @@ class Bench:
         self.reference = sb.Moments.fit([self.real])
         self.samples = samples
         identity = {"network": weights_hash(self.pipe.unet), "classifier": weights_hash(self.extract), "repeat": REPEAT}
-        self.blocks = Blocks(out, identity)
+        self.run = sb.Run(out).identified(identity)
         gaussian = sb.Gaussian.fit(self.train)
         self.laws = {
             "Gaussian": gaussian,
@@ -115,7 +114,7 @@ class Bench:
             return {"features": features(self.extract, [x]).numpy(), "images": x[:100].numpy()}
 
         def measured():
-            parts = [self.blocks.keep(f"{key}/{i}", lambda i=i: part(i)) for i in range(self.samples // REPEAT)]
+            parts = [self.run.part(f"{key}/{i}", lambda i=i: part(i)) for i in range(self.samples // REPEAT)]
             found = torch.cat([torch.from_numpy(p["features"]).double() for p in parts])
             some = torch.cat([torch.from_numpy(p["images"]) for p in parts])
             labels = self.extract.head(found.float()).argmax(1)
@@ -133,7 +132,7 @@ class Bench:
                 **more,
             }
 
-        return self.blocks.value(key, measured)
+        return self.run.value(key, measured)
 
 
 def table(bench, tell):
@@ -171,7 +170,7 @@ def own_grid(bench, tell):
             x = make(range(SELECTION, SELECTION + 300), first, law)
             return sb.frechet_distance(sb.Moments.fit([features(bench.extract, [x])]), bench.reference)
 
-        scanned = {t: bench.blocks.value(f"scan/{steps}/{t}", lambda t=t: score(t)) for t in LEVELS}
+        scanned = {t: bench.run.value(f"scan/{steps}/{t}", lambda t=t: score(t)) for t in LEVELS}
         best = min(scanned, key=scanned.__getitem__)
         calls = len(paper_grid(full, steps, best)[1])
         row = {"steps": steps, "calls": calls, "first": best, "published": PUBLISHED[steps]}

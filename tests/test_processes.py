@@ -27,7 +27,6 @@ from symbreak.noise import generator
 from symbreak.runtime.files import InputError, read_json, read_tensors, write_json, write_whole
 from symbreak.runtime.ranks import agreed, alone, dealt, from_each, from_first, joined, own_rows, rank_of, summed
 from symbreak.runtime.rows import Shards
-from symbreak.runtime.run import Blocks, in_blocks
 
 FORK = multiprocessing.get_context("fork")
 
@@ -132,7 +131,7 @@ def _pieces(out):
     assert rank_of() == (0, 1)
 
 
-def test_blocks_are_dealt_and_known_to_all(tmp_path):
+def test_every_process_learns_what_each_computed(tmp_path):
     out = tmp_path / "out"
     assert on_ranks(_pieces, out) == [0, 0]
     parts = [[0, 1, 2, 3], 0, True], [[4, 5, 6, 7, 8, 9], 4, True]
@@ -154,7 +153,7 @@ def test_blocks_are_dealt_and_known_to_all(tmp_path):
 def _refused(out):
     def make(i):
         if i == 3:
-            raise InputError("block 3 is wrong. Mend it.")
+            raise InputError("block 3 is wrong. Repair it.")
         return {"x": np.array(i)}
 
     def make_nothing():
@@ -260,8 +259,8 @@ def test_unusable_images_are_left_out_by_all(tmp_path):
 def _kept_by(out, ranks_said):
     with joined():
         made = []
-        store = Blocks(out, {"of": "us"})
-        found = in_blocks("b", range(5), lambda i: made.append(i) or {"x": np.array(i)}, None, store.keep)
+        run = sb.Run(out).identified({"of": "us"})
+        found = run.parts("b", range(5), lambda i: made.append(i) or {"x": np.array(i)})
         assert [int(f["x"]) for f in found] == list(range(5))
         assert bool(made) == (ranks_said == "first")
 
@@ -276,9 +275,9 @@ def _of_their_own(out):
     """Ranks that differ, as those of different machines do in the last bits."""
     with joined() as (rank, _):
         for folder in (out / "kept", None):
-            store = Blocks(folder, {"of": f"rank {rank}"})
-            assert int(store.keep("b", lambda: {"x": np.array(rank)})["x"]) == 0
-            assert store.value("v", lambda: rank + 0.25) == 0.25
+            run = sb.Run(folder).identified({"of": f"rank {rank}"})
+            assert int(run.part("b", lambda: {"x": np.array(rank)})["x"]) == 0
+            assert run.value("v", lambda: rank + 0.25) == 0.25
 
 
 def test_ranks_take_what_the_first_one_made(tmp_path):
@@ -668,8 +667,7 @@ def _dies(out):
                 os._exit(9)
             return {"x": np.array(i)}
 
-        store = Blocks(out, {"of": "us"})
-        dealt(range(6), lambda i: store.keep(f"b/{i}", lambda: make(i)))
+        sb.Run(out).identified({"of": "us"}).parts("b", range(6), make)
 
 
 def _survives(out):

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from symbreak.runtime.files import InputError
-from symbreak.runtime.run import Blocks, Run, in_blocks, renamed
+from symbreak.runtime.run import Run, renamed
 
 
-def test_blocks_go_on_where_they_were(tmp_path):
+def test_parts_go_on_where_they_were(tmp_path):
     made, seen = [], []
 
     def make(item):
@@ -16,31 +16,35 @@ def test_blocks_go_on_where_they_were(tmp_path):
         made.append(item)
         return {"square": np.array(item**2)}
 
-    def stop(done, total):
+    def stop(_, done, total):
         if done == 2:
             raise KeyboardInterrupt
 
     def squares(number, progress=None):
-        store = Blocks(tmp_path, {"run": number})
-        return [int(b["square"]) for b in in_blocks("squares", [5, 6, 7], make, progress, store.keep)], store
+        run = Run(tmp_path, progress=progress).identified({"run": number})
+        return [int(part["square"]) for part in run.parts("squares", [5, 6, 7], make)], run
 
     with pytest.raises(KeyboardInterrupt):
         squares(1, stop)
-    found, store = squares(1, lambda *at: seen.append(at))
-    assert found == [25, 36, 49]
+    values, run = squares(1, lambda *at: seen.append(at))
+    assert values == [25, 36, 49]
     assert made == [5, 6, 7]
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    # Another run does not see them, and a damaged block is made again.
+    assert seen == [("squares", 1, 3), ("squares", 2, 3), ("squares", 3, 3)]
+    # Another run does not see them, and a damaged part is made again.
     squares(2)
     assert made == [5, 6, 7] * 2
-    (store.folder / "squares-1.safetensors").write_bytes(b"damaged")
-    assert squares(1)[0] == [25, 36, 49]
+    next(tmp_path.rglob("*/squares-1.safetensors")).write_bytes(b"damaged")
+    for number in (1, 2):
+        assert squares(number)[0] == [25, 36, 49]
     assert made == [5, 6, 7] * 2 + [6]
-    store.close()
-    assert [p.name for p in tmp_path.iterdir()] == [Blocks(tmp_path, {"run": 2}).folder.name]
-    # Nothing is kept where nothing is asked for.
+    run.close()
+    other = Run(tmp_path).identified({"run": 2})
+    assert len(list(tmp_path.iterdir())) == 1
+    other.close()
+    assert not list(tmp_path.iterdir())
+    # Nothing is stored without a folder.
     for _ in range(2):
-        in_blocks("squares", [8], make, None, None)
+        Run().parts("squares", [8], make)
     assert made[-2:] == [8, 8]
 
 
@@ -51,22 +55,25 @@ def test_values_belong_to_one_run_and_are_made_once(tmp_path):
         made.append(value)
         return value
 
-    store = Blocks(tmp_path, {"run": 1})
+    def run(number):
+        return Run(tmp_path).identified({"run": number})
+
+    first = run(1)
     for _ in range(2):
-        assert store.value("a", lambda: make({"x": (1, 2)})) == {"x": (1, 2)}
-    assert Blocks(tmp_path, {"run": 1}).value("a", lambda: make("fresh")) == {"x": [1, 2]}
+        assert first.value("a", lambda: make({"x": (1, 2)})) == {"x": (1, 2)}
+    assert run(1).value("a", lambda: make("fresh")) == {"x": [1, 2]}
     assert [p.name for p in tmp_path.iterdir()] == ["cells.json"]
     # A run that asks for no value leaves the file of another one alone.
-    Blocks(tmp_path, {"run": 2}).close()
-    assert Blocks(tmp_path, {"run": 1}).value("a", lambda: make("fresh")) == {"x": [1, 2]}
-    assert Blocks(tmp_path, {"run": 2}).value("a", lambda: make("other")) == "other"
+    run(2).close()
+    assert run(1).value("a", lambda: make("fresh")) == {"x": [1, 2]}
+    assert run(2).value("a", lambda: make("other")) == "other"
     (tmp_path / "cells.json").write_text("damaged")
-    again = Blocks(tmp_path, {"run": 2})
+    again = run(2)
     assert again.value("a", lambda: make("again")) == "again"
     again.close()
     assert not list(tmp_path.iterdir())
     # Without a folder a value is still made once.
-    loose = Blocks(None, {})
+    loose = Run()
     assert [loose.value("a", lambda: make("loose")) for _ in range(2)] == ["loose"] * 2
     assert made == [{"x": (1, 2)}, "other", "again", "loose"]
 
@@ -104,7 +111,7 @@ def test_a_part_is_found_again_for_its_own_settings_and_identity_only(tmp_path):
     Run(tmp_path).identified({"seed": 2}).part("a", make, 1, torch.zeros(2))
     assert len(made) == 4
     run.close()
-    assert [p.name for p in tmp_path.iterdir()] == [Run(tmp_path).identified({"seed": 2})._parts.folder.name]
+    assert len(list(tmp_path.iterdir())) == 1  # of the other identity
 
 
 def test_arguments_of_the_old_spelling_name_the_new_one():
