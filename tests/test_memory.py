@@ -14,8 +14,8 @@ from symbreak.metrics.memorization import nearest, nearest_in
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 from symbreak.runtime.rows import Shards
-from symbreak.studies.diagnose import Effort, _fitting
-from symbreak.studies.findings import Findings
+from symbreak.studies.ask_network import watched
+from symbreak.studies.diagnosis import Diagnosis, Effort
 
 FORK = multiprocessing.get_context("fork")
 BATCH = 48 * 2**20  # a batch of images takes 32 MiB of float32, and its bytes
@@ -127,22 +127,27 @@ def test_nearest_of_a_stream_is_nearest_of_all(tmp_path):
 
 
 def test_a_diagnosis_takes_the_images_that_fit():
-    data, effort = sb.images(sb.images("digits").tensor()), Effort(queries=50, points=100)
+    x = sb.images("digits").tensor()
+    data, effort = sb.images(torch.cat([x, 0.9 * x])), Effort(queries=50, points=100)
     # Without a network all images count, in a file where they do not fit.
-    assert data.shards(sb.Run().share(2**-14))._file is not None
-    tight, wide = (sb.diagnose(data, effort=effort, memory=m).content["criteria"] for m in (2**18, None))
+    assert data.shards(sb.Run(memory=2**20).share(1 / 3))._file is not None
+    tight, wide = (sb.diagnose(data, effort=effort, run=sb.Run(memory=m)).content["criteria"] for m in (2**20, None))
     row = {"name": "collapse", "of": "data"}
-    found = [next(c for c in each if row.items() <= c.items())["level"]["sigma"] for each in (tight, wide)]
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    sigma = [next(c for c in each if row.items() <= c.items())["level"]["sigma"] for each in (tight, wide)]
+    assert sigma[0] == pytest.approx(sigma[1], rel=1e-5)
 
 
 def test_trajectories_are_watched_with_the_images_that_fit():
-    found, data = Findings(None, None), sb.images("digits")
-    law = _fitting(found, data, 2**19)
-    assert len(law) == 2**19 // 3 // (4 * 64)
-    assert f"watched with {len(law)} of the 898 images" in found.notes[0]
-    assert len(_fitting(found, data, None)) == 898
-    assert len(found.notes) == 1
+    x = sb.images("digits").tensor()
+    data = sb.images(torch.cat([x, 0.9 * x]))
+    tight, wide = (
+        Diagnosis(data, data, data, Effort(), 0, sb.Run(memory=m), sb.schedule("ddpm-linear")) for m in (2**20, None)
+    )
+    law = watched(tight)
+    assert len(law) == 2**20 // 3 // (4 * 64)
+    assert f"watched with {len(law):,} of the {len(data):,} images" in tight.notes[0]
+    assert len(watched(wide)) == len(data)
+    assert wide.notes == []
 
 
 def measure(samples, train, held, memory):

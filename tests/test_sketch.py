@@ -432,7 +432,7 @@ def test_large_vectors_are_not_copied_to_float64():
     assert all(t.dtype == torch.float32 and t.data_ptr() == law.eigenvectors.data_ptr() for t in copies)
 
 
-def test_diagnosis_and_late_start_take_a_low_rank_law():
+def test_diagnose_and_late_start_take_a_low_rank_law():
     full = Moments.fit([digits()])
     law, exact = Gaussian.fit(batches(digits()), rank=30), Gaussian(full)
     assert speciation_time(law).sigma == pytest.approx(speciation_time(exact).sigma, rel=1e-3)

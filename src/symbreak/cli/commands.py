@@ -141,9 +141,7 @@ def phases(
             clusters=clusters,
             effort=replace(effort, **{k: v for k, v in sizes.items() if v is not None}),
             seed=seed,
-            memory=work.memory,
-            out=out,
-            progress=work.progress,
+            run=work,
         )
     say_record(record, out, as_json)
 

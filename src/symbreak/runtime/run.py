@@ -92,8 +92,8 @@ class Run:
             self.progress(self.stage, done, total)
 
     def identified(self, identity: dict[str, Any]) -> Run:
-        """This run, with finished parts that belong to ``identity``: plain values that decide all of them."""
-        return self._view(_parts=_Parts(self.folder, identity))
+        """This run with timings from zero and parts of ``identity``: plain values that decide all of them."""
+        return self._view(_parts=_Parts(self.folder, identity), timings={})
 
     def part(self, key: str, make: Callable[[], Arrays], *settings: Any) -> Arrays:
         """The arrays of a finished part, from the folder or made now.

@@ -37,7 +37,7 @@ from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.late_start import standard_start
 from symbreak.start.sample import generate_shards
-from symbreak.studies.findings import png_row
+from symbreak.studies.diagnosis import png_row
 
 __all__ = ["Sampling", "audit"]
 

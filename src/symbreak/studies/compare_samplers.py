@@ -37,8 +37,8 @@ from symbreak.runtime.run import Run, renamed
 from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
 from symbreak.start.late_start import LateStart, standard_start
+from symbreak.studies.diagnosis import png_row, spectral_times
 from symbreak.studies.evaluate import default_extractor
-from symbreak.studies.findings import png_row, spectral_times
 from symbreak.studies.measure import SELECTION_SEED, Comparison
 
 __all__ = ["SAMPLERS", "Study", "run"]

@@ -31,7 +31,7 @@ from symbreak.runtime.rows import HELD, Shards
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.late_start import LateStart
 from symbreak.start.sample import decisive, generate_shards
-from symbreak.studies.findings import png_row
+from symbreak.studies.diagnosis import png_row
 
 __all__ = ["Subset", "default_extractor", "evaluate", "evaluate_network"]
 

@@ -16,6 +16,7 @@ from symbreak.phases.collapse import collapse_time
 from symbreak.phases.speciation import cloning_time, speciation_time
 from symbreak.report.html import write_report
 from symbreak.runtime.files import InputError
+from symbreak.runtime.run import Run
 from symbreak.studies.diagnose import Effort, diagnose
 
 TINY = Effort(pairs=64, steps=16, branches=8, turns=3, stability=3, losses=14, images=48, points=500)
@@ -77,7 +78,7 @@ def test_data_alone_with_and_without_labels(tmp_path):
 
 def test_a_mixture_posing_as_a_network(tmp_path):
     data, law, pipe = two_classes(tmp_path, weights=(0.7, 0.3))
-    found = diagnose(data, pipe, classify=nearest_sign, effort=TINY, out=tmp_path / "out")
+    found = diagnose(data, pipe, classify=nearest_sign, effort=TINY, run=Run(tmp_path / "out"))
     network = rows(found, "network")
     exact = cloning_time(law).sigma
     low, high = (network["cloning"][k]["sigma"] for k in ("low", "high"))
@@ -117,10 +118,10 @@ def test_an_interrupted_diagnosis_goes_on_and_finds_the_same(tmp_path):
     out = tmp_path / "out"
     for stage in ("clones, same image",):  # one of the last: everything before comes from the store
         with pytest.raises(Stop):
-            diagnose(data, pipe, classify=nearest_sign, effort=TINY, out=out, progress=stop_in(stage))
+            diagnose(data, pipe, classify=nearest_sign, effort=TINY, run=Run(out, progress=stop_in(stage)))
         assert list(out.glob("blocks-*/*.safetensors"))
         assert not (out / "record.json").exists()
-    again = diagnose(data, pipe, classify=nearest_sign, effort=TINY, out=out)
+    again = diagnose(data, pipe, classify=nearest_sign, effort=TINY, run=Run(out))
 
     assert again.content == whole.content
     assert again.settings == whole.settings
@@ -157,6 +158,8 @@ def test_bad_data(tmp_path):
         diagnose(data.only(data.classes[:1]), pipe, effort=TINY)
     with pytest.raises(InputError, match=r"the held-out images \(1, 8, 8\)"):
         diagnose(data, holdout=images("digits"))
+    with pytest.raises(InputError, match=r"diagnose\(memory=...\) is now diagnose\(run="):
+        diagnose(data, memory=2**30)
     same = images(np.zeros((30, 1, 2, 2), np.float32), value_range=(-1, 1))
     with pytest.raises(InputError, match="are equal"):
         diagnose(same)

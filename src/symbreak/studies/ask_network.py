@@ -1,0 +1,320 @@
+"""What a network says of its decisions: clones, U-turns, losses, stability, mechanism, kicks, copies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from symbreak.critical import CriticalTime, Curve, crossing
+from symbreak.laws import Empirical
+from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.families import NetworkDenoiser
+from symbreak.networks.loading import weights_hash
+from symbreak.phases.branches import Classify
+from symbreak.phases.class_entropy import class_entropy_bound
+from symbreak.phases.clones import Clones, clones
+from symbreak.phases.condensation import nearest_flips, nearest_of
+from symbreak.phases.kicks import Opportunity, opportunity
+from symbreak.phases.losses import entropy_rate, loss_curve
+from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
+from symbreak.phases.network_stability import arc_potential, network_stability
+from symbreak.phases.non_gaussianity import divergence_bound
+from symbreak.phases.speciation import speciation_time
+from symbreak.phases.u_turns import u_turns
+from symbreak.runtime.errors import InputError
+from symbreak.runtime.run import Run
+from symbreak.studies.ask_data import Laws, image_memory, law_memory, told_apart
+from symbreak.studies.diagnosis import Diagnosis, directions, some_images
+
+__all__ = ["ClassReader", "ask_network", "class_reader", "name_of"]
+
+CLUSTERS = 10  # classes of a network where neither labels nor a number were given
+SECOND = "#b3424a"  # colour of a network's second curve in a panel
+
+
+@dataclass(frozen=True)
+class ClassReader:
+    """What says the class of an image.
+
+    Attributes:
+        classify: images -> classes or scores, ``None`` for clusters.
+        features: images -> features from which classes are predicted, where the classes are those of the labels.
+        clusters: number of clusters, ``None`` with a classifier.
+    """
+
+    classify: Classify | None = None
+    features: Classify | None = None
+    clusters: int | None = None
+
+
+def name_of(classify: Classify) -> str:
+    """What a classifier is called, with its weights where it has some: other weights are another run."""
+    name = str(getattr(classify, "name", getattr(classify, "__name__", "a callable")))
+    return f"{name} {weights_hash(classify)}" if isinstance(classify, torch.nn.Module) else name
+
+
+def class_reader(d: Diagnosis, classify: Classify | None, clusters: int | None) -> ClassReader:
+    """The user's classifier, the bundled one, one trained on the labels, or clusters."""
+    if classify is not None:
+        d.notes.append(f"Classes of images: {name_of(classify)}.")
+        return ClassReader(getattr(classify, "logits", classify))
+    if clusters is None and d.train.labels is not None and not told_apart(d.train):
+        raise InputError(
+            f"the labels of {d.train.name} tell no two classes of at least 2 images apart. Pass --clusters K to find "
+            "classes, or --classify with a classifier."
+        )
+    if clusters is not None or d.train.labels is None:
+        k = CLUSTERS if clusters is None else clusters
+        d.notes.append(
+            f"Classes are {k} k-means clusters: of the data for the laws, of its own images for the network."
+        )
+        return ClassReader(clusters=k)
+    with d.stage("classifier") as run:
+        judge = _trained(d, run)
+    d.notes.append(
+        f"Classes of images: a classifier of {', '.join(judge.classes[:12])}"
+        + (f", right on {judge.accuracy:.1%} of the held-out images." if math.isfinite(judge.accuracy) else ".")
+    )
+    return ClassReader(judge.logits, judge.logits)
+
+
+def _trained(d: Diagnosis, run: Run) -> Any:
+    """The bundled classifier for the digits, else one trained on the labels; its weights are a finished part."""
+    if d.train.name == "digits" and d.train.pad is None:
+        return extractor("digits-classifier")
+    epochs = max(2, min(60, 200_000 // len(d.train)))
+    fresh: list[Classifier] = []
+
+    def make() -> dict[str, np.ndarray]:
+        fresh.append(train_classifier(d.train, epochs=epochs, seed=d.seed, run=image_memory(run)))
+        return {k: v.numpy() for k, v in fresh[0].state_dict().items()}
+
+    weights = run.part("classifier", make)
+    model = fresh[0] if fresh else Classifier(d.train.shape, d.train.classes)
+    model.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
+    model.eval().requires_grad_(False)
+    if d.test.labels is not None:
+        model.accuracy = accuracy(model, d.test)
+    return model
+
+
+def ask_network(d: Diagnosis, network: NetworkDenoiser, laws: Laws, moments: Moments, reader: ClassReader) -> None:
+    """Everything that needs the network."""
+    pairs = _clones(d, network, reader)
+    classify = reader.classify or _nearest_cluster(pairs)
+    images, labels = some_images(d.test, d.effort.images, d.seed)
+    _u_turns(d, network, images, classify)
+    levels = _losses(d, network, laws, images)
+    if reader.features is not None and labels is not None:
+        _class_entropy(d, network, reader.features, images, labels)
+    _stability(d, network, classify)
+    _mechanism(d, network, laws, moments, images, levels)
+    _opportunity(d, network, classify, pairs)
+    _condensation(d, network)
+
+
+def _clones(d: Diagnosis, network: NetworkDenoiser, reader: ClassReader) -> Clones:
+    with d.stage("clones") as run:
+        sigma, e = d.levels(network, 0.07, 2.5, d.effort.branches), d.effort
+        pairs = clones(
+            network, sigma, reader.classify, e.pairs, steps=e.steps, clusters=reader.clusters, seeds=d.seed, run=run
+        )
+        d.add("cloning", "network", pairs.crossing)
+        d.draw("clones", "clones, network", "network", pairs.curve, "o-")
+        d.mark("clones", pairs.floor, "floor, sum of squared class shares")
+        d.show("samples", "Final images of the clones' trunks.", torch.as_tensor(pairs.ends[:16]))
+    return pairs
+
+
+def _nearest_cluster(pairs: Clones) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The cluster of an image: the nearest mean of the clusters that the clones' trunks were sorted into."""
+    ends, names = torch.as_tensor(pairs.ends).flatten(1).float(), torch.as_tensor(pairs.labels)
+    centres = torch.stack([ends[names == k].mean(0) for k in names.unique()])
+    return lambda x: torch.cdist(x.flatten(1).float(), centres).argmin(1)
+
+
+def _u_turns(d: Diagnosis, network: NetworkDenoiser, images: torch.Tensor, classify: Classify) -> None:
+    with d.stage("U-turns") as run:
+        sigma, e = d.levels(network, 0.07, 2.5, d.effort.turns), d.effort
+        turns = u_turns(network, images[: e.pairs], sigma, classify, steps=e.steps, seeds=d.seed, run=run)
+        d.add("U-turn, class", "network", turns.crossing)
+        d.draw("clones", "U-turns: class changed", "network", turns.classes, "s--")
+        d.draw("clones", "U-turns: pixels changed", "network", turns.features, ":")
+
+
+def _losses(d: Diagnosis, network: NetworkDenoiser, laws: Laws, images: torch.Tensor) -> np.ndarray:
+    """Denoising losses of network and laws, what follows from them, and their levels."""
+    with d.stage("losses") as run:
+        every = {"Gaussian": laws.gaussian} | ({} if laws.classes is None else {"class mixture": laws.classes})
+        levels = d.levels(network, 0.05, 6.0, d.effort.losses)
+        losses = loss_curve(network, images, levels, laws=every, seed=d.seed, run=run)
+        d.draw("loss", "network", "network", losses.mmse)
+        d.draw("rate", "entropy rate, rescaled", "network", entropy_rate(losses, rescaled=True))
+        for law in every:
+            d.draw("loss", law, law, losses.law(law))
+            bound = divergence_bound(losses, law)
+            d.draw("information", f"network against {law}", law, bound)
+            d.add("non-Gaussianity" if law == "Gaussian" else "distance from the mixture", "network", bound.time())
+        empirical = loss_curve(laws.empirical, images, levels, seed=d.seed).mmse
+        d.draw("loss", f"{len(laws.empirical):,} training images", "data", empirical)
+    return losses.sigma
+
+
+def _class_entropy(
+    d: Diagnosis, network: NetworkDenoiser, features: Classify, images: torch.Tensor, labels: torch.Tensor
+) -> None:
+    with d.stage("class entropy") as run:
+        sigma = d.levels(network, 0.07, 2.5, d.effort.turns)
+        some, known = some_images(d.train, 2 * d.effort.images, d.seed, even=True)
+        options: dict[str, Any] = {"features": features, "seed": d.seed, "run": run}
+        try:
+            entropy = class_entropy_bound(network, sigma, images, labels, some, known, **options)
+            d.add("class entropy", "network", entropy.time())
+            d.draw("entropy", "network, upper bound", "network", entropy, "o-")
+        except InputError as error:  # a class that is too rare must not cost the other criteria
+            d.add("class entropy", "network", CriticalTime(None, criterion="class entropy", reason=str(error)))
+
+
+def _stability(d: Diagnosis, network: NetworkDenoiser, classify: Classify) -> None:
+    """The network's central fixed point and its potential between two trajectories, from high noise down."""
+    sigma = d.levels(network, 0.15, 3.0, d.effort.stability)[::-1]
+    for frame in d.effort.frames:
+        with d.stage(f"stability, {frame.upper()}") as run:
+            centre = network_stability(network, sigma, "sde", frame, seed=d.seed, progress=run.tell, keep=run.part)
+            d.add("centre loses stability", "network", centre.critical)
+            d.add("second well", "network", centre.splitting)
+            ratio = centre.eigenvalues[:, 0] / centre.threshold
+            label = f"top eigenvalue of dD/dx over its threshold, {frame.upper()}"
+            color = None if frame == "ve" else SECOND
+            d.draw("stability", label, "network", Curve(sigma, ratio, ratio, ratio), "o-", color)
+            if frame == "ve" and not np.isfinite(ratio).any():
+                d.notes.append("No fixed point of the network was found on any of these levels.")
+            elif frame == "ve":
+                most = int(np.nanargmax(np.where(np.isfinite(ratio), ratio, -np.inf)))
+                d.notes.append(
+                    f"Jacobian of the network at the centre, VE: asymmetry {np.nanmin(centre.asymmetry):.1%} to "
+                    f"{np.nanmax(centre.asymmetry):.1%}."
+                )
+                least_stable = directions(centre.directions[most, :1], network.shape)
+                d.show(
+                    "least stable direction",
+                    f"Eigenvector of the network's Jacobian at the centre (sigma {sigma[most]:.3g}); then the centre.",
+                    torch.cat([least_stable, torch.as_tensor(centre.states[most])[None].float()]),
+                )
+    d.mark("stability", 1.0, "unstable above")
+    with d.stage("arc") as run:
+        arc = arc_potential(network, sigma, seeds=d.seed, classify=classify, progress=run.tell, keep=run.part)
+        d.add("two wells on an arc", "network", arc.critical)
+        d.arc = {name: getattr(arc, name).tolist() for name in ("sigma", "angle", "value", "wells")}
+        d.show("ends of the arc", "Final images of the two trajectories.", torch.as_tensor(arc.ends).float())
+
+
+def _mechanism(
+    d: Diagnosis, network: NetworkDenoiser, laws: Laws, moments: Moments, images: torch.Tensor, levels: np.ndarray
+) -> None:
+    """Do early fluctuations revert, and is the denoiser linear there?"""
+    with d.stage("mechanism") as run:
+        # Far above the spread of the data and their distance from the origin, where noise alone is a fair start.
+        top = min(0.95 * network.sigma_range[1], max(8.0 * d.scale, 4.0 * float(moments.mean.norm())))
+        paths = reversion(
+            network,
+            d.levels(network, 0.07, 6.0, d.effort.branches),
+            paths=d.effort.pairs,
+            steps=d.effort.steps,
+            seeds=d.seed,
+            moments=moments,
+            sigma_start=top,
+            run=run,
+        )
+        early, gaussian = levels[levels > 0.3 * d.scale], laws.gaussian
+        linear = linear_share(network, images, early, gaussian=gaussian, seed=d.seed, run=run)
+        d.draw("mechanism", "correlation with the start", "network", paths, "o-")
+        if paths.exact is not None:
+            d.draw("mechanism", "the same, exact dynamics", "data", paths.exact, "--")
+        d.draw("mechanism", "share of the denoiser that is linear", "Gaussian", linear)
+        # Small data have no spectral level in the VP frame; where the leading mode equals the noise they have.
+        at = speciation_time(moments)
+        at = at if at.sigma else speciation_time(moments, "signal-to-noise")
+        d.check(reversion_check(paths, at))
+        d.check(linearity_check(linear, at))
+
+
+def _opportunity(d: Diagnosis, network: NetworkDenoiser, classify: Classify, pairs: Clones) -> None:
+    """Where do kicks carry furthest?"""
+    with d.stage("opportunity") as run:
+        sigma, e = d.levels(network, 0.07, 2.5, d.effort.branches), d.effort
+        window = opportunity(network, sigma, classify, samples=e.pairs, steps=e.steps, seeds=d.seed, run=run)
+        d.draw("opportunity", "change of the final image per unit of kick", "network", window.change, "o-")
+        d.add("window of opportunity, image", "network", window.peak)
+        if window.classes is not None and window.class_peak is not None:
+            d.draw("clones", "kicks: class changed", "network", window.classes, "^:")
+            d.add("window of opportunity, class", "network", window.class_peak)
+        d.check(_window_check(pairs, window))
+
+
+def _window_check(pairs: Clones, window: Opportunity) -> Check:
+    """Whether kicks carry furthest where the classes are decided.
+
+    Holds where the window's peak lies between the levels at which phi is 10 % and 90 % of the way from its floor
+    to certainty.
+    """
+    name = "a window of opportunity at the decision"
+    way = (pairs.curve.value - pairs.floor) / max(1e-12, 1.0 - pairs.floor)
+    low, high = (crossing(pairs.curve.sigma, way, share) for share in (0.9, 0.1))
+    peak = window.class_peak if window.class_peak is not None else window.peak
+    if peak.sigma is None or low is None or high is None:
+        why = peak.reason or "" if peak.sigma is None else NO_WAY
+        return Check(name, None, math.nan, math.nan, f"Cannot be said: {why.rstrip('.')}.")
+    sentence = (
+        f"Kicks change most at sigma {peak.sigma:.3g}; the classes are decided between {high:.3g} and {low:.3g} "
+        f"(phi 10 % and 90 % of the way to certainty)."
+    )
+    return Check(name, bool(low <= peak.sigma <= high), float(peak.sigma), float(high), sentence)
+
+
+NO_WAY = "the clones' agreement does not run from 10 % to 90 % on these levels"
+
+
+def watched(d: Diagnosis) -> Empirical:
+    """The images that trajectories may fall onto: as many as fit, on every rank, for each asks them at every step."""
+    room, data = image_memory(d.run).bytes(), d.data
+    most = max(3, room // (4 * math.prod(data.shape)))
+    if len(data) > most:
+        d.notes.append(
+            f"Trajectories are watched with {most:,} of the {len(data):,} images, as many as fit into "
+            f"{room / 2**30:.3g} GiB."
+        )
+        data = data.subset(most)
+    return Empirical(data.tensor(), **law_memory(d.run))
+
+
+def _condensation(d: Diagnosis, network: NetworkDenoiser) -> None:
+    """Do the network's trajectories fall onto single training images?"""
+    whole, pairs, steps, top = watched(d), max(20, d.effort.pairs // 3), d.effort.steps, network.sigma_range[1]
+    with d.stage("condensation") as run:
+        start = min(top, 30 * d.scale)
+        flips = nearest_flips(network, whole, pairs, steps, sigma_start=start, seeds=d.seed, run=run)
+        d.add("last change of the nearest image", "network", flips.last)
+        near = np.flatnonzero(flips.settled.sigma < 4 * d.scale)  # above, nothing happens
+        settled, shared = (
+            Curve(c.sigma[near], c.value[near], c.low[near], c.high[near]) for c in (flips.settled, flips.participation)
+        )
+        d.draw("condensation", "nearest training image is the final one", "network", settled)
+        value, below, above = (1 - v / math.log10(len(whole)) for v in (shared.value, shared.high, shared.low))
+        scaled = Curve(shared.sigma, value, below, above)
+        d.draw("condensation", "1 - log participation / log n", "data", scaled, "--")
+        close = float(np.mean(flips.ratio < 1 / 3))
+        d.notes.append(
+            f"{close:.1%} of {len(flips.ratio)} final images of the network lie less than a third as far from one "
+            f"training image as from the next (median ratio {np.median(flips.ratio):.2f}); see `symbreak audit`."
+        )
+    with d.stage("clones, same image") as run:
+        levels = d.levels(network, 0.03, 2.5, max(3, d.effort.branches // 2))
+        same = clones(network, levels, nearest_of(whole.points), pairs, steps=steps, seeds=d.seed, run=run)
+        d.draw("condensation", "clones end at one nearest image, phi_C", "network", same.curve, "s-", SECOND)

@@ -1,0 +1,228 @@
+"""A diagnosis while it is made: what is asked about, and what was measured so far, as plain values for its record."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from symbreak.critical import CriticalTime, Curve
+from symbreak.data.images import Images, describe
+from symbreak.moments.one_pass import Moments
+from symbreak.networks.denoiser import Denoiser
+from symbreak.noise import Schedule, generator
+from symbreak.phases.mechanism import Check
+from symbreak.phases.speciation import ladder, speciation_time
+from symbreak.runtime.errors import InputError
+from symbreak.runtime.run import Run
+
+__all__ = ["Diagnosis", "Effort", "directions", "png_row", "some_images", "spectral_times", "view"]
+
+Plain = dict[str, Any]  # what JSON holds
+LEAST = {"pairs": 10, "steps": 4, "branches": 3, "turns": 2, "stability": 2, "losses": 4, "images": 20, "queries": 20}
+TICKS = (10, 20, 50, *range(100, 601, 50), 700, 800, 900, 999)  # round steps on the second axis
+DECIDED = (("cloning", "network"), ("cloning", "data"), ("cloning", "class mixture"), ("spectral", "data"))
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a diagnosis spends.
+
+    Attributes:
+        pairs: pairs of clones, paths and kicks; real images of the U-turns, but at most ``images``.
+        steps: sampler steps of a whole trajectory.
+        branches: branch levels of the clones.
+        turns: levels of the U-turns.
+        stability: levels at which the network's Jacobian is looked at.
+        losses: levels of the loss curves.
+        images: images of the loss curves.
+        points: training images of the empirical law.
+        queries: noised images of the excess entropy; all images count as their neighbours.
+        frames: frames in which the network's fixed points are followed.
+    """
+
+    pairs: int = 300
+    steps: int = 40
+    branches: int = 12
+    turns: int = 8
+    stability: int = 8
+    losses: int = 20
+    images: int = 256
+    points: int = 4000
+    queries: int = 1000
+    frames: tuple[str, ...] = ("ve", "vp")
+
+    def check(self) -> None:
+        """Raise an error that names a number which gives nothing."""
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; expected at least {least}.")
+
+    def quick(self) -> Effort:
+        """Small enough for a minute on the digits."""
+        return replace(
+            self, pairs=100, steps=24, branches=8, turns=5, stability=4, losses=12, images=128, frames=("ve",)
+        )
+
+
+@dataclass
+class Diagnosis:
+    """What is asked about, and what was measured so far.
+
+    Attributes:
+        data: all images; ``train`` are those that the laws are fitted to, ``test`` those they are asked about.
+        effort, seed, run: how much to spend, the seed of all noise, folder, memory and progress.
+        steps: the schedule whose steps the second axis shows.
+        scale: largest standard deviation of the data, the unit of levels.
+        criteria, curves, lines, checks, pictures, notes, arc: the parts of the record.
+    """
+
+    data: Images
+    train: Images
+    test: Images
+    effort: Effort
+    seed: int
+    run: Run
+    steps: Schedule
+    scale: float = 1.0
+    criteria: list[Plain] = field(default_factory=list)
+    curves: list[Plain] = field(default_factory=list)
+    lines: list[Plain] = field(default_factory=list)
+    checks: list[Plain] = field(default_factory=list)
+    pictures: list[Plain] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    arc: Plain | None = None
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Run]:
+        """The run under a stage of that name; criteria that are added in it find its seconds by the name."""
+        first = len(self.criteria)
+        with self.run.timed(name) as run:
+            run.tell(0, 1)
+            yield run
+            run.tell(1, 1)
+        for row in self.criteria[first:]:
+            row["stage"] = name
+
+    def add(self, name: str, of: str, critical: CriticalTime) -> None:
+        """Add a critical time of ``"data"``, ``"class mixture"``, ``"Gaussian"`` or ``"network"``."""
+        self.criteria.append({"name": name, "of": of, "stage": None, **view(critical, self.steps)})
+
+    def draw(self, panel: str, label: str, of: str, curve: Curve, line: str = "-", color: str | None = None) -> None:
+        """Add a curve to a panel of `symbreak.report.figures.PANELS`."""
+        self.curves.append({**curve.to_dict(), "panel": panel, "label": label, "of": of, "line": line, "color": color})
+
+    def mark(self, panel: str, value: float, label: str) -> None:
+        """Add a level line to a panel."""
+        self.lines.append({"panel": panel, "value": value, "label": label})
+
+    def check(self, check: Check) -> None:
+        """Add a check of the mechanism."""
+        texts = {"value_text": f"{check.value:.3g}", "expected_text": f"{check.expected:.3g}"}
+        self.checks.append({**check.to_dict(), **texts})
+
+    def show(self, title: str, caption: str, grid: torch.Tensor) -> None:
+        """Add a row of pictures [N, *S]."""
+        self.pictures.append({"title": title, "caption": caption, "png": png_row(grid)})
+
+    def levels(self, network: Denoiser, least: float, most: float, count: int) -> np.ndarray:
+        """Levels [count] even in log sigma, in units of the data's scale, inside the range of a network."""
+        low, high = network.sigma_range
+        return np.geomspace(max(1.05 * low, least * self.scale), min(0.95 * high, most * self.scale), count)
+
+    def content(self) -> Plain:
+        """The parts of the record."""
+        names = ("criteria", "curves", "lines", "checks", "pictures", "notes", "arc")
+        return {**{k: getattr(self, k) for k in names}, "step_ticks": self._ticks(), "regimes": self._regimes()}
+
+    def _ticks(self) -> list[Plain]:
+        """Levels of round steps; a schedule may not have all of them."""
+        ticks = []
+        for step in TICKS:
+            try:
+                ticks.append({"sigma": self.steps.level(step).sigma, "step": float(step)})
+            except ValueError:
+                continue
+        return ticks
+
+    def _regimes(self) -> Plain:
+        """The two levels between which a sample is new: the measured speciation, and the collapse of the data set."""
+        known = {(c["name"], c["of"]): c["level"]["sigma"] for c in reversed(self.criteria) if c["level"] is not None}
+
+        def first(wanted: tuple[tuple[str, str], ...]) -> Plain | None:
+            at = next((w for w in wanted if w in known), None)
+            return None if at is None else {"sigma": known[at], "criterion": at[0], "of": at[1]}
+
+        return {"speciation": first(DECIDED), "collapse": first((("collapse", "data"),))}
+
+
+def view(critical: CriticalTime, steps: Schedule) -> Plain:
+    """A critical time as plain values, with the model's step of each level."""
+    values: Plain = critical.to_dict()
+    for key in ("level", "low", "high"):
+        level = getattr(critical, key)
+        if level is not None:
+            try:
+                values[key]["step"] = float(steps.time(level))
+            except ValueError:
+                values[key]["step"] = None  # outside the schedule
+    return values
+
+
+def spectral_times(data: Images, steps: Schedule, moments: Moments, modes: int = 10) -> Plain:
+    """Spectrum, ladder and the spectral times at both scales of the pixels, as plain values."""
+    spectrum = moments.spectrum(min(256, moments.dim))
+    return {
+        "data": describe(data),
+        "eigenvalues": spectrum.values.tolist(),
+        "eigenvalues_low": spectrum.low.tolist(),
+        "eigenvalues_high": spectrum.high.tolist(),
+        "total_variance": float(torch.trace(moments.cov)),
+        "speciation": {
+            "[-1, 1]": view(speciation_time(moments), steps),
+            "[0, 1]": view(speciation_time(moments, scale=0.5), steps),
+        },
+        "ladder": [view(c, steps) for c in ladder(moments, modes)],
+    }
+
+
+def some_images(data: Images, count: int, seed: int, even: bool = False) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Up to ``count`` images and their labels, the same ones for the same seed; ``even``: as many of every class."""
+    order = torch.randperm(len(data), generator=generator(seed, 31))
+    if even and data.labels is not None:
+        y = data.labels[order]
+        place = torch.zeros(len(y), dtype=torch.int64)  # of an image among those of its class
+        for label in y.unique():
+            place[y == label] = torch.arange(int((y == label).sum()))
+        order = order[torch.argsort(place, stable=True)]
+    part = data.take(order[:count].numpy(), "some")
+    return part.tensor(), part.labels
+
+
+def directions(rows: np.ndarray | torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Directions [N, *S] as images: each scaled so that its largest entry is white or black."""
+    x = torch.as_tensor(rows).float().reshape(-1, *shape)
+    return x / x.abs().flatten(1).amax(1).clamp_min(1e-30).reshape(-1, 1, 1, 1)
+
+
+def png_row(grid: torch.Tensor) -> str:
+    """A row of images [N, C, H, W] in [-1, 1] as one PNG, base64."""
+    from PIL import Image
+
+    small = grid
+    side = max(grid.shape[2:])
+    if side > 64:
+        scale = 64 / side
+        small = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="area")
+    pixels = ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=0)
+    row = torch.cat(list(pixels), dim=2).permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
