@@ -56,7 +56,7 @@ def run(task, ear, mouth):
     if "checkpoint_seconds" in task:
         from symbreak.networks.train import train_network
 
-        train_network.__kwdefaults__["checkpoint_seconds"] = task["checkpoint_seconds"]
+        train_network.__wrapped__.__kwdefaults__["checkpoint_seconds"] = task["checkpoint_seconds"]
     if "fall_at" in task:
         fall_at(*task["fall_at"])
     if "full_at" in task:

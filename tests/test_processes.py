@@ -507,12 +507,13 @@ def _train_until(out, recipe, steps):
     class Enough(Exception):
         pass
 
-    def tell(step, *_):
-        if steps is not None and step >= steps:
+    def tell(stage, step, _):
+        if stage == "steps" and steps is not None and step >= steps:
             raise Enough
 
+    run = sb.Run(progress=tell)
     with joined(), contextlib.suppress(Enough):
-        sb.train_network(sb.images("digits"), out, sb.Recipe.load(recipe), checkpoint_seconds=0.0, progress=tell)
+        sb.train_network(sb.images("digits"), out, sb.Recipe.load(recipe), checkpoint_seconds=0.0, run=run)
 
 
 def test_interrupted_training_on_two_processes_ends_with_the_same_bits(tmp_path):

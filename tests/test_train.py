@@ -10,6 +10,7 @@ from symbreak.networks.families import denoiser
 from symbreak.networks.loading import load_pipeline
 from symbreak.networks.train import Recipe, train_network
 from symbreak.runtime.files import InputError
+from symbreak.runtime.run import Run
 
 SMALL = Recipe(channels=(8, 16), steps=30, batch=32, warmup=5, dropout=0.1)
 
@@ -22,12 +23,12 @@ def test_interrupted_training_ends_with_the_same_bits(tmp_path):
     data = images("digits")
     whole = train_network(data, tmp_path / "a", SMALL)
 
-    def stop(step, steps, _):
-        if step == 20:
+    def stop(stage, done, total):
+        if (stage, done) == ("steps", 20):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_network(data, tmp_path / "b", SMALL, progress=stop)
+        train_network(data, tmp_path / "b", SMALL, run=Run(progress=stop))
     assert (tmp_path / "b" / "checkpoint.safetensors").exists()
     assert not (tmp_path / "b" / "model_index.json").exists()
     resumed = train_network(data, tmp_path / "b", SMALL)

@@ -428,9 +428,7 @@ def train(
             device=machine.place(),
             precision=machine.precision,
             compiled=machine.compiled,
-            memory=work.bytes(),
-            reading=work.named("images").tell,
-            progress=lambda step, steps, _: work.named("steps").tell(step, steps),
+            run=work,
         )
     line = f"{result['parameters']:,} parameters, final loss {result['loss'][-1]:.4f}, {result['seconds']:.0f} s"
     say(as_json, {**result, "out": str(out)}, lambda: _print(line, f"pipeline: {out}"))

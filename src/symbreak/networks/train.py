@@ -8,10 +8,12 @@ so a run that was interrupted goes on from its checkpoint and ends with the bits
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,8 @@ from symbreak.runtime.files import (
     write_tensors,
 )
 from symbreak.runtime.ranks import agreed, rank_of, summed
-from symbreak.runtime.rows import HELD
-from symbreak.runtime.run import Run
+from symbreak.runtime.rows import Shards
+from symbreak.runtime.run import Run, renamed
 
 __all__ = ["Recipe", "train_network"]
 
@@ -83,7 +85,7 @@ class Recipe:
         return recipe
 
     def check(self) -> None:
-        """Refuse settings that cannot be trained."""
+        """Settings that cannot be trained raise an error that names them."""
         whole = (*self.channels, self.layers, self.steps, self.batch, self.warmup, self.seed)
         if any(isinstance(n, bool) or not isinstance(n, int) for n in whole):
             raise InputError("recipe channels, layers, steps, batch, warmup and seed are whole numbers.")
@@ -124,6 +126,7 @@ def _network(recipe: Recipe, shape: tuple[int, int, int]) -> UNet2DModel:
     )
 
 
+@renamed(reading="run=sb.Run(progress=...)")
 def train_network(
     data: Images,
     out: str | Path,
@@ -133,16 +136,14 @@ def train_network(
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     compiled: bool = False,
-    memory: int = HELD,
-    reading: Callable[[int, int], None] | None = None,
-    progress: Callable[[int, int, dict[str, float]], None] | None = None,
+    run: Run | None = None,
 ) -> dict[str, Any]:
     """Train a network on ``data`` and save a `diffusers.DDPMPipeline` folder.
 
     Called again with the same arguments after an interruption it goes on from the checkpoint in
-    ``out``; called after the end it returns the result at once. Ranks read and hold a part of the images each, share
-    every batch and add their gradients; dropout draws from a generator a rank, so that a run is the same bits on the
-    same number of processes.
+    ``out``; called after the end it returns the result at once. Several processes read and hold a part of the images
+    each, share every batch and add their gradients; dropout draws from a generator a process, so that a run is the
+    same bits on the same number of processes.
 
     Args:
         data: images in [-1, 1].
@@ -152,9 +153,8 @@ def train_network(
         device: where the network is trained; batches and noise are drawn on the CPU, the same everywhere.
         precision: ``"fp32"``, or ``"bf16"``: forward passes under autocast; weights and averages stay float32.
         compiled: whether the network goes through ``torch.compile``.
-        memory: bytes of the images that this process holds; more go into a file without a name in ``out``.
-        reading: called with (about how many images are read, of how many) before the first step.
-        progress: called with (step, steps, {"loss": running mean}).
+        run: images beyond its memory go into a file without a name in ``out``; tells how many images are read
+            ("images"), then how many steps are done ("steps").
 
     Returns:
         The content of ``training.json``: recipe, data, parameters, losses, seconds.
@@ -162,6 +162,7 @@ def train_network(
     Raises:
         InputError: where the images do not fit the recipe or ``out`` holds another run.
     """
+    run = run or Run()
     recipe = recipe or Recipe()
     recipe.check()
     if precision not in ("fp32", "bf16"):
@@ -169,7 +170,7 @@ def train_network(
     out = output_folder(out)
     identity: dict[str, Any] = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
     identity["recipe"]["channels"] = list(recipe.channels)
-    identity |= {} if precision == "fp32" else {"precision": precision}  # runs of before it was asked for were fp32
+    identity |= {} if precision == "fp32" else {"precision": precision}  # runs of before it was a choice were fp32
     done, checkpoint = out / "training.json", out / "checkpoint.safetensors"
     if agreed(done.exists):
         result = read_json(done)
@@ -182,88 +183,24 @@ def train_network(
     rank, ranks = rank_of()
     if recipe.batch < ranks:
         raise InputError(f"a batch of {recipe.batch} images for {ranks} processes; expected at least one image each.")
-    there = usable(device)
-    images = data.shards(Run(out, memory, lambda _, done, total: reading and reading(done, total)))
-    # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(recipe.seed)
-        unet = _network(recipe, data.shape)
-    unet.to(there)
+    place = usable(device)
+    images = data.shards(Run(out, run.memory, run.progress).named("images"))
+    training = _Training(recipe, data.shape, place, precision)
     if compiled:
-        unet.compile()
-    rolled = [there] if there.type == "cuda" else []  # whose global generator dropout draws from
-    parameters = list(unet.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    average = EMAModel(unet.parameters(), decay=recipe.ema, use_ema_warmup=True, power=0.75)
-    noising = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    step, losses, seconds = _resume(checkpoint, identity, unet, optimizer, average)
-    started = saved = time.monotonic()
-    unet.train()
-
-    def save() -> None:
-        _checkpoint(checkpoint, identity, unet, optimizer, average, losses, seconds + time.monotonic() - started)
-
-    per_epoch = max(1, len(images) // recipe.batch)
-    whole = True  # weights, average and step count belong together
-    epoch, order = -1, torch.empty(0, dtype=torch.long)
-    try:
-        while step < recipe.steps:
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = torch.randperm(len(images), generator=generator(recipe.seed, 1, epoch))
-            at = step % per_epoch * recipe.batch
-            clean = images.at(order[at : at + recipe.batch])
-            g = generator(recipe.seed, 2, step)
-            t = torch.randint(0, 1000, (len(clean),), generator=g)
-            noise = torch.randn(clean.shape, generator=g)
-            noisy = noising.add_noise(clean, noise, t)
-            rate = min(1.0, (step + 1) / max(1, recipe.warmup)) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.lr * rate
-            mine = slice(len(t) * rank // ranks, len(t) * (rank + 1) // ranks)
-            with torch.random.fork_rng(devices=rolled):  # dropout knows only the global generator
-                drawn = int(torch.randint(2**62, (ranks,), generator=g)[rank])
-                torch.default_generator.manual_seed(drawn)
-                for one in rolled:
-                    with torch.cuda.device(one):
-                        torch.cuda.manual_seed(drawn)
-                with torch.autocast(there.type, torch.bfloat16, enabled=precision == "bf16"):
-                    answer = unet(noisy[mine].to(there), t[mine].to(there)).sample
-                loss = torch.nn.functional.mse_loss(answer.float(), noise[mine].to(there))
-                loss = loss * (len(t[mine]) / len(t))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            if ranks > 1:
-                loss = _shared(loss, parameters)
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            whole = False
-            optimizer.step()
-            average.step(unet.parameters())
-            losses.append(loss.item())
-            step += 1
-            whole = True
-            if progress is not None and (step % 10 == 0 or step == recipe.steps):
-                progress(step, recipe.steps, {"loss": sum(losses[-200:]) / len(losses[-200:])})
-            if time.monotonic() - saved > checkpoint_seconds:
-                save()
-                saved = time.monotonic()
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
-        if whole:  # in the middle of an update only the last checkpoint is consistent
-            save()
-        raise
-    average.copy_to(unet.parameters())
-    unet.eval().to("cpu")
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+        training.unet.compile()
+    training.resume(checkpoint, identity)
+    training.go_on(images, checkpoint, identity, checkpoint_seconds, run.named("steps"))
     if rank == 0:
         with _staging(out) as stage:
-            DDPMPipeline(unet=unet, scheduler=scheduler).save_pretrained(stage, safe_serialization=True)
+            DDPMPipeline(unet=training.averaged(), scheduler=_noising()).save_pretrained(stage, safe_serialization=True)
+    losses = training.losses
     stride = max(1, len(losses) // 100)
     result = {
         **identity,
         "images": len(images),
-        "parameters": sum(p.numel() for p in parameters),
+        "parameters": sum(p.numel() for p in training.parameters),
         "loss": [sum(losses[i : i + stride]) / len(losses[i : i + stride]) for i in range(0, len(losses), stride)],
-        "seconds": round(seconds + time.monotonic() - started, 1),
+        "seconds": round(training.seconds, 1),
         "torch": torch.__version__,
     }
     write_json(done, result)
@@ -272,82 +209,151 @@ def train_network(
     return result
 
 
+def _noising() -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+
+
+class _Training:
+    """A network in training: its weights, optimizer and average, the losses of its steps and the seconds spent."""
+
+    def __init__(self, recipe: Recipe, shape: tuple[int, int, int], device: torch.device, precision: str) -> None:
+        self.recipe, self.device, self.precision = recipe, device, precision
+        # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(recipe.seed)
+            self.unet = _network(recipe, shape)
+        self.unet.to(device).train()
+        self.parameters = list(self.unet.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.average = EMAModel(self.parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75)
+        self.noising = _noising()
+        self.losses: list[float] = []
+        self._began, self._before = time.monotonic(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent, with those before an interruption."""
+        return self._before + time.monotonic() - self._began
+
+    def averaged(self) -> UNet2DModel:
+        """The network with its average weights, on the CPU."""
+        self.average.copy_to(self.parameters)
+        return self.unet.eval().to("cpu")
+
+    def go_on(self, images: Shards, checkpoint: Path, identity: dict[str, Any], every: float, run: Run) -> None:
+        """Steps up to the last one, with a checkpoint every so many seconds and where the run is interrupted."""
+        recipe, saved = self.recipe, time.monotonic()
+        per_epoch = max(1, len(images) // recipe.batch)
+        whole = True  # weights, average and step count belong together
+        epoch, order = -1, torch.empty(0, dtype=torch.long)
+        try:
+            while (step := len(self.losses)) < recipe.steps:
+                if step // per_epoch != epoch:
+                    epoch = step // per_epoch
+                    order = torch.randperm(len(images), generator=generator(recipe.seed, 1, epoch))
+                first = step % per_epoch * recipe.batch
+                loss = self._gradients(images.at(order[first : first + recipe.batch]), step)
+                whole = False
+                self.optimizer.step()
+                self.average.step(self.parameters)
+                self.losses.append(loss.item())
+                whole = True
+                if (step + 1) % 10 == 0 or step + 1 == recipe.steps:
+                    run.tell(step + 1, recipe.steps)
+                if time.monotonic() - saved > every:
+                    self.save(checkpoint, identity)
+                    saved = time.monotonic()
+        except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
+            if whole:  # in the middle of an update only the last checkpoint is consistent
+                self.save(checkpoint, identity)
+            raise
+
+    def _gradients(self, clean: torch.Tensor, step: int) -> torch.Tensor:
+        """The loss of a step, its gradients in the parameters and its learning rate in the optimizer."""
+        recipe, (rank, ranks) = self.recipe, rank_of()
+        g = generator(recipe.seed, 2, step)
+        t = torch.randint(0, 1000, (len(clean),), generator=g)
+        noise = torch.randn(clean.shape, generator=g)
+        noisy = self.noising.add_noise(clean, noise, t)
+        rate = min(1.0, (step + 1) / max(1, recipe.warmup)) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr * rate
+        mine = slice(len(t) * rank // ranks, len(t) * (rank + 1) // ranks)
+        gpus = [self.device] if self.device.type == "cuda" else []  # whose global generator dropout draws from
+        with torch.random.fork_rng(devices=gpus):  # dropout knows only the global generator
+            drawn = int(torch.randint(2**62, (ranks,), generator=g)[rank])
+            torch.default_generator.manual_seed(drawn)
+            for gpu in gpus:
+                with torch.cuda.device(gpu):
+                    torch.cuda.manual_seed(drawn)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+                answer = self.unet(noisy[mine].to(self.device), t[mine].to(self.device)).sample
+            loss = torch.nn.functional.mse_loss(answer.float(), noise[mine].to(self.device))
+            loss = loss * (len(t[mine]) / len(t))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if ranks > 1:
+            loss = _shared(loss, self.parameters)
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        return loss
+
+    def save(self, path: Path, identity: dict[str, Any]) -> None:
+        """Write a checkpoint."""
+        tensors = {f"model.{k}": v for k, v in self.unet.state_dict().items()}
+        tensors |= {f"ema.{i}": v for i, v in enumerate(self.average.shadow_params)}
+        for i, slot in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in slot.items()}
+        tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
+        tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
+        write_tensors(path, tensors, {"identity": json.dumps(identity, sort_keys=True)})
+
+    def resume(self, path: Path, identity: dict[str, Any]) -> None:
+        """Put everything back as a checkpoint says, where there is one."""
+        if not path.exists():
+            return
+        tensors, metadata = read_tensors(path)
+        if metadata.get("identity") != json.dumps(identity, sort_keys=True):
+            raise InputError(f"{path} belongs to a run with other settings. Choose another --out or delete it.")
+        with damaged(path, "a checkpoint"):
+            self.unet.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+            for i, shadow in enumerate(self.average.shadow_params):
+                shadow.copy_(tensors[f"ema.{i}"])
+            state = self.optimizer.state_dict()
+            state["state"] = {}
+            for key, value in tensors.items():
+                if key.startswith("optimizer."):
+                    _, slot, name = key.split(".")
+                    state["state"].setdefault(int(slot), {})[name] = value
+            self.optimizer.load_state_dict(state)
+            self.losses = tensors["losses"].tolist()
+            self.average.optimization_step = len(self.losses)
+            self._before = float(tensors["seconds"])
+
+
 def _shared(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
-    """The loss of all ranks' rows, and its gradient in place of each rank's own: one sum for all of them."""
-    parts = [loss.detach().reshape(1), *(p.grad.reshape(-1) for p in parameters if p.grad is not None)]
+    """The loss of all processes' rows, and its gradient in place of each one's own: one sum for all of them."""
+    trained = [p for p in parameters if p.grad is not None]
+    parts = [loss.detach().reshape(1), *(p.grad.reshape(-1) for p in trained if p.grad is not None)]
     whole = torch.cat(parts)
     summed(whole)
-    found = whole.split([len(part) for part in parts])
-    for p, grad in zip((p for p in parameters if p.grad is not None), found[1:]):
-        p.grad = grad.reshape(p.shape)
-    return found[0][0]
+    total, *gradients = whole.split([len(part) for part in parts])
+    for p, gradient in zip(trained, gradients):
+        p.grad = gradient.reshape(p.shape)
+    return total[0]
 
 
-class _staging:
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
     """A neighbour folder that replaces its parts in ``out`` only when everything is written."""
-
-    def __init__(self, out: Path) -> None:
-        self.out, self.stage = out, out / ".stage"
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.stage, ignore_errors=True)
-        self.stage.mkdir(parents=True)
-        return self.stage
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            for part in self.stage.iterdir():
-                target = self.out / part.name
-                if target.is_dir():
-                    shutil.rmtree(target)
-                part.rename(target)
-        shutil.rmtree(self.stage, ignore_errors=True)
-
-
-def _checkpoint(
-    path: Path,
-    identity: dict[str, Any],
-    unet: UNet2DModel,
-    optimizer: torch.optim.Optimizer,
-    average: EMAModel,
-    losses: list[float],
-    seconds: float,
-) -> None:
-    tensors = {f"model.{k}": v for k, v in unet.state_dict().items()}
-    tensors |= {f"ema.{i}": v for i, v in enumerate(average.shadow_params)}
-    for i, slot in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in slot.items()}
-    tensors["losses"] = torch.tensor(losses, dtype=torch.float64)
-    tensors["seconds"] = torch.tensor(seconds, dtype=torch.float64)
-    write_tensors(path, tensors, {"identity": _canonical(identity)})
-
-
-def _canonical(identity: dict[str, Any]) -> str:
-    import json
-
-    return json.dumps(identity, sort_keys=True)
-
-
-def _resume(
-    path: Path, identity: dict[str, Any], unet: UNet2DModel, optimizer: torch.optim.Optimizer, average: EMAModel
-) -> tuple[int, list[float], float]:
-    """Put everything back as it was; (steps done, losses, seconds spent)."""
-    if not path.exists():
-        return 0, [], 0.0
-    tensors, metadata = read_tensors(path)
-    if metadata.get("identity") != _canonical(identity):
-        raise InputError(f"{path} belongs to a run with other settings. Choose another --out or delete it.")
-    with damaged(path, "a checkpoint"):
-        unet.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        for i, shadow in enumerate(average.shadow_params):
-            shadow.copy_(tensors[f"ema.{i}"])
-        state = optimizer.state_dict()
-        state["state"] = {}
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, slot, name = key.split(".")
-                state["state"].setdefault(int(slot), {})[name] = value
-        optimizer.load_state_dict(state)
-        losses = tensors["losses"].tolist()
-        average.optimization_step = len(losses)
-        return len(losses), losses, float(tensors["seconds"])
+    stage = out / ".stage"
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    try:
+        yield stage
+        for part in stage.iterdir():
+            target = out / part.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            part.rename(target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
