@@ -78,12 +78,11 @@ class Mixture(ExactLaw):
             ranks.append(int((values > 1e-13 * max(float(values[0]), 1e-300)).sum()))
         # Fewer samples than dimensions leave null directions; storing them pays only where they are few.
         r = d if 2 * max(ranks) > d else max(ranks)
+        vectors, values = (torch.stack([m.eigh[i][..., :r] for m in moments]) for i in (1, 0))
         self._set(
             moments[0].shape,
             torch.stack([m.mean.reshape(-1) for m in moments]),
-            torch.stack([m.eigh[1][:, :r] for m in moments]),
-            torch.stack([m.eigh[0][:r] for m in moments]),
-            torch.zeros(len(moments), dtype=torch.float64),
+            Covariance(vectors, values, torch.zeros(len(moments), dtype=torch.float64)),
             weights,
             sum(m.count for m in moments),
         )
@@ -92,16 +91,14 @@ class Mixture(ExactLaw):
         self,
         shape: tuple[int, ...],
         means: torch.Tensor,
-        vectors: torch.Tensor,
-        values: torch.Tensor,
-        floor: torch.Tensor,
-        weights: Any,
+        covariance: Covariance,
+        weights: torch.Tensor | Sequence[float],
         count: int,
+        classes: torch.Tensor | None = None,
     ) -> None:
-        k = len(means)
         pi = torch.as_tensor(weights, dtype=torch.float64).reshape(-1).cpu()
-        if len(pi) != k:
-            raise InputError(f"{len(pi)} weights for {k} components; expected one each.")
+        if len(pi) != len(means):
+            raise InputError(f"{len(pi)} weights for {len(means)} components; expected one each.")
         if not bool(torch.isfinite(pi).all()) or bool((pi < 0).any()):
             raise InputError(f"a weight is {float(pi.min()):g}; expected probabilities >= 0.")
         total = float(pi.sum())
@@ -109,17 +106,17 @@ class Mixture(ExactLaw):
             raise InputError(f"the weights sum to {total:.8g}; expected 1. Divide them by their sum.")
         if not bool(torch.isfinite(means).all()):
             raise InputError("a mean holds NaN or infinity; expected finite numbers.")
-        self.shape = tuple(shape)
-        self.weights = pi / total
-        self.means = means  # [K, d]
-        self.vectors = vectors  # [K, d, r]
-        self.eigenvalues = values  # [K, r]
-        self.floor = floor  # [K]
-        self.count = count
-        self.classes: torch.Tensor | None = None  # [K], the class each component belongs to
+        self.shape, self.count = tuple(shape), count
+        self.means, self.covariance = means, covariance  # [K, d]
+        self.vectors, self.eigenvalues, self.floor = covariance.vectors, covariance.values, covariance.floor
+        self.classes = classes  # [K], the class each component belongs to
         self._dropped: torch.Tensor | None = None  # [K, d - r], the eigenvalues that `fit` left out
-        self.covariance = Covariance(vectors, values, floor)
-        self._parameters = Parameters(means, self.weights.log())
+        self._weigh(pi / total)
+
+    def _weigh(self, weights: torch.Tensor) -> None:
+        """Take weights that sum to one as they are."""
+        self.weights = weights
+        self._parameters = Parameters(self.means, weights.log())
 
     @classmethod
     def from_parameters(cls, means: Any, covariances: Any, weights: Any = None) -> Mixture:
@@ -178,7 +175,7 @@ class Mixture(ExactLaw):
         if weights is None:
             weights = torch.full((k,), 1.0 / k, dtype=torch.float64)
         self = cls.__new__(cls)
-        self._set(shape, flat, q, values, floor.clone(), weights, max(2, k))
+        self._set(shape, flat, Covariance(q, values, floor.clone()), weights, max(2, k))
         return self
 
     @classmethod
@@ -237,24 +234,13 @@ class Mixture(ExactLaw):
                 )
         law = cls(moments)
         law.classes = torch.as_tensor(classes).long() if components is None else None
-        d = math.prod(law.shape)
-        if kind == "isotropic":
-            variance = torch.tensor([float(m.eigh[0].sum()) / d for m in moments], dtype=torch.float64)
-            flat = cls.from_parameters(law.means.reshape(-1, *law.shape), variance, law.weights)
-        elif rank is not None and rank < d:
-            whole = torch.stack([m.eigh[0] for m in moments])
-            factors = (
-                torch.stack([m.eigh[1][:, :rank] for m in moments]),
-                whole[:, :rank],
-                whole[:, rank:].mean(dim=1),
-            )
-            flat = cls.from_parameters(law.means.reshape(-1, *law.shape), factors, law.weights)
-        else:
-            return law
-        flat.count, flat.classes = law.count, law.classes
-        if kind != "isotropic" and rank is not None:
-            flat._dropped = whole[:, rank:]
-        return flat
+        r = 0 if kind == "isotropic" else rank
+        if r is not None and r < law.dim:
+            vectors, values = (torch.stack([m.eigh[i] for m in moments]) for i in (1, 0))
+            covariance = Covariance(vectors[..., :r].contiguous(), values[:, :r], values[:, r:].mean(1))
+            law._set(law.shape, law.means, covariance, law.weights, law.count, law.classes)
+            law._dropped = values[:, r:] if r else None
+        return law
 
     def log_weights(self, labels: Any, batch: int) -> torch.Tensor:
         """Log weights of the components, [1, K], or [B, K] given the class [B] of every sample.
@@ -279,11 +265,10 @@ class Mixture(ExactLaw):
     def given(self, label: int) -> Mixture:
         """The law of one class: its components, weights summing to one."""
         chosen = torch.isfinite(self.log_weights([label], 1)[0])
-        law = type(self).__new__(type(self))
-        pi = self.weights[chosen]
-        parts = self.means[chosen], self.vectors[chosen], self.eigenvalues[chosen], self.floor[chosen]
-        law._set(self.shape, *parts, pi / pi.sum(), self.count)
-        law.classes = torch.full((int(chosen.sum()),), int(label))
+        law, pi = type(self).__new__(type(self)), self.weights[chosen]
+        covariance = Covariance(self.vectors[chosen], self.eigenvalues[chosen], self.floor[chosen])
+        classes = torch.full((int(chosen.sum()),), int(label))
+        law._set(self.shape, self.means[chosen], covariance, pi / pi.sum(), self.count, classes)
         return law
 
     @property

@@ -13,14 +13,15 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from symbreak.laws.cluster_mixture import PrincipalMixture
 from symbreak.laws.gaussian import Gaussian
+from symbreak.laws.law import Law
 from symbreak.laws.mixture import Mixture
-from symbreak.moments.covariance import Parameters
+from symbreak.moments.covariance import Covariance
 from symbreak.moments.one_pass import Moments
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
 
@@ -28,13 +29,15 @@ __all__ = ["law_from_tensors", "law_hash", "law_tensors", "load_law", "save_law"
 
 FORMAT, VERSION = "symbreak.law", "1"
 MOMENTS, OUTER, INNER = "moments.", "gaussian.", "inner."  # prefixes of the tensors of a part
-MIXTURE = ("weights", "means", "vectors", "eigenvalues", "floor")
+# Tensors of a mixture and their shapes: K components, d elements, r vectors, m directions without one.
+MIXTURE = {"weights": "K", "means": "Kd", "vectors": "Kdr", "eigenvalues": "Kr", "floor": "K"}
+OPTIONAL = {"classes": "K", "dropped": "Km"}
 
 Tensors = dict[str, torch.Tensor]
-Law = Gaussian | Mixture | PrincipalMixture
+About = dict[str, Any]
 
 
-def save_law(law: Any, path: str | Path) -> Path:
+def save_law(law: Law, path: str | Path) -> Path:
     """Write a `Gaussian`, a `Mixture` or a `PrincipalMixture` as one safetensors file.
 
     Args:
@@ -50,7 +53,7 @@ def save_law(law: Any, path: str | Path) -> Path:
     return write_tensors(path, *law_tensors(law))
 
 
-def load_law(path: str | Path) -> Law:
+def load_law(path: str | Path) -> Gaussian | Mixture | PrincipalMixture:
     """Read what `save_law` wrote: the same float64 parameters, so `transport` gives the same bits.
 
     Raises:
@@ -60,7 +63,7 @@ def load_law(path: str | Path) -> Law:
     return law_from_tensors(*read_tensors(path), path)
 
 
-def law_hash(law: Any) -> str:
+def law_hash(law: Law) -> str:
     """SHA-256 of everything that a file of the law would hold, first 16 hex digits."""
     tensors, metadata = law_tensors(law)
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
@@ -69,34 +72,19 @@ def law_hash(law: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def law_tensors(law: Any) -> tuple[Tensors, dict[str, str]]:
+def law_tensors(law: Law) -> tuple[Tensors, dict[str, str]]:
     """Tensors and metadata of a law, for a file that holds more than the law."""
-    head = {"format": FORMAT, "version": VERSION}
-    if isinstance(law, PrincipalMixture):
-        (outer, outer_head), (inner, inner_head) = law_tensors(law.gaussian), law_tensors(law.inner)
-        tensors = _prefixed(OUTER, outer) | _prefixed(INNER, inner)
-        about: dict[str, Any] = {"gaussian": outer_head, "inner": inner_head, "prior": law.prior}
-        return tensors, {**head, "kind": "principal", "principal": json.dumps(about, sort_keys=True)}
-    if isinstance(law, Gaussian):
-        own, metadata = law.moments.tensors()
-        tensors = _prefixed(MOMENTS, own)
-        # A full covariance is stored as such; what was diagonalised once is kept, a low rank is stored once.
-        if not any(_same(t, law.eigenvectors) for t in tensors.values()):
-            tensors |= {"eigenvalues": law.eigenvalues, "eigenvectors": law.eigenvectors}
-        about = {"moments": metadata, "floor": law.floor}
-        return tensors, {**head, "kind": "gaussian", "gaussian": json.dumps(about, sort_keys=True)}
-    if isinstance(law, Mixture):
-        tensors = {name: getattr(law, name) for name in MIXTURE}
-        if law.classes is not None:
-            tensors["classes"] = law.classes.long()
-        if law._dropped is not None:
-            tensors["dropped"] = law._dropped
-        about = {"shape": list(law.shape), "count": int(law.count)}
-        return tensors, {**head, "kind": "mixture", "mixture": json.dumps(about, sort_keys=True)}
+    for name, kind in KINDS.items():
+        if isinstance(law, kind.law):
+            tensors, about = kind.write(law)
+            head = {"format": FORMAT, "version": VERSION, "kind": name}
+            return tensors, {**head, name: json.dumps(about, sort_keys=True)}
     raise InputError(f"a law of the kind {type(law).__name__} cannot be saved; expected a Gaussian or a mixture.")
 
 
-def law_from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: Any) -> Law:
+def law_from_tensors(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str], path: str | Path
+) -> Gaussian | Mixture | PrincipalMixture:
     """The law of `law_tensors`; ``path`` names the file in messages."""
     if metadata.get("format") != FORMAT:
         raise InputError(f"{path} holds no law (format {metadata.get('format')}). Expected a file of sb.save_law.")
@@ -106,17 +94,13 @@ def law_from_tensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str,
             f"{VERSION}). Update it."
         )
     kind = metadata.get("kind")
-    makers: dict[str, Callable[[Tensors, dict[str, Any], Any], Law]] = {
-        "gaussian": _gaussian,
-        "mixture": _mixture,
-        "principal": _principal,
-    }
-    if kind is None or kind not in makers:
-        raise InputError(f"{path} holds a law of the unknown kind {kind!r}; expected {', '.join(makers)}.")
-    # Copies of their own: tensors of a mapped file lie at any address, and products may round by it.
-    own = {name: tensor.clone() for name, tensor in tensors.items()}
+    if kind is None or kind not in KINDS:
+        raise InputError(f"{path} holds a law of the unknown kind {kind!r}; expected {', '.join(KINDS)}.")
+    # Copies: tensors of a mapped file lie at any address, and products may round by it.
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
-        return makers[kind](own, json.loads(metadata[kind]), path)
+        law: Gaussian | Mixture | PrincipalMixture = KINDS[kind].read(copies, json.loads(metadata[kind]), path)
+        return law
     except InputError:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -135,24 +119,28 @@ def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> Tensors:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _check(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], path: Any) -> None:
-    """Refuse tensors that are missing, of another shape, or hold NaN or infinity."""
+def _check(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], path: str | Path) -> None:
+    """Raise an error for tensors that are missing, of another shape, or hold NaN or infinity."""
     missing = sorted(set(shapes) - set(tensors))
     if missing:
         raise InputError(f"{path} holds no law: it has no {', '.join(missing)}. Save it again.")
     for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise InputError(
-                f"{path} holds {name} of shape {tuple(tensors[name].shape)}; expected {shape}. Save it again."
-            )
-        if not bool(torch.isfinite(tensors[name]).all()):
+        tensor = tensors[name]
+        if tuple(tensor.shape) != shape:
+            raise InputError(f"{path} holds {name} of shape {tuple(tensor.shape)}; expected {shape}. Save it again.")
+        if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{path} holds NaN or infinity in {name}; expected finite numbers. Save it again.")
-    for name in ("eigenvalues", "floor"):
-        if name in shapes and tensors[name].numel() and float(tensors[name].min()) < 0:
+        if name in ("eigenvalues", "floor") and tensor.numel() and float(tensor.min()) < 0:
             raise InputError(f"{path} holds a negative variance in {name}; expected numbers >= 0. Save it again.")
 
 
-def _principal(tensors: Tensors, about: dict[str, Any], path: Any) -> PrincipalMixture:
+def _write_principal(law: PrincipalMixture) -> tuple[Tensors, About]:
+    (outer, outer_head), (inner, inner_head) = law_tensors(law.gaussian), law_tensors(law.inner)
+    about = {"gaussian": outer_head, "inner": inner_head, "prior": law.prior}
+    return _prefixed(OUTER, outer) | _prefixed(INNER, inner), about
+
+
+def _read_principal(tensors: Tensors, about: About, path: str | Path) -> PrincipalMixture:
     outer = law_from_tensors(_under(OUTER, tensors), about["gaussian"], path)
     inner = law_from_tensors(_under(INNER, tensors), about["inner"], path)
     if not (isinstance(outer, Gaussian) and isinstance(inner, Mixture)):
@@ -160,11 +148,20 @@ def _principal(tensors: Tensors, about: dict[str, Any], path: Any) -> PrincipalM
     return PrincipalMixture(outer, inner, about["prior"])
 
 
-def _gaussian(tensors: Tensors, about: dict[str, Any], path: Any) -> Gaussian:
-    own = _under(MOMENTS, tensors)
-    if not own:
+def _write_gaussian(law: Gaussian) -> tuple[Tensors, About]:
+    moments, metadata = law.moments.tensors()
+    tensors = _prefixed(MOMENTS, moments)
+    # A full covariance is stored as such; what was diagonalised once is kept, a low rank is stored once.
+    if not any(_same(t, law.eigenvectors) for t in tensors.values()):
+        tensors |= {"eigenvalues": law.eigenvalues, "eigenvectors": law.eigenvectors}
+    return tensors, {"moments": metadata, "floor": law.floor}
+
+
+def _read_gaussian(tensors: Tensors, about: About, path: str | Path) -> Gaussian:
+    stored = _under(MOMENTS, tensors)
+    if not stored:
         raise InputError(f"{path} holds no law: it has no moments. Save it again.")
-    moments = Moments.from_tensors(path, own, about["moments"])
+    moments = Moments.from_tensors(path, stored, about["moments"])
     if "eigenvectors" in tensors or "eigenvalues" in tensors:
         d = moments.dim
         rank = tensors["eigenvalues"].numel() if "eigenvalues" in tensors else d
@@ -175,29 +172,40 @@ def _gaussian(tensors: Tensors, about: dict[str, Any], path: Any) -> Gaussian:
     return law if law.rank == law.dim else Gaussian(moments, floor=float(about["floor"]))
 
 
-def _mixture(tensors: Tensors, about: dict[str, Any], path: Any) -> Mixture:
+def _write_mixture(law: Mixture) -> tuple[Tensors, About]:
+    tensors = {name: getattr(law, name) for name in MIXTURE}
+    optional = {"classes": None if law.classes is None else law.classes.long(), "dropped": law._dropped}
+    tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
+    return tensors, {"shape": list(law.shape), "count": int(law.count)}
+
+
+def _read_mixture(tensors: Tensors, about: About, path: str | Path) -> Mixture:
     shape, count = tuple(int(n) for n in about["shape"]), int(about["count"])
-    k, d = len(tensors["means"]) if "means" in tensors else 0, math.prod(shape)
-    rank = tensors["vectors"].shape[-1] if "vectors" in tensors and tensors["vectors"].ndim == 3 else 0
-    shapes: dict[str, tuple[int, ...]] = {
-        "weights": (k,),
-        "means": (k, d),
-        "vectors": (k, d, rank),
-        "eigenvalues": (k, rank),
-        "floor": (k,),
-    }
-    _check(tensors, shapes, path)
-    means, vectors, values, floor = (tensors[n].double() for n in ("means", "vectors", "eigenvalues", "floor"))
-    weights = tensors["weights"].double()
+    d, vectors = math.prod(shape), tensors.get("vectors")
+    rank = vectors.shape[-1] if vectors is not None and vectors.ndim == 3 else 0
+    sizes = {"K": len(tensors["means"]) if "means" in tensors else 0, "d": d, "r": rank, "m": d - rank}
+    names = MIXTURE | {name: letters for name, letters in OPTIONAL.items() if name in tensors}
+    _check(tensors, {name: tuple(sizes[c] for c in letters) for name, letters in names.items()}, path)
+    weights, means, *parts = (tensors[name].double() for name in MIXTURE)
     law = Mixture.__new__(Mixture)
-    law._set(shape, means, vectors, values, floor, weights, count)
+    law._set(shape, means, Covariance(*parts), weights, count)
     # A second division by their sum would change the last bit of weights that were normalised once.
-    law.weights = weights
-    law._parameters = Parameters(means, weights.log())
-    if "classes" in tensors:
-        _check(tensors, {"classes": (k,)}, path)
-        law.classes = tensors["classes"].long()
-    if "dropped" in tensors:
-        _check(tensors, {"dropped": (k, d - rank)}, path)
-        law._dropped = tensors["dropped"].double()
+    law._weigh(weights)
+    law.classes = tensors["classes"].long() if "classes" in tensors else None
+    law._dropped = tensors["dropped"].double() if "dropped" in tensors else None
     return law
+
+
+class Kind(NamedTuple):
+    """A class of laws, what writes it and what reads it."""
+
+    law: type
+    write: Callable[[Any], tuple[Tensors, About]]
+    read: Callable[[Tensors, About, str | Path], Any]
+
+
+KINDS = {
+    "gaussian": Kind(Gaussian, _write_gaussian, _read_gaussian),
+    "mixture": Kind(Mixture, _write_mixture, _read_mixture),
+    "principal": Kind(PrincipalMixture, _write_principal, _read_principal),
+}
