@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,8 +31,10 @@ from symbreak.runtime.run import Run, padded_blocks, renamed
 
 __all__ = [
     "Classifier",
+    "Features",
     "NamedExtractor",
     "accuracy",
+    "chosen",
     "extractor",
     "feature_blocks",
     "feature_shards",
@@ -40,6 +43,7 @@ __all__ = [
     "train_classifier",
 ]
 
+BUNDLED = str(resources.files("symbreak") / "weights" / "digits-classifier.safetensors")
 FEATURES = 64
 MAX_PIXELS = 4096
 
@@ -205,38 +209,30 @@ def extractor(
         InputError: for an unknown name, a module that has no such callable, a device that is not there, or weights
             that are missing or wrong.
     """
-    return _by_name(name, data, weights, sha256, run).on(device)
-
-
-def _by_name(
-    name: str, data: Images | None, weights: str | Path | None, sha256: str | None, run: Run | None
-) -> Extractor:
-    if name == "inception":
-        return Inception(weights, sha256)
-    if sha256 is not None:
+    if sha256 is not None and name != "inception":
         raise InputError(f"a sha256 came with the extractor {name}; it belongs to the weights of inception.")
-    if name == "dinov2":
-        return Dinov2(weights)
-    if weights is not None:
+    if weights is not None and name not in ("inception", "dinov2"):
         raise InputError(f"weights came with the extractor {name}; they belong to inception or dinov2.")
-    if name == "digits-classifier":
-        return load_classifier(str(resources.files("symbreak") / "weights" / "digits-classifier.safetensors"))
-    if name == "pixels":
-        return _Pixels()
-    if name == "classifier":
-        if data is None:
-            raise InputError("the extractor 'classifier' is trained on labelled data; pass --data with labels.")
-        return train_classifier(data, run=run)
+    if name == "classifier" and data is None:
+        raise InputError("the extractor 'classifier' is trained on labelled data; pass --data with labels.")
+    known: dict[str, Callable[[], Extractor]] = {
+        "inception": lambda: Inception(weights, sha256),
+        "dinov2": lambda: Dinov2(weights),
+        "digits-classifier": lambda: load_classifier(BUNDLED),
+        "pixels": _Pixels,
+        "classifier": lambda: train_classifier(cast(Images, data), run=run),
+    }
+    if name in known:
+        return known[name]().on(device)
     if name.endswith(".safetensors"):
-        return load_classifier(name)
+        return load_classifier(name).on(device)
     module, _, attribute = name.partition(":")
     if not attribute:
         raise InputError(
-            f"unknown extractor {name!r}. Known: digits-classifier, classifier, pixels, inception, dinov2, a "
-            ".safetensors file, module:callable."
+            f"unknown extractor {name!r}. Known: {', '.join(known)}, a .safetensors file, module:callable."
         )
     try:
-        return FromFunction(getattr(importlib.import_module(module), attribute), name)
+        return FromFunction(getattr(importlib.import_module(module), attribute), name).on(device)
     except (ImportError, AttributeError) as error:
         raise InputError(f"the extractor {name} cannot be imported ({error}).") from None
 
@@ -254,9 +250,18 @@ class NamedExtractor:
     sha256: str | None = None
     device: str | torch.device | None = None
 
-    def make(self, default: str, data: Images, run: Run) -> Extractor:
-        """The extractor, trained on ``data`` where it is to be."""
-        return extractor(self.name or default, data, self.weights, self.sha256, self.device, run)
+
+Features = str | NamedExtractor | Extractor | Function
+
+
+def chosen(features: Features, default: str, data: Images, run: Run) -> Extractor:
+    """An extractor as it is, a function as one, or the one of a name, trained on ``data`` where it is to be."""
+    if isinstance(features, str):
+        features = NamedExtractor(features)
+    if isinstance(features, NamedExtractor):
+        name = features.name or default
+        return extractor(name, data, features.weights, features.sha256, features.device, run)
+    return Extractor.of(features)
 
 
 def feature_blocks(extract: Extractor | Function, batches: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:

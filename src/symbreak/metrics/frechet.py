@@ -7,7 +7,7 @@ low it can go, and `extrapolated` follows the line in 1/n to n = infinity. (Chon
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -19,6 +19,7 @@ from symbreak.intervals import jackknife, mean_interval
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import plain
 
 __all__ = ["Distance", "distance", "extrapolated", "floor", "frechet_distance", "group_distance", "together"]
 
@@ -50,18 +51,8 @@ class Distance:
 
     def to_dict(self) -> dict[str, object]:
         """Plain values; an interval that does not exist is ``None``."""
-        single = len(self.values) < 2
-        return {
-            "values": list(self.values),
-            "mean": self.mean,
-            "low": None if single else self.low,
-            "high": None if single else self.high,
-            "pooled": self.pooled,
-            "repeats": len(self.values),
-            "samples": self.samples,
-            "reference": self.reference,
-            "extractor": self.extractor,
-        }
+        values: dict[str, object] = plain({**asdict(self), "repeats": len(self.values)})
+        return values
 
 
 def frechet_distance(a: Moments, b: Moments) -> float:

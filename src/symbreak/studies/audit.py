@@ -22,8 +22,8 @@ from symbreak.data.held_out import held_out
 from symbreak.data.images import Images, describe
 from symbreak.intervals import proportion
 from symbreak.laws.nearest_neighbours import neighbours
-from symbreak.metrics.extractors import BATCH, Extractor, Function
-from symbreak.metrics.features import NamedExtractor, feature_shards
+from symbreak.metrics.extractors import BATCH, Extractor
+from symbreak.metrics.features import Features, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train
 from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
@@ -38,6 +38,7 @@ from symbreak.runtime.run import Run, renamed
 from symbreak.start.late_start import standard_start
 from symbreak.start.sample import generate_shards
 from symbreak.studies.diagnosis import png_row
+from symbreak.studies.evaluate import checked
 
 __all__ = ["Sampling", "audit"]
 
@@ -102,7 +103,7 @@ def audit(
     model: Any = None,
     sampling: Sampling = Sampling(),
     holdout: Images | None = None,
-    features: str | NamedExtractor | Extractor | Function = "pixels",
+    features: Features = "pixels",
     threshold: float = THRESHOLD,
     near: float = NEAR,
     seed: int = 0,
@@ -137,7 +138,7 @@ def audit(
         arXiv:2004.05675.
     """
     run = run or Run()
-    _check(train, samples, model, holdout, threshold, near, seed)
+    _check(train, samples, model, threshold, near, seed)
     packages = versions(torch.get_num_threads())
     parts = held_out(train, holdout, share=0)
     others = parts.test if len(parts.test) else None
@@ -147,14 +148,15 @@ def audit(
             "No held-out images, so nothing says what d1/d2 is to be expected of images that nobody copied. Pass "
             "--holdout with images of the same source that the network has not seen."
         ]
-    if isinstance(features, str):
-        features = NamedExtractor(features)
-    if isinstance(features, NamedExtractor):
-        features = features.make("pixels", train, run.share(1 / 2))
-    extract = Extractor.of(features)
+    extract = chosen(features, "pixels", train, run.share(1 / 2))
     made: dict[str, Any] | None = None
     drawn: Run | None = None
-    source: torch.Tensor | Images | Shards | None = samples
+    source: Images | Shards | None = None
+    if samples is not None:
+        # in single precision, as the training images are; whole numbers raise an error that names their type
+        if isinstance(samples, torch.Tensor) and samples.is_floating_point():
+            samples = samples.float()
+        source = checked(samples, train)
     if model is not None:
         made, drawn, source = _sampled(train, model, sampling, run, packages)
     with run.timed("features") as part:
@@ -205,7 +207,7 @@ def audit(
 
 
 def _check(
-    train: Images, samples: Any, model: Any, holdout: Images | None, threshold: float, near: float, seed: int
+    train: Images, samples: torch.Tensor | Images | None, model: object, threshold: float, near: float, seed: int
 ) -> None:
     if samples is not None and model is not None:
         raise InputError("samples and a model came together; pass one of them.")
@@ -217,26 +219,11 @@ def _check(
         raise InputError(f"near duplicates within {near:g} of the scale; expected 0 <= near < 1, such as {NEAR:g}.")
     if seed < 0:
         raise InputError(f"the seed {seed}; expected a number of at least 0.")
-    if holdout is not None and holdout.shape != train.shape:
-        raise InputError(f"the held-out images are {holdout.shape}, the training images {train.shape}. Resize them.")
-    if samples is not None:
-        shape = tuple(samples.shape[1:] if isinstance(samples, torch.Tensor) else samples.shape)
-        if len(samples) == 0 or shape != train.shape:
-            raise InputError(f"{len(samples)} samples of shape {shape} for training images {train.shape}. Resize them.")
-        if isinstance(samples, torch.Tensor):
-            x = samples.detach()
-            low, high = (float(v) for v in x.aminmax())
-            if not x.is_floating_point() or not -1 - 1e-3 <= low <= high <= 1 + 1e-3:
-                kind = str(x.dtype).removeprefix("torch.")
-                raise InputError(
-                    f"samples of type {kind} with values {low:g} .. {high:g}; expected floats in [-1, 1]. For 8-bit "
-                    "pixels: x / 127.5 - 1."
-                )
+    if samples is not None and len(samples) == 0:
+        raise InputError("0 samples; expected at least one.")
 
 
-def _side(source: Images | Shards | torch.Tensor, eight_bit: bool, extract: Extractor, run: Run) -> _Side:
-    if isinstance(source, torch.Tensor):
-        source = Shards.of(source.detach().float().cpu(), BATCH)
+def _side(source: Images | Shards, eight_bit: bool, extract: Extractor, run: Run) -> _Side:
     blocks = 1 if extract.name == "pixels" else BATCH
     x = source.shards(run, blocks) if isinstance(source, Images) else source
     digests = x.digests(partial(_bytes, eight_bit=eight_bit))

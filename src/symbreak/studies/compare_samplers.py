@@ -240,7 +240,7 @@ def _cell(comparison: Comparison, start: LateStart, choice: dict[str, Any], nois
         near = nearest_summary(x, comparison.train, None, comparison.run.share(1 / 2))["samples"]
         return {"neighbours": near, "grid": png_row(x[:GRID])}
 
-    about = {"level": start.level.to_dict(), "calls": start.calls, "steps": start.steps}
+    about = {"level": start.level.to_dict(), "steps": start.steps}
     return {**choice, **about, **comparison.cell(start, more, noised=noised)}
 
 

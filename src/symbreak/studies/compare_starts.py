@@ -104,12 +104,12 @@ def compare_starts(
     for n, steps in plans:
         spaced = standard_starts(full, steps)
         spacing, _ = comparison.choose(spaced)
-        standard.append({"calls": n, "spacing": spacing, **comparison.row(spaced[spacing], quality)})
+        standard.append({"calls": n, "spacing": spacing, **comparison.cell(spaced[spacing], quality)})
         told.tell(done := done + 1, total)
         for sigma in map(float, sigmas):
             for name, law in {**laws, NOISED: WhiteNoise(data.shape)}.items():
                 start = late_start(full, law, steps, at=NoiseLevel(sigma), check=False)
-                cell = comparison.row(start, quality, noised=name == NOISED)
+                cell = comparison.cell(start, quality, noised=name == NOISED)
                 rows.append({"start": name, "calls": n, "asked": sigma, **cell})
                 told.tell(done := done + 1, total)
     # Training images stand for samples, held-out images for what is near without having been copied.

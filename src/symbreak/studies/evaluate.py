@@ -15,8 +15,8 @@ from symbreak.data.held_out import HeldOut, held_out
 from symbreak.data.images import Images, describe
 from symbreak.metrics.composition import CLASSES, class_counts, composition
 from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
-from symbreak.metrics.extractors import BATCH, Extractor, Function
-from symbreak.metrics.features import NamedExtractor
+from symbreak.metrics.extractors import BATCH, Extractor
+from symbreak.metrics.features import Features, NamedExtractor, chosen
 from symbreak.metrics.features import features as feature_rows
 from symbreak.metrics.frechet import extrapolated, group_distance
 from symbreak.metrics.kernel_distance import kid
@@ -56,9 +56,6 @@ class Subset:
 
     rows: int = ROWS
     seed: int = 0
-
-
-Features = str | NamedExtractor | Extractor | Function
 
 
 @renamed(
@@ -112,20 +109,18 @@ def evaluate(
         InputError: where sizes or ranges differ, images hold NaN, or statistics come from another extractor.
     """
     run = run or Run()
-    if isinstance(samples, torch.Tensor):
-        samples = Shards.of(_pixels(samples), BATCH)  # which takes them off a GPU
     saved = load_statistics(reference) if reference is not None and agreed(Path(reference).exists) else None
     parts = _halves(data, holdout, saved, reference)
     if parts is not None:
         data, holdout = parts.train, parts.test
     if repeats < 1 or len(samples) < 2 * repeats:
         raise InputError(f"{len(samples)} samples in {repeats} repeats; expected at least 2 samples a repeat.")
-    _fitting(samples, data, holdout)
+    samples = checked(samples, data)
     if features is None or isinstance(features, str):
         features = NamedExtractor(features)
     named = features if isinstance(features, NamedExtractor) else NamedExtractor()
     room = run.share(1 / 2, 2 * HELD)  # for a classifier that is trained
-    extract = _extractor(features, data, room)
+    extract = chosen(features, default_extractor(data), data, room)
     judge = _judge(classify, extract, data, room)
     notes: list[str] = []
     rows = _rows_that_fit(subset.rows, extract, data, repeats, run, notes)
@@ -312,14 +307,6 @@ class _Evaluation:
         return nearest_summary(picked(self.samples, 0), self.data, held_out, self.run)
 
 
-def _extractor(features: Features, data: Images, run: Run) -> Extractor:
-    if isinstance(features, str):
-        features = NamedExtractor(features)
-    if isinstance(features, NamedExtractor):
-        return features.make(default_extractor(data), data, run)
-    return Extractor.of(features)
-
-
 def _spelled(classify: Features | None) -> str | None:
     if isinstance(classify, NamedExtractor):
         return classify.name
@@ -339,27 +326,24 @@ def _halves(data: Images, holdout: Images | None, saved: Statistics | None, path
     return None
 
 
-def _pixels(samples: torch.Tensor) -> torch.Tensor:
-    """Samples in single or double precision."""
-    if not samples.is_floating_point():
-        raise InputError(
-            f"the samples are {str(samples.dtype).removeprefix('torch.')}; expected floats in [-1, 1]. Pass "
-            "images(samples), which knows 8-bit images."
-        )
-    return samples if samples.dtype == torch.float64 else samples.float()
+def checked(samples: torch.Tensor | Images | Shards, data: Images) -> Images | Shards:
+    """Samples as rows, off a GPU.
 
-
-def _fitting(samples: Images | Shards, data: Images, holdout: Images | None) -> None:
-    """Refuse samples of other sizes, with NaN, or in another range."""
+    Raises:
+        InputError: for samples of another size than the data, with NaN, or in another range.
+    """
+    if isinstance(samples, torch.Tensor):
+        if not samples.is_floating_point():
+            raise InputError(
+                f"the samples are {str(samples.dtype).removeprefix('torch.')}; expected floats in [-1, 1]. Pass "
+                "images(samples), which knows 8-bit images."
+            )
+        samples = Shards.of(samples if samples.dtype == torch.float64 else samples.float(), BATCH)
     shape = samples.shape if isinstance(samples, Images) else samples.shape[1:]
-    for name, other in (
-        ("the samples", shape),
-        ("the held-out images", data.shape if holdout is None else holdout.shape),
-    ):
-        if other != data.shape:
-            raise InputError(f"{name} have the shape {other}, the training images {data.shape}. Resize them.")
+    if shape != data.shape:
+        raise InputError(f"the samples have the shape {shape}, the training images {data.shape}. Resize them.")
     if isinstance(samples, Images):
-        return  # opened with a range, which they were checked against
+        return samples  # opened with a range, which they were checked against
     at, first, ends = samples.first, len(samples), [math.inf, -math.inf]
     bad = 0
     for block in samples:
@@ -383,10 +367,11 @@ def _fitting(samples: Images | Shards, data: Images, holdout: Images | None) -> 
         )
     if low < -1.001 or high > 1.001:
         far = 255.0 if low >= 0 else max(-low, high)
-        mend = f"images(samples, value_range=({'0' if low >= 0 else f'-{far:.3g}'}, {far:.3g}))"
-        if far < 1.5:  # a network's own images overshoot by this much: cut, not rescaled
-            mend = "samples.clamp(-1, 1)"
-        raise InputError(f"the samples lie in [{low:.3g}, {high:.3g}]; expected [-1, 1]: pass {mend} or mend them.")
+        repair = f"images(samples, value_range=({'0' if low >= 0 else f'-{far:.3g}'}, {far:.3g}))"
+        if far < 1.5:  # images of a network overshoot by this much: cut, not rescaled
+            repair = "samples.clamp(-1, 1)"
+        raise InputError(f"the samples lie in [{low:.3g}, {high:.3g}]; expected [-1, 1]: pass {repair}.")
+    return samples
 
 
 def _rows_that_fit(rows: int, extract: Extractor, data: Images, repeats: int, run: Run, notes: list[str]) -> int:
@@ -435,7 +420,7 @@ def _judge(classify: Features | None, extract: Extractor, data: Images, run: Run
             "--classify pixels gives no classes; expected a classifier, FILE.safetensors, module:callable."
         )
     if isinstance(classify, str | NamedExtractor):
-        return _extractor(classify, data, run)
+        return chosen(classify, default_extractor(data), data, run)
     return extract if classify is None and hasattr(extract, "logits") else classify
 
 

@@ -108,7 +108,7 @@ class Comparison:
         unet: nn.Module | None = None,
         key: str = "",
     ) -> dict[str, Any]:
-        """``distance`` of a start on the reporting seeds, and what ``more(images, features)`` says of them.
+        """Level, cost and ``distance`` of a start on the reporting seeds, and what ``more(images, features)`` says.
 
         Args:
             unet: a network of its own, which ``key`` has to name.
@@ -121,12 +121,7 @@ class Comparison:
             return {"distance": measured, **({} if more is None else more(x, f))}
 
         name = f"cell/{key}/{_key(start)}/{noised}/{more is not None}"
-        measured: dict[str, Any] = self.run.value(name, make)
-        return measured
-
-    def row(self, start: LateStart, more: More | None = None, *, noised: bool = False) -> dict[str, Any]:
-        """A `cell` with the level and cost of its start."""
-        return {"sigma": start.level.sigma, "calls": start.calls, **self.cell(start, more, noised=noised)}
+        return {"sigma": start.level.sigma, "calls": start.calls, **self.run.value(name, make)}
 
     def score(self, start: LateStart, *, unet: nn.Module | None = None, key: str = "") -> float:
         """The distance of all choosing seeds together."""

@@ -172,13 +172,13 @@ def sensitivity(
     for name, n, steps, full in plans:
         standard = standard_starts(full, steps)
         spacing, _ = comparison.choose(standard)
-        reference = comparison.row(standard[spacing])
+        reference = comparison.cell(standard[spacing])
         told.tell(done := done + 1, total)
         curves: dict[str, Any] = {}
         for label, law in starts.items():
             cells = {}
             for sigma in sigmas:
-                cell = comparison.row(late_start(full, law, steps, at=NoiseLevel(float(sigma)), check=False))
+                cell = comparison.cell(late_start(full, law, steps, at=NoiseLevel(float(sigma)), check=False))
                 cells[cell["sigma"]] = cell  # a grid may offer one level for two that were asked for
                 told.tell(done := done + 1, total)
             at, values = np.array(list(cells)), np.array([cell["distance"]["values"] for cell in cells.values()])
