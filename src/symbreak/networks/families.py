@@ -13,9 +13,11 @@ Between a network's discrete steps t is interpolated in log sigma and the networ
 from __future__ import annotations
 
 import math
-from typing import Any, overload
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from symbreak.networks.denoiser import Denoiser, as_denoiser
@@ -26,21 +28,59 @@ from symbreak.runtime.files import InputError
 __all__ = ["NetworkDenoiser", "SigmaDenoiser", "as_unet", "denoiser"]
 
 
+class Parametrization:
+    """What a scheduler's network sees, alpha x (EDM's divided by a scale), and predicts: D = skip x + scale out."""
+
+    def __init__(self, scheduler: Any) -> None:
+        config = scheduler.config
+        self.schedule, self.kind = schedule(scheduler), kind_of(scheduler)
+        self.prediction = "flow" if self.kind == "flow" else str(config.prediction_type)
+        self.data = float(config.sigma_data) if self.kind == "edm" else 1.0
+        known = ("epsilon", "v_prediction", "sample", "flow")
+        if self.prediction not in known:
+            raise InputError(f"prediction type {self.prediction!r}; expected one of {', '.join(known)}.")
+
+    def divisor(self, sigma: torch.Tensor) -> torch.Tensor | float:
+        """By which the state is divided before the network sees it."""
+        return (sigma**2 + self.data**2).sqrt() if self.kind == "edm" else 1.0
+
+    def coefficients(
+        self, alpha: torch.Tensor, sigma: torch.Tensor
+    ) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+        """skip and scale of a level."""
+        if self.kind == "edm":  # as diffusers' EDM schedulers use them
+            total = sigma**2 + self.data**2
+            scale = sigma * self.data / total.sqrt()
+            return self.data**2 / total, -scale if self.prediction == "v_prediction" else scale
+        table: dict[str, tuple[torch.Tensor | float, torch.Tensor | float]] = {
+            "epsilon": (1.0, -sigma),
+            "v_prediction": (alpha**2, -alpha * sigma),
+            "sample": (0.0, 1.0),
+            "flow": (alpha, -alpha * sigma),
+        }
+        return table[self.prediction]
+
+
+def _columns(levels: Sequence[NoiseLevel], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha and sigma of levels as columns beside x, in its dtype."""
+    column = [-1] + [1] * (x.ndim - 1)
+    alpha, sigma = (
+        torch.tensor(values, dtype=x.dtype, device=x.device).reshape(column)
+        for values in ([v.alpha for v in levels], [v.sigma for v in levels])
+    )
+    return alpha, sigma
+
+
 class NetworkDenoiser:
     """A diffusers network as a `Denoiser`; see `denoiser`."""
 
     def __init__(self, unet: Any, scheduler: Any, **condition: Any) -> None:
         self.unet, self.scheduler, self.condition = unet, scheduler, condition
-        self.schedule = schedule(scheduler)
-        self.kind = kind_of(scheduler)
-        config = unet.config
-        size = config.sample_size
+        self.says = Parametrization(scheduler)
+        self.schedule, self.prediction = self.says.schedule, self.says.prediction
+        size = unet.config.sample_size
         h, w = (size, size) if isinstance(size, int) else tuple(size)
-        self.shape: tuple[int, ...] = (int(config.in_channels), int(h), int(w))
-        self.prediction = "flow" if self.kind == "flow" else str(scheduler.config.prediction_type)
-        known = ("epsilon", "v_prediction", "sample", "flow")
-        if self.prediction not in known:
-            raise InputError(f"prediction type {self.prediction!r}; expected one of {', '.join(known)}.")
+        self.shape: tuple[int, ...] = (int(unet.config.in_channels), int(h), int(w))
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -52,52 +92,25 @@ class NetworkDenoiser:
         return NetworkDenoiser(self.unet, self.scheduler, **{**self.condition, **condition})
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        if tuple(x.shape[1:]) != self.shape:
-            raise InputError(f"states of shape {tuple(x.shape)} for a network of {self.shape}. Resize the data.")
+        _check_shape(x, self.shape)
         sigmas = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1)
         times = torch.tensor([self.schedule.time(float(s)) for s in sigmas], dtype=torch.float64)
-        levels = [self.schedule.level(float(t)) for t in times]
-        column = [-1] + [1] * (x.ndim - 1)
-        like: dict[str, Any] = {"dtype": x.dtype, "device": x.device}
-        s = sigmas.to(**like).reshape(column)
-        alpha = torch.tensor([v.alpha for v in levels], **like).reshape(column)
-        state = self._inputs(alpha * x, s)
-        t = times.to(**like).expand(len(x)) if len(times) == 1 else times.to(**like)
-        if self.kind == "vp":
-            # Where a step is meant exactly, the network is asked exactly there.
+        alpha, _ = _columns([self.schedule.level(float(t)) for t in times], x)
+        s = sigmas.to(x).reshape(alpha.shape)  # as it came: time and back rounds
+        t = times.to(x).expand(len(x)) if len(times) == 1 else times.to(x)
+        if self.says.kind == "vp":
+            # Where a step is meant exactly, the network is evaluated exactly there.
             t = torch.where((t - t.round()).abs() < 1e-6, t.round(), t)
         weight = next(iter(self.unet.parameters()), x)
-        seen, given = state.to(weight), _at(weight.device, self.condition)
-        out = self.unet(seen, t.to(weight), **given, return_dict=False)[0].to(x)
-        out = out[:, : self.shape[0]]  # learned-variance networks append variance channels
-        return self._denoised(out, x, alpha * x, alpha, s)
-
-    def _inputs(self, state: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
-        if self.kind == "edm":
-            return state / (sigma**2 + float(self.scheduler.config.sigma_data) ** 2).sqrt()
-        return state
-
-    def _denoised(
-        self, out: torch.Tensor, x: torch.Tensor, state: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
-    ) -> torch.Tensor:
-        if self.kind == "edm":
-            skip, scale = _edm_coefficients(self.scheduler, sigma)
-            return skip * x + scale * out
-        if self.prediction == "flow":
-            return state - alpha * sigma * out
-        if self.prediction == "epsilon":
-            return x - sigma * out
-        if self.prediction == "v_prediction":
-            return alpha * state - alpha * sigma * out
-        return out
+        seen, condition = (alpha * x / self.says.divisor(s)).to(weight), _at(weight.device, self.condition)
+        out = self.unet(seen, t.to(weight), **condition, return_dict=False)[0].to(x)
+        skip, scale = self.says.coefficients(alpha, s)
+        return skip * x + scale * out[:, : self.shape[0]]  # learned-variance networks append variance channels
 
 
-def _edm_coefficients(scheduler: Any, sigma: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """c_skip and c_out as diffusers' EDM schedulers use them."""
-    data = float(scheduler.config.sigma_data)
-    skip = data**2 / (sigma**2 + data**2)
-    scale = sigma * data / (sigma**2 + data**2).sqrt()
-    return skip, -scale if scheduler.config.prediction_type == "v_prediction" else scale
+def _check_shape(x: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape[1:]) != shape:
+        raise InputError(f"states of shape {tuple(x.shape)} for a network of {shape}. Resize the data.")
 
 
 class SigmaDenoiser:
@@ -113,8 +126,7 @@ class SigmaDenoiser:
         return SigmaDenoiser(self.model, self.shape, self.sigma_range, {**self.condition, **condition})
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        if tuple(x.shape[1:]) != self.shape:
-            raise InputError(f"states of shape {tuple(x.shape)} for a network of {self.shape}. Resize the data.")
+        _check_shape(x, self.shape)
         s = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1)
         low, high = self.sigma_range
         # Their own grids are float32: the ends of the range may differ by its rounding.
@@ -139,21 +151,6 @@ class SigmaDenoiser:
 def _at(device: torch.device, condition: dict[str, Any]) -> dict[str, Any]:
     """A condition whose tensors lie where the network does."""
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in condition.items()}
-
-
-@overload
-def denoiser(unet: Any, scheduler: Any, **condition: Any) -> NetworkDenoiser: ...
-
-
-@overload
-def denoiser(
-    unet: Any,
-    scheduler: None = None,
-    *,
-    shape: tuple[int, ...] | None = None,
-    sigma_range: tuple[float, float] | None = None,
-    **condition: Any,
-) -> SigmaDenoiser: ...
 
 
 def denoiser(
@@ -214,25 +211,21 @@ class _Posing(torch.nn.Module):
 
     def __init__(self, source: Denoiser, scheduler: Any) -> None:
         super().__init__()
-        self.source, self.scheduler = source, scheduler
-        self.kind = kind_of(scheduler)
-        self.schedule = schedule(scheduler)
+        self.source, self.says = source, Parametrization(scheduler)
         shape = source.shape
         if len(shape) != 3:
             raise InputError(f"a law of shape {shape} cannot pose as a network; expected [C, H, W].")
-        from diffusers.configuration_utils import FrozenDict
-
         self.config = FrozenDict(
             in_channels=shape[0], out_channels=shape[0], sample_size=tuple(shape[1:]), num_class_embeds=None
         )
         self.dtype = torch.float32
 
     def _level(self, t: float) -> NoiseLevel:
-        # Samplers may ask a hair beyond the last step.
-        level = self.schedule.level(min(max(t, self.schedule.t_min), self.schedule.t_max))
+        times = self.says.schedule
+        level = times.level(min(max(t, times.t_min), times.t_max))  # samplers may go a hair beyond the last step
         if math.isinf(level.sigma):
             # Pure noise says nothing about x_0; a sigma of 1e6 says as little, and stays finite.
-            return NoiseLevel(1e6, alpha=1 / (1 + 1e6) if self.kind == "flow" else None)  # type: ignore[arg-type]
+            return NoiseLevel(1e6, alpha=1 / (1 + 1e6)) if self.says.kind == "flow" else NoiseLevel(1e6)
         return level
 
     def forward(
@@ -240,28 +233,12 @@ class _Posing(torch.nn.Module):
     ) -> Any:
         times = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1).tolist()
         known = {t: self._level(t) for t in set(times)}
-        levels = [known[t] for t in times]
-        column = [-1] + [1] * (sample.ndim - 1)
-        sigma = torch.tensor([v.sigma for v in levels], dtype=torch.float64, device=sample.device).reshape(column)
-        alpha = torch.tensor([v.alpha for v in levels], dtype=torch.float64, device=sample.device).reshape(column)
         state = sample.double()
-        if self.kind == "edm":
-            state = state * (sigma**2 + float(self.scheduler.config.sigma_data) ** 2).sqrt()
-        x = state / alpha
-        d = self.source(x, sigma.reshape(-1).expand(len(x)) if len(levels) == 1 else sigma.reshape(-1))
-        prediction = "flow" if self.kind == "flow" else str(self.scheduler.config.prediction_type)
-        if self.kind == "edm":
-            skip, scale = _edm_coefficients(self.scheduler, sigma)
-            out = (d - skip * x) / scale
-        elif prediction == "flow":
-            out = (state - d) / (alpha * sigma)
-        elif prediction == "epsilon":
-            out = (x - d) / sigma
-        elif prediction == "v_prediction":
-            out = (alpha * state - d) / (alpha * sigma)
-        else:
-            out = d
-        out = out.to(sample.dtype)
+        alpha, sigma = _columns([known[t] for t in times], state)
+        x = state * self.says.divisor(sigma) / alpha
+        d = self.source(x, sigma.reshape(-1).expand(len(x)) if len(times) == 1 else sigma.reshape(-1))
+        skip, scale = self.says.coefficients(alpha, sigma)
+        out = ((d - skip * x) / scale).to(sample.dtype)
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
 

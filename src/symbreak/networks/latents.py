@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from symbreak.runtime.files import InputError
+from symbreak.runtime.run import padded_blocks
 
 __all__ = ["Latents", "encode"]
 
@@ -21,11 +22,13 @@ class Latents:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         generator = torch.Generator().manual_seed(self.seed)
-        for images in _regroup(self.data, self.batch):
-            yield self._encode(images, generator)
+        batches = (torch.as_tensor(some).float() for some in self.data)
+        for images, rows in padded_blocks(batches, self.batch):
+            yield self._encode(images, rows, generator)
 
     @torch.no_grad()
-    def _encode(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def _encode(self, images: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
+        """Latents of the first n images, of one fixed number, so that a latent does not depend on its neighbours."""
         channels = getattr(self.vae.config, "in_channels", None)
         if images.ndim != 4 or (channels is not None and images.shape[1] != channels):
             raise InputError(
@@ -36,11 +39,8 @@ class Latents:
             raise InputError(
                 f"images from {float(images.min()):g} to {float(images.max()):g}; an autoencoder takes [-1, 1]."
             )
-        n = len(images)
-        # One fixed size of every call, so that a latent does not depend on its neighbours.
-        padded = torch.cat([images, images[:1].expand(self.batch - n, *images.shape[1:])])
-        weight = next(iter(self.vae.parameters()), padded)
-        out = self.vae.encode(padded.to(weight.device, weight.dtype))
+        weight = next(iter(self.vae.parameters()), images)
+        out = self.vae.encode(images.to(weight.device, weight.dtype))
         law = getattr(out, "latent_dist", None)
         z = (out.latents if law is None else law.mean)[:n].float().cpu()
         if self.sample:
@@ -48,22 +48,6 @@ class Latents:
                 raise InputError(f"{type(self.vae).__name__} has no latent law to draw from. Leave sample out.")
             z = z + law.std[:n].float().cpu() * torch.randn(z.shape, generator=generator)
         return _scaled(z, self.vae.config)
-
-
-def _regroup(data: Any, batch: int) -> Iterator[torch.Tensor]:
-    """Batches of any sizes as batches of one size, the last one smaller."""
-    waiting: list[torch.Tensor] = []
-    held = 0
-    for some in data:
-        waiting.append(torch.as_tensor(some).float())
-        held += len(some)
-        if held >= batch:
-            whole = torch.cat(waiting)
-            full = held - held % batch
-            yield from whole[:full].split(batch)
-            waiting, held = [whole[full:]], held - full
-    if held:
-        yield torch.cat(waiting)
 
 
 def _scaled(z: torch.Tensor, config: Any) -> torch.Tensor:

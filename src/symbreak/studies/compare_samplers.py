@@ -25,7 +25,7 @@ from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import statistics
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import fingerprint
-from symbreak.networks.families import denoiser
+from symbreak.networks.families import NetworkDenoiser
 from symbreak.networks.loading import load_pipeline, refuse_conditional, weights_hash
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, schedule
@@ -121,7 +121,7 @@ def run(study: Study, pipeline: Any = None, run: Run | None = None) -> Record:
     with run.timed("all"):
         parts, pipe, plans, phases = _prepared(study, pipeline, run)
         train, test = parts.train, parts.test
-        network = denoiser(pipe.unet, pipe.scheduler)
+        network = NetworkDenoiser(pipe.unet, pipe.scheduler)
         with run.timed("features"):
             extract = extractor(study.features or default_extractor(train), train, run=run.share(1 / 2))
             reference = statistics(extract, test, rows=0).whole
@@ -184,7 +184,7 @@ def _prepared(study: Study, pipeline: Any, run: Run) -> tuple[HeldOut, Any, list
     train = parts.train
     pipe = load_pipeline(study.model) if pipeline is None else pipeline
     refuse_conditional(pipe, study.model)
-    shape = denoiser(pipe.unet, pipe.scheduler).shape
+    shape = NetworkDenoiser(pipe.unet, pipe.scheduler).shape
     if tuple(shape) != train.shape:
         raise InputError(
             f"the network {study.model} makes images of {shape}, but the data are {train.shape}. Resize the "

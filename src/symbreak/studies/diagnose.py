@@ -20,7 +20,7 @@ from symbreak.data.images import Images
 from symbreak.laws.class_posterior import class_of
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import fingerprint
-from symbreak.networks.families import NetworkDenoiser, denoiser
+from symbreak.networks.families import NetworkDenoiser
 from symbreak.networks.loading import refuse_conditional, weights_hash
 from symbreak.noise import schedule
 from symbreak.phases.branches import Classify
@@ -141,7 +141,7 @@ def diagnose(
 def _network(model: Any, data: Images) -> NetworkDenoiser:
     """The denoiser of a pipeline that makes images like the data, without conditions."""
     refuse_conditional(model, "the network")
-    network = denoiser(model.unet, model.scheduler)
+    network = NetworkDenoiser(model.unet, model.scheduler)
     if tuple(network.shape) != data.shape:
         raise InputError(
             f"the network makes images of {tuple(network.shape)}, but the data are {data.shape}. Resize the data "
