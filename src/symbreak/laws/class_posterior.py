@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from symbreak.laws.empirical import Empirical
+from symbreak.laws.law import Law
 from symbreak.laws.mixture import Mixture
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
@@ -28,7 +29,7 @@ __all__ = ["class_draws", "class_of", "features_of", "labels_of", "mixture_of", 
 NUMBERS = 2**23  # numbers of one block of draws
 
 
-def mixture_of(law: Any) -> Mixture:
+def mixture_of(law: object) -> Mixture:
     """The law, if it is a mixture.
 
     Raises:
@@ -126,7 +127,7 @@ def class_draws(law: Mixture, k: int, samples: int, seed: int) -> list[tuple[tor
 
 
 def posterior_average(
-    law: Any,
+    law: Law,
     sigma: np.ndarray,
     value: Callable[[torch.Tensor], torch.Tensor],
     samples: int,
@@ -148,21 +149,21 @@ def posterior_average(
     """
     if isinstance(law, Empirical) and labels is not None:
         return _labelled_average(law, labels, sigma, value, samples, seed)
-    law = mixture_of(law)
-    w = law.weights.numpy()
-    z = separation(law, sigma)
+    mixture = mixture_of(law)
+    w = mixture.weights.numpy()
+    z = separation(mixture, sigma)
     if z is not None and (w > 0).all():
         out = np.array([_quadrature(min(float(s), 200.0), w, value) for s in z])
         return out, out.copy(), out.copy()
     mean, variance = np.zeros(len(sigma)), np.zeros(len(sigma))
-    for k in range(law.components):
+    for k in range(mixture.components):
         if w[k] == 0:
             continue
         n = max(16, round(samples * float(w[k])))
         sums = np.zeros((2, len(sigma)))
-        for clean, noise in class_draws(law, k, n, seed):
+        for clean, noise in class_draws(mixture, k, n, seed):
             for i, s in enumerate(sigma):
-                posterior = law.responsibilities(clean + float(s) * noise, float(s)).double()
+                posterior = mixture.responsibilities(clean + float(s) * noise, float(s)).double()
                 v = value(posterior.clamp_min(1e-300).log())
                 sums[:, i] += [float(v.sum()), float((v * v).sum())]
         average = sums[0] / n

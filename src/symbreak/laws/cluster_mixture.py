@@ -21,17 +21,17 @@ infinite noise: a few Runge-Kutta steps do. All samples take the same steps with
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from symbreak.laws.clusters import coordinates, kmeans, labelled
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.law import ExactLaw, FlowPath, flatten, fresh
 from symbreak.laws.mixture import Mixture
 from symbreak.moments.covariance import Parameters, posterior, shrink, solve
-from symbreak.moments.low_rank import Certificate
+from symbreak.moments.low_rank import Batches, Certificate
 from symbreak.moments.one_pass import LowRankMoments, Moments
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
@@ -71,7 +71,7 @@ class PrincipalMixture(ExactLaw):
         self.gaussian, self.inner, self.prior = gaussian, inner, prior
         self.shape: tuple[int, ...] = gaussian.shape
         self.leading = inner.dim
-        self._tables: dict[tuple[Any, ...], list[_Stage]] = {}
+        self._tables: dict[tuple[object, ...], list[_Stage]] = {}
         axes = torch.nn.functional.pad(gaussian.eigenvectors[:, : self.leading], (0, -self.leading % ALIGNED))
         self._basis = Parameters(axes)
 
@@ -88,8 +88,8 @@ class PrincipalMixture(ExactLaw):
     @classmethod
     def fit(
         cls,
-        batches: Any,
-        labels: Any = None,
+        batches: Batches,
+        labels: ArrayLike | None = None,
         components: int | None = None,
         leading: int | None = None,
         prior: float | None = None,

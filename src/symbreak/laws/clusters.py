@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from symbreak.laws.law import flatten
+from symbreak.moments.low_rank import Batches
 from symbreak.moments.one_pass import Moments
 from symbreak.runtime.files import InputError
 from symbreak.runtime.ranks import from_each, own_rows
@@ -23,7 +24,7 @@ __all__ = ["clustered", "coordinates", "kmeans", "labelled"]
 PIECE = 2**23  # numbers of the samples whose coordinates are taken at a time
 
 
-def labelled(batches: Any, labels: Any) -> tuple[Any, np.ndarray | None]:
+def labelled(batches: Batches, labels: ArrayLike | None) -> tuple[Batches, np.ndarray | None]:
     """A data set that can be walked more than once, and the class [N] of every sample, or ``None``.
 
     Args:
@@ -51,7 +52,7 @@ def kmeans(points: np.ndarray, k: int, seed: int, starts: int = 4) -> KMeans:
     return KMeans(k, random_state=seed, n_init=starts).fit(points)
 
 
-def clustered(batches: Any, components: int, seed: int, method: str = "k-means", leading: int = 32) -> np.ndarray:
+def clustered(batches: Batches, components: int, seed: int, method: str = "k-means", leading: int = 32) -> np.ndarray:
     """A cluster for every sample [N], found on the leading principal components.
 
     Args:
@@ -76,7 +77,7 @@ def clustered(batches: Any, components: int, seed: int, method: str = "k-means",
     return np.asarray(GaussianMixture(components, random_state=seed, reg_covar=1e-6).fit_predict(points))
 
 
-def coordinates(batches: Iterable[Any], mean: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
+def coordinates(batches: Batches, mean: torch.Tensor, axes: torch.Tensor) -> torch.Tensor:
     """Coordinates [N, p] float64 of all samples around a mean [*S], batch by batch; ranks share a data set.
 
     Args:

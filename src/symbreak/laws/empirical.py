@@ -18,9 +18,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 
 from symbreak.laws.law import ExactLaw, fresh, rows_of, top_eigenvalue
 from symbreak.moments.covariance import Parameters
@@ -53,7 +53,7 @@ class Empirical(ExactLaw):
     0.462117
     """
 
-    def __init__(self, points: Any, memory: int = 2**28) -> None:
+    def __init__(self, points: ArrayLike, memory: int = 2**28) -> None:
         data = torch.as_tensor(points).detach().cpu()
         if data.dtype not in (torch.float32, torch.float64):
             data = data.double()

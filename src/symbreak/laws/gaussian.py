@@ -12,14 +12,13 @@ eigenvalues then acts as x -> g(f) x + Q (g(L) - g(f)) Q^T x, at the cost of two
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 import scipy.fft
 import torch
 
 from symbreak.laws.law import ExactLaw, fresh, rows_of
 from symbreak.moments.covariance import Covariance, Gain, Parameters, posterior, root, shrink, solve
-from symbreak.moments.low_rank import Certificate, project_moments
+from symbreak.moments.low_rank import Batches, Certificate, project_moments
 from symbreak.moments.one_pass import LowRankMoments, Moments
 from symbreak.runtime.files import InputError
 
@@ -65,12 +64,12 @@ class Gaussian(ExactLaw):
         self._mean = Parameters(moments.mean.reshape(-1))
 
     @classmethod
-    def fit(cls, batches: Iterable[torch.Tensor], rank: int | None = None) -> Gaussian:
+    def fit(cls, batches: Batches, rank: int | None = None) -> Gaussian:
         """The Gaussian with the moments of a stream of batches [B, *S]; with ``rank``, of a sketch of them."""
         return cls(Moments.fit(batches) if rank is None else Moments.fit(batches, rank=rank))
 
     @classmethod
-    def low_frequency(cls, batches: Iterable[torch.Tensor], size: int = 8) -> Gaussian:
+    def low_frequency(cls, batches: Batches, size: int = 8) -> Gaussian:
         """A full covariance of the lowest frequencies, one variance for everything else; one pass.
 
         Of every channel the ``size`` x ``size`` lowest coefficients of the orthonormal cosine transform (DCT-II) are

@@ -17,10 +17,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from symbreak.laws.clusters import clustered, labelled
 from symbreak.laws.law import ExactLaw, fresh, top_eigenvalue
@@ -35,7 +35,7 @@ from symbreak.moments.covariance import (
     symmetric,
     variance,
 )
-from symbreak.moments.low_rank import Certificate, truncation_bound
+from symbreak.moments.low_rank import Batches, Certificate, truncation_bound
 from symbreak.moments.one_pass import Moments, grouped
 from symbreak.runtime.files import InputError
 
@@ -61,7 +61,7 @@ class Mixture(ExactLaw):
     0.462117
     """
 
-    def __init__(self, moments: Sequence[Moments], weights: Any = None) -> None:
+    def __init__(self, moments: Sequence[Moments], weights: ArrayLike | None = None) -> None:
         moments = list(moments)
         if not moments:
             raise InputError("a mixture of no components; expected at least one `Moments`.")
@@ -92,7 +92,7 @@ class Mixture(ExactLaw):
         shape: tuple[int, ...],
         means: torch.Tensor,
         covariance: Covariance,
-        weights: torch.Tensor | Sequence[float],
+        weights: ArrayLike,
         count: int,
         classes: torch.Tensor | None = None,
     ) -> None:
@@ -119,7 +119,12 @@ class Mixture(ExactLaw):
         self._parameters = Parameters(self.means, weights.log())
 
     @classmethod
-    def from_parameters(cls, means: Any, covariances: Any, weights: Any = None) -> Mixture:
+    def from_parameters(
+        cls,
+        means: ArrayLike,
+        covariances: ArrayLike | tuple[ArrayLike, ArrayLike, ArrayLike],
+        weights: ArrayLike | None = None,
+    ) -> Mixture:
         """A mixture given by its parameters.
 
         Args:
@@ -181,8 +186,8 @@ class Mixture(ExactLaw):
     @classmethod
     def fit(
         cls,
-        batches: Any,
-        labels: Any = None,
+        batches: Batches,
+        labels: ArrayLike | None = None,
         components: int | None = None,
         rank: int | None = None,
         kind: str = "full",
@@ -217,10 +222,10 @@ class Mixture(ExactLaw):
             raise InputError(f"rank is {rank}; expected at least 1.")
         if (labels is not None and labels is not False) == (components is not None):
             raise InputError("a mixture is fitted by labels= or by components=; pass one of them.")
-        batches, labels = labelled(batches, labels)
+        batches, y = labelled(batches, labels)
         if components is not None:
-            labels = clustered(batches, components, seed, method, leading)
-        classes, code, counts = np.unique(labels, return_inverse=True, return_counts=True)
+            y = clustered(batches, components, seed, method, leading)
+        classes, code, counts = np.unique(np.asarray(y), return_inverse=True, return_counts=True)
         if counts.min() < 2:
             raise InputError(
                 f"class {classes[counts.argmin()]} has {counts.min()} sample; at least 2 are needed. Drop it, or "
@@ -242,7 +247,7 @@ class Mixture(ExactLaw):
             law._dropped = values[:, r:] if r else None
         return law
 
-    def log_weights(self, labels: Any, batch: int) -> torch.Tensor:
+    def log_weights(self, labels: ArrayLike | None, batch: int) -> torch.Tensor:
         """Log weights of the components, [1, K], or [B, K] given the class [B] of every sample.
 
         Raises:

@@ -99,8 +99,7 @@ def law_from_tensors(
     # Copies: tensors of a mapped file lie at any address, and products may round by it.
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     try:
-        law: Gaussian | Mixture | PrincipalMixture = KINDS[kind].read(copies, json.loads(metadata[kind]), path)
-        return law
+        return KINDS[kind].read(copies, json.loads(metadata[kind]), path)
     except InputError:
         raise
     except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
@@ -201,7 +200,7 @@ class Kind(NamedTuple):
 
     law: type
     write: Callable[[Any], tuple[Tensors, About]]
-    read: Callable[[Tensors, About, str | Path], Any]
+    read: Callable[[Tensors, About, str | Path], Gaussian | Mixture | PrincipalMixture]
 
 
 KINDS = {

@@ -13,15 +13,16 @@ and mean and covariance of the noised data come out.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from scipy import optimize, stats
 
 from symbreak.laws.clusters import coordinates
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.law import flatten
+from symbreak.moments.low_rank import Batches
 from symbreak.moments.one_pass import Moments
 from symbreak.runtime.files import InputError
 
@@ -89,7 +90,7 @@ class PowerMap:
     Source: Fleishman 1978, Psychometrika 43 (the power method); its use at every level derived.
     """
 
-    def __init__(self, gaussian: Gaussian, skewness: Any, kurtosis: Any) -> None:
+    def __init__(self, gaussian: Gaussian, skewness: ArrayLike, kurtosis: ArrayLike) -> None:
         self.gaussian, self.shape = gaussian, gaussian.shape
         self.skewness, self.kurtosis = (np.asarray(v, dtype=np.float64).reshape(-1) for v in (skewness, kurtosis))
         if not (len(self.skewness) == len(self.kurtosis) <= gaussian.rank):
@@ -100,7 +101,7 @@ class PowerMap:
         self._coefficients: dict[float, torch.Tensor] = {}
 
     @classmethod
-    def fit(cls, batches: Any, gaussian: Gaussian, modes: int = 16) -> PowerMap:
+    def fit(cls, batches: Batches, gaussian: Gaussian, modes: int = 16) -> PowerMap:
         """The map of a data set: sample skewness and kurtosis of its coordinates in the Gaussian's leading modes."""
         k = min(int(modes), gaussian.rank, int((gaussian.eigenvalues > 0).sum()))
         y = coordinates(batches, gaussian.moments.mean, gaussian.eigenvectors[:, :k].double()).numpy()

@@ -21,7 +21,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import scipy.linalg
@@ -33,7 +32,17 @@ from symbreak.noise import generator
 from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.runtime.ranks import from_first, own_rows, summed
 
-__all__ = ["Certificate", "LowRankMoments", "Spectrum", "project_moments", "sketch_moments", "truncation_bound"]
+__all__ = [
+    "Batches",
+    "Certificate",
+    "LowRankMoments",
+    "Spectrum",
+    "project_moments",
+    "sketch_moments",
+    "truncation_bound",
+]
+
+Batches = Iterable[torch.Tensor | np.ndarray]  # of shape [B, *S]; `Images`, a list, a generator
 
 FORMAT = "symbreak.low-rank-moments"
 STORED = ("count", "mean", "variances", "vectors", "eigenvalues", "residuals", "dropped")  # in a file
@@ -377,7 +386,7 @@ class _Walk:
 class _Rows:
     """A stream of samples, walked in blocks of rows around a shift."""
 
-    def __init__(self, batches: Iterable[Any], again: bool) -> None:
+    def __init__(self, batches: Batches, again: bool) -> None:
         batches, self.first, self.shared = own_rows(batches)
         self.batches = batches
         stream = iter(batches)
@@ -462,7 +471,7 @@ class _Rows:
         return _Walk(count, energy, total, squares, products, whole, self.shared)
 
 
-def _tensor(batch: Any) -> torch.Tensor:
+def _tensor(batch: torch.Tensor | np.ndarray) -> torch.Tensor:
     rows = batch.detach().cpu() if isinstance(batch, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(batch))
     if rows.ndim < 2:
         raise InputError(f"a batch of shape {tuple(rows.shape)}; expected [B, *S] with at least one dimension in S.")
@@ -580,7 +589,7 @@ def _mean_and_variances(rows: _Rows, walk: _Walk) -> tuple[torch.Tensor, torch.T
     return rows.shift + gap, variances
 
 
-def sketch_moments(batches: Iterable[Any], rank: int, passes: int = 2, seed: int = 0) -> LowRankMoments:
+def sketch_moments(batches: Batches, rank: int, passes: int = 2, seed: int = 0) -> LowRankMoments:
     """Leading eigenpairs of the empirical covariance of a stream; no matrix [d, d] and no two blocks at a time.
 
         Y = C Omega, Q = orth(Y), then Ritz pairs of C in Q        (passes - 2 power iterations Q <- orth(C Q) between)
@@ -628,7 +637,7 @@ def sketch_moments(batches: Iterable[Any], rank: int, passes: int = 2, seed: int
 
 
 def project_moments(
-    batches: Iterable[Any], vectors: Callable[[tuple[int, ...]], torch.Tensor], seed: int = 0
+    batches: Batches, vectors: Callable[[tuple[int, ...]], torch.Tensor], seed: int = 0
 ) -> LowRankMoments:
     """Ritz pairs of the empirical covariance in a given basis: one pass, also over a stream that comes once.
 

@@ -14,7 +14,7 @@ Gaussian start and the Fréchet distance.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import Any, overload
 import numpy as np
 import scipy.linalg
 import torch
+from numpy.typing import ArrayLike
 from scipy.linalg import blas
 from scipy.sparse.linalg import eigsh
 
@@ -31,6 +32,7 @@ from symbreak.moments.covariance import eigendecomposed, symmetric
 from symbreak.moments.low_rank import (
     FORMAT,
     LARGEST_DIM,
+    Batches,
     LowRankMoments,
     Spectrum,
     at_most,
@@ -101,7 +103,7 @@ class Moments:
     (2, [1.0, 1.0], [[2.0, 0.0], [0.0, 0.0]])
     """
 
-    def __init__(self, count: int, mean: Any, cov: Any) -> None:
+    def __init__(self, count: int, mean: ArrayLike, cov: ArrayLike) -> None:
         mu = np.asarray(torch.as_tensor(mean).detach().cpu(), dtype=np.float64)
         c = np.asarray(torch.as_tensor(cov).detach().cpu(), dtype=np.float64)
         if c.shape != (mu.size, mu.size):
@@ -126,26 +128,20 @@ class Moments:
     @overload
     @classmethod
     def fit(
-        cls, batches: Iterable[torch.Tensor], rank: None = None, parts: int | None = None, *, run: Run | None = None
+        cls, batches: Batches, rank: None = None, parts: int | None = None, *, run: Run | None = None
     ) -> Moments: ...
 
     @overload
     @classmethod
     def fit(
-        cls,
-        batches: Iterable[torch.Tensor],
-        rank: int,
-        parts: None = None,
-        passes: int = 2,
-        seed: int = 0,
-        run: Run | None = None,
+        cls, batches: Batches, rank: int, parts: None = None, passes: int = 2, seed: int = 0, run: Run | None = None
     ) -> LowRankMoments: ...
 
     @classmethod
     @renamed(memory="run=sb.Run(memory=...)")
     def fit(
         cls,
-        batches: Iterable[torch.Tensor],
+        batches: Batches,
         rank: int | None = None,
         parts: int | None = None,
         passes: int = 2,
@@ -171,7 +167,7 @@ class Moments:
                 for batches that can be walked only once; where the memory does not hold a covariance.
         """
         if isinstance(batches, torch.Tensor | np.ndarray) and batches.ndim > 1:
-            batches = [batches]  # type: ignore[list-item]  # one batch, not a walk over its rows
+            batches = [batches]  # one batch, not a walk over its rows
         if rank is not None:
             if parts is not None:
                 raise InputError("parts= came with rank=; a sketch has no parts to leave out. Drop one of them.")
@@ -333,7 +329,7 @@ class Moments:
 
     @classmethod
     def from_tensors(
-        cls, path: Any, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
+        cls, path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]
     ) -> Moments | LowRankMoments:
         """Moments of either kind from what ``tensors`` gave; ``path`` names the file in messages."""
         if metadata.get("format") == FORMAT:
@@ -520,7 +516,7 @@ class _Sums:
         return result
 
 
-def grouped(batches: Iterable[torch.Tensor], group: np.ndarray, shared: bool = False) -> list[Moments]:
+def grouped(batches: Batches, group: np.ndarray, shared: bool = False) -> list[Moments]:
     """Moments of several disjoint groups of the rows of one stream, in one pass.
 
     Args:
