@@ -124,6 +124,11 @@ def test_nearest_of_a_stream_is_nearest_of_all(tmp_path):
     exact, _ = nearest(samples, data.tensor())
     for memory in (2**20, 2**22, 2**30):
         assert torch.equal(nearest_in(samples, data, sb.Run(memory=memory)), exact)
+    # One run may ask for several sets of samples: none is taken for another.
+    run = sb.Run(tmp_path / "run")
+    for some in (samples, samples.flip(0)):
+        assert torch.equal(nearest_in(some, data, run), exact if some is samples else exact.flip(0))
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
 
 
 def test_a_diagnosis_takes_the_images_that_fit():

@@ -53,7 +53,7 @@ def nearest_in(samples: Rows, train: Rows | Images, run: Run | None = None) -> t
     """
     run = run or Run()
     points = train.shards(run.share(1 / 4)) if isinstance(train, Images) else train
-    return neighbours(samples, points, 2, run=run.share(1 / 2))[0]
+    return neighbours(samples, points, 2, run=run.share(1 / 2).unstored())[0]
 
 
 @renamed()

@@ -11,7 +11,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -106,22 +106,18 @@ def _clear(folder: Path) -> None:
 
     Of another machine's processes nothing is known: theirs goes when it is a day old.
     """
-    with os.scandir(folder) as entries:
-        left = [(entry, found) for entry in entries if (found := PART.fullmatch(entry.name))]
-    for entry, found in left:
-        try:
-            dead = found[2] == _machine() and not _alive(int(found[1]))
-            if dead or time.time() - entry.stat().st_mtime > DAY:
-                os.unlink(entry.path)
-        except OSError:
-            pass  # another process was quicker, or it is not ours to remove
+    for path in list(folder.iterdir()):
+        if part := PART.fullmatch(path.name):
+            with suppress(OSError):  # another process was quicker, or it is not ours to remove
+                dead = part[2] == _machine() and not _alive(int(part[1]))
+                if dead or time.time() - path.stat().st_mtime > DAY:
+                    path.unlink()
 
 
 def _alive(process: int) -> bool:
-    if os.name != "posix":
-        return True  # asking is no harmless signal there
     try:
-        os.kill(process, 0)
+        if os.name == "posix":  # elsewhere asking is no harmless signal
+            os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except OSError:
@@ -193,24 +189,24 @@ def digest(*parts: Any) -> str:
     """The first 16 hex digits of the SHA-256 of tensors (their bytes and shapes) and of other values (their text)."""
     import torch
 
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for part in parts:
         if isinstance(part, torch.Tensor):
             flat = part.detach().cpu().contiguous()
-            found.update(f"{flat.dtype} {tuple(flat.shape)}".encode())
-            found.update(flat.reshape(-1).view(torch.uint8).numpy().data)
+            sha.update(f"{flat.dtype} {tuple(flat.shape)}".encode())
+            sha.update(flat.reshape(-1).view(torch.uint8).numpy().data)
         else:
-            found.update(f"{part!r};".encode())
-    return found.hexdigest()[:16]
+            sha.update(f"{part!r};".encode())
+    return sha.hexdigest()[:16]
 
 
 def file_hash(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
+    sha = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def output_folder(path: str | Path) -> Path:

@@ -1,16 +1,13 @@
-"""Plain values for records: what JSON can hold, package versions, seconds by stage."""
+"""Plain values for records: what JSON can hold, and package versions."""
 
 from __future__ import annotations
 
 import math
 import platform
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from typing import Any
 
-__all__ = ["plain", "stopwatch", "versions"]
+__all__ = ["plain", "versions"]
 
 
 def plain(value: Any) -> Any:
@@ -32,22 +29,3 @@ def versions(threads: int) -> dict[str, str]:
         "threads": str(threads),
         **{name: metadata.version(name) for name in names},
     }
-
-
-def stopwatch(
-    timings: dict[str, float], tell: Callable[[str, int, int], None]
-) -> Callable[[str], AbstractContextManager[Callable[[int, int], None]]]:
-    """What times a stage: ``with lap("name") as progress``.
-
-    Args:
-        timings: seconds by stage, added to.
-        tell: called with (stage, done, total) where the stage calls its progress(done, total).
-    """
-
-    @contextmanager
-    def lap(stage: str) -> Iterator[Callable[[int, int], None]]:
-        began = time.perf_counter()
-        yield lambda done, total: tell(stage, done, total)
-        timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - began
-
-    return lap

@@ -1,8 +1,8 @@
-"""One answer from many processes: blocks of work are dealt to the ranks in turn, and every rank learns all of them.
+"""One answer from many processes: the ranks take items of work in turn, and every rank learns all results.
 
-A block is made by one rank, from its own seed, as it would be made alone: one process and many give the same bits.
-What is not dealt every rank computes for itself, so that all of them take the same way. Ranks are those of
-``torch.distributed``, started by ``accelerate launch`` or ``torchrun``; they share work only inside `over_ranks`, so
+An item is computed by one rank, from its own seed, as it would be alone: one process and many give the same bits.
+What is not shared is computed on every rank, so that all of them take the same way. Ranks are those of
+``torch.distributed``, started by ``accelerate launch`` or ``torchrun``. They share work only inside `over_ranks`, so
 that a call on one rank of somebody's own program waits for nobody.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from safetensors.torch import load, save
 from symbreak.runtime.files import InputError, left_to_another
 
 __all__ = [
+    "Arrays",
     "agreed",
     "alone",
     "dealt",
@@ -37,6 +38,8 @@ __all__ = [
     "summed",
 ]
 
+Item = TypeVar("Item")
+Arrays = dict[str, np.ndarray]
 ERROR = "error"
 PATIENCE = timedelta(days=7)  # ranks wait for what one of them does; launchers watch for dead ones
 _together: ContextVar[bool] = ContextVar("together", default=False)
@@ -48,7 +51,7 @@ def over_ranks() -> Iterator[tuple[int, int]]:
 
     Yields:
         This process's rank and the number of ranks; (0, 1) where no group of processes was started. Files are written
-        by the first rank, but for what is dealt.
+        by the first rank, but for what one rank computes for all.
     """
     token = _together.set(True)
     try:
@@ -61,7 +64,7 @@ def over_ranks() -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within it this process waits for no other: for work that was dealt to it."""
+    """Within it this process waits for no other: for work that is its own."""
     token = _together.set(False)
     try:
         with left_to_another(False):
@@ -81,19 +84,19 @@ def joined(environment: dict[str, str] | None = None) -> Iterator[tuple[int, int
     Yields:
         Rank and number of ranks.
     """
-    given = os.environ if environment is None else environment
-    if int(given.get("WORLD_SIZE", "1")) < 2 or "RANK" not in given or dist.is_initialized():
+    variables = os.environ if environment is None else environment
+    if int(variables.get("WORLD_SIZE", "1")) < 2 or "RANK" not in variables or dist.is_initialized():
         with over_ranks() as place:
             yield place
         return
     if torch.cuda.is_available():
-        here = int(given.get("LOCAL_WORLD_SIZE", "1"))
+        here = int(variables.get("LOCAL_WORLD_SIZE", "1"))
         if here > torch.cuda.device_count():
             raise InputError(
                 f"{here} processes for {torch.cuda.device_count()} GPUs; expected one each. Start fewer, or hide the "
                 "GPUs with CUDA_VISIBLE_DEVICES= to use the CPU."
             )
-        torch.cuda.set_device(int(given.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(int(variables.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "nccl"
     else:
         backend = "gloo"
@@ -151,14 +154,12 @@ def own_rows(stream: Any, multiple: int = 1) -> tuple[Any, int, bool]:
 
 
 def dealt(
-    items: Sequence[Any],
-    make: Callable[[Any], dict[str, np.ndarray]],
-    progress: Callable[[int, int], None] | None = None,
-) -> list[dict[str, np.ndarray]]:
+    items: Sequence[Item], make: Callable[[Item], Arrays], progress: Callable[[int, int], None] | None = None
+) -> list[Arrays]:
     """make(item) for every item, each made on one rank, known on all.
 
     Args:
-        items: what the blocks are made of.
+        items: what the arrays are made of.
         make: item -> arrays, which depend on nothing but the item.
         progress: called with (about how many are done, of how many).
 
@@ -167,40 +168,38 @@ def dealt(
     """
     rank, ranks = rank_of()
     if ranks == 1:
-        found = []
-        for done, item in enumerate(items):
-            found.append(make(item))
+        out = []
+        for done, item in enumerate(items, 1):
+            out.append(make(item))
             if progress is not None:
-                progress(done + 1, len(items))
-        return found
-    own: dict[str, torch.Tensor] = {}
-    refused = None
+                progress(done, len(items))
+        return out
+    made: dict[str, torch.Tensor] = {}
+    wrong = None
     for i in range(rank, len(items), ranks):
         try:
             with alone():
-                own |= {f"{i}/{k}": torch.from_numpy(np.array(v, order="C")) for k, v in make(items[i]).items()}
-        except InputError as error:  # the others have to know, or they would wait for this rank's blocks
-            refused = error
-            own = {ERROR: torch.tensor(list(str(error).encode()), dtype=torch.uint8)}
+                made |= {f"{i}/{k}": torch.from_numpy(np.array(v, order="C")) for k, v in make(items[i]).items()}
+        except InputError as error:  # the others have to know, or they would wait for this process's items
+            wrong, made = error, {ERROR: torch.tensor(list(str(error).encode()), dtype=torch.uint8)}
             break
         if progress is not None:
             progress(min(i + ranks - rank, len(items)), len(items))
-    out: list[dict[str, np.ndarray]] = [{} for _ in items]
-    for payload in _gathered(save(own)):
-        for key, value in load(payload).items():
-            if key == ERROR:
-                refused = refused or InputError(value.numpy().tobytes().decode())
-                continue
-            item, _, name = key.partition("/")
-            out[int(item)][name] = value.numpy()
-    if refused is not None:
-        raise refused
+    out = [{} for _ in items]
+    for key, value in (pair for payload in _gathered(save(made)) for pair in load(payload).items()):
+        if key == ERROR:
+            wrong = wrong or InputError(value.numpy().tobytes().decode())
+            continue
+        index, _, name = key.partition("/")
+        out[int(index)][name] = value.numpy()
+    if wrong is not None:
+        raise wrong
     return out
 
 
-def from_each(own: dict[str, np.ndarray], shared: bool = True) -> list[dict[str, np.ndarray]]:
-    """What every rank found, by rank; this rank's alone where nothing is shared."""
-    return dealt(range(rank_of()[1]), lambda _: own) if shared else [own]
+def from_each(arrays: Arrays, shared: bool = True) -> list[Arrays]:
+    """Every rank's arrays, by rank; this rank's alone where nothing is shared."""
+    return dealt(range(rank_of()[1]), lambda _: arrays) if shared else [arrays]
 
 
 def summed(*arrays: torch.Tensor) -> None:
@@ -225,8 +224,8 @@ def agreed(make: Callable[[], Any]) -> Any:
     """The first rank's make(), a value fit for JSON, on every rank: for what may differ between them."""
     if rank_of()[1] == 1:
         return make()
-    found = dealt([0], lambda _: {"text": np.frombuffer(json.dumps(make()).encode(), np.uint8)})
-    return json.loads(found[0]["text"].tobytes())
+    (first,) = dealt([0], lambda _: {"text": np.frombuffer(json.dumps(make()).encode(), np.uint8)})
+    return json.loads(first["text"].tobytes())
 
 
 def _device() -> torch.device:
@@ -234,17 +233,17 @@ def _device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
-def _gathered(own: bytes) -> list[bytes]:
+def _gathered(payload: bytes) -> list[bytes]:
     """What every rank has to say, by rank, without pickling."""
-    ranks, device = dist.get_world_size(), _device()
-    sizes = torch.zeros(ranks, dtype=torch.int64, device=device)
-    sizes[dist.get_rank()] = len(own)
+    rank, device = dist.get_rank(), _device()
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    sizes[rank] = len(payload)
     dist.all_reduce(sizes)
     out = []
     for source, size in enumerate(sizes.tolist()):  # one after the other: no rank holds them all padded
         buffer = torch.empty(size, dtype=torch.uint8, device=device)
-        if source == dist.get_rank() and size:
-            buffer.copy_(torch.frombuffer(bytearray(own), dtype=torch.uint8))
+        if source == rank and size:
+            buffer.copy_(torch.frombuffer(bytearray(payload), dtype=torch.uint8))
         if size:
             dist.broadcast(buffer, source)
         out.append(buffer.cpu().numpy().tobytes())

@@ -79,8 +79,8 @@ class Shards:
     @classmethod
     def of(cls, rows: torch.Tensor, multiple: int = 1) -> Shards:
         """Rows that every rank has: each keeps its own part of them, which begins at a multiple of ``multiple``."""
-        own, _, _ = own_rows(rows, multiple)
-        return cls([own.detach().cpu().numpy()], shares(len(rows), multiple), memory=2**62)
+        mine, _, _ = own_rows(rows, multiple)
+        return cls([mine.detach().cpu().numpy()], shares(len(rows), multiple), memory=2**62)
 
     def __len__(self) -> int:
         return self.edges[-1]

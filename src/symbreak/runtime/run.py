@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,13 +21,12 @@ import torch
 
 from symbreak.runtime.files import InputError, digest, output_folder, read_json, read_tensors, write_json, write_tensors
 from symbreak.runtime.plain import plain
-from symbreak.runtime.ranks import agreed, dealt, rank_of
+from symbreak.runtime.ranks import Arrays, agreed, dealt, rank_of
 
 __all__ = ["Arrays", "Run", "padded_blocks", "renamed"]
 
 Item = TypeVar("Item")
 Function = TypeVar("Function", bound=Callable[..., Any])
-Arrays = dict[str, np.ndarray]
 Tell = Callable[[str, int, int], None]
 BYTES = 2**30  # of working memory where nothing was said
 
@@ -71,6 +71,10 @@ class Run:
         """This run with a share of its memory: for one of several things that are held at the same time."""
         return self._view(memory=self.bytes(share, default))
 
+    def unstored(self) -> Run:
+        """This run, storing no parts: for work whose inputs no key names."""
+        return self._view(_parts=_Parts(None, {}))
+
     def named(self, stage: str) -> Run:
         """This run, telling its progress under a name, unless a caller has given one."""
         return self if self.stage else self._view(stage=stage)
@@ -105,12 +109,11 @@ class Run:
             make: makes its arrays.
             settings: tensors and plain values that decide it beside the run's identity.
         """
-        return self._parts.part(f"{key}-{digest(*settings)}" if settings else key, make)
+        return self._parts.part(_name(key, settings), make)
 
     def parts(self, key: str, items: Sequence[Item], make: Callable[[Item], Arrays], *settings: Any) -> list[Arrays]:
         """A part for each item, made without gradients, and told of; ranks share them, see `dealt`."""
-        name = f"{key}-{digest(*settings)}" if settings else key
-        run = self.named(key)
+        name, run = _name(key, settings), self.named(key)
 
         def one(j: int) -> Arrays:
             with torch.inference_mode():
@@ -173,6 +176,10 @@ def padded_blocks(batches: Iterable[torch.Tensor], size: int) -> Iterator[tuple[
         yield torch.cat([whole, whole[:1].expand(size - rows, *whole.shape[1:])]), rows
 
 
+def _name(key: str, settings: tuple[Any, ...]) -> str:
+    return f"{key}-{digest(*settings)}" if settings else key
+
+
 def _first(arrays: Arrays) -> Arrays:
     """The first rank's arrays, on all: machines may differ in the last bits, but have to go the same way."""
     return arrays if rank_of()[1] == 1 else dealt([arrays], lambda same: same)[0]
@@ -190,7 +197,7 @@ class _Parts:
     """Finished parts of one identity: arrays, a file each, and plain values, all of them in ``cells.json``."""
 
     def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
-        self.folder = self.path = None
+        self.folder = self.path = self.identity = None
         self.values: dict[str, Any] | None = None  # not read before the first one is asked for
         if folder is not None:
             text = json.dumps(plain(identity), sort_keys=True)
@@ -210,7 +217,7 @@ class _Parts:
 
     def value(self, key: str, make: Callable[[], Any]) -> Any:
         if self.values is None:
-            self.values = {} if self.path is None else agreed(self._read)
+            self.values = agreed(self._read)
         if key not in self.values:
             made = make()
             self.values[key] = agreed(lambda: made)
@@ -220,10 +227,8 @@ class _Parts:
 
     def _read(self) -> dict[str, Any]:
         """This identity's values; those of another one are not taken, and a damaged file holds none."""
-        if self.path is None or not self.path.exists():
-            return {}
         try:
-            raw = read_json(self.path)
+            raw = read_json(self.path) if self.path is not None else None
         except InputError:
             return {}
         return dict(raw.get("cells", {})) if isinstance(raw, dict) and raw.get("identity") == self.identity else {}
@@ -234,9 +239,7 @@ class _Parts:
         if self.path is not None and self.values is not None:
             self.path.unlink(missing_ok=True)
         if self.folder is not None and self.folder.exists():
-            for path in self.folder.iterdir():
-                path.unlink()
-            self.folder.rmdir()
+            shutil.rmtree(self.folder)
 
 
 # For the time being: what `Run` takes the place of.
