@@ -22,7 +22,8 @@ from symbreak.phases.bifurcation import bifurcation
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
-from symbreak.studies.worlds import WORLDS, explore_world, train_point_network
+from symbreak.studies.point_network import train_point_network
+from symbreak.studies.worlds import WORLDS, explore_world
 
 THETA_C = math.sqrt(math.sqrt(2) - 1)
 CHROMIUM = next(

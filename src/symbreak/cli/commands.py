@@ -446,13 +446,15 @@ def world(
     """Draw a world where everything is known: potential, fixed points, trajectories, critical times."""
     from symbreak.report.tables import show
     from symbreak.runtime.files import output_folder
+    from symbreak.runtime.run import Run
     from symbreak.studies.worlds import check_world, draw_world
 
     check_world(name, train, seed)
     target = _page(Path(f"build/world-{name}.html") if out is None else out, "world.html")
     output_folder(target.parent)
     with err.status(name) as status:
-        record = draw_world(name, target, train, seed, lambda text: status.update(f"{name}: {text}"))
+        run = Run(progress=lambda stage, *_: status.update(f"{name}: {stage}"))
+        record = draw_world(name, target, train, seed, run=run)
     say(as_json, {**record.to_dict(), "out": str(target)}, lambda: show(record, target))
 
 
