@@ -10,9 +10,11 @@ from symbreak.laws import Empirical, Gaussian, Mixture
 from symbreak.moments.one_pass import Moments, mode_images
 from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.samplers import scheduler
-from symbreak.phases.bifurcation import bifurcation, potential
-from symbreak.phases.network_stability import arc_potential, network_stability, stability_times
+from symbreak.phases.bifurcation import bifurcation
+from symbreak.phases.network_stability import network_stability, stability_times
+from symbreak.phases.potential import Wells, arc_potential, potential
 from symbreak.runtime.files import InputError
+from symbreak.runtime.run import Run
 
 SCHEDULER = scheduler("ddpm", clip_sample=False)
 SHAPE = (1, 2, 2)
@@ -205,7 +207,7 @@ def test_two_wells_on_the_arc_where_theory_says():
     q = 1 / (M + math.sqrt(M**2 + (1 - s2) ** 2))
     critical = math.sqrt(1 / q - 1)
     sigma = np.concatenate([critical * np.array([2.0, 1.3, 1.03]), critical * np.array([0.9, 0.5, 0.2])])
-    found = arc_potential(network(law), sigma, torch.stack([AXIS, -AXIS]), depth=1e-6)
+    found = arc_potential(network(law), sigma, torch.stack([AXIS, -AXIS]), wells=Wells(depth=1e-6))
     assert found.wells.tolist() == [1, 1, 1, 2, 2, 2]
     assert found.critical.low.sigma == pytest.approx(0.9 * critical)
     assert found.critical.high.sigma == pytest.approx(1.03 * critical)
@@ -241,38 +243,62 @@ def test_the_arc_of_seeds_joins_different_classes():
 # --- resuming, modes, bad input -------------------------------------------------------------------
 
 
-def test_an_interrupted_run_has_the_same_bits():
+class Interrupted(Run):
+    """Stops where more parts than a limit would be made."""
+
+    made, limit = 0, 10**6
+
+    def part(self, key, make, *settings):
+        def counted():
+            if Interrupted.made >= Interrupted.limit:
+                raise KeyboardInterrupt
+            Interrupted.made += 1
+            return make()
+
+        return super().part(key, counted, *settings)
+
+
+def test_an_interrupted_run_has_the_same_bits_and_another_one_its_own(tmp_path):
     posing = network(pair(4.0, 0.25), torch.float32)
     sigma = np.geomspace(8, 0.5, 3)
-    store: dict = {}
-    calls: list = []
 
-    def ask(limit):
-        def keep(key, make):
-            if key not in store:
-                if len(calls) >= limit:
-                    raise KeyboardInterrupt
-                calls.append(key)
-                store[key] = {k: np.array(v) for k, v in make().items()}
-            return store[key]
-
-        return keep
-
-    def both(keep):
+    def both(folder=None, posing=posing, **settings):
         done = []
-        a = network_stability(posing, sigma, keep=keep, progress=lambda i, n: done.append((i, n)))
-        b = arc_potential(posing, sigma, points=9, candidates=3, keep=keep)
-        assert done == [(i + 1, done[-1][1]) for i in range(done[-1][1])]
+        run = Interrupted(folder, progress=lambda stage, i, n: done.append((stage, i, n)))
+        a = network_stability(posing, sigma, run=run, **settings)
+        assert done == [("stability", i + 1, done[-1][2]) for i in range(done[-1][2])]
+        b = arc_potential(posing, sigma, points=9, candidates=3, run=run)
         return a.to_dict() | b.to_dict(), a.states, a.directions, b.states, b.value
 
-    whole = both(None)
-    for limit in (3, 8, 11):
+    def same(run, whole):
+        return run[0] == whole[0] and all(
+            np.array_equal(np.asarray(x), np.asarray(y)) for x, y in zip(run[1:], whole[1:], strict=True)
+        )
+
+    whole = both()
+    Interrupted.made = 0
+    for Interrupted.limit in (2, 5, 8):
         with pytest.raises(KeyboardInterrupt):
-            both(ask(limit))
-    for run in (both(ask(10**6)), both(ask(0))):
-        assert run[0] == whole[0]
-        for x, y in zip(run[1:], whole[1:], strict=True):
-            assert np.array_equal(np.asarray(x), np.asarray(y))
+            both(tmp_path)
+    Interrupted.limit = 10**6
+    assert same(both(tmp_path), whole)
+    Interrupted.limit = 0
+    assert same(both(tmp_path), whole)
+    # What decides a part is in its name: nothing of another network or other settings is taken.
+    Interrupted.limit = 10**6
+    starts = 2 * torch.stack([AXIS, -AXIS, 0.1 * AXIS])
+    for settings in ({"posing": network(pair(4.0, 0.3), torch.float32)}, {"starts": starts}, {"x0": 0.5 * AXIS}):
+        assert same(both(tmp_path, **settings), both(**settings))
+
+
+@pytest.mark.parametrize("old", ["progress", "keep", "depth", "tolerance", "seeds"])
+def test_the_old_spelling_names_the_new_one(old):
+    call = arc_potential if old in ("depth", "tolerance", "seeds") else network_stability
+    with pytest.raises(InputError, match=f"{old}=...") as error:
+        call(None, 1.0, **{old: 1})
+    assert ("run=" if call is network_stability else "candidates=" if old == "seeds" else "wells=Wells(") in str(
+        error.value
+    )
 
 
 def test_mode_images_are_the_leading_eigenvectors():

@@ -30,17 +30,19 @@ if TYPE_CHECKING:
     from symbreak.networks.samplers import scheduler
     from symbreak.networks.train import Recipe, train_network
     from symbreak.noise import NoiseLevel, Schedule, schedule
-    from symbreak.phases.bifurcation import bifurcation, fixed_points, potential
+    from symbreak.phases.bifurcation import bifurcation
     from symbreak.phases.branches import Paths
     from symbreak.phases.clones import clone_agreement, clones
     from symbreak.phases.collapse import collapse_scaling, collapse_time, samples_needed
     from symbreak.phases.condensation import nearest_flips, nearest_of
     from symbreak.phases.excess_entropy import excess_entropy, mutual_information
+    from symbreak.phases.fixed_points import fixed_points
     from symbreak.phases.gaussianity import first_rejection, gaussianity
     from symbreak.phases.kicks import opportunity
     from symbreak.phases.losses import entropy_rate, loss_curve
-    from symbreak.phases.network_stability import arc_potential, network_stability
+    from symbreak.phases.network_stability import network_stability
     from symbreak.phases.non_gaussianity import non_gaussianity
+    from symbreak.phases.potential import arc_potential, potential
     from symbreak.phases.speciation import cloning_probability, speciation_time
     from symbreak.phases.u_turns import u_turns
     from symbreak.report.html import write_report

@@ -23,8 +23,9 @@ from symbreak.phases.condensation import nearest_flips, nearest_of
 from symbreak.phases.kicks import Opportunity, opportunity
 from symbreak.phases.losses import entropy_rate, loss_curve
 from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
-from symbreak.phases.network_stability import arc_potential, network_stability
+from symbreak.phases.network_stability import network_stability
 from symbreak.phases.non_gaussianity import divergence_bound
+from symbreak.phases.potential import arc_potential
 from symbreak.phases.speciation import speciation_time
 from symbreak.phases.u_turns import u_turns
 from symbreak.runtime.errors import InputError
@@ -186,7 +187,7 @@ def _stability(d: Diagnosis, network: NetworkDenoiser, classify: Classify) -> No
     sigma = d.levels(network, 0.15, 3.0, d.effort.stability)[::-1]
     for frame in d.effort.frames:
         with d.stage(f"stability, {frame.upper()}") as run:
-            centre = network_stability(network, sigma, "sde", frame, seed=d.seed, progress=run.tell, keep=run.part)
+            centre = network_stability(network, sigma, "sde", frame, seed=d.seed, run=run)
             d.add("centre loses stability", "network", centre.critical)
             d.add("second well", "network", centre.splitting)
             ratio = centre.eigenvalues[:, 0] / centre.threshold
@@ -209,7 +210,7 @@ def _stability(d: Diagnosis, network: NetworkDenoiser, classify: Classify) -> No
                 )
     d.mark("stability", 1.0, "unstable above")
     with d.stage("arc") as run:
-        arc = arc_potential(network, sigma, seeds=d.seed, classify=classify, progress=run.tell, keep=run.part)
+        arc = arc_potential(network, sigma, classify=classify, candidates=range(d.seed, d.seed + 16), run=run)
         d.add("two wells on an arc", "network", arc.critical)
         d.arc = {name: getattr(arc, name).tolist() for name in ("sigma", "angle", "value", "wells")}
         d.show("ends of the arc", "Final images of the two trajectories.", torch.as_tensor(arc.ends).float())

@@ -14,7 +14,9 @@ from scipy.optimize import brentq, minimize_scalar
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
-from symbreak.phases.bifurcation import bifurcation, drift, fixed_points, potential
+from symbreak.phases.bifurcation import bifurcation
+from symbreak.phases.fixed_points import fixed_points
+from symbreak.phases.potential import drift, potential
 from symbreak.runtime.files import InputError
 
 TWO = Empirical([[-1.0], [1.0]])
@@ -285,6 +287,41 @@ def test_fixed_points_of_probability_flow_and_ve():
     assert math.isnan(float(well[2]))
 
 
+@pytest.mark.parametrize("dim", [3, 20])
+def test_a_sphere_of_fixed_points_is_one_branch(dim):
+    """Sphere of radius 1: the centre, and below theta = sqrt((sqrt(d^2 + 1) - 1) / d) a sphere of wells."""
+    theta = math.sqrt((math.sqrt(dim**2 + 1) - 1) / dim)
+    critical = math.sqrt(1 / theta**2 - 1)
+    found = fixed_points(Sphere(dim), critical * np.array([0.3, 0.5, 1.5]))
+    centre, wells = found.branches
+    assert centre.central
+    assert centre.stable.tolist() == [False, False, True]
+    assert (centre.continuum, wells.continuum) == (0, dim - 1)
+    assert wells.exists.tolist() == wells.stable.tolist() == [True, True, False]
+    assert wells.fold == pytest.approx(critical, rel=1e-9)
+    assert f"one point of a continuum of dimension {dim - 1}" in repr(found)
+    force = drift(Sphere(dim), wells.points[:2], float(wells.sigma[0]))[0]
+    assert force.abs().max() < 1e-9
+    assert repr(found).count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("M", "s2", "centre", "wells"),
+    [
+        # Probability flow in VP, variances add to 1 or more: at infinite noise w solves (1 - s2) w = m tanh(m w + h).
+        # s2 < 1: several stable solutions; s2 >= 1: one, and it repels.
+        (4.0, 0.25, "stays stable", "several fixed points are stable at every level"),
+        (16.0, 2.0, "is unstable at every level", None),
+    ],
+)
+def test_unequal_weights_in_the_probability_flow(M, s2, centre, wells):
+    m = math.sqrt(M)
+    law = Mixture.from_parameters([[m], [-m]], s2, [0.25, 0.75])
+    assert centre in bifurcation(law, "ode", "vp").reason
+    if wells is not None:
+        assert wells in bifurcation(law, "ode", "vp", criterion="wells").reason
+
+
 # --- potential ------------------------------------------------------------------------------------
 
 
@@ -355,7 +392,7 @@ def test_images_keep_their_shape():
         (lambda: bifurcation(TWO, x0=torch.zeros(2)), "x0 has the shape"),
         (lambda: bifurcation(TWO, criterion="wells", starts=torch.zeros(0, 1)), "starts of shape"),
         (lambda: fixed_points(TWO, [1.0, -1.0]), "sigma is -1"),
-        (lambda: fixed_points(TWO, []), "sigma is empty"),
+        (lambda: fixed_points(TWO, []), "expected a level or levels"),
     ],
 )
 def test_bad_input_is_one_line(call, message):
