@@ -216,7 +216,8 @@ def root_time(
     average: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray, np.ndarray]],
     target: float,
     ends: tuple[float, float],
-    **about: Any,
+    criterion: str,
+    source: str,
 ) -> CriticalTime:
     """Where an average over a law passes a value between two levels; its interval is the Monte Carlo error.
 
@@ -224,7 +225,7 @@ def root_time(
         average: levels [G] -> mean and 95 % interval, [G] each. No interval is given where its own has no width.
         target: the value.
         ends: log sigma on either side.
-        about: further attributes of the `CriticalTime`.
+        criterion, source: of the `CriticalTime`.
     """
 
     def gap(u: float) -> float:
@@ -240,7 +241,7 @@ def root_time(
         h = 0.02
         slope = (gap(root + h) - gap(root - h)) / (2 * h)
         first, last = (NoiseLevel(math.exp(root + u)) for u in sorted([(mean - high) / slope, (mean - low) / slope]))
-    return CriticalTime(NoiseLevel(math.exp(root)), first, last, **about)
+    return CriticalTime(NoiseLevel(math.exp(root)), first, last, criterion=criterion, source=source)
 
 
 def mean_curve(

@@ -12,8 +12,8 @@ at every level; a labelled data set over its own noised samples. Source: derived
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -24,8 +24,18 @@ from symbreak.laws.mixture import Mixture
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 
-__all__ = ["class_draws", "class_of", "features_of", "labels_of", "mixture_of", "posterior_average", "separation"]
+__all__ = [
+    "Labels",
+    "class_draws",
+    "class_of",
+    "features_of",
+    "labels_of",
+    "mixture_of",
+    "posterior_average",
+    "separation",
+]
 
+Labels: TypeAlias = torch.Tensor | np.ndarray | Sequence[int]  # classes [N]
 NUMBERS = 2**23  # numbers of one block of draws
 
 
@@ -85,7 +95,7 @@ def features_of(features: Callable[[torch.Tensor], Any], images: torch.Tensor) -
     return flat
 
 
-def labels_of(labels: Any, n: int, name: str = "labels") -> np.ndarray:
+def labels_of(labels: Labels | None, n: int, name: str = "labels") -> np.ndarray:
     """Labels [n] of n images as int64.
 
     Raises:

@@ -9,7 +9,8 @@ are adapted to one (`symbreak.networks.families.denoiser`). x is a VE state [B, 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,8 +20,19 @@ from symbreak.runtime.files import InputError, digest
 from symbreak.runtime.ranks import agreed
 from symbreak.runtime.run import Run
 
-__all__ = ["Denoiser", "LawDenoiser", "as_denoiser", "ask", "fingerprint", "fingerprints", "images_for", "score"]
+__all__ = [
+    "Batches",
+    "Denoiser",
+    "LawDenoiser",
+    "as_denoiser",
+    "ask",
+    "fingerprint",
+    "fingerprints",
+    "images_for",
+    "score",
+]
 
+Batches: TypeAlias = torch.Tensor | np.ndarray | Iterable[torch.Tensor]  # images [N, *S], `Images` or batches
 CHUNK = 64  # states of one call: a fixed size, so that results do not depend on how many are asked about
 
 
@@ -73,7 +85,7 @@ def as_denoiser(law_or_denoiser: Any) -> Denoiser:
     )
 
 
-def images_for(denoiser: Denoiser, data: Any, sigma: np.ndarray, least: int = 2) -> torch.Tensor:
+def images_for(denoiser: Denoiser, data: Batches, sigma: np.ndarray, least: int = 2) -> torch.Tensor:
     """Images [N, *S] to noise and to ask a denoiser about, float32 unless they are float64.
 
     Args:

@@ -13,20 +13,20 @@ Source: derived; the experiments' own sources are in their files.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 
-from symbreak.critical import CriticalTime, levels, passing, passing_interval
+from symbreak.critical import CriticalTime, Levels, levels, passing, passing_interval
+from symbreak.laws.law import Law
 from symbreak.laws.mixture import Mixture
-from symbreak.networks.denoiser import as_denoiser, ask, fingerprints
+from symbreak.networks.denoiser import Denoiser, as_denoiser, ask, fingerprints
 from symbreak.noise import NoiseLevel, generator
-from symbreak.phases.reverse_paths import descend, start_states
+from symbreak.phases.reverse_paths import descend, is_law, start_states
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.files import digest
 from symbreak.runtime.ranks import agreed
@@ -40,7 +40,7 @@ PAIRS = 64  # trajectories of a block: a network's piece, and what an interrupte
 NUMBERS = 2**16  # numbers in the states of one evaluation
 STREAMS = {"clones": 1, "u_turns": 2, "opportunity": 3}
 
-Classify = Callable[[torch.Tensor], Any]
+Classify = Callable[[torch.Tensor], torch.Tensor]
 Tell = Callable[[int], None]
 
 
@@ -91,16 +91,22 @@ class Branches:
     """
 
     def __init__(
-        self, source: Any, sigma: Any, steps: int, paths: Paths | None, step: str = "2m", shared: bool = False
+        self,
+        source: Law | Denoiser,
+        sigma: Levels,
+        steps: int,
+        paths: Paths | None,
+        step: str = "2m",
+        shared: bool = False,
     ) -> None:
         self.source, self.denoiser = source, as_denoiser(source)
         self.paths, self.step, self.shared = paths or Paths(), step, shared
         self.s, self.shape = levels(sigma)
         if steps < 2 or self.paths.resamples < 2:
             raise InputError(f"{steps} steps and {self.paths.resamples} resamples; expected at least 2 of each.")
-        law, numbers = hasattr(source, "denoise"), math.prod(self.denoiser.shape)
+        numbers = math.prod(self.denoiser.shape)
         low, high = self.denoiser.sigma_range
-        if law:
+        if is_law(source):
             start, end = (
                 float(self.s.max()),
                 0.01 * float(source.sample(256, 0.0, generator(0, 256)).double().std(0).mean()),
@@ -116,7 +122,7 @@ class Branches:
                 f"{self.end:.4g} and the first, {start:.4g}, in the range {low:.4g} to {high:.4g}. Choose others or "
                 "pass paths=Paths(sigma_start=..., sigma_end=...)."
             )
-        self.dtype = self.paths.dtype or (torch.float64 if law else torch.float32)
+        self.dtype = self.paths.dtype or (torch.float64 if is_law(source) else torch.float32)
         self.rows = max(PAIRS, NUMBERS // numbers)
         self.grid = self._grid(start, steps)
         self.at = np.array([int(np.abs(np.log(self.grid / v)).argmin()) for v in self.s])
@@ -156,11 +162,11 @@ class Branches:
         here = [[int(j) for j in order if self.at[j] == i] for i in range(len(self.grid))]
         begin = None if join is None else lambda i, trunks: [join(j, trunks) for j in here[i]]
         leave = [len(some) for some in here] if join is None else None
-        x, asked = start_states(self.source, n, float(self.grid[0]), g, self.dtype), 0
+        x, rows = start_states(self.source, n, float(self.grid[0]), g, self.dtype), 0
         for level, states in descend(self.denoiser, x, [*self.grid, 0.0], g, self.step, begin, leave, self.rows):
-            if asked and level:
-                tell(asked)
-            asked = len(states)
+            if rows and level:
+                tell(rows)
+            rows = len(states)
         images = states.reshape(1 + len(order), n, *x.shape[1:])
         return images[torch.from_numpy(np.append(0, 1 + np.argsort(order)))]
 
@@ -170,7 +176,7 @@ class Branches:
         name: str,
         total: int,
         make: Callable[[np.ndarray, torch.Generator, Tell], Arrays],
-        *settings: Any,
+        *settings: object,
         seeds: int,
     ) -> Arrays:
         """The arrays of all blocks of trajectories, joined along their second axis.
@@ -198,15 +204,14 @@ class Branches:
             return make(rows, generator(seeds, first // size, STREAMS[name]), tell)
 
         # A block that has ended, or was finished before, counts as all of its states.
-        blocks = copy.copy(run)
-        blocks.progress = lambda _, ended, of: run.tell(min(ended * size, total) * self.cost, everything)
+        blocks = run.telling(lambda ended, _: run.tell(min(ended * size, total) * self.cost, everything))
         who = fingerprints(run, self.source)
-        told = [self._known(v) if callable(v) else v for v in settings] if who else []
+        known = [self._known(v) if callable(v) else v for v in settings] if who else []
         path = (*who, self.grid.tolist(), self.at.tolist(), str(self.dtype), self.step, total, seeds)
-        parts = blocks.parts(name, range(0, total, size), block, *path, *told)
+        parts = blocks.parts(name, range(0, total, size), block, *path, *known)
         return {k: np.concatenate([part[k] for part in parts], axis=1) for k in parts[0]}
 
-    def _known(self, function: Callable[[torch.Tensor], Any]) -> str:
+    def _known(self, function: Callable[[torch.Tensor], object]) -> str:
         """What tells one function of images from another: its name, and its answers to some denoised noise."""
         g, heights = generator(0, 98), np.geomspace(self.grid[0], self.grid[-1], 5)
 
@@ -241,7 +246,7 @@ class Branches:
         return np.concatenate([np.ones((1, n)), drawn])
 
     def halfway(
-        self, shares: np.ndarray, threshold: np.ndarray, classes: np.ndarray, what: str, **about: Any
+        self, shares: np.ndarray, threshold: np.ndarray, classes: np.ndarray, what: str, criterion: str, source: str
     ) -> CriticalTime:
         """The level where shares that fall with sigma pass halfway, with the interval of their resamples.
 
@@ -250,11 +255,12 @@ class Branches:
             threshold: [1 + R].
             classes: those that were seen [K]; of one there is no level.
             what: the share in words.
-            about: further attributes of the `CriticalTime`.
+            criterion, source: of the `CriticalTime`.
         """
+        time = partial(CriticalTime, criterion=criterion, flow="sde", source=source)
         if len(classes) == 1:
             reason = f"all final images are of class {classes[0]}. Pass another classify, or to clones clusters=K."
-            return CriticalTime(None, flow="sde", reason=reason, **about)
+            return time(None, reason=reason)
         passed = passing(self.s, _monotone(self.s, shares), threshold)
         point, others = float(passed[0]), passed[1:]
         if not 0 < point < math.inf:
@@ -263,13 +269,13 @@ class Branches:
             beyond = min(4 * at, self.denoiser.sigma_range[1]) if point > 0 else max(at / 4, float(self.end))
             low, high = sorted((at, beyond))
             way = f"try levels from {low:.4g} to {high:.4g}" if low < high else "the range ends there"
-            return CriticalTime(None, flow="sde", reason=f"{reason}; {way}", **about)
+            return time(None, reason=f"{reason}; {way}")
         reason = f"{what} at {threshold[0]:.3g}, halfway"
         for count, side in ((int((others == math.inf).sum()), "above"), (int((others == 0).sum()), "below")):
             if count:
                 reason += f"; {count} of {len(others)} resamples pass {side} the levels asked about"
         first, last, _ = passing_interval(others)
-        return CriticalTime(NoiseLevel(point), first, last, flow="sde", reason=reason, **about)
+        return time(NoiseLevel(point), first, last, reason=reason)
 
 
 def _monotone(s: np.ndarray, falling: np.ndarray) -> np.ndarray:

@@ -12,16 +12,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
-from symbreak.critical import CriticalTime, Curve, crossing, curve, levels, mean_curve, passing_time, root_time
+from symbreak.critical import CriticalTime, Curve, Levels, crossing, curve, levels, mean_curve, passing_time, root_time
 from symbreak.intervals import resampled
-from symbreak.laws.class_posterior import features_of, labels_of, mixture_of, posterior_average
+from symbreak.laws.class_posterior import Labels, features_of, labels_of, mixture_of, posterior_average
+from symbreak.laws.law import Law
 from symbreak.laws.mixture import Mixture
-from symbreak.networks.denoiser import as_denoiser, fingerprints, images_for
+from symbreak.networks.denoiser import Batches, Denoiser, as_denoiser, fingerprints, images_for
 from symbreak.phases.losses import nowhere, pieces, posterior_mean
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
@@ -95,7 +95,7 @@ class ClassEntropy(Curve):
 
 
 @renamed(**dict.fromkeys(("images", "labels", "fit_images", "fit_labels", "features", "draws"), BOUND))
-def class_entropy(law: Any, sigma: Any, samples: int = 20000, seed: int = 0) -> ClassEntropy:
+def class_entropy(law: Law, sigma: Levels, samples: int = 20000, seed: int = 0) -> ClassEntropy:
     """How open the class of a law's noised state still is, H[c | x_sigma] in nats, exactly.
 
     Of a network see `class_entropy_bound`.
@@ -128,12 +128,12 @@ def class_entropy(law: Any, sigma: Any, samples: int = 20000, seed: int = 0) -> 
 
 
 def class_entropy_bound(
-    denoiser: Any,
-    sigma: Any,
-    images: Any,
-    labels: Any,
-    fit_images: Any,
-    fit_labels: Any,
+    denoiser: Law | Denoiser,
+    sigma: Levels,
+    images: Batches,
+    labels: Labels,
+    fit_images: Batches,
+    fit_labels: Labels | None,
     features: Callable[[torch.Tensor], torch.Tensor] | None = None,
     seed: int = 0,
     draws: int = 1,
@@ -182,11 +182,9 @@ def class_entropy_bound(
         return {"scores": _scored(fit, np.tile(target, draws), seen(scored, 2, 0), code, len(classes))}
 
     run = run or Run()
-    settings: tuple[object, ...] = ()
-    if run.folder is not None:
-        known = features and features_of(features, fitted[:32]).tolist()
-        data = (scored, torch.from_numpy(code), fitted, torch.from_numpy(target))
-        settings = (*fingerprints(run, network), *data, known, s.tolist(), seed, draws)
+    known = features and features_of(features, fitted[:32]).tolist()
+    data = (scored, torch.from_numpy(code), fitted, torch.from_numpy(target))
+    settings = (*fingerprints(run, network), *data, known, s.tolist(), seed, draws)
     parts = run.parts("class-entropy", s.tolist(), level, *settings)
     scores = np.stack([part["scores"] for part in parts])
     bound = mean_curve(s, scores, "class entropy (upper bound)", shape=shape)

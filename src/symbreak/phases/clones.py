@@ -9,16 +9,17 @@ Source: Biroli, Bonnaire, de Bortoli, Mézard 2024, arXiv:2402.18491; the monoto
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
 from scipy import stats
 
-from symbreak.critical import CriticalTime, Curve, Result, curve, mean_curve
+from symbreak.critical import CriticalTime, Curve, Levels, Result, curve, mean_curve
 from symbreak.intervals import percentiles
 from symbreak.laws.class_posterior import class_of
 from symbreak.laws.clusters import kmeans
+from symbreak.laws.law import Law
+from symbreak.networks.denoiser import Denoiser
 from symbreak.phases.branches import Branches, Classify, Paths, Tell, class_shares
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
@@ -65,8 +66,8 @@ class Clones(Result):
 
 @renamed(**dict.fromkeys(("sigma_start", "sigma_end", "dtype", "resamples"), "paths=sb.Paths(...)"))
 def clones(
-    law_or_denoiser: Any,
-    sigma: Any,
+    law_or_denoiser: Law | Denoiser,
+    sigma: Levels,
     classify: Classify | None = None,
     pairs: int = 300,
     steps: int = 40,
@@ -147,8 +148,8 @@ def clones(
 
 @renamed(**dict.fromkeys(("sigma_start", "sigma_end", "dtype"), "paths=sb.Paths(...)"))
 def clone_agreement(
-    law_or_denoiser: Any,
-    sigma: Any,
+    law_or_denoiser: Law | Denoiser,
+    sigma: Levels,
     classify: Classify | None = None,
     pairs: int = 1000,
     steps: int = 200,

@@ -70,10 +70,10 @@ def samples_needed(
     >>> round(float(samples_needed(law, level).value), 9)
     3.0
     """
-    told = mutual_information(law, sigma, queries, draws, seed, run)
+    nats = mutual_information(law, sigma, queries, draws, seed, run)
     if isinstance(law, POINTS):  # NaN ends take the bounds
-        told = replace(told, low=np.fmin(told.low, told.least), high=np.fmax(told.high, told.most))
-    return told.map(lambda v: v / math.log(10.0), "log10 of the samples needed")
+        nats = replace(nats, low=np.fmin(nats.low, nats.least), high=np.fmax(nats.high, nats.most))
+    return nats.map(lambda v: v / math.log(10.0), "log10 of the samples needed")
 
 
 @renamed()

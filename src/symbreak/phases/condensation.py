@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +25,9 @@ import torch
 from symbreak.critical import CriticalTime, Curve, Result, mean_curve
 from symbreak.intervals import percentiles
 from symbreak.laws.empirical import Empirical
+from symbreak.laws.law import Law
 from symbreak.laws.nearest_neighbours import neighbours
-from symbreak.networks.denoiser import as_denoiser, fingerprints
+from symbreak.networks.denoiser import Denoiser, as_denoiser, fingerprints
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.reverse_paths import descend, start_states
 from symbreak.runtime.files import InputError
@@ -84,7 +84,7 @@ def nearest_of(points: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 @renamed()
 def nearest_flips(
-    law_or_denoiser: Any,
+    law_or_denoiser: Law | Denoiser,
     data: Empirical,
     trajectories: int = 128,
     steps: int = 60,

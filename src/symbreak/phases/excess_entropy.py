@@ -169,8 +169,8 @@ def mutual_information(
             lost = ~((raw >= least) & (raw <= most))
             value = np.clip(raw, least, most)
             low, high = np.where(lost, least, low), np.where(lost, most, high)
-    told = curve(grid, shape, value, low, high, "mutual information")
-    return told.extended(Information, least=least.reshape(shape), most=most.reshape(shape))
+    mean = curve(grid, shape, value, low, high, "mutual information")
+    return mean.extended(Information, least=least.reshape(shape), most=most.reshape(shape))
 
 
 def check_count(law: Law | SharedPoints, samples: int | None) -> int:
@@ -225,11 +225,11 @@ def _by_density(law: Law, sigma: np.ndarray, draws: int, seed: int) -> tuple[np.
         g = generator(seed, i)
         clean = law.sample(min(block, draws - i), 0.0, g)
         z = torch.randn(clean.shape, generator=g, dtype=torch.float64)
-        own = -0.5 * (z * z).reshape(len(z), -1).sum(1)
+        noise = -0.5 * (z * z).reshape(len(z), -1).sum(1)
         for j, s in enumerate(sigma):
             log_p = law.log_prob(clean + float(s) * z, float(s)).double()
-            told = own - law.dim * math.log(math.sqrt(2 * math.pi) * float(s)) - log_p
-            sums[:, j] += [float(told.sum()), float((told * told).sum())]
+            gain = noise - law.dim * math.log(math.sqrt(2 * math.pi) * float(s)) - log_p
+            sums[:, j] += [float(gain.sum()), float((gain * gain).sum())]
     mean = sums[0] / draws
     half = NORMAL * np.sqrt(np.maximum(sums[1] / draws - mean**2, 0.0) / max(draws - 1, 1))
     return mean, mean - half, mean + half

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
 
-from symbreak.critical import CriticalTime, Curve, Result, mean_curve
+from symbreak.critical import CriticalTime, Curve, Levels, Result, mean_curve
 from symbreak.intervals import percentiles
 from symbreak.laws.class_posterior import class_of
+from symbreak.laws.law import Law
 from symbreak.laws.mixture import Mixture
+from symbreak.networks.denoiser import Denoiser
 from symbreak.noise import NoiseLevel
 from symbreak.phases.branches import Branches, Classify, Paths, Tell
 from symbreak.runtime.errors import InputError
@@ -52,8 +54,8 @@ class Opportunity(Result):
 
 @renamed(**dict.fromkeys(("sigma_start", "sigma_end", "dtype", "resamples"), "paths=sb.Paths(...)"))
 def opportunity(
-    law_or_denoiser: Any,
-    sigma: Any,
+    law_or_denoiser: Law | Denoiser,
+    sigma: Levels,
     classify: Classify | None = None,
     samples: int = 200,
     steps: int = 40,
@@ -132,16 +134,16 @@ def opportunity(
 
 def _peak(s: np.ndarray, sums: np.ndarray, criterion: str, flow: str) -> CriticalTime:
     """The level where sums [1 + R, G] are largest: row 0, with the interval of the other rows."""
-    about: dict[str, Any] = {"criterion": criterion, "flow": flow, "frame": "vp", "source": SOURCE}
+    time = partial(CriticalTime, criterion=criterion, flow=flow, frame="vp", source=SOURCE)
     order = np.argsort(s)
     u, v = np.log(s[order]), sums[:, order]
     if np.ptp(v[0]) == 0:
-        return CriticalTime(None, reason="the kicks carry equally far at every level; pass more levels", **about)
+        return time(None, reason="the kicks carry equally far at every level; pass more levels")
     top = v.argmax(1)
     if top[0] in (0, len(u) - 1):
         end, way = (s.min(), "lower") if top[0] == 0 else (s.max(), "higher")
         reason = f"the kicks carry furthest at the end of the levels, {end:.4g}; try {way} levels, if there are any"
-        return CriticalTime(None, reason=reason, **about)
+        return time(None, reason=reason)
     i = np.clip(top, 1, len(u) - 2)
     rows = np.arange(len(v))
     (a, b, c), (fa, fb, fc) = (u[i - 1], u[i], u[i + 1]), (v[rows, i - 1], v[rows, i], v[rows, i + 1])
@@ -153,4 +155,4 @@ def _peak(s: np.ndarray, sums: np.ndarray, criterion: str, flow: str) -> Critica
     ends = int((top[1:] != i[1:]).sum())
     note = f"{ends} of {len(at) - 1} resamples are largest at an end of the levels" if ends else None
     level, below, above = (NoiseLevel(math.exp(float(q))) for q in (at[0], low, high))
-    return CriticalTime(level, below, above, reason=note, **about)
+    return time(level, below, above, reason=note)

@@ -21,9 +21,10 @@ import numpy as np
 import torch
 from scipy.interpolate import make_interp_spline
 
-from symbreak.critical import Curve, levels, mean_curve
-from symbreak.laws.class_posterior import labels_of
-from symbreak.networks.denoiser import CHUNK, LawDenoiser, as_denoiser, ask, fingerprints, images_for
+from symbreak.critical import Curve, Levels, levels, mean_curve
+from symbreak.laws.class_posterior import Labels, labels_of
+from symbreak.laws.law import Law
+from symbreak.networks.denoiser import CHUNK, Batches, Denoiser, LawDenoiser, as_denoiser, ask, fingerprints, images_for
 from symbreak.noise import generator
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
@@ -104,11 +105,11 @@ class Losses:
 
 @renamed()
 def loss_curve(
-    denoiser: Any,
-    images: Any,
-    sigma: Any,
-    laws: Mapping[str, Any] | None = None,
-    labels: Any = None,
+    denoiser: Law | Denoiser,
+    images: Batches,
+    sigma: Levels,
+    laws: Mapping[str, Law] | None = None,
+    labels: Labels | None = None,
     seed: int = 0,
     draws: int = 1,
     centre: torch.Tensor | None = None,
@@ -146,7 +147,7 @@ def loss_curve(
     True
     """
     s, network = np.unique(levels(sigma)[0]), as_denoiser(denoiser)
-    sources: dict[str | None, Any] = {None: network} | dict(laws or {})
+    sources: dict[str | None, Law | Denoiser] = {None: network} | dict(laws or {})
     data = images_for(network, images, s)
     for name, law in sources.items():
         if tuple(law.shape) != tuple(network.shape):
@@ -180,11 +181,9 @@ def loss_curve(
         return {"sums": sums / draws, "around": around / draws}
 
     run = run or Run()
-    settings: tuple[object, ...] = ()
-    if run.folder is not None:
-        mapped = None if through is None else through(data[:4], float(s[0]))
-        who = (*sources, *fingerprints(run, *sources.values()))
-        settings = (*who, s.tolist(), data, classes, seed, draws, centre, mapped)
+    mapped = None if through is None else through(data[:4], float(s[0]))
+    who = (*sources, *fingerprints(run, *sources.values()))
+    settings = (*who, s.tolist(), data, classes, seed, draws, centre, mapped)
     parts = run.parts("loss", s.tolist(), level, *settings)
     errors, apart, far = np.stack([part["sums"] for part in parts], axis=2)
     spread, state = np.stack([part["around"] for part in parts], axis=1)
@@ -275,9 +274,11 @@ def pieces(
         yield rows, data[rows], data[rows] + sigma * eps[rows]
 
 
-def posterior_mean(source: Any, x: torch.Tensor, sigma: float, labels: torch.Tensor | None = None) -> torch.Tensor:
+def posterior_mean(
+    source: Law | Denoiser, x: torch.Tensor, sigma: float, labels: torch.Tensor | None = None
+) -> torch.Tensor:
     """D(x, sigma) of a network or law, of every image's own class where labels are given."""
-    law = source.law if isinstance(source, LawDenoiser) else source
+    law: Any = source.law if isinstance(source, LawDenoiser) else source
     if not hasattr(law, "denoise"):
         return ask(source, x, sigma, labels)
     if labels is None or getattr(law, "classes", None) is None:

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from scipy.integrate import trapezoid
 
-from symbreak.critical import CriticalTime, Curve, Result, curve, levels, passing_time
+from symbreak.critical import CriticalTime, Curve, Levels, Result, curve, levels, passing_time
 from symbreak.intervals import resampled
 from symbreak.laws.gaussian import Gaussian
+from symbreak.laws.law import Law
 from symbreak.moments.one_pass import LowRankMoments, Moments
-from symbreak.networks.denoiser import CHUNK, as_denoiser, ask, fingerprints, images_for
+from symbreak.networks.denoiser import CHUNK, Batches, Denoiser, as_denoiser, ask, fingerprints, images_for
 from symbreak.noise import NoiseLevel, generator
-from symbreak.phases.reverse_paths import descend, grid_through, start_states
+from symbreak.phases.reverse_paths import descend, grid_through, is_law, start_states
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
 
@@ -111,12 +112,12 @@ class Reversion(Curve):
 
 @renamed()
 def reversion(
-    law_or_denoiser: Any,
-    sigma: Any,
+    law_or_denoiser: Law | Denoiser,
+    sigma: Levels,
     paths: int = 256,
     steps: int = 40,
     seeds: int = 0,
-    moments: Any = None,
+    moments: Moments | LowRankMoments | Law | None = None,
     sigma_start: float | None = None,
     run: Run | None = None,
 ) -> Reversion:
@@ -148,13 +149,12 @@ def reversion(
     """
     s, shape = levels(sigma)
     d = as_denoiser(law_or_denoiser)
-    is_law = hasattr(law_or_denoiser, "denoise")
     if paths < 2:
         raise InputError(f"{paths} paths; expected at least 2.")
-    start = float(sigma_start or (s.max() if is_law else d.sigma_range[1]))
+    start = float(sigma_start or (s.max() if is_law(law_or_denoiser) else d.sigma_range[1]))
     grid, at = grid_through(d, s, start, steps)
     dim = math.prod(d.shape)
-    if moments is None and is_law and dim <= DENSE:
+    if moments is None and is_law(law_or_denoiser) and dim <= DENSE:
         moments = getattr(law_or_denoiser, "moments", None)
     exact = None
     if moments is not None:
@@ -169,7 +169,9 @@ def reversion(
 
     def block(i: int) -> Arrays:
         g = generator(seeds, 41, i)
-        x = start_states(law_or_denoiser, sizes[i], start, g, torch.float64 if is_law else torch.float32)
+        x = start_states(
+            law_or_denoiser, sizes[i], start, g, torch.float64 if is_law(law_or_denoiser) else torch.float32
+        )
         first = (x - x.mean(0)).flatten(1).double()
         products = np.zeros((3, len(s), sizes[i]))
         for j, (_, state) in enumerate(descend(d, x, grid, g)):
@@ -190,15 +192,15 @@ def reversion(
     return measured.extended(Reversion, start=start, exact=exact, products=products, seed=seeds)
 
 
-def reversion_check(found: Reversion, at: Any) -> Check:
+def reversion_check(paths: Reversion, at: float | NoiseLevel | CriticalTime) -> Check:
     """Early fluctuations revert: below 0.5 is the correlation with the start at the level of speciation.
 
     Args:
-        found: of `reversion`, started far above that level.
+        paths: of `reversion`, started far above that level.
         at: the level: sigma, a `NoiseLevel` or a `CriticalTime`.
     """
     name = "early fluctuations revert"
-    sigma, value = np.append(np.atleast_1d(found.sigma), found.start), np.append(np.atleast_1d(found.value), 1.0)
+    sigma, value = np.append(np.atleast_1d(paths.sigma), paths.start), np.append(np.atleast_1d(paths.value), 1.0)
     level = _level(name, at, sigma, REVERTED)
     if isinstance(level, Check):
         return level
@@ -206,7 +208,7 @@ def reversion_check(found: Reversion, at: Any) -> Check:
     rho = float(np.interp(math.log(level), np.log(sigma[order]), value[order]))
     holds = rho < REVERTED
     sentence = (
-        f"The state at sigma {level:.3g} has a correlation of {rho:.2g} with the start at sigma {found.start:.3g}: "
+        f"The state at sigma {level:.3g} has a correlation of {rho:.2g} with the start at sigma {paths.start:.3g}: "
         f"{'below' if holds else 'not below'} {REVERTED:g}."
     )
     return Check(name, holds, rho, REVERTED, sentence)
@@ -234,9 +236,9 @@ class LinearShare(Curve):
 
 @renamed()
 def linear_share(
-    denoiser: Any,
-    images: Any,
-    sigma: Any,
+    denoiser: Law | Denoiser,
+    images: Batches,
+    sigma: Levels,
     gaussian: Gaussian | None = None,
     leading: int | None = None,
     seed: int = 0,
@@ -298,9 +300,7 @@ def linear_share(
         return {"energy": energy}
 
     run = run or Run()
-    settings: tuple[object, ...] = ()
-    if run.folder is not None:
-        settings = (*fingerprints(run, denoiser, laws[0]), x0, s.tolist(), p, seed)
+    settings = (*fingerprints(run, denoiser, laws[0]), x0, s.tolist(), p, seed)
     parts = run.parts("linear", s.tolist(), level, *settings)
     best, rest, total = np.stack([part["energy"] for part in parts], axis=1)
 
@@ -314,7 +314,7 @@ def linear_share(
     return linear.extended(LinearShare, gaussian=law_curve, remainder=best.mean(1), spread=total.mean(1))
 
 
-def linearity_check(found: LinearShare, at: Any) -> Check:
+def linearity_check(linear: LinearShare, at: float | NoiseLevel | CriticalTime) -> Check:
     """The early dynamics are linear: from the level of a start up an affine map explains at least 0.9 of D.
 
         1 - (integral of E|D - A x - b|^2 / u^3 du) / (integral of E|D - E D|^2 / u^3 du),    u from that level up
@@ -323,22 +323,22 @@ def linearity_check(found: LinearShare, at: Any) -> Check:
     levels would speak of a network's error far above the data, where D hardly varies.
 
     Args:
-        found: of `linear_share`, on levels around and above that level.
+        linear: of `linear_share`, on levels around and above that level.
         at: the start's level: sigma, a `NoiseLevel` or a `CriticalTime`.
     """
     name = "early dynamics are linear"
-    order = np.argsort(np.atleast_1d(found.sigma))
-    sigma = np.atleast_1d(found.sigma)[order]
+    order = np.argsort(np.atleast_1d(linear.sigma))
+    sigma = np.atleast_1d(linear.sigma)[order]
     level = _level(name, at, sigma, LINEAR, top=False)
     if isinstance(level, Check):
         return level
     u = np.log(np.append(level, sigma[sigma > level]))
     left, whole = (
         trapezoid(np.interp(u, np.log(sigma), energy[order]) * np.exp(-2 * u), u)
-        for energy in (found.remainder, found.spread)
+        for energy in (linear.remainder, linear.spread)
     )
     share = float(1 - left / whole)
-    here = float(np.interp(math.log(level), np.log(sigma), np.atleast_1d(found.value)[order]))
+    here = float(np.interp(math.log(level), np.log(sigma), np.atleast_1d(linear.value)[order]))
     holds = share >= LINEAR
     sentence = (
         f"From sigma {level:.3g} up a linear map explains {share:.0%} of the network's denoiser, {here:.0%} at that "
@@ -380,9 +380,9 @@ def _correlations(products: np.ndarray, seed: int, resamples: int = 1000) -> np.
     return _correlation(again.reshape(resamples, 3, -1).transpose(1, 0, 2))
 
 
-def _trace(moments: Any) -> tuple[float, int]:
+def _trace(moments: Moments | LowRankMoments | Law) -> tuple[float, int]:
     """Total variance and dimension."""
-    m = getattr(moments, "moments", moments)
+    m: Any = getattr(moments, "moments", moments)
     return (m.trace if isinstance(m, LowRankMoments) else float(torch.trace(m.cov))), m.dim
 
 

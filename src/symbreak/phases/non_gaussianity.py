@@ -11,14 +11,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
-from symbreak.critical import CriticalTime, Curve, levels, mean_curve, passing_time
+from symbreak.critical import CriticalTime, Curve, Levels, levels, mean_curve, passing_time
 from symbreak.intervals import resampled
-from symbreak.laws.law import top_eigenvalue
-from symbreak.networks.denoiser import as_denoiser, images_for
+from symbreak.laws.class_posterior import Labels
+from symbreak.laws.law import Law, top_eigenvalue
+from symbreak.networks.denoiser import Batches, Denoiser, as_denoiser, images_for
 from symbreak.phases.losses import Losses, between, integral_above, loss_curve, nowhere
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Run, renamed
@@ -78,7 +78,7 @@ class NonGaussianity(Curve):
         return {**super().to_dict(), "time": self.time().to_dict()}
 
 
-def divergence_bound(losses: Losses, law: str, sigma: Any = None) -> NonGaussianity:
+def divergence_bound(losses: Losses, law: str, sigma: Levels | None = None) -> NonGaussianity:
     """`non_gaussianity` from losses that are there already.
 
     Args:
@@ -117,11 +117,11 @@ def _excess(losses: Losses, law: str) -> np.ndarray:
 
 @renamed()
 def non_gaussianity(
-    denoiser: Any,
-    law: Any,
-    data: Any,
-    sigma: Any,
-    labels: Any = None,
+    denoiser: Law | Denoiser,
+    law: Law,
+    data: Batches,
+    sigma: Levels,
+    labels: Labels | None = None,
     seed: int = 0,
     top: float | None = None,
     spacing: float = SPACING,

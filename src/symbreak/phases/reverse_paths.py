@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TypeGuard
 
 import numpy as np
 import torch
 
-from symbreak.critical import levels
+from symbreak.critical import Levels, levels
+from symbreak.laws.law import Law
 from symbreak.networks.denoiser import CHUNK, Denoiser, ask, fingerprints
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Run
 
-__all__ = ["descend", "grid_through", "reverse_states", "start_states"]
+__all__ = ["descend", "grid_through", "is_law", "reverse_states", "start_states"]
 
 
 @torch.no_grad()
@@ -85,11 +86,15 @@ def descend(
         x = torch.lerp(ahead, x, ratio).add_(noise, alpha=below * math.sqrt(1 - ratio))
 
 
-def start_states(source: Any, n: int, sigma: float, g: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+def is_law(source: object) -> TypeGuard[Law]:
+    """Whether a source is a law, which can be sampled at any level, or a denoiser."""
+    return hasattr(source, "denoise")
+
+
+def start_states(source: Law | Denoiser, n: int, sigma: float, g: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
     """n VE states [n, *S] at the level of a start: a law's own, or pure noise for a denoiser."""
-    if hasattr(source, "denoise"):
-        drawn: torch.Tensor = source.sample(n, sigma, g)
-        return drawn.to(dtype)
+    if is_law(source):
+        return source.sample(n, sigma, g).to(dtype)
     return sigma * torch.randn(n, *source.shape, generator=g, dtype=dtype)
 
 
@@ -113,7 +118,7 @@ def grid_through(denoiser: Denoiser, s: np.ndarray, top: float, steps: int) -> t
 
 def reverse_states(
     denoiser: Denoiser,
-    sigma: Any,
+    sigma: Levels,
     paths: int = 500,
     steps: int = 60,
     seed: int = 0,

@@ -26,11 +26,12 @@ import numpy as np
 import torch
 from scipy.optimize import brentq
 
-from symbreak.critical import CriticalTime, Curve, curve, levels, root_time
+from symbreak.critical import CriticalTime, Curve, Levels, curve, levels, root_time
 from symbreak.intervals import jackknife
 from symbreak.laws.class_posterior import class_draws, mixture_of, posterior_average
+from symbreak.laws.law import Law
 from symbreak.laws.mixture import Mixture
-from symbreak.moments.one_pass import Moments
+from symbreak.moments.one_pass import LowRankMoments, Moments
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.files import InputError
 
@@ -39,6 +40,7 @@ __all__ = ["SpeciationTime", "cloning_probability", "cloning_time", "ladder", "s
 SPECTRAL = "arXiv:2402.18491, Lambda exp(-2 tau) = 1"
 SIGNAL_TO_NOISE = "sigma^2 = Lambda (derived)"
 FREE_ENTROPY = "arXiv:2602.04404, E[L] = Std[L]"
+CLONING = "arXiv:2402.18491"
 CRITERIA = ("spectral", "signal-to-noise", "free-entropy")
 
 
@@ -73,7 +75,11 @@ def _spectral(value: float, low: float, high: float, scale: float) -> CriticalTi
 
 
 def speciation_time(
-    law_or_moments: Any, criterion: str = "spectral", scale: float = 1.0, samples: int = 20000, seed: int = 0
+    law_or_moments: Law | Moments | LowRankMoments,
+    criterion: str = "spectral",
+    scale: float = 1.0,
+    samples: int = 20000,
+    seed: int = 0,
 ) -> CriticalTime:
     """The speciation level of a law or of measured moments.
 
@@ -109,7 +115,7 @@ def speciation_time(
         raise InputError(f"scale is {scale:g}; expected a factor > 0 on the data.")
     if criterion == "free-entropy":
         return _free_entropy(mixture_of(law_or_moments), scale, samples, seed)
-    moments = getattr(law_or_moments, "moments", law_or_moments)
+    moments: Any = getattr(law_or_moments, "moments", law_or_moments)
     top = moments.spectrum(1)
     value, low, high = float(top.values[0]), float(top.low[0]), float(top.high[0])
     if criterion == "spectral":
@@ -232,7 +238,7 @@ def _against_rest(
 
 
 def cloning_probability(
-    law: Any, sigma: Any, samples: int = 20000, seed: int = 0, labels: torch.Tensor | None = None
+    law: Law, sigma: Levels, samples: int = 20000, seed: int = 0, labels: torch.Tensor | None = None
 ) -> Curve:
     """The probability that two clones which part at sigma end in the same class.
 
@@ -266,7 +272,7 @@ def cloning_probability(
     return curve(s, shape, value, low, high, "cloning probability")
 
 
-def cloning_time(law: Any, sigma: Any = None, samples: int = 20000, seed: int = 0) -> CriticalTime:
+def cloning_time(law: Law, sigma: Levels | None = None, samples: int = 20000, seed: int = 0) -> CriticalTime:
     """The level at which the clones of a mixture agree halfway between their floor and certainty.
 
         phi(sigma) = (1 + sum_c pi_c^2) / 2
@@ -301,11 +307,11 @@ def cloning_time(law: Any, sigma: Any = None, samples: int = 20000, seed: int = 
         phi = cloning_probability(mixture, s, samples, seed)
         return phi.value, phi.low, phi.high
 
-    about: dict[str, Any] = {"criterion": "cloning", "flow": "sde", "source": "arXiv:2402.18491"}
     low, high = float(ends.min()), float(ends.max())
     if not average(np.array([high]))[0][0] < half < average(np.array([low]))[0][0]:
         reason = f"agreement of clones does not pass {half:.3g} from sigma {low:.4g} to {high:.4g}"
-        return CriticalTime(None, reason=reason, **about)
+        return CriticalTime(None, criterion="cloning", flow="sde", source=CLONING, reason=reason)
     reason = f"agreement of clones at {half:.3g}, halfway from its floor to certainty"
-    time = root_time(average, half, (math.log(low), math.log(high)), reason=reason, **about)
+    time = root_time(average, half, (math.log(low), math.log(high)), criterion="cloning", source=CLONING)
+    time = replace(time, flow="sde", reason=reason)
     return replace(time, low=time.low or time.level, high=time.high or time.level)

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 
-from symbreak.critical import CriticalTime, Curve, Result, mean_curve
-from symbreak.laws.class_posterior import class_of, features_of, labels_of
-from symbreak.networks.denoiser import images_for
+from symbreak.critical import CriticalTime, Curve, Levels, Result, mean_curve
+from symbreak.laws.class_posterior import Labels, class_of, features_of, labels_of
+from symbreak.laws.law import Law
+from symbreak.networks.denoiser import Batches, Denoiser, images_for
 from symbreak.phases.branches import Branches, Classify, Paths, Tell
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
@@ -55,12 +55,12 @@ class UTurns(Result):
 
 @renamed(**dict.fromkeys(("turns", "sigma_start", "sigma_end", "dtype", "resamples"), "paths=sb.Paths(...)"))
 def u_turns(
-    law_or_denoiser: Any,
-    images: Any,
-    sigma: Any,
+    law_or_denoiser: Law | Denoiser,
+    images: Batches,
+    sigma: Levels,
     classify: Classify | None = None,
-    labels: Any = None,
-    features: Callable[[torch.Tensor], Any] | None = None,
+    labels: Labels | None = None,
+    features: Callable[[torch.Tensor], object] | None = None,
     steps: int = 40,
     seeds: int = 0,
     paths: Paths | None = None,

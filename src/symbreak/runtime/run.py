@@ -99,6 +99,10 @@ class Run:
         """This run with timings from zero and parts of ``identity``: plain values that decide all of them."""
         return self._view(_parts=_Parts(self.folder, identity), timings={})
 
+    def _key(self, key: str, settings: tuple[object, ...]) -> str:
+        """The name of a part with a digest of its settings; nothing is digested where nothing is kept."""
+        return f"{key}-{digest(*settings)}" if settings and self.folder is not None else key
+
     def part(self, key: str, make: Callable[[], Arrays], *settings: Any) -> Arrays:
         """The arrays of a finished part, from the folder or made now.
 
@@ -109,11 +113,11 @@ class Run:
             make: makes its arrays.
             settings: tensors and plain values that decide it beside the run's identity.
         """
-        return self._parts.part(_name(key, settings), make)
+        return self._parts.part(self._key(key, settings), make)
 
     def parts(self, key: str, items: Sequence[Item], make: Callable[[Item], Arrays], *settings: Any) -> list[Arrays]:
         """A part for each item, made without gradients, and told of; ranks share them, see `dealt`."""
-        name, run = _name(key, settings), self.named(key)
+        name, run = self._key(key, settings), self.named(key)
 
         def one(j: int) -> Arrays:
             with torch.inference_mode():
@@ -174,10 +178,6 @@ def padded_blocks(batches: Iterable[torch.Tensor], size: int) -> Iterator[tuple[
     if rows:
         whole = torch.cat(waiting)
         yield torch.cat([whole, whole[:1].expand(size - rows, *whole.shape[1:])]), rows
-
-
-def _name(key: str, settings: tuple[Any, ...]) -> str:
-    return f"{key}-{digest(*settings)}" if settings else key
 
 
 def _first(arrays: Arrays) -> Arrays:
