@@ -23,12 +23,14 @@ from symbreak.runtime.run import Run
 __all__ = [
     "Batches",
     "Denoiser",
+    "Denoises",
     "LawDenoiser",
     "as_denoiser",
     "ask",
     "fingerprint",
     "fingerprints",
     "images_for",
+    "is_law",
     "score",
 ]
 
@@ -55,27 +57,41 @@ class Denoiser(Protocol):
         """E[x_0 | x] [B, *S] for VE states x [B, *S]."""
 
 
+@runtime_checkable
+class Denoises(Protocol):
+    """What a law has that makes it a `Denoiser`: its exact posterior mean."""
+
+    shape: tuple[int, ...]
+
+    def denoise(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+        """E[x_0 | x_0 + sigma eps = x], [B, *S]."""
+
+
 class LawDenoiser:
     """A law's exact posterior mean as a `Denoiser`."""
 
     sigma_range = (0.0, float("inf"))
 
-    def __init__(self, law: Any) -> None:
+    def __init__(self, law: Denoises) -> None:
         self.law = law
         self.shape: tuple[int, ...] = tuple(law.shape)
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.law.denoise(x, sigma)
-        return out
+        return self.law.denoise(x, sigma)
 
 
-def as_denoiser(law_or_denoiser: Any) -> Denoiser:
+def is_law(source: Denoises | Denoiser) -> bool:
+    """Whether this is a law, whose posterior mean is exact, rather than a denoiser."""
+    return isinstance(source, Denoises)
+
+
+def as_denoiser(law_or_denoiser: Denoises | Denoiser) -> Denoiser:
     """A law's denoiser, or the denoiser itself.
 
     Raises:
         TypeError: for anything that is neither.
     """
-    if hasattr(law_or_denoiser, "denoise"):
+    if isinstance(law_or_denoiser, Denoises):
         return LawDenoiser(law_or_denoiser)
     if isinstance(law_or_denoiser, Denoiser):
         return law_or_denoiser

@@ -19,6 +19,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,9 +27,9 @@ import numpy as np
 import torch
 
 from symbreak.laws import Gaussian
-from symbreak.networks.denoiser import as_denoiser
+from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser
 from symbreak.networks.families import as_unet
-from symbreak.noise import NoiseLevel, generator
+from symbreak.noise import NoiseLevel, Schedule, generator
 from symbreak.phases.losses import integral_above, loss_curve
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import plain
@@ -76,6 +77,10 @@ class Candidate:
     def cost(self) -> float:
         """Both together."""
         return self.law_cost + self.sampler_cost
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for records."""
+        return {**vars(self), "level": self.level.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -142,24 +147,14 @@ class Choice:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for records."""
 
-        def one(c: Candidate) -> dict[str, Any]:
-            costs = {"law_cost": c.law_cost, "sampler_cost": c.sampler_cost}
-            return {"law": c.law, "grid": c.grid, "level": c.level.to_dict(), **costs}
-
         whole = {
-            "laws": list(self.laws),
-            "candidates": [one(c) for c in self.candidates],
-            "chosen": one(self.chosen),
-            "nats": list(self.nats),
-            "gaussian_nats": self.gaussian_nats,
-            "nonlinear": self.nonlinear,
-            "images": self.images,
-            "states": self.states,
-            "signatures": list(self.signatures),
+            **vars(self),
+            "candidates": [c.to_dict() for c in self.candidates],
+            "chosen": self.chosen.to_dict(),
             "sentence": self.sentence,
         }
-        found: dict[str, Any] = plain(whole)
-        return found
+        values: dict[str, Any] = plain(whole)
+        return values
 
 
 @dataclass(frozen=True)
@@ -290,7 +285,7 @@ def choose(
     """
     laws = list(laws)
     for law in laws:
-        if not (hasattr(law, "denoise") and hasattr(law, "moments")):
+        if not (isinstance(law, Denoises) and hasattr(law, "moments")):
             name = type(law).__name__
             raise InputError(f"{name} has no .denoise and .moments, which choosing needs. Pass at= with a level.")
     try:
@@ -311,10 +306,34 @@ def choose(
             "holdout=."
         )
     _check_classes(network, classes, laws)
-    full = schedule_of(scheduler)
     gaussian = next((g for law in laws for g in (law, getattr(law, "gaussian", None)) if isinstance(g, Gaussian)), None)
     gaussian = Gaussian(laws[0].moments) if gaussian is None else gaussian
     _check_range(images, gaussian)
+    low, high, top = _band(schedule_of(scheduler), network, gaussian)
+    sigma = np.geomspace(low, top, LOSSES)
+    *gaps, single = loss_gaps(network, [*laws, gaussian], images, sigma, gaussian, seed, classes)
+    _check_network(single)
+    # The world in which samplers are tried: the law that lies nearest to the data.
+    world = laws[int(np.argmin([g.nats[0] for g in gaps]))]
+    levels = np.geomspace(low, high, LEVELS)
+    starts, states = _tried(scheduler, laws, gaps, steps, levels, world, gaussian, seed)
+    candidates = [c for c in starts if math.isfinite(c.cost)]
+    if not candidates:
+        raise InputError(f"{type(scheduler).__name__} has no start of {steps} steps here. Ask for fewer.")
+    # Processes on different machines may differ in the last bits of a cost, but have to take one start.
+    best = candidates[agreed(lambda: min(range(len(candidates)), key=lambda i: candidates[i].cost))]
+    at = best.level.sigma
+    of = single if best.law is None else gaps[best.law]
+    nats, nonlinear = (of.at("nats", at), of.at("error", at)), single.at("nonlinear", at)
+    signatures = _signatures(best, nats, nonlinear, low, high)
+    names = tuple(repr(law) for law in laws)
+    gaussian_nats = single.at("nats", at)
+    choice = Choice(names, tuple(candidates), best, nats, gaussian_nats, nonlinear, len(images), states, signatures)
+    return starts[best], choice
+
+
+def _band(full: Schedule, network: Denoiser, gaussian: Gaussian) -> tuple[float, float, float]:
+    """Lowest and highest start level that is tried, and the highest level at which losses are taken."""
     top = math.sqrt(float(gaussian.eigenvalues[0]))
     ends = (max(full.sigma_range[0], network.sigma_range[0]), min(full.sigma_range[1], network.sigma_range[1]))
     low = max(LOWEST * top, ends[0] * 1.001)
@@ -324,25 +343,28 @@ def choose(
             f"the data have a top standard deviation of {top:.3g}, the schedule runs from sigma {ends[0]:.3g} to "
             f"{ends[1]:.3g}: no start level lies in both. Bring the data into the network's range."
         )
-    sigma = np.geomspace(low, min(20 * top, ends[1] * 0.999), LOSSES)
-    gaps = loss_gaps(network, [*laws, gaussian], images, sigma, gaussian, seed, classes)
-    *gaps, single = gaps
-    _check_network(single)
-    # The world in which samplers are tried: the law that lies nearest to the data.
-    world = laws[int(np.argmin([g.nats[0] for g in gaps]))]
+    return low, high, min(20 * top, ends[1] * 0.999)
+
+
+def _tried(
+    scheduler: Any,
+    laws: list[Any],
+    gaps: list[LossGap],
+    steps: int,
+    levels: np.ndarray,
+    world: Any,
+    gaussian: Gaussian,
+    seed: int,
+) -> tuple[dict[Candidate, LateStart], int]:
+    """Every start that the scheduler's grids offer, by what it costs in a world, and the number of states behind it."""
     count = int(min(STATES, max(16, NUMBERS // max(1, gaussian.dim))))
     noise = torch.randn(count, *gaussian.shape, generator=generator(seed, 22), dtype=torch.float64)
-    candidates: list[Candidate] = []
     starts: dict[Candidate, LateStart] = {}
-
-    def add(candidate: Candidate, start: LateStart) -> None:
-        candidates.append(candidate)
-        starts[candidate] = start
-
     tried = grids(scheduler)
-    late = {name: _late(grid, laws[0], steps, np.geomspace(low, high, LEVELS)) for name, grid in tried.items()}
-    states = _along(world, noise, {start.level.sigma for some in late.values() for start in some}, END * low)
-    truth = world.denoise(states[END * low], END * low)
+    late = {name: _late(grid, laws[0], steps, levels) for name, grid in tried.items()}
+    end = END * float(levels[0])
+    states = _along(world, noise, {start.level.sigma for some in late.values() for start in some}, end)
+    truth = world.denoise(states[end], end)
     for name, grid in tried.items():
         unet = as_unet(world, grid)
         usual = standard_starts(grid, steps, skip=True)
@@ -352,44 +374,24 @@ def choose(
         random = _is_stochastic(anyone, unet, noise[:2], seed)
         for spacing, start in usual.items():
             cost = _error(start, unet, start(noise), truth, gaussian, random, seed)
-            add(Candidate(None, name + ("" if spacing == "own" else f", {spacing}"), start.level, 0.0, cost), start)
+            full_name = name + ("" if spacing == "own" else f", {spacing}")
+            starts[Candidate(None, full_name, start.level, 0.0, cost)] = start
         for start in late[name]:
             at = start.level.sigma
             cost = _error(start, unet, start.state(states[at]), truth, gaussian, random, seed)
             for i, law in enumerate(laws):
-                add(Candidate(i, name, start.level, gaps[i].at("cost", at), cost), replace(start, law=law))
-    candidates = [c for c in candidates if math.isfinite(c.cost)]
-    if not candidates:
-        raise InputError(f"{type(scheduler).__name__} has no start of {steps} steps here. Ask for fewer.")
-    # Ranks on different machines may differ in the last bits of a cost, but have to take one start.
-    best = candidates[agreed(lambda: min(range(len(candidates)), key=lambda i: candidates[i].cost))]
-    at = best.level.sigma
-    of = single if best.law is None else gaps[best.law]
-    nats = of.at("nats", at), of.at("error", at)
-    choice = Choice(
-        tuple(repr(law) for law in laws),
-        tuple(candidates),
-        best,
-        nats,
-        single.at("nats", at),
-        single.at("nonlinear", at),
-        len(images),
-        count,
-        _signatures(best, nats, single.at("nonlinear", at), low, high),
-    )
-    return starts[best], choice
+                starts[Candidate(i, name, start.level, gaps[i].at("cost", at), cost)] = replace(start, law=law)
+    return starts, count
 
 
 def _late(grid: Any, law: Any, steps: int, sigmas: np.ndarray) -> list[LateStart]:
     """Late starts at the levels that a scheduler can offer, each once."""
-    found: dict[float, LateStart] = {}
-    for s in sigmas:
-        try:
-            start = cut(grid, law, steps, NoiseLevel(float(s)))
-        except InputError:
-            continue  # more steps than lie below this level
-        found.setdefault(round(math.log(start.level.sigma), 6), start)
-    return list(found.values())
+    starts: dict[float, LateStart] = {}
+    for s in map(float, sigmas):
+        with suppress(InputError):  # more steps than lie below this level
+            start = cut(grid, law, steps, NoiseLevel(s))
+            starts.setdefault(round(math.log(start.level.sigma), 6), start)
+    return list(starts.values())
 
 
 def _along(world: Any, noise: torch.Tensor, levels: set[float], end: float) -> dict[float, torch.Tensor]:
@@ -414,11 +416,11 @@ def _error(
     start: LateStart, unet: Any, state: torch.Tensor, truth: torch.Tensor, gaussian: Gaussian, random: bool, seed: int
 ) -> float:
     """Squared error of a sampler's final states against the exact flow, a state, summed over pixels."""
-    found = _run(start, unet, state, seed)
+    final = _run(start, unet, state, seed)
     if random:
         # A stochastic sampler's paths are not the flow's: their law is compared.
-        return STOCHASTIC * _moments_gap(found, truth, gaussian)
-    return float(((found - truth) ** 2).flatten(1).sum(1).mean())
+        return STOCHASTIC * _moments_gap(final, truth, gaussian)
+    return float(((final - truth) ** 2).flatten(1).sum(1).mean())
 
 
 def _some(data: Any, labels: Any, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -444,7 +446,7 @@ def _some(data: Any, labels: Any, count: int, seed: int) -> tuple[torch.Tensor, 
 
 
 def _check_classes(network: Any, classes: torch.Tensor | None, laws: list[Any]) -> None:
-    """Refuse labels that the network or a law does not have, or that are missing."""
+    """Labels that the network or a law does not have, or that are missing, raise an error."""
     config = getattr(getattr(network, "unet", None), "config", {})
     known = config.get("num_class_embeds")
     bound = "class_labels" in getattr(network, "condition", {})
@@ -459,8 +461,8 @@ def _check_classes(network: Any, classes: torch.Tensor | None, laws: list[Any]) 
             f"labels from {int(classes.min())} to {int(classes.max())}; the network knows 0 to {known - 1}."
         )
     for law in laws:
-        own = getattr(law, "classes", None)
-        missing = [] if own is None else sorted(set(classes.tolist()) - set(own.tolist()))
+        components = getattr(law, "classes", None)
+        missing = [] if components is None else sorted(set(classes.tolist()) - set(components.tolist()))
         if missing:
             raise InputError(
                 f"the images to choose with have the class {missing[0]}, {type(law).__name__} has no component for it. "
@@ -469,7 +471,7 @@ def _check_classes(network: Any, classes: torch.Tensor | None, laws: list[Any]) 
 
 
 def _check_network(gap: LossGap) -> None:
-    """Refuse data that the network cannot denoise at all: they are not in the range it was trained on."""
+    """Data that the network cannot denoise at all raise an error: they are not in the range it was trained on."""
     if gap.useless.all():
         raise InputError(
             f"at every level from sigma {gap.sigma[0]:.3g} to {gap.sigma[-1]:.3g} the network's answer is further from "
@@ -479,13 +481,13 @@ def _check_network(gap: LossGap) -> None:
 
 
 def _check_range(images: torch.Tensor, gaussian: Gaussian) -> None:
-    """Refuse laws that were fitted on data of another range than the images to choose with."""
-    own = float(((images - gaussian.moments.mean.to(images)) ** 2).flatten(1).sum(1).mean())
+    """Laws that were fitted on data of another range than the images to choose with raise an error."""
+    around = float(((images - gaussian.moments.mean.to(images)) ** 2).flatten(1).sum(1).mean())
     fitted = float(gaussian.eigenvalues.sum()) + gaussian.floor * (gaussian.dim - len(gaussian.eigenvalues))
-    if fitted > 0 and not 0.35 < own / fitted < 3:
+    if fitted > 0 and not 0.35 < around / fitted < 3:
         raise InputError(
-            f"the data lie at a mean squared distance of {own:.3g} from the law's mean, the law expects {fitted:.3g}: "
-            "the law was fitted on data of another range or kind. Fit it on data in the network's range."
+            f"the data lie at a mean squared distance of {around:.3g} from the law's mean, the law expects "
+            f"{fitted:.3g}: the law was fitted on data of another range or kind. Fit it on data in the network's range."
         )
 
 
