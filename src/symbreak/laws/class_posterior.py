@@ -201,14 +201,14 @@ def _labelled_average(
     chosen = torch.randperm(len(law), generator=g)[:samples]
     clean = law.points.reshape(len(law), *law.shape)[chosen].double()
     noise = torch.randn(clean.shape, generator=g, dtype=torch.float64)
-    block, found = max(1, NUMBERS // len(law)), np.zeros((len(sigma), len(chosen)))
+    block, values = max(1, NUMBERS // len(law)), np.zeros((len(sigma), len(chosen)))
     for i in range(0, len(chosen), block):
         part = slice(i, i + block)
         for j, s in enumerate(sigma):
             weights = law.posterior_weights(clean[part] + float(s) * noise[part], float(s)).double()
-            found[j, part] = value((weights @ member).clamp_min(1e-300).log()).numpy()
-    mean = found.mean(1)
-    half = 1.959963984540054 * found.std(1, ddof=1) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.nan
+            values[j, part] = value((weights @ member).clamp_min(1e-300).log()).numpy()
+    mean = values.mean(1)
+    half = 1.959963984540054 * values.std(1, ddof=1) / math.sqrt(len(chosen)) if len(chosen) > 1 else math.nan
     return mean, mean - half, mean + half
 
 

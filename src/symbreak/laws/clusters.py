@@ -90,8 +90,8 @@ def coordinates(batches: Batches, mean: torch.Tensor, axes: torch.Tensor) -> tor
     """
     parts, flat_mean = [], mean.reshape(-1).to(axes.dtype)
     size = max(1, min(256, PIECE // math.prod(mean.shape)))
-    own, _, shared = own_rows(batches, size)
-    tensors = (b if isinstance(b, torch.Tensor) else torch.as_tensor(np.asarray(b)) for b in own)
+    stream, _, shared = own_rows(batches, size)
+    tensors = (b if isinstance(b, torch.Tensor) else torch.as_tensor(np.asarray(b)) for b in stream)
     # Products of one size: a row's last bits depend neither on its batch nor on the rank that made it.
     for block, count in padded_blocks(tensors, size):
         rows = flatten(block.float() if block.dtype not in (torch.float32, torch.float64) else block, mean.shape)

@@ -105,10 +105,10 @@ class Empirical(ExactLaw):
 
     def _blocks(self, queries: int, size: int, x: torch.Tensor) -> Iterator[slice]:
         """Slices of the points, such that [queries, block] and [block, d] numbers of ``size`` bytes fit."""
-        held = queries * 3
+        numbers = queries * 3
         if (torch.float64 if size == 8 else torch.float32, x.device) not in self._copies:
-            held += 2 * self.dim
-        step = max(1, min(self.memory // (size * held), 2**15))
+            numbers += 2 * self.dim
+        step = max(1, min(self.memory // (size * numbers), 2**15))
         for start in range(0, len(self), step):
             yield slice(start, min(start + step, len(self)))
 
@@ -132,8 +132,8 @@ class Empirical(ExactLaw):
         sums: tuple[torch.Tensor, ...] = ()
         for part in self._blocks(len(y), 8, y):
             log_w, rows = self._log_weights(y, part, s2)
-            own = log_w.detach().amax(1, keepdim=True)
-            highest = own if top is None else torch.maximum(top, own)
+            highest = log_w.detach().amax(1, keepdim=True)
+            highest = highest if top is None else torch.maximum(top, highest)
             w = (log_w - highest).exp()
             t = (w * (v @ rows.T)).sum(1, keepdim=True) if v is not None else torch.zeros_like(highest)
             add = (w.sum(1, keepdim=True), (w * w).sum(1, keepdim=True), w @ rows, t)

@@ -46,14 +46,14 @@ def neighbours(
 
     Args:
         queries: [N, *S], float32 or float64, or `Shards` of such rows.
-        points: [M, *S] with M >= k, or `Shards`; ``None``: the queries among themselves, none its own neighbour.
+        points: [M, *S] with M >= k, or `Shards`; ``None``: the queries among themselves, no point its neighbour.
         k: neighbours wanted.
         classes: whole numbers of queries [N] and points [M]: neighbours are of another class than the query.
         block: queries at a time; results do not depend on it.
         name: of the run's parts.
         run: memory to work in beside tensors that came (by default 256 MiB), parts of 4,096 queries, progress.
 
-    Ranks share the parts, or among shards each asks its own points, or all of them for a share of the queries
+    Ranks share the parts, or among shards each asks the points it has, or all of them for a share of the queries
     (`symbreak.runtime.ranks`).
 
     Returns:
@@ -67,28 +67,28 @@ def neighbours(
     ([[1.0, 4.0], [1.0, 2.0]], [[0, 2], [2, 1]])
     """
     run = (run or Run()).named(name)
-    memory, own, among = max(2**20, run.bytes(default=MEMORY)), points is None, queries if points is None else points
-    _check(queries, among, k, own, block)
+    memory, same, among = max(2**20, run.bytes(default=MEMORY)), points is None, queries if points is None else points
+    _check(queries, among, k, same, block)
     tags = (None, None) if classes is None else classes
     count, total, size = len(queries), len(among), QUERIES
     whole = isinstance(queries, torch.Tensor) and isinstance(among, torch.Tensor)
     asked_here = total  # points that this rank asks
-    held: list[Search] | None
+    ready: list[Search] | None
     if whole:
-        held = [Search(among, k, block, memory, own=own, classes=tags[1])]  # type: ignore[arg-type]
+        ready = [Search(among, k, block, memory, same=same, classes=tags[1])]  # type: ignore[arg-type]
     else:
         among = Shards.of(among) if isinstance(among, torch.Tensor) else among
         size = max(1, min(QUERIES, memory // (64 * math.prod(queries.shape[1:]))))
-        pieces = partial(searches, among, k, block, memory, own, tags[1])
+        pieces = partial(searches, among, k, block, memory, same, tags[1])
         asked_here = among.last - among.first
         # Else pieces are read again for every part, which costs little beside thousands of products with each.
-        held = list(pieces()) if 4 * asked_here * among.row_bytes <= memory else None
+        ready = list(pieces()) if 4 * asked_here * among.row_bytes <= memory else None
 
     def nearest(x: torch.Tensor, index: torch.Tensor, part: int) -> Pairs:
         """The nearest of this rank's points; a ``part`` of so many queries is at an end with these."""
         d = torch.full((len(index), k), math.inf, dtype=torch.float64)
         j, done = torch.full((len(index), k), total), 0
-        for search in pieces() if held is None else held:
+        for search in pieces() if ready is None else ready:
             for some in torch.arange(len(index)).split(search.block) if len(index) else ():
                 new = search.ask(x[some], index[some], None if tags[0] is None else tags[0][index[some]])
                 d[some], j[some] = _ranked(torch.cat([d[some], new[0]], 1), torch.cat([j[some], new[1]], 1), k)
@@ -119,11 +119,11 @@ def neighbours(
 
     if whole:
         return _joined(dealt(starts, part, ended))
-    found = []
+    parts = []
     for done, start in enumerate(starts):
-        found.append(part(start))
+        parts.append(part(start))
         ended(done + 1, 0)
-    return _joined(found)
+    return _joined(parts)
 
 
 def _arrays(pairs: Pairs) -> Arrays:
@@ -136,11 +136,11 @@ def _joined(parts: Iterable[Arrays], axis: int = 0) -> Pairs:
     return d, j
 
 
-def _check(queries: Rows, among: Rows, k: int, own: bool, block: int) -> None:
+def _check(queries: Rows, among: Rows, k: int, same: bool, block: int) -> None:
     x, y = queries.shape, among.shape
-    if not len(among) - own >= k >= 1 or len(x) < 2 or x[1:] != y[1:] or math.prod(x[1:]) == 0:
+    if not len(among) - same >= k >= 1 or len(x) < 2 or x[1:] != y[1:] or math.prod(x[1:]) == 0:
         raise InputError(
-            f"samples {tuple(x)} against training images {tuple(y)}; expected equal sizes and at least {k + own} "
+            f"samples {tuple(x)} against training images {tuple(y)}; expected equal sizes and at least {k + same} "
             "training images."
         )
     if block < 1:
@@ -148,13 +148,13 @@ def _check(queries: Rows, among: Rows, k: int, own: bool, block: int) -> None:
 
 
 def searches(
-    among: Shards, k: int, block: int, memory: int, own: bool = False, classes: torch.Tensor | None = None
+    among: Shards, k: int, block: int, memory: int, same: bool = False, classes: torch.Tensor | None = None
 ) -> Iterator[Search]:
     """This rank's points, as many at a time as fit into a quarter of the memory."""
     for piece in among.pieces(max(1, memory // (4 * among.row_bytes))):
         first, rows = piece
         tags = None if classes is None else classes[first : first + len(rows)]
-        search = Search(rows, min(k, len(rows)), block, max(2**18, memory // 4), first, own, tags)
+        search = Search(rows, min(k, len(rows)), block, max(2**18, memory // 4), first, same, tags)
         yield search
         del piece, rows, search
 
@@ -167,7 +167,7 @@ class Search:
         k: neighbours wanted, at most m.
         block, memory: queries at a time, bytes to work in.
         first: position of the first point among all; answers are such positions.
-        own: whether queries are points: the one at a query's position does not count.
+        same: whether queries are points: the one at a query's position does not count.
         classes: of the points [m]: those of a query's class do not count.
     """
 
@@ -178,10 +178,10 @@ class Search:
         block: int,
         memory: int,
         first: int = 0,
-        own: bool = False,
+        same: bool = False,
         classes: torch.Tensor | None = None,
     ) -> None:
-        self.own, self.classes, self.first, self.last = own, classes, first, first + len(points)
+        self.same, self.classes, self.first, self.last = same, classes, first, first + len(points)
         self.k, self.memory = k, memory
         self.y = _flat(points)
         self.dim = self.y.shape[1]
@@ -217,7 +217,7 @@ class Search:
     def _products(self, x: torch.Tensor, index: torch.Tensor, tags: torch.Tensor | None, part: slice) -> torch.Tensor:
         """x.y - |y|^2 / 2 [b, block] of centred queries, scaled; minus infinity for points that do not count."""
         g = torch.addmm(self.half[part].to(x.dtype), x, self._centred(self.y[part], x.dtype).T, beta=-1.0)
-        if self.own:
+        if self.same:
             here = index - self.first
             q = ((here >= part.start) & (here < part.stop)).nonzero()[:, 0]
             g[q, here[q] - part.start] = -math.inf
@@ -300,7 +300,7 @@ class Search:
             gap -= raw[a]
             out.append(gap.square_().sum(1).sqrt_())
         d = torch.cat(out)
-        if self.own:
+        if self.same:
             d[index[q] == j + self.first] = math.inf
         if self.classes is not None and tags is not None:
             d[tags[q] == self.classes[j]] = math.inf

@@ -150,18 +150,18 @@ def overlaps(
     blocks = [chosen[i : i + QUERIES] for i in range(0, len(chosen), QUERIES)]
     faint = np.where(fine, 0.5 * LEAST[torch.float64], 0.5 * LEAST[torch.float32])
 
-    def make(i: int, asked: _Asked) -> Arrays:
+    def make(i: int, noised: _Noised) -> Arrays:
         out = np.full((QUERIES, PARTS, len(sigma)), -np.inf)
-        z = torch.randn(len(asked.place), d, generator=generator(seed, n, 2, i))
+        z = torch.randn(len(noised.place), d, generator=generator(seed, n, 2, i))
         for dtype, which in ((torch.float32, ~fine), (torch.float64, fine)):
             if which.any():
-                out[: len(z), :, which] = _block(points, asked, z.to(dtype), sigma[which])
+                out[: len(z), :, which] = _block(points, noised, z.to(dtype), sigma[which])
         if tails:
             real = out[: len(z)]
             again = (np.isfinite(real) & (real < faint)).any(1)  # [b, G]
             rows, some = again.any(1), again.any(0)
             if again.any():
-                exact = _tail(points, asked.some(torch.from_numpy(rows)), z[rows].double(), sigma[some])
+                exact = _tail(points, noised.some(torch.from_numpy(rows)), z[rows].double(), sigma[some])
                 whole = np.ix_(rows, np.arange(PARTS), some)
                 real[whole] = np.where(again[np.ix_(rows, some)][:, None], exact, real[whole])
         return {"log": out}
@@ -170,15 +170,15 @@ def overlaps(
     of = None if run.folder is None else law.points if isinstance(law, Empirical) else law.identity
     settings = of, torch.from_numpy(sigma), len(chosen), seed, tails
     if isinstance(law, Empirical):
-        made = run.parts(name, range(len(blocks)), lambda i: make(i, points.asked(blocks[i], place)), *settings)
+        made = run.parts(name, range(len(blocks)), lambda i: make(i, points.noised(blocks[i], place)), *settings)
         logs = [m["log"] for m in made]
     else:
         logs = []
         for i, index in enumerate(blocks):
-            asked = points.asked(index, place)  # by all ranks at once
+            noised = points.noised(index, place)  # by all ranks at once
             with alone(), torch.inference_mode():
                 shard = f"{i}/{law.points.first}-{law.points.last}"
-                mine = run.part(name, partial(make, i, asked), shard, *settings)
+                mine = run.part(name, partial(make, i, noised), shard, *settings)
             each = from_each({"log": mine["log"]}, law.points.shared)
             logs.append(np.logaddexp.reduce([e["log"] for e in each]))
             run.tell(i + 1, len(blocks))
@@ -186,15 +186,15 @@ def overlaps(
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Noised:
     """Points that are noised: centred rows [b, d] float64, |y|^2 / 2 [b], places in the random order [b]."""
 
     rows: torch.Tensor
     half: torch.Tensor
     place: torch.Tensor
 
-    def some(self, which: torch.Tensor) -> _Asked:
-        return _Asked(self.rows[which], self.half[which], self.place[which])
+    def some(self, which: torch.Tensor) -> _Noised:
+        return _Noised(self.rows[which], self.half[which], self.place[which])
 
 
 class _Points:
@@ -216,8 +216,8 @@ class _Points:
         self.step = POINTS
         while self.step > 64 and 4 * (4 * QUERIES * d + 3 * self.step * d + 4 * QUERIES * self.step) > law.memory:
             self.step //= 2
-        held = slice(0, len(self.order))
-        self.whole = self._made(held, torch.float32) if 4 * len(self.order) * d <= law.memory else None
+        every = slice(0, len(self.order))
+        self.whole = self._made(every, torch.float32) if 4 * len(self.order) * d <= law.memory else None
 
     def _rows(self, index: torch.Tensor) -> torch.Tensor:
         """Rows [b, d] of this process at its own positions."""
@@ -236,19 +236,19 @@ class _Points:
         """Rows [b, d] of y - centre."""
         return self.whole[part] if self.whole is not None and dtype == torch.float32 else self._made(part, dtype)
 
-    def asked(self, index: torch.Tensor, place: torch.Tensor) -> _Asked:
+    def noised(self, index: torch.Tensor, place: torch.Tensor) -> _Noised:
         """The points at positions among all."""
         rows = self.law.points[index] if isinstance(self.law, Empirical) else self.law.points.at(index)
         centred = rows.reshape(len(index), -1).double() - self.centre
-        return _Asked(centred, 0.5 * centred.square().sum(1), place[index])
+        return _Noised(centred, 0.5 * centred.square().sum(1), place[index])
 
 
-def _exponents(points: _Points, asked: _Asked, z: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+def _exponents(points: _Points, noised: _Noised, z: torch.Tensor) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """A and B [b, block] of queries with noise z [b, d], with the part they belong to."""
     dtype, b = z.dtype, len(z)
-    rows = asked.rows.to(dtype)
-    own = (z * rows).sum(1, keepdim=True)
-    half, mine = points.half.to(dtype), asked.half.to(dtype)
+    rows = noised.rows.to(dtype)
+    along = (z * rows).sum(1, keepdim=True)
+    half, mine = points.half.to(dtype), noised.half.to(dtype)
     both = torch.cat([rows, z])
     for k in range(PARTS):
         for first in range(points.edges[k], points.edges[k + 1], points.step):
@@ -258,17 +258,17 @@ def _exponents(points: _Points, asked: _Asked, z: torch.Tensor) -> Iterator[tupl
             apart += half[part]
             apart += mine[:, None]
             apart.clamp_(min=0.0)
-            pull += own
-            here = torch.searchsorted(points.places[part], asked.place).clamp_(max=len(apart[0]) - 1)
-            same = (points.places[part][here] == asked.place).nonzero()[:, 0]
+            pull += along
+            here = torch.searchsorted(points.places[part], noised.place).clamp_(max=len(apart[0]) - 1)
+            same = (points.places[part][here] == noised.place).nonzero()[:, 0]
             apart[same, here[same]] = math.inf  # the query's own point
             yield k, apart, pull
 
 
-def _block(points: _Points, asked: _Asked, z: torch.Tensor, sigma: np.ndarray) -> np.ndarray:
+def _block(points: _Points, noised: _Noised, z: torch.Tensor, sigma: np.ndarray) -> np.ndarray:
     """log sums [b, PARTS, G] of queries with noise z [b, d], cut from below."""
     sums = torch.zeros(PARTS, len(sigma), len(z), dtype=torch.float64)
-    for k, apart, pull in _exponents(points, asked, z):
+    for k, apart, pull in _exponents(points, noised, z):
         work = torch.empty_like(apart)
         ones = torch.ones(apart.shape[1], dtype=z.dtype)
         for j, s in enumerate(sigma.tolist()):
@@ -278,10 +278,10 @@ def _block(points: _Points, asked: _Asked, z: torch.Tensor, sigma: np.ndarray) -
     return sums.log().permute(2, 0, 1).numpy()
 
 
-def _tail(points: _Points, asked: _Asked, z: torch.Tensor, sigma: np.ndarray) -> np.ndarray:
+def _tail(points: _Points, noised: _Noised, z: torch.Tensor, sigma: np.ndarray) -> np.ndarray:
     """The same with the maximum taken away, however small the sums are."""
     logs = torch.full((PARTS, len(sigma), len(z)), -math.inf, dtype=torch.float64)
-    for k, apart, pull in _exponents(points, asked, z):
+    for k, apart, pull in _exponents(points, noised, z):
         for j, s in enumerate(sigma.tolist()):
             one = torch.logsumexp((apart / s + pull) / -s, 1)
             logs[k, j] = torch.logaddexp(logs[k, j], one)

@@ -133,7 +133,7 @@ def _within(points: Rows, some: torch.Tensor, radius: float, memory: int) -> Pai
     first, second = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.int64)]
     for index in some.split(max(1, min(4096, memory // (8 * rows.row_bytes)))):
         x = rows.at(index).flatten(1)
-        for search in searches(rows, 1, 64, memory, own=True):
+        for search in searches(rows, 1, 64, memory, same=True):
             for part in torch.arange(len(index)).split(64):
                 reach = torch.full((len(part),), radius, dtype=torch.float64)
                 for q, others in search.within(x[part], index[part], reach):

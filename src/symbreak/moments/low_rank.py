@@ -350,7 +350,7 @@ def known_file(
 
 @dataclass
 class _Walk:
-    """What one walk found, around a shift s: with x - s in rows X and bases B, X^T X B and X B."""
+    """What one walk gives, around a shift s: with x - s in rows X and bases B, X^T X B and X B."""
 
     count: int
     energy: float  # sum of |x - s|^2

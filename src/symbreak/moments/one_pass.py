@@ -271,10 +271,10 @@ class Moments:
         if d > 256 and k < d // 8:
             # Lanczos with a fixed start: the same bits every time.
             start = np.random.default_rng(0).standard_normal(d)
-            found = eigsh(c, k=k, which="LA", v0=start, return_eigenvectors=False, tol=1e-12)
+            values = eigsh(c, k=k, which="LA", v0=start, return_eigenvectors=False, tol=1e-12)
         else:
-            found = scipy.linalg.eigvalsh(c)[-k:]
-        return np.maximum(np.sort(found)[::-1], 0.0)
+            values = scipy.linalg.eigvalsh(c)[-k:]
+        return np.maximum(np.sort(values)[::-1], 0.0)
 
     def truncate(self, rank: int) -> LowRankMoments:
         """The leading eigenpairs, and exactly what the others hold."""
@@ -475,10 +475,10 @@ class _Sums:
             small = rows.astype(np.float32)
             small -= np.float32(128.0)
             self.sums[g] += small.sum(axis=0, dtype=np.float64)
-            found, total = torch.from_numpy(blas.ssyrk(1.0, small.T).T), torch.from_numpy(self.products[g].T)
+            products, total = torch.from_numpy(blas.ssyrk(1.0, small.T).T), torch.from_numpy(self.products[g].T)
             # Only one triangle is filled: add it panel by panel, with all threads (torch is row-major, hence .T).
             for a in range(0, self.d, PANEL):
-                total[a : a + PANEL, : a + PANEL] += found[a : a + PANEL, : a + PANEL]
+                total[a : a + PANEL, : a + PANEL] += products[a : a + PANEL, : a + PANEL]
             return
         # All products here go through one BLAS: the idle threads of a second pool would spin beside it.
         rows -= self.shift
