@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +105,9 @@ def is_it_gaussian(data, held, pipe, laws, out: Path, args) -> dict:
                 samples=n,
                 moments=moments,
                 simulations=(args.simulations, 10 * args.simulations + 9 + 2000 * args.quick),
-                nats=nats if name == "training images" else None,
             )
+            if name == "training images":
+                tested = replace(tested, nats=nats)
             found.setdefault(name, {})[str(n)] = tested.to_dict()
             print(f"is it Gaussian: {name}, {n} states", file=sys.stderr, flush=True)
     content = {"found": found, "nats": nats.to_dict(), "data": {"name": data.name, "count": len(data)}}

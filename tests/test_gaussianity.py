@@ -23,6 +23,7 @@ from symbreak.phases.gaussianity import (
 )
 from symbreak.phases.reverse_paths import reverse_states
 from symbreak.runtime.files import InputError
+from symbreak.runtime.run import Run
 from tests.worlds import gaussian_law, two_gaussians
 
 QUICK = {"modes": 2, "directions": 3, "simulations": (199, 1999)}
@@ -160,27 +161,40 @@ def test_data_and_their_states_are_one_thing():
     law = two_gaussians(4.0, 0.1, dim=3)
     x = law.sample(80, 0.0, generator(1))
     curve = Curve([0.5], [2.0], [1.0], [3.0], "nats")
-    found = gaussianity(x, [0.5], nats=curve, moments=law.moments, **QUICK)
+    found = gaussianity(x, [0.5], moments=law.moments, **QUICK)
     picks = torch.randperm(80, generator=generator(0, 57))
     noise = torch.randn(80, 3, generator=generator(0, 51, 0), dtype=torch.float64)
     again = gaussianity({0.5: x[picks] + 0.5 * noise}, moments=law.moments, **QUICK)
     for name in found.p_values:
         assert np.array_equal(found.statistics[name], again.statistics[name])
-    assert found.nats is curve
+    with pytest.raises(InputError, match=r"dataclasses.replace\(answer, nats=...\)"):
+        gaussianity(x, [0.5], nats=curve)
+    assert replace(found, nats=curve).to_dict()["nats"] == curve.to_dict()
     counts = found.directions_rejected("bh")["Anderson-Darling"], found.directions_rejected()["Anderson-Darling"]
     assert counts[0][0] >= counts[1][0] >= 1  # Benjamini-Hochberg rejects whatever Holm does
 
 
-def test_blocks_are_kept(tmp_path):
-    from symbreak.runtime.run import Blocks
-
+def test_finished_levels_are_taken_again_and_no_others(tmp_path):
     law, seen = two_gaussians(4.0, 0.1, dim=3), []
-    first = gaussianity(law, [0.5, 1.0], samples=60, keep=Blocks(tmp_path, {}).keep, **QUICK)
-    again = gaussianity(
-        law, [0.5, 1.0], samples=60, keep=Blocks(tmp_path, {}).keep, progress=lambda *a: seen.append(a), **QUICK
-    )
+    first = gaussianity(law, [0.5, 1.0], samples=60, run=Run(tmp_path), **QUICK)
+    parts = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    run = Run(tmp_path, progress=lambda *a: seen.append(a))
+    again = gaussianity(law, [0.5, 1.0], samples=60, run=run, **QUICK)
     assert first.to_dict() == again.to_dict()
-    assert seen == [(1, 2), (2, 2)]
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == parts
+    assert seen == [("gaussianity", 1, 2), ("gaussianity", 2, 2)]
+    # Another law, seed or states have other parts.
+    other = two_gaussians(4.0, 0.2, dim=3)
+    for source, seed in ((other, 0), (law, 1)):
+        whole = gaussianity(source, [0.5, 1.0], samples=60, seed=seed, **QUICK)
+        assert (
+            gaussianity(source, [0.5, 1.0], samples=60, seed=seed, run=Run(tmp_path), **QUICK).to_dict()
+            == whole.to_dict()
+        )
+    for scale in (1.0, 2.0):
+        states = {0.5: law.sample(60, 0.5, generator(3)), 1.0: scale * law.sample(60, 1.0, generator(4)) ** 3}
+        whole = gaussianity(states, **QUICK)
+        assert gaussianity(states, run=Run(tmp_path), **QUICK).to_dict() == whole.to_dict()
 
 
 def test_states_of_an_exact_denoiser_have_its_law():

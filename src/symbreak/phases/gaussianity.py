@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from symbreak.critical import CriticalTime, Curve, levels
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
+from symbreak.runtime.run import Arrays, Run, renamed
 
 __all__ = [
     "MULTIVARIATE",
@@ -42,9 +43,6 @@ __all__ = [
     "holm",
     "mardia",
 ]
-
-Progress = Callable[[int, int], None] | None
-Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]] | None
 
 MULTIVARIATE = ("Mardia skewness", "Mardia kurtosis", "Henze-Zirkler")
 PROJECTED = ("Anderson-Darling", "D'Agostino K2")
@@ -113,12 +111,13 @@ class Gaussianity:
             "statistics": {k: v.tolist() for k, v in self.statistics.items() if v.ndim == 1},
             "p_values": {k: v.tolist() for k, v in self.p_values.items()},
             "rejected": {k: v.tolist() for k, v in self.rejected.items()},
-            "directions_rejected": {c: {k: v.tolist() for k, v in found.items()} for c, found in counts.items()},
+            "directions_rejected": {c: {k: v.tolist() for k, v in by_test.items()} for c, by_test in counts.items()},
             "first_rejection": {name: first_rejection(self, name).to_dict() for name in self.p_values},
             "nats": self.nats and self.nats.to_dict(),
         }
 
 
+@renamed(nats="...) and then dataclasses.replace(answer, nats=...")
 def gaussianity(
     source: Any,
     sigma: Any = None,
@@ -129,10 +128,8 @@ def gaussianity(
     moments: Any = None,
     alpha: float = 0.05,
     simulations: tuple[int, int] = (SIMULATIONS, PROJECTIONS),
-    nats: Curve | None = None,
     seed: int = 0,
-    progress: Progress = None,
-    keep: Keep = None,
+    run: Run | None = None,
 ) -> Gaussianity:
     """Test whether x_0 + sigma eps is Gaussian, at every level, for a data set, a law or states of a network.
 
@@ -146,13 +143,12 @@ def gaussianity(
         moments: `Moments` whose leading modes are taken; by default those of the images before noise, or of the states.
         alpha: size of a test.
         simulations: Gaussian samples behind the p-values of the multivariate tests and of projections.
-        nats: non-Gaussianity in nats at some levels, kept beside the tests.
         seed: of noise (fresh at every level), directions and picks; the simulated null is the
             same for all.
-        progress, keep: called as progress(done, levels) and keep("gaussianity/<level number>", make).
+        run: where finished levels are kept, and whom to tell.
 
     Returns:
-        A `Gaussianity`.
+        A `Gaussianity`; ``dataclasses.replace(answer, nats=...)`` puts non-Gaussianity in nats beside the tests.
 
     Raises:
         InputError: for too few samples for k modes (at least 20 and 3 k), NaN, or states that do not vary in a mode.
@@ -161,8 +157,8 @@ def gaussianity(
 
     >>> from symbreak.laws import Mixture
     >>> law = Mixture.from_parameters([[-1.0, 0.0], [1.0, 0.0]], [0.0, 0.0])
-    >>> found = gaussianity(law, [0.3, 30.0], modes=2, directions=4, samples=200, simulations=(99, 999))
-    >>> found.rejected["Henze-Zirkler"].tolist()
+    >>> tested = gaussianity(law, [0.3, 30.0], modes=2, directions=4, samples=200, simulations=(99, 999))
+    >>> tested.rejected["Henze-Zirkler"].tolist()
     [True, False]
     """
     if not 0 < alpha < 1 or modes < 1 or directions < 0 or min(simulations) < 1:
@@ -182,32 +178,27 @@ def gaussianity(
     whole = _null(n, k, simulations[0])
     single = _null_projected(n, simulations[1])
 
-    def level(u: float) -> dict[str, np.ndarray]:
+    def level(u: float) -> Arrays:
         x = states(u).reshape(n, -1).double()
         if x.shape != (n, dim) or not bool(torch.isfinite(x).all()):
             raise InputError(f"the states at sigma {u:.4g} hold NaN or are not {n} of {dim} numbers.")
         q = axes if axes is not None else Moments.fit([x], parts=1).leading_vectors(k)
         y = (x - x.mean(0)) @ torch.cat([q, random], 1)
-        on_modes = _statistics(y[:, :k].numpy())
-        flat = _projected(y.T.numpy())
-        return {"modes": on_modes, "projections": flat}
+        return {"modes": _statistics(y[:, :k].numpy()), "projections": _projected(y.T.numpy())}
 
-    found = []
-    for j, u in enumerate(map(float, s)):
-        found.append(level(u) if keep is None else keep(f"gaussianity/{j}", partial(level, u)))
-        if progress is not None:
-            progress(j + 1, len(s))
-    on_modes = np.stack([f["modes"] for f in found], axis=1)
-    flat = np.stack([f["projections"] for f in found], axis=1)
+    run = run or Run()
+    decides = [s.tolist(), n, k, directions, seed, axes]
+    if run.folder is not None:
+        decides += [states(u) for u in s.tolist()] if isinstance(source, Mapping) else [first]
+    parts = run.parts("gaussianity", s.tolist(), level, *decides)
+    on_modes, flat = (np.stack([part[name] for part in parts], axis=1) for name in ("modes", "projections"))
     statistics = {name: on_modes[i] for i, name in enumerate(MULTIVARIATE)}
     p_values = {name: _p(on_modes[i], whole[i], two_sided=i == 1) for i, name in enumerate(MULTIVARIATE)}
     raw = {name: _p(flat[i], single[i]) for i, name in enumerate(PROJECTED)}
     for i, name in enumerate(PROJECTED):
         statistics[name] = flat[i]
         p_values[name] = np.array([holm(p).min() for p in raw[name]])
-    return Gaussianity(
-        s, n, k, k + directions, alpha, statistics, p_values, raw, (simulations[0], simulations[1]), nats
-    )
+    return Gaussianity(s, n, k, k + directions, alpha, statistics, p_values, raw, (simulations[0], simulations[1]))
 
 
 def first_rejection(found: Gaussianity, test: str) -> CriticalTime:
@@ -358,15 +349,15 @@ def _states(
     if samples is not None and samples < 1:
         raise InputError(f"{samples} samples; expected at least 20.")
     if isinstance(source, Mapping):
-        own = np.unique(levels(np.array(list(source), dtype=float))[0])
-        if sigma is not None and not np.array_equal(own, np.unique(levels(sigma)[0])):
+        s = np.unique(levels(np.array(list(source), dtype=float))[0])
+        if sigma is not None and not np.array_equal(s, np.unique(levels(sigma)[0])):
             raise InputError("levels came with states of other levels; leave sigma out.")
         known = {float(u): torch.as_tensor(x).cpu() for u, x in source.items()}
         count = {len(x) for x in known.values()}
         if len(count) != 1:
             raise InputError(f"states of {min(count)} to {max(count)} samples; expected one number at every level.")
         n = min(samples or LARGEST, *count)
-        return (lambda u: known[u][:n]), own
+        return (lambda u: known[u][:n]), s
     if sigma is None:
         raise InputError("no levels; expected sigma, a level or several.")
     s = np.unique(levels(sigma)[0])
@@ -405,8 +396,8 @@ def _axes(source: Any, states: Callable[[float], torch.Tensor], moments: Any, k:
     if moments is not None:
         if moments.dim != dim:
             raise InputError(f"moments of {moments.dim} dimensions for states of {dim}; expected the data's own.")
-        found = moments.vectors[:, :k] if hasattr(moments, "vectors") else moments.eigh[1][:, :k]
-        return torch.as_tensor(found).double()
+        vectors = moments.vectors if hasattr(moments, "vectors") else moments.eigh[1]
+        return torch.as_tensor(vectors[:, :k]).double()
     if isinstance(source, Mapping):
         return None
     return Moments.fit([states(0.0).flatten(1)], parts=1).eigh[1][:, :k].double()
