@@ -5,7 +5,7 @@
     python benchmarks/late_start.py --data mnist --model FOLDER        # MNIST, needs SYMBREAK_DATA
     python benchmarks/late_start.py --page docs/late-start.md          # the page, from what is finished
 
-Every opponent gets its best grid: spacings, levels and laws are selected on seeds and images of their own, and
+Every baseline gets its best grid: spacings, levels and laws are selected on seeds and images of their own, and
 all numbers are reported on other seeds. Distances are Fréchet distances in a classifier's 64 features to
 held-out images that nothing was fitted on or chosen with. What is finished is kept in --out and not done again.
 """
@@ -21,19 +21,18 @@ import numpy as np
 import torch
 
 import symbreak as sb
-from symbreak.metrics.composition import class_entropy
 from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.features import accuracy, extractor, features, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.frechet import distance, floor
-from symbreak.metrics.memorization import nearest_summary
+from symbreak.networks.denoiser import fingerprint
 from symbreak.runtime.files import write_json
 from symbreak.start.grids import steps_for
 from symbreak.start.late_start import cut
+from symbreak.studies.measure import SELECTION_SEED, Comparison
 
 SAMPLERS = ("dpm++2m", "dpm++2m-karras", "unipc", "ddim", "pndm", "ddpm")
 SPACINGS = ("leading", "trailing", "linspace")
-SELECTION = 10**6  # first seed of those that select
-MANY = (20, 50)  # calls of opponents beyond the table
+MANY = (20, 50)  # network evaluations of baselines beyond the table
 
 
 class Teleported:
@@ -128,47 +127,21 @@ def main():
     top = sb.schedule(pipe.scheduler).sigma_range[1]
     teleported = {"teleported": Teleported(gaussian, top)}
     scale = math.sqrt(float(gaussian.eigenvalues[0]))
-    cache_path = out / "cells.json"
-    cells = json.loads(cache_path.read_text()) if cache_path.exists() else {}
-    report_seeds = range(args.samples * args.repeats)
-    select_seeds = range(SELECTION, SELECTION + args.selection)
-    train_images = train.tensor()
+    about = {
+        "data": train.fingerprint(),
+        "chosen with": len(chooser),
+        "network": fingerprint(network),
+        "extractor": extract.to_dict(),
+        "sizes": [args.samples, args.repeats, args.selection, clusters],
+    }
+    run = sb.Run(out).identified(about)
+    seeds, choosing = range(args.samples * args.repeats), range(SELECTION_SEED, SELECTION_SEED + args.selection)
+    comparison = Comparison(unet, extract, ref, train.shards(run), seeds, choosing, args.repeats, 100, run, real)
 
-    def keep(key, make):
-        if key not in cells:
-            cells[key] = make()
-            write_json(cache_path, cells)
-        return cells[key]
-
-    def images(start, seeds, net=unet):
-        return sb.generate(net, start, seeds, micro_batch=100)
-
-    def select(key, start, net=unet):
-        found = keep(
-            f"select/{key}",
-            lambda: sb.frechet_distance(sb.Moments.fit([features(extract, [images(start, select_seeds, net)])]), ref),
-        )
-        return found
-
-    def measure(key, start, net=unet, **more):
-        def make():
-            x = images(start, report_seeds, net)
-            f = features(extract, [x])
-            labels = torch.cat([extract.logits(part).argmax(1) for part in x.split(500)])
-            shared = precision_recall(f[:1000], real[:1000])
-            near = nearest_summary(x[:500], train_images, None)["samples"]
-            return {
-                **distance(f, ref, args.repeats, extract.name).to_dict(),
-                "entropy": class_entropy(labels, len(extract.classes)),
-                "precision": shared["precision"],
-                "recall": shared["recall"],
-                "nearest": near["median_nearest"],
-                "memorized": near["memorized"],
-                "sigma": start.level.sigma,
-                **more,
-            }
-
-        return keep(f"report/{key}", make)
+    def measure(start, net=unet, key="", **more):
+        """A start's distance and quality in one row, and what else is said of it."""
+        cell = comparison.cell(start, comparison.quality, unet=net, key=key)
+        return {**cell["distance"], **{k: v for k, v in cell.items() if k != "distance"}, **more}
 
     def afs(base, calls):
         """Standard start with calls + 1 steps, the first of them analytic; best spacing selected."""
@@ -182,7 +155,7 @@ def main():
                 continue
             net = FirstStepAnalytic(unet)
             net.first = float(start.scheduler.timesteps[0])
-            value = select(f"{name}/{calls}/afs/{spacing}", start, net)
+            value = comparison.score(start, unet=net, key="afs")
             best = (value, spacing, start, net) if best is None or value < best[0] else best
         return best
 
@@ -198,49 +171,47 @@ def main():
             spaced = {s: sb.standard_start(base, steps, s) for s in SPACINGS}
             if calls in MANY:
                 # A long run is little moved by its spacing; all are scored only where a choice is cheap.
-                row["standard"] = measure(f"{name}/{calls}/standard", spaced["trailing"], spacing="trailing")
+                row["standard"] = measure(spaced["trailing"], spacing="trailing")
                 rows.append(row)
                 continue
-            chosen = min(spaced, key=lambda s: select(f"{name}/{calls}/standard/{s}", spaced[s]))
-            row["standard"] = measure(f"{name}/{calls}/standard", spaced[chosen], spacing=chosen)
-            found = afs(base, calls)
-            if found:
-                _, spacing, start, net = found
-                row["afs"] = measure(f"{name}/{calls}/afs", start, net, spacing=spacing)
+            spacing, _ = comparison.choose(spaced)
+            row["standard"] = measure(spaced[spacing], spacing=spacing)
+            analytic = afs(base, calls)
+            if analytic:
+                _, spacing, start, net = analytic
+                row["afs"] = measure(start, net, "afs", spacing=spacing)
             levels = np.geomspace(0.15 * scale, 3.0 * scale, 8)
 
             def late(law, sigma, base=base, steps=steps):
                 return cut(base, law, steps, sb.NoiseLevel(float(sigma)))
 
-            def score(law, sigma, name=name, calls=calls, late=late):
+            def score(law, sigma, late=late):
                 try:
-                    return select(f"{name}/{calls}/{law}/{sigma:.4g}", late((laws | teleported)[law], sigma))
+                    return comparison.score(late((laws | teleported)[law], sigma))
                 except ValueError:
                     return math.inf
 
             best = min(levels, key=lambda s: score("Gaussian", s))
-            row["gaussian"] = measure(f"{name}/{calls}/gaussian", late(gaussian, best))
+            row["gaussian"] = measure(late(gaussian, best))
             best = min(levels, key=lambda s: score("teleported", s))
-            row["teleported"] = measure(f"{name}/{calls}/teleported", late(teleported["teleported"], best))
+            row["teleported"] = measure(late(teleported["teleported"], best))
             began = time.perf_counter()
             start = sb.late_start(base, list(laws.values()), steps, denoiser=network, data=chooser, check=False)
             seconds = time.perf_counter() - began
             law = "standard" if start.law is None else list(laws)[start.choice.chosen.law]
             grid = start.choice.chosen.grid
-            row["auto"] = measure(f"{name}/{calls}/auto", start, law=law, grid=grid, seconds=seconds + fitting)
+            row["auto"] = measure(start, law=law, grid=grid, seconds=seconds + fitting)
             if not args.no_scan:
                 pairs = [(law, s) for law in laws for s in levels]
                 law, sigma = min(pairs, key=lambda p: score(*p))
-                row["scan"] = measure(f"{name}/{calls}/scan", late(laws[law], sigma), law=law)
+                row["scan"] = measure(late(laws[law], sigma), law=law)
             rows.append(row)
             write_json(out / "late_start.json", {"rows": rows, "fitting": fitting})
             print(line(row), flush=True)
-    same = keep(
-        "floor", lambda: floor(features(extract, [chooser]), ref, args.samples, args.repeats, extract.name).to_dict()
-    )
-    some = train_images[torch.randperm(len(train_images), generator=torch.Generator().manual_seed(9))]
-    real_ones = features(extract, [some[: args.samples * args.repeats]])
-    ideal = keep("train", lambda: distance(real_ones, ref, args.repeats, extract.name).to_dict())
+    same = floor(features(extract, [chooser]), ref, args.samples, args.repeats, extract.name).to_dict()
+    some = torch.randperm(len(train), generator=torch.Generator().manual_seed(9))[: len(seeds)]
+    real_ones = features(extract, [comparison.train.at(some)])
+    ideal = distance(real_ones, ref, args.repeats, extract.name).to_dict()
     about = {
         "data": train.name,
         "images": len(train),
