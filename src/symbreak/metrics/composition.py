@@ -13,6 +13,7 @@ from symbreak.intervals import entropy_interval, share_interval
 from symbreak.laws.class_posterior import class_of
 from symbreak.metrics.extractors import BATCH, device_of
 from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import Values
 from symbreak.runtime.ranks import from_each, own_rows
 from symbreak.runtime.run import padded_blocks
 
@@ -65,7 +66,7 @@ def class_counts(classify: Callable[[torch.Tensor], Any], batches: Iterable[torc
 
 def composition(
     train: dict[str, np.ndarray], samples: dict[str, np.ndarray], names: Mapping[str, list[str]]
-) -> list[dict[str, Any]]:
+) -> list[Values]:
     """The composition table: for every attribute each class's share and the entropy in bits, in two columns.
 
     Args:
@@ -100,6 +101,6 @@ def composition(
     return tables
 
 
-def _share(hits: int, count: int) -> dict[str, Any]:
+def _share(hits: int, count: int) -> Values:
     low, high = share_interval(hits, count)
     return {"count": hits, "share": hits / count, "share_low": low, "share_high": high}

@@ -21,6 +21,8 @@ import torch
 from symbreak.intervals import jackknife, mean_interval, share_interval
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import Values
+from symbreak.runtime.run import renamed
 
 __all__ = ["density_coverage", "precision_recall", "vendi_score"]
 
@@ -28,7 +30,8 @@ BLOCK = 1024
 DENSE_ROWS = 2000  # prdc forms whole matrices of distances
 
 
-def precision_recall(samples: torch.Tensor, real: torch.Tensor, k: int = 3) -> dict[str, Any]:
+@renamed(found="samples=...")
+def precision_recall(samples: torch.Tensor, real: torch.Tensor, k: int = 3) -> Values:
     """Precision and recall of features [N, F] against real ones [M, F].
 
     Distances are formed in blocks of 1,024 x M. The intervals are Wilson's, of the points given the neighbourhoods.
@@ -39,7 +42,7 @@ def precision_recall(samples: torch.Tensor, real: torch.Tensor, k: int = 3) -> d
     if min(len(samples), len(real)) <= k:
         raise InputError(f"{len(samples)} samples and {len(real)} real images; expected more than k = {k} of each.")
     a, b = samples.double(), real.double()
-    out: dict[str, Any] = {}
+    out: Values = {}
     for name, points, by in (("precision", a, b), ("recall", b, a)):
         hits = _covered(points, by, k)
         low, high = share_interval(hits, len(points))
@@ -61,9 +64,8 @@ def _package(name: str, what: str) -> Any:
         raise InputError(f"{what}: not installed. pip install 'symbreak[diversity]'.") from None
 
 
-def density_coverage(
-    samples: torch.Tensor, real: torch.Tensor, k: int = 5, repeats: int = 5, seed: int = 0
-) -> dict[str, Any]:
+@renamed(found="samples=...")
+def density_coverage(samples: torch.Tensor, real: torch.Tensor, k: int = 5, repeats: int = 5, seed: int = 0) -> Values:
     """Density and coverage of features [N, F] against real ones [M, F], by the authors' package ``prdc``.
 
     Both sets are cut into ``repeats`` disjoint random parts of one size, at most 2,000 rows (the package forms whole
@@ -87,7 +89,7 @@ def density_coverage(
         with redirect_stdout(io.StringIO()):  # the package prints
             one = prdc.compute_prdc(real[b].double().numpy(), samples[a].double().numpy(), nearest_k=k)
         values.append((float(one["density"]), float(one["coverage"])))
-    out: dict[str, Any] = {}
+    out: Values = {}
     for name, column in zip(("density", "coverage"), np.array(values).T):
         mean, low, high = mean_interval(column)
         most = 1.0 if name == "coverage" else math.inf  # a share
@@ -95,7 +97,8 @@ def density_coverage(
     return {**out, "k": k, "repeats": repeats, "samples": size, "reference": size}
 
 
-def vendi_score(samples: torch.Tensor, parts: int = 5, seed: int = 0) -> dict[str, Any]:
+@renamed(found="samples=...")
+def vendi_score(samples: torch.Tensor, parts: int = 5, seed: int = 0) -> Values:
     """Vendi score of features [N, F] by ``vendi-score``: how many clearly different samples there seem to be.
 
         exp(-sum_i l_i log l_i)        l the eigenvalues of the cosine similarities, divided by N

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,8 @@ from symbreak.intervals import jackknife, mean_interval
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
-from symbreak.runtime.plain import plain
+from symbreak.runtime.plain import Values, plain
+from symbreak.runtime.run import renamed
 
 __all__ = ["Distance", "distance", "extrapolated", "floor", "frechet_distance", "group_distance", "together"]
 
@@ -88,6 +88,7 @@ def _root(moments: Moments) -> torch.Tensor:
     return vectors[:, keep] * values[keep].sqrt()
 
 
+@renamed(found="samples=...")
 def distance(samples: torch.Tensor, reference: Moments, repeats: int, extractor: str) -> Distance:
     """Fréchet distance of features [N, F], cut into consecutive repeats of N // repeats rows.
 
@@ -114,7 +115,7 @@ def group_distance(groups: list[Moments], reference: Moments, extractor: str) ->
     return Distance(values, mean, low, high, pooled, min(m.count for m in groups), reference.count, extractor)
 
 
-def extrapolated(groups: list[Moments], reference: Moments, pooled: float) -> dict[str, Any]:
+def extrapolated(groups: list[Moments], reference: Moments, pooled: float) -> Values:
     """The distance at infinitely many samples, by a line in 1/n, with an interval.
 
         F_inf = G F_n - (G - 1) mean_g F_(n without group g)

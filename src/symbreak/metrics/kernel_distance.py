@@ -9,14 +9,14 @@ costs the square of the counts, so it takes a bounded number of rows.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 
 from symbreak.intervals import jackknife
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import Values
+from symbreak.runtime.run import renamed
 
 __all__ = ["kid"]
 
@@ -26,6 +26,7 @@ BLOCKS = 10
 TILE = 1024
 
 
+@renamed(found="samples=...")
 def kid(
     samples: torch.Tensor,
     real: torch.Tensor,
@@ -34,7 +35,7 @@ def kid(
     subset_size: int = SUBSET_SIZE,
     blocks: int = BLOCKS,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Values:
     """Squared maximum mean discrepancy of features [N, F] and real ones [M, F].
 
     ``value`` is the estimate from all rows; its interval is a jackknife that leaves one of ``blocks`` random blocks of

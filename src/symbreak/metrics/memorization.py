@@ -6,8 +6,6 @@ nearest, d_1 / d_2 < 1/3 (Bonnaire et al., arXiv:2505.17638). Held-out real imag
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from scipy.sparse import coo_matrix
@@ -18,6 +16,7 @@ from symbreak.intervals import proportion
 from symbreak.laws.nearest_neighbours import Rows, neighbours, searches
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import Values
 from symbreak.runtime.ranks import from_each
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
@@ -57,9 +56,7 @@ def nearest_in(samples: Rows, train: Rows | Images, run: Run | None = None) -> t
 
 
 @renamed()
-def nearest_summary(
-    samples: Rows, train: Rows | Images, held_out: Rows | None, run: Run | None = None
-) -> dict[str, Any]:
+def nearest_summary(samples: Rows, train: Rows | Images, held_out: Rows | None, run: Run | None = None) -> Values:
     """Median nearest distance and share with d_1/d_2 < 1/3, for samples and for held-out images.
 
     Args:
@@ -70,7 +67,7 @@ def nearest_summary(
     run = run or Run()
     points = train.shards(run.share(1 / 4)) if isinstance(train, Images) else train
 
-    def one(x: Rows) -> dict[str, Any]:
+    def one(x: Rows) -> Values:
         d = nearest_in(x, points, run)
         ratio = d[:, 0] / d[:, 1].clamp_min(1e-12)
         return {
@@ -180,7 +177,7 @@ def apart(queries: Rows, points: Rows, group: np.ndarray, name: str = "samples",
 
 def nearer_to_train(
     to_train: Pairs, to_held_out: Pairs, references: int, seed: int = 0, confidence: float = 0.95
-) -> dict[str, Any]:
+) -> Values:
     """Do samples lie nearer to training than to held-out images? 1/2 of them where the network copies nothing.
 
         S = (1 / N) sum_r c_r [r is a training image],  c_r the samples whose nearest reference is r

@@ -26,6 +26,7 @@ from symbreak.metrics.frechet import together
 from symbreak.moments.one_pass import Moments, grouped
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, damaged, output_folder, read_tensors, write_tensors
+from symbreak.runtime.plain import Values
 from symbreak.runtime.ranks import dealt, from_each, own_rows
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
@@ -49,7 +50,7 @@ class Statistics:
 
     groups: tuple[Moments, ...]
     rows: torch.Tensor
-    origin: dict[str, Any]
+    origin: Values
 
     @cached_property
     def whole(self) -> Moments:
@@ -178,7 +179,7 @@ def statistics(
 
 
 def _measured(
-    extract: Extractor, images: Images | Shards | torch.Tensor, groups: int, rows: int, origin: dict[str, Any], run: Run
+    extract: Extractor, images: Images | Shards | torch.Tensor, groups: int, rows: int, origin: Values, run: Run
 ) -> Statistics:
     """Moments of random groups and a random subset of the features, in one pass."""
     count, seed = len(images), origin["seed"]

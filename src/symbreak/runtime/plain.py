@@ -7,7 +7,9 @@ import platform
 from importlib import metadata
 from typing import Any
 
-__all__ = ["plain", "versions"]
+__all__ = ["Values", "plain", "versions"]
+
+Values = dict[str, Any]  # plain values by name, as records and reports hold them
 
 
 def plain(value: Any) -> Any:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +31,7 @@ from symbreak.networks.samplers import scheduler
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
-from symbreak.runtime.plain import plain, versions
+from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.late_start import standard_start
@@ -149,7 +148,7 @@ def audit(
             "--holdout with images of the same source that the network has not seen."
         ]
     extract = chosen(features, "pixels", train, run.share(1 / 2))
-    made: dict[str, Any] | None = None
+    made: Values | None = None
     drawn: Run | None = None
     source: Images | Shards | None = None
     if samples is not None:
@@ -226,21 +225,17 @@ def _check(
 def _side(source: Images | Shards, eight_bit: bool, extract: Extractor, run: Run) -> _Side:
     blocks = 1 if extract.name == "pixels" else BATCH
     x = source.shards(run, blocks) if isinstance(source, Images) else source
-    digests = x.digests(partial(_bytes, eight_bit=eight_bit))
+    # as 8-bit numbers, or as the floats they came as
+    digests = x.digests(lambda b: ((b.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) if eight_bit else b + 0.0)
     if extract.name == "pixels":  # as they are: no float64 copy, and no bound on their number as for a distance
         return _Side(x, x, digests, digest(digests))
     rows = feature_shards(extract, x, run)
     return _Side(x, rows, digests, digest(rows.digests()))
 
 
-def _bytes(batch: torch.Tensor, eight_bit: bool) -> torch.Tensor:
-    """Pixels as 8-bit numbers, or as the floats they came as."""
-    return ((batch.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) if eight_bit else batch + 0.0
-
-
 def _sampled(
     train: Images, model: Any, sampling: Sampling, run: Run, packages: dict[str, str]
-) -> tuple[dict[str, Any], Run, Shards]:
+) -> tuple[Values, Run, Shards]:
     """What the samples are, the run that keeps finished ones, and the samples."""
     refuse_conditional(model, "the network")
     network, seeds = denoiser(model.unet, model.scheduler), sampling.list()
@@ -285,7 +280,7 @@ class _Comparison:
     run: Run
     notes: list[str]
 
-    def content(self, features: str, title_of: Callable[[int], str]) -> dict[str, Any]:
+    def content(self, features: str, title_of: Callable[[int], str]) -> Values:
         """Duplicates, copies and nearness, as plain values."""
         known, new, unseen, run = self.known, self.new, self.unseen, self.run
         with run.timed("duplicates") as part:
@@ -303,7 +298,7 @@ class _Comparison:
             twins = self.duplicates(first, group)
             twins["near"] |= {"fraction": self.near, "radius": radius, "scale": scale}
         nearest: dict[str, Pairs] = {}
-        memorized: dict[str, Any] = {"samples": None, "held_out": None}
+        memorized: Values = {"samples": None, "held_out": None}
         for title, side in (("samples", new), ("held_out", unseen)):
             if side is not None:
                 with run.timed(title.replace("_", "-")) as part:
@@ -332,7 +327,7 @@ class _Comparison:
             "pairs": [] if new is None else self.pairs(nearest["samples"], new, title_of),
         }
 
-    def duplicates(self, first: np.ndarray, group: np.ndarray) -> dict[str, Any]:
+    def duplicates(self, first: np.ndarray, group: np.ndarray) -> Values:
         """Groups of equal images, and groups of near ones among the different images."""
         known, name_of = self.known, self.train.name_of
         place = {known.digests[i]: n for n, i in enumerate(first.tolist())}
@@ -355,7 +350,7 @@ class _Comparison:
             "pictures": pictures,
         }
 
-    def memorized(self, d: torch.Tensor, side: _Side) -> dict[str, Any]:
+    def memorized(self, d: torch.Tensor, side: _Side) -> Values:
         """How many of a side's images are memorized, and how near they lie."""
         ratio, copies = d[:, 0] / d[:, 1], set(self.known.digests)
         return {
@@ -365,7 +360,7 @@ class _Comparison:
             "ratio": _quantiles(ratio),
         }
 
-    def nearer(self, new: _Side, unseen: _Side, first: np.ndarray, run: Run) -> dict[str, Any] | None:
+    def nearer(self, new: _Side, unseen: _Side, first: np.ndarray, run: Run) -> Values | None:
         """Nearest of equally many training and held-out images, all different and none in both."""
         sides = ((self.known, first, unseen), (unseen, unseen.first(), self.known))
         orders = []
@@ -395,7 +390,7 @@ class _Comparison:
             },
         }
 
-    def pairs(self, nearest: Pairs, new: _Side, title_of: Callable[[int], str]) -> list[dict[str, Any]]:
+    def pairs(self, nearest: Pairs, new: _Side, title_of: Callable[[int], str]) -> list[Values]:
         """The samples of lowest d1/d2 beside their two training images."""
         (d, j), known, name_of = nearest, self.known, self.train.name_of
         ratio, copies = d[:, 0] / d[:, 1], set(known.digests)
@@ -428,7 +423,7 @@ def _members(label: np.ndarray, index: np.ndarray) -> list[np.ndarray]:
     return sorted((p for p in parts if len(p) > 1), key=lambda p: (-len(p), int(p[0])))
 
 
-def _count(some: list[np.ndarray], name_of: Callable[[int], str]) -> dict[str, Any]:
+def _count(some: list[np.ndarray], name_of: Callable[[int], str]) -> Values:
     return {
         "groups": len(some),
         "images": sum(map(len, some)),
@@ -438,7 +433,7 @@ def _count(some: list[np.ndarray], name_of: Callable[[int], str]) -> dict[str, A
     }
 
 
-def _histograms(nearest: dict[str, Pairs]) -> dict[str, Any]:
+def _histograms(nearest: dict[str, Pairs]) -> Values:
     """Counts of d1/d2 and of d1, for samples and held-out images in the same bins."""
     if not nearest:
         return {}
@@ -460,7 +455,7 @@ def _titles(samples: Any, seeds: Sequence[int] | None) -> Callable[[int], str]:
     return "sample {}".format if seeds is None else lambda i: f"seed {seeds[i]}"
 
 
-def _verdict(content: dict[str, Any]) -> dict[str, Any]:
+def _verdict(content: Values) -> Values:
     """Does it copy? By the intervals, and by the test against held-out images at 1 %."""
     samples, unseen = content["memorized"]["samples"], content["memorized"]["held_out"]
     compared = content["comparison"]

@@ -32,7 +32,7 @@ from symbreak.noise import NoiseLevel, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
-from symbreak.runtime.plain import versions
+from symbreak.runtime.plain import Values, versions
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
@@ -174,11 +174,11 @@ def run(study: Study, pipeline: Any = None, run: Run | None = None) -> Record:
     return record
 
 
-def _prepared(study: Study, pipeline: Any, run: Run) -> tuple[HeldOut, Any, list[_Plan], dict[str, Any]]:
+def _prepared(study: Study, pipeline: Any, run: Run) -> tuple[HeldOut, Any, list[_Plan], Values]:
     """Data, network, every start and the spectral times: what cannot be done raises an error before the first image."""
     if study.samples < 2 * study.repeats or study.repeats < 1:
         raise InputError(f"{study.samples} samples in {study.repeats} repeats; expected at least 2 samples a repeat.")
-    options: dict[str, Any] = {k: getattr(study, k) for k in ("value_range", "skip_bad", "classes", "pad")}
+    options: Values = {k: getattr(study, k) for k in ("value_range", "skip_bad", "classes", "pad")}
     holdout = None if study.holdout is None else images(study.holdout, **options)
     parts = held_out(images(study.data, **options), holdout, share=0.5)
     train = parts.train
@@ -205,7 +205,7 @@ def _prepared(study: Study, pipeline: Any, run: Run) -> tuple[HeldOut, Any, list
     return parts, pipe, plans, phases
 
 
-def _table(study: Study, plans: list[_Plan], comparison: Comparison) -> list[dict[str, Any]]:
+def _table(study: Study, plans: list[_Plan], comparison: Comparison) -> list[Values]:
     """The rows: spacing and level chosen, then four columns measured."""
     run, rows = comparison.run, []
     table = run.named("table")
@@ -233,10 +233,10 @@ def _table(study: Study, plans: list[_Plan], comparison: Comparison) -> list[dic
     return rows
 
 
-def _cell(comparison: Comparison, start: LateStart, choice: dict[str, Any], noised: bool = False) -> dict[str, Any]:
+def _cell(comparison: Comparison, start: LateStart, choice: Values, noised: bool = False) -> Values:
     """A column of the table: what was chosen, the start, its distance, copies and pictures."""
 
-    def more(x: torch.Tensor, _: torch.Tensor) -> dict[str, Any]:
+    def more(x: torch.Tensor, _: torch.Tensor) -> Values:
         near = nearest_summary(x, comparison.train, None, comparison.run.share(1 / 2))["samples"]
         return {"neighbours": near, "grid": png_row(x[:GRID])}
 

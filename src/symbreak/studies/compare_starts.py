@@ -22,6 +22,7 @@ from symbreak.moments.one_pass import Moments
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.report.record import Record
+from symbreak.runtime.plain import Values
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
@@ -34,7 +35,7 @@ NOISED = "the data, noised"
 
 def candidate_starts(
     data: Images, clusters: int | None = None, size: int | None = None, modes: int = 16, seed: int = 0
-) -> dict[str, Any]:
+) -> Values:
     """Starts to compare, from the one that knows nothing to mixtures, by name.
 
     Args:
@@ -48,7 +49,7 @@ def candidate_starts(
     gaussian = Gaussian(moments)
     k = min(60, max(2, len(data) // 20)) if clusters is None else int(clusters)
     side = min(8, data.shape[1] // 2) if size is None else int(size)
-    starts: dict[str, Any] = {
+    starts: Values = {
         "white noise": WhiteNoise(data.shape),
         "ball": Ball(isotropic(moments)),
         "diagonal Gaussian": diagonal(moments),
@@ -94,7 +95,7 @@ def compare_starts(
         InputError: as `sensitivity`.
     """
     comparison, settings = compared(data, holdout, pipeline, measure, run or Run())
-    told, quality = comparison.run.named("cells"), comparison.quality
+    run, quality = comparison.run.named("cells"), comparison.quality
     laws = {**(candidate_starts(data) if starts is None else starts)}
     scale = math.sqrt(float(Moments.fit(data).eigh[0][0]))
     sigmas = np.unique(scale * np.array([0.35, 1.0, 3.0]) if levels is None else np.array(levels, dtype=float))
@@ -105,13 +106,13 @@ def compare_starts(
         spaced = standard_starts(full, steps)
         spacing, _ = comparison.choose(spaced)
         standard.append({"calls": n, "spacing": spacing, **comparison.cell(spaced[spacing], quality)})
-        told.tell(done := done + 1, total)
+        run.tell(done := done + 1, total)
         for sigma in map(float, sigmas):
             for name, law in {**laws, NOISED: WhiteNoise(data.shape)}.items():
                 start = late_start(full, law, steps, at=NoiseLevel(sigma), check=False)
                 cell = comparison.cell(start, quality, noised=name == NOISED)
                 rows.append({"start": name, "calls": n, "asked": sigma, **cell})
-                told.tell(done := done + 1, total)
+                run.tell(done := done + 1, total)
     # Training images stand for samples, held-out images for what is near without having been copied.
     order = torch.randperm(len(data), generator=generator(63, 0))[: len(comparison.seeds)]
     x = comparison.train.at(order)

@@ -25,7 +25,7 @@ from symbreak.metrics.reference import ROWS, Statistics, cache_folder, load_stat
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
-from symbreak.runtime.plain import versions
+from symbreak.runtime.plain import Values, versions
 from symbreak.runtime.ranks import agreed, from_each
 from symbreak.runtime.rows import HELD, Shards
 from symbreak.runtime.run import Run, renamed
@@ -78,7 +78,7 @@ def evaluate(
     subset: Subset = Subset(),
     cache: bool | Path = True,
     run: Run | None = None,
-) -> dict[str, Any]:
+) -> Values:
     """How far samples are from held-out images, what they leave out, and whether they copy the training images.
 
     Features are streamed: the Fréchet distances hold moments, (repeats + 2) x features^2 numbers. Kernel distance,
@@ -161,10 +161,10 @@ def evaluate_network(
     holdout: Images | None = None,
     *,
     micro_batch: int = MICRO,
-    identity: dict[str, Any] | None = None,
+    identity: Values | None = None,
     run: Run | None = None,
     **measuring: Any,
-) -> dict[str, Any]:
+) -> Values:
     """Sample a network, going on from what an interrupted call has finished, and evaluate the images.
 
     Args:
@@ -205,10 +205,10 @@ class _Evaluation:
     def __post_init__(self) -> None:
         self.marks = {"extractor": self.extract.name, "resize": self.extract.resize}
 
-    def content(self, judge: Any, rows: int) -> dict[str, Any]:
+    def content(self, judge: Any, rows: int) -> Values:
         """All of the evaluation, as plain values."""
         samples, made, real, seed = self.samples, self.made, self.real, self.seed
-        content: dict[str, Any] = {
+        content: Values = {
             "samples": {
                 "name": samples.name if isinstance(samples, Images) else "array",
                 "count": len(samples),
@@ -221,7 +221,7 @@ class _Evaluation:
         with self.run.timed("floor") as part:
             content["floor"] = self.floor(part)
         name = "KID" if self.extract.name == "inception" else "kernel distance"
-        measures: dict[str, Callable[[], dict[str, Any]]] = {
+        measures: dict[str, Callable[[], Values]] = {
             "kid": lambda: {"name": name, **kid(made.rows, real.rows, seed=seed)},
             "precision_recall": lambda: precision_recall(made.rows, real.rows),
             "density_coverage": lambda: density_coverage(made.rows, real.rows, seed=seed),
@@ -246,7 +246,7 @@ class _Evaluation:
         content["notes"] = self.notes
         return content
 
-    def distances(self) -> dict[str, Any]:
+    def distances(self) -> Values:
         """Fréchet distance by repeats and pooled, and extrapolated to infinitely many samples."""
         groups, whole, count, features = list(self.made.groups), self.real.whole, self.made.count, self.real.whole.dim
         distance = group_distance(groups, whole, self.extract.name)
@@ -273,7 +273,7 @@ class _Evaluation:
             "extrapolated": more,
         }
 
-    def floor(self, run: Run) -> dict[str, Any] | None:
+    def floor(self, run: Run) -> Values | None:
         """Training images against the reference at the samples' counts."""
         if self.real.origin["fingerprint"] == self.data.fingerprint():
             self.notes.append("No floor: the reference are the training images themselves.")
@@ -286,7 +286,7 @@ class _Evaluation:
         distance = group_distance(list(train.groups), self.real.whole, self.extract.name)
         return {**distance.to_dict(), "count": train.count, **self.marks}
 
-    def vendi(self) -> dict[str, Any]:
+    def vendi(self) -> Values:
         """Of the samples and, at the same count, of the reference."""
         both = (self.made.rows, self.real.rows)
         size = min(map(len, both))
@@ -295,7 +295,7 @@ class _Evaluation:
         ends = {"reference_value_low": other["low"], "reference_value_high": other["high"]}
         return {**score, "reference_value": other["value"], **ends}
 
-    def neighbours(self) -> dict[str, Any]:
+    def neighbours(self) -> Values:
         """Nearest training images of the samples and of the held-out images."""
         most = max(GRID, int(NEIGHBOUR_COST / (len(self.data) * math.prod(self.data.shape))))
 
@@ -424,7 +424,7 @@ def _judge(classify: Features | None, extract: Extractor, data: Images, run: Run
     return extract if classify is None and hasattr(extract, "logits") else classify
 
 
-def _composition(judge: Any, samples: Images | Shards, data: Images, rows: int, seed: int) -> list[dict[str, Any]]:
+def _composition(judge: Any, samples: Images | Shards, data: Images, rows: int, seed: int) -> list[Values]:
     inner = getattr(judge, "function", judge)  # a callable may give classes, which are no features
     names = getattr(inner, "classes", None)
     by_attribute = names if isinstance(names, dict) else {} if names is None else {CLASSES: list(names)}

@@ -27,7 +27,7 @@ from symbreak.networks.loading import weights_hash
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
-from symbreak.runtime.plain import versions
+from symbreak.runtime.plain import Values, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
 from symbreak.start.late_start import LateStart
@@ -39,7 +39,7 @@ SELECTION_SEED = 1_000_000  # choices are made on seeds from here on, reports on
 NEAREST = 500  # images whose nearest training image is looked for
 NEIGHBOURS = 1000  # features compared for precision and recall
 Name = TypeVar("Name", str, float)
-More = Callable[[torch.Tensor, torch.Tensor], dict[str, Any]]
+More = Callable[[torch.Tensor, torch.Tensor], Values]
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,14 @@ class Comparison:
         noised: bool = False,
         unet: nn.Module | None = None,
         key: str = "",
-    ) -> dict[str, Any]:
+    ) -> Values:
         """Level, cost and ``distance`` of a start on the reporting seeds, and what ``more(images, features)`` says.
 
         Args:
             unet: a network of its own, which ``key`` has to name.
         """
 
-        def make() -> dict[str, Any]:
+        def make() -> Values:
             x = self.images(start, self.seeds, noised, unet)
             f = features(self.extract, x)
             measured = distance(f, self.reference, self.repeats, self.extract.name).to_dict()
@@ -140,7 +140,7 @@ class Comparison:
             scores[name] = self.score(start) if twin is None else scores[twin]
         return min(scores, key=scores.__getitem__), scores
 
-    def quality(self, x: torch.Tensor, f: torch.Tensor) -> dict[str, Any]:
+    def quality(self, x: torch.Tensor, f: torch.Tensor) -> Values:
         """Precision, recall, class entropy (where the extractor classifies), nearest training images, copies."""
         if self.real is None:
             raise InputError("a comparison without features of the held-out images has no precision and recall.")
@@ -161,9 +161,7 @@ class Comparison:
         }
 
 
-def compared(
-    data: Images, holdout: Images, pipeline: Any, measure: Measure, run: Run
-) -> tuple[Comparison, dict[str, Any]]:
+def compared(data: Images, holdout: Images, pipeline: Any, measure: Measure, run: Run) -> tuple[Comparison, Values]:
     """The comparison of starts of a pipeline, with features of all held-out images, and the settings that decide it.
 
     Raises:
@@ -205,7 +203,7 @@ def compared(
 
 
 def recorded(
-    kind: str, comparison: Comparison, data: Images, holdout: Images, settings: dict[str, Any], content: dict[str, Any]
+    kind: str, comparison: Comparison, data: Images, holdout: Images, settings: Values, content: Values
 ) -> Record:
     """The record of a comparison, saved where the run has a folder."""
     run, extract, unet = comparison.run, comparison.extract, comparison.unet

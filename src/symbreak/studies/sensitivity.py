@@ -24,6 +24,7 @@ from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import Values
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
@@ -34,7 +35,7 @@ __all__ = ["flat_range", "knee", "sensitivity"]
 SAMPLERS = ("dpm++2m", "dpm++2m-karras", "ddim", "pndm", "ddpm")
 
 
-def flat_range(sigma: np.ndarray, values: np.ndarray, confidence: float = 0.95) -> dict[str, Any]:
+def flat_range(sigma: np.ndarray, values: np.ndarray, confidence: float = 0.95) -> Values:
     """The best level of a curve, and the levels around it that cannot be told from it.
 
     Args:
@@ -51,7 +52,7 @@ def flat_range(sigma: np.ndarray, values: np.ndarray, confidence: float = 0.95) 
     if v.ndim != 2 or len(v) != len(s) or not (np.diff(s) > 0).all():
         raise InputError(f"{len(s)} levels for distances of shape {v.shape}; expected rising levels [G], [G, R].")
     best = int(v.mean(1).argmin())
-    out: dict[str, Any] = {"best": float(s[best]), "overlap": None, "paired": None}
+    out: Values = {"best": float(s[best]), "overlap": None, "paired": None}
     if v.shape[1] < 2:
         return out
     bounds = np.array([mean_interval(row, confidence) for row in v])
@@ -157,7 +158,7 @@ def sensitivity(
     Source: arXiv:2305.19693 (distance against start level).
     """
     comparison, settings = compared(data, holdout, pipeline, measure, run or Run())
-    told = comparison.run.named("cells")
+    run = comparison.run.named("cells")
     moments = Moments.fit(data)
     if starts is None:
         starts = {"Gaussian": Gaussian(moments), "white noise": WhiteNoise(data.shape)}
@@ -173,14 +174,14 @@ def sensitivity(
         standard = standard_starts(full, steps)
         spacing, _ = comparison.choose(standard)
         reference = comparison.cell(standard[spacing])
-        told.tell(done := done + 1, total)
-        curves: dict[str, Any] = {}
+        run.tell(done := done + 1, total)
+        curves: Values = {}
         for label, law in starts.items():
             cells = {}
             for sigma in sigmas:
                 cell = comparison.cell(late_start(full, law, steps, at=NoiseLevel(float(sigma)), check=False))
                 cells[cell["sigma"]] = cell  # a grid may offer one level for two that were asked for
-                told.tell(done := done + 1, total)
+                run.tell(done := done + 1, total)
             at, values = np.array(list(cells)), np.array([cell["distance"]["values"] for cell in cells.values()])
             flat = flat_range(at, values)
             curves[label] = {
