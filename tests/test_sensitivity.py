@@ -107,8 +107,8 @@ def test_an_interrupted_run_ends_with_the_same_record(record, world, tmp_path):
     train, held, pipe = world
 
     def stop(stage, done, total):
-        assert (stage, total) == ("cells", 9)
-        if done == 4:
+        assert stage == "images" or (stage, total) == ("cells", 9)
+        if (stage, done) == ("cells", 4):
             raise KeyboardInterrupt
 
     args = {"holdout": held, "starts": {"law": LAW, "white noise": WhiteNoise(train.shape)}}

@@ -191,7 +191,7 @@ def compared(data: Images, holdout: Images, pipeline: Any, measure: Measure, run
         pipeline.unet,
         measure.extract,
         Moments.fit([real], parts=1),
-        data.shards(run.share(1 / 4)),
+        data.shards(run.share(1 / 4).named("images")),
         range(samples * measure.repeats),
         range(SELECTION_SEED, SELECTION_SEED + samples),
         measure.repeats,
