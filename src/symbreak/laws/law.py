@@ -20,14 +20,14 @@ from __future__ import annotations
 import abc
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 
-__all__ = ["ExactLaw", "FlowPath", "Law", "column", "flatten", "fresh", "level", "rows_of", "top_eigenvalue"]
+__all__ = ["ExactLaw", "FlowPath", "Law", "column", "flatten", "fresh", "is_law", "level", "rows_of", "top_eigenvalue"]
 
 
 @runtime_checkable
@@ -63,6 +63,11 @@ class Law(Protocol):
 
     def transport(self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None) -> torch.Tensor:
         """White noise, or VE states at ``sigma_from``, along the law's probability flow: VE states [B, *S] at sigma."""
+
+
+def is_law(source: object) -> TypeGuard[Law]:
+    """Whether a source is a law, which can be sampled at any level and is exact, or a denoiser."""
+    return hasattr(source, "denoise")
 
 
 class ExactLaw(abc.ABC):

@@ -30,7 +30,6 @@ __all__ = [
     "fingerprint",
     "fingerprints",
     "images_for",
-    "is_law",
     "score",
 ]
 
@@ -78,11 +77,6 @@ class LawDenoiser:
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         return self.law.denoise(x, sigma)
-
-
-def is_law(source: Denoises | Denoiser) -> bool:
-    """Whether this is a law, whose posterior mean is exact, rather than a denoiser."""
-    return isinstance(source, Denoises)
 
 
 def as_denoiser(law_or_denoiser: Denoises | Denoiser) -> Denoiser:

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 
 from symbreak.critical import CriticalTime, Levels, levels, passing, passing_interval
-from symbreak.laws.law import Law
+from symbreak.laws.law import Law, is_law
 from symbreak.laws.mixture import Mixture
 from symbreak.networks.denoiser import Denoiser, as_denoiser, ask, fingerprints
 from symbreak.noise import NoiseLevel, generator
-from symbreak.phases.reverse_paths import descend, is_law, start_states
+from symbreak.phases.reverse_paths import descend, start_states
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.files import digest
 from symbreak.runtime.ranks import agreed

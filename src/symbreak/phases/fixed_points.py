@@ -33,6 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from symbreak.critical import levels
+from symbreak.laws.law import is_law
 from symbreak.networks.denoiser import as_denoiser
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
@@ -123,7 +124,7 @@ class System:
         self.denoiser = as_denoiser(law_or_denoiser)
         self.shape = tuple(self.denoiser.shape)
         self.dim = math.prod(self.shape)
-        self.is_law = hasattr(law_or_denoiser, "denoise")
+        self.is_law = is_law(law_or_denoiser)
         self.dense = self.dim <= (DENSE if self.is_law else DENSE_NETWORK)
         weights = getattr(getattr(law_or_denoiser, "unet", None), "parameters", tuple)
         self.device = next((p.device for p in weights()), torch.device("cpu"))

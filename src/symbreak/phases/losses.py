@@ -23,7 +23,7 @@ from scipy.interpolate import make_interp_spline
 
 from symbreak.critical import Curve, Levels, levels, mean_curve
 from symbreak.laws.class_posterior import Labels, labels_of
-from symbreak.laws.law import Law
+from symbreak.laws.law import Law, is_law
 from symbreak.networks.denoiser import CHUNK, Batches, Denoiser, LawDenoiser, as_denoiser, ask, fingerprints, images_for
 from symbreak.noise import generator
 from symbreak.runtime.errors import InputError
@@ -279,7 +279,8 @@ def posterior_mean(
 ) -> torch.Tensor:
     """D(x, sigma) of a network or law, of every image's own class where labels are given."""
     law: Any = source.law if isinstance(source, LawDenoiser) else source
-    if not hasattr(law, "denoise"):
+    exact = is_law(law)
+    if not exact:
         return ask(source, x, sigma, labels)
     if labels is None or getattr(law, "classes", None) is None:
         mean: torch.Tensor = law.denoise(x, sigma)

@@ -26,11 +26,11 @@ from scipy.integrate import trapezoid
 from symbreak.critical import CriticalTime, Curve, Levels, Result, curve, levels, passing_time
 from symbreak.intervals import resampled
 from symbreak.laws.gaussian import Gaussian
-from symbreak.laws.law import Law
+from symbreak.laws.law import Law, is_law
 from symbreak.moments.one_pass import LowRankMoments, Moments
 from symbreak.networks.denoiser import CHUNK, Batches, Denoiser, as_denoiser, ask, fingerprints, images_for
 from symbreak.noise import NoiseLevel, generator
-from symbreak.phases.reverse_paths import descend, grid_through, is_law, start_states
+from symbreak.phases.reverse_paths import descend, grid_through, start_states
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
 

@@ -20,6 +20,7 @@ import torch
 
 from symbreak.critical import CriticalTime, levels
 from symbreak.laws.class_posterior import class_of
+from symbreak.laws.law import is_law
 from symbreak.networks.denoiser import as_denoiser, ask, fingerprints
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.fixed_points import System, checked_flow, level_at, rates
@@ -168,7 +169,7 @@ def drift(law_or_denoiser: Any, x: torch.Tensor, sigma: float, flow: str = "sde"
     kappa, gain = rates(flow, frame, s)
     alpha = NoiseLevel(s).alpha if frame == "vp" else 1.0
     ve = x / alpha
-    mean = d(ve, s) if hasattr(law_or_denoiser, "denoise") else ask(d, ve, s)
+    mean = d(ve, s) if is_law(law_or_denoiser) else ask(d, ve, s)
     return alpha * gain * (mean - kappa * ve)
 
 
@@ -222,7 +223,7 @@ def potential(
     if not bool(torch.isfinite(states).all()):
         raise InputError("the path holds NaN or infinity; expected finite states.")
     if tolerance is None:
-        tolerance = 1e-10 if hasattr(law_or_denoiser, "denoise") else 1e-5
+        tolerance = 1e-10 if is_law(law_or_denoiser) else 1e-5
     force = partial(drift, law_or_denoiser, sigma=s, flow=flow, frame=frame)
     value, error = _integrals(force, states[:-1], states[1:], tolerance)
     length = (states[1:] - states[:-1]).flatten(1).norm(dim=1)
@@ -360,7 +361,7 @@ def arc_potential(
         states *= alphas.reshape(-1, *[1] * (states.ndim - 1))
     angle = np.linspace(-0.2 * math.pi, 0.7 * math.pi, points)
     cos, sin = (torch.from_numpy(f(angle)).reshape(-1, *[1] * len(denoiser.shape)) for f in (np.cos, np.sin))
-    tolerance = wells.tolerance or (1e-8 if hasattr(denoiser_or_law, "denoise") else 1e-4)
+    tolerance = wells.tolerance or (1e-8 if is_law(denoiser_or_law) else 1e-4)
 
     def along(i: int) -> Arrays:
         path = cos * states[i, 0] + sin * states[i, 1]

@@ -14,19 +14,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TypeGuard
 
 import numpy as np
 import torch
 
 from symbreak.critical import Levels, levels
-from symbreak.laws.law import Law
+from symbreak.laws.law import Law, is_law
 from symbreak.networks.denoiser import CHUNK, Denoiser, ask, fingerprints
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Run
 
-__all__ = ["descend", "grid_through", "is_law", "reverse_states", "start_states"]
+__all__ = ["descend", "grid_through", "reverse_states", "start_states"]
 
 
 @torch.no_grad()
@@ -84,11 +83,6 @@ def descend(
         noise = torch.randn(fresh, *x.shape[1:], generator=g, dtype=x.dtype)
         noise = torch.cat([noise] * (len(x) // fresh))
         x = torch.lerp(ahead, x, ratio).add_(noise, alpha=below * math.sqrt(1 - ratio))
-
-
-def is_law(source: object) -> TypeGuard[Law]:
-    """Whether a source is a law, which can be sampled at any level, or a denoiser."""
-    return hasattr(source, "denoise")
 
 
 def start_states(source: Law | Denoiser, n: int, sigma: float, g: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
