@@ -43,77 +43,87 @@ def phases_figure(content: dict[str, Any]) -> Any:
     """All criteria and curves on one sigma axis, the model's own step on a second one."""
     from matplotlib.figure import Figure
 
-    found = [c for c in content["criteria"] if c["level"] is not None and c["level"]["sigma"] > 0]
+    rows = [c for c in content["criteria"] if c["level"] is not None and c["level"]["sigma"] > 0]
+    rows.sort(key=lambda c: -c["level"]["sigma"])
     panels = [p for p in PANELS if any(c["panel"] == p for c in content["curves"])]
-    heights = [0.6 + 0.2 * max(1, len(found)), *[2.2] * len(panels)]
+    heights = [0.6 + 0.2 * max(1, len(rows)), *[2.2] * len(panels)]
     figure = Figure(figsize=(10.5, sum(heights) + 0.8), layout="constrained")
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    top = axes[0]
-    ordered = sorted(found, key=lambda c: -c["level"]["sigma"])
-    for i, c in enumerate(ordered):
-        color = SOURCES.get(c["of"], COLORS[5])
-        low, high = ((c[w] or c["level"])["sigma"] for w in ("low", "high"))
-        if isinstance(high, float) and math.isfinite(high):
-            top.plot([max(low, 1e-3), high], [i, i], color=color, linewidth=4, alpha=0.35, solid_capstyle="butt")
-        top.plot(c["level"]["sigma"], i, "o", color=color, markersize=5)
-    names = [f"{c['name']}{', ' + c['frame'].upper() if c['frame'] else ''} ({c['of']})" for c in ordered]
+    top, regimes = axes[0], content.get("regimes") or {}
+    for i, c in enumerate(rows):
+        _span(top, c, i, SOURCES.get(c["of"], COLORS[5]), 0.35)
+    names = [f"{c['name']}{', ' + c['frame'].upper() if c['frame'] else ''} ({c['of']})" for c in rows]
     top.set_yticks(range(len(names)), names, fontsize=8)
     top.set_ylim(len(names) - 0.4, -0.6)
-    sigmas = [s for c in content["curves"] for s in c["sigma"]] + [c["level"]["sigma"] for c in found]
-    bound = (content.get("regimes") or {}).get("collapse")
     for ax, panel in zip(axes[1:], panels):
-        unit, title = PANELS[panel]
-        own = [c for c in content["curves"] if c["panel"] == panel]
-        for i, c in enumerate(own):
-            color = c.get("color") or SOURCES.get(c["of"], COLORS[i % len(COLORS)])
-            order = sorted(range(len(c["sigma"])), key=c["sigma"].__getitem__)
-            if panel == "samples" and c["of"] == "data" and bound:  # far below the collapse images say nothing of it
-                order = [j for j in order if c["sigma"][j] >= 0.5 * bound["sigma"]]
-            s = [c["sigma"][j] for j in order]
-            v, low, high = ([math.nan if c[k][j] is None else c[k][j] for j in order] for k in ("value", "low", "high"))
-            ax.plot(s, v, c.get("line", "-"), color=color, linewidth=1.4, markersize=3, label=c["label"])
-            ax.fill_between(s, low, high, color=color, alpha=0.15, linewidth=0)
-        for line in content["lines"]:
-            if line["panel"] == panel:
-                ax.axhline(line["value"], color="#888", linestyle=":", linewidth=1, label=line["label"])
-        if panel in ("loss", "information") and any(v is not None and v > 0 for c in own for v in c["value"]):
-            ax.set_yscale("log")
-        if panel == "information":
-            ax.set_ylim(bottom=1e-2)
-        if panel == "samples":  # far below the collapse numbers lose their meaning
-            ax.set_ylim(0, 3 * max(line["value"] for line in content["lines"] if line["panel"] == panel))
-        ax.set_ylabel(unit, fontsize=8)
-        ax.set_title(title, fontsize=9, loc="left")
-        ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        _panel(ax, panel, content, regimes.get("collapse"))
     for ax in axes:
         ax.set_xscale("log")
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, which="major", color="#e6eaf0", linewidth=0.8)
-        ax.set_axisbelow(True)
+        _plain_frame(ax)
+    sigmas = [s for c in content["curves"] for s in c["sigma"]] + [c["level"]["sigma"] for c in rows]
     if sigmas:
         top.set_xlim(1.15 * max(sigmas), 0.87 * min(sigmas))
-        _shade(axes, content.get("regimes") or {})
+        _shade(axes, regimes)
+        _step_axis(top, content, min(sigmas), max(sigmas))
+    _plain_ticks(axes[-1].xaxis, [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)])
+    axes[-1].set_xlabel("sigma (noise falls to the right, as in generation)")
+    return figure
+
+
+def _numbers(values: list[float | None]) -> list[float]:
+    return [math.nan if v is None else v for v in values]
+
+
+def _span(ax: Any, critical: dict[str, Any], y: float, color: str, alpha: float) -> None:
+    """A critical time as a dot on its interval, at height y."""
+    low, high = ((critical[w] or critical["level"])["sigma"] for w in ("low", "high"))
+    if isinstance(high, float) and math.isfinite(high):
+        ax.plot([max(low, 1e-3), high], [y, y], color=color, linewidth=4, alpha=alpha, solid_capstyle="butt")
+    ax.plot(critical["level"]["sigma"], y, "o", color=color, markersize=5)
+
+
+def _panel(ax: Any, panel: str, content: dict[str, Any], collapse: dict[str, Any] | None) -> None:
+    """The curves of one panel."""
+    unit, title = PANELS[panel]
+    curves = [c for c in content["curves"] if c["panel"] == panel]
+    lines = [line for line in content["lines"] if line["panel"] == panel]
+    for i, c in enumerate(curves):
+        color = c.get("color") or SOURCES.get(c["of"], COLORS[i % len(COLORS)])
+        order = sorted(range(len(c["sigma"])), key=c["sigma"].__getitem__)
+        if panel == "samples" and c["of"] == "data" and collapse:  # far below the collapse images say nothing of it
+            order = [j for j in order if c["sigma"][j] >= 0.5 * collapse["sigma"]]
+        s, v, low, high = (_numbers([c[k][j] for j in order]) for k in ("sigma", "value", "low", "high"))
+        ax.plot(s, v, c.get("line", "-"), color=color, linewidth=1.4, markersize=3, label=c["label"])
+        ax.fill_between(s, low, high, color=color, alpha=0.15, linewidth=0)
+    for line in lines:
+        ax.axhline(line["value"], color="#888", linestyle=":", linewidth=1, label=line["label"])
+    if panel in ("loss", "information") and any(v is not None and v > 0 for c in curves for v in c["value"]):
+        ax.set_yscale("log")
+    if panel == "information":
+        ax.set_ylim(bottom=1e-2)
+    if panel == "samples":  # far below the collapse numbers lose their meaning
+        ax.set_ylim(0, 3 * max(line["value"] for line in lines))
+    ax.set_ylabel(unit, fontsize=8)
+    ax.set_title(title, fontsize=9, loc="left")
+    _legend_beside(ax)
+
+
+def _step_axis(top: Any, content: dict[str, Any], low: float, high: float) -> None:
+    """The model's own steps above the axis of sigma."""
     ticks: list[dict[str, float]] = []
-    for t in content["step_ticks"] if sigmas else ():
-        apart = 0.06 * math.log(max(sigmas) / min(sigmas))  # or their numbers run into each other
+    apart = 0.06 * math.log(high / low)  # or their numbers run into each other
+    for t in content["step_ticks"]:
         near = ticks and abs(math.log(t["sigma"] / ticks[-1]["sigma"])) < apart
-        if min(sigmas) <= t["sigma"] <= max(sigmas) and not near:
+        if low <= t["sigma"] <= high and not near:
             ticks.append(t)
     if ticks:
         above = top.twiny()
         above.set_xscale("log")
         above.set_xlim(top.get_xlim())
-        from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
-
-        above.xaxis.set_major_locator(FixedLocator([t["sigma"] for t in ticks]))
-        above.xaxis.set_minor_locator(NullLocator())
-        above.xaxis.set_minor_formatter(NullFormatter())
+        _plain_ticks(above.xaxis, [t["sigma"] for t in ticks])
         above.set_xticklabels([f"{t['step']:.0f}" for t in ticks], fontsize=8)
         above.set_xlabel(f"step of {content['schedule']}", fontsize=8)
         above.spines[["right"]].set_visible(False)
-    _plain_ticks(axes[-1].xaxis, [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)])
-    axes[-1].set_xlabel("sigma (noise falls to the right, as in generation)")
-    return figure
 
 
 def _shade(axes: Any, regimes: dict[str, Any]) -> None:
@@ -143,7 +153,7 @@ def arc_figure(arc: dict[str, Any]) -> Any:
     ax = axes[0]
     order = sorted(range(len(arc["sigma"])), key=lambda i: -arc["sigma"][i])
     for place, i in enumerate(order):
-        u = [math.nan if v is None else v for v in arc["value"][i]]
+        u = _numbers(arc["value"][i])
         # Wells deepen by orders of magnitude from level to level: every line has a scale of its own.
         height = max((v for v in u if math.isfinite(v)), default=1.0) or 1.0
         wells = arc["wells"][i]
@@ -154,7 +164,7 @@ def arc_figure(arc: dict[str, Any]) -> Any:
     for at in (0.0, 0.5):
         ax.axvline(at, color="#bbb", linewidth=0.8)
     ax.set(xlabel="angle / pi; the trajectories are at 0 and 0.5", ylabel="potential, scaled to 1")
-    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _legend_beside(ax)
     return figure
 
 
@@ -252,20 +262,27 @@ def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tup
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, columns, squeeze=False, **kwargs)[0]
     for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(True, which="major", color="#e6eaf0", linewidth=0.8)
-        ax.set_axisbelow(True)
+        _plain_frame(ax)
     return figure, axes
+
+
+def _plain_frame(ax: Any) -> None:
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(True, which="major", color="#e6eaf0", linewidth=0.8)
+    ax.set_axisbelow(True)
+
+
+def _legend_beside(ax: Any) -> None:
+    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def spectrum_figure(phases: dict[str, Any]) -> str:
     figure, (left, right) = _figure(10.5, 3.4, 2)
     values = phases["eigenvalues"]
     rank = range(1, len(values) + 1)
-    low = [float("nan") if v is None else v for v in phases["eigenvalues_low"]] if "eigenvalues_low" in phases else None
     left.loglog(rank, [max(v, 1e-12) for v in values], color=COLORS[0], marker=".", markersize=3, linewidth=1)
-    if low is not None:
-        high = [float("nan") if v is None else v for v in phases["eigenvalues_high"]]
+    if "eigenvalues_low" in phases:
+        low, high = (_numbers(phases[f"eigenvalues_{end}"]) for end in ("low", "high"))
         left.fill_between(rank, low, high, color=COLORS[0], alpha=0.2, linewidth=0)
     # Intervals of eigenvalues next to zero reach far beyond every eigenvalue: the values set the scale.
     bottom = max(1e-6, 0.5 * min((v for v in values if v > 1e-9), default=1e-6))
@@ -282,15 +299,7 @@ def spectrum_figure(phases: dict[str, Any]) -> str:
     left.set(xlabel="mode", ylabel="covariance eigenvalue", title="Spectrum, pixels in [-1, 1]")
     rungs = [c for c in phases["ladder"] if c["level"] is not None]
     for i, c in enumerate(rungs):
-        if c["low"] is not None and c["high"] is not None:
-            right.plot(
-                [max(c["low"]["sigma"], 1e-3), c["high"]["sigma"]],
-                [i + 1, i + 1],
-                color=COLORS[1],
-                linewidth=3,
-                alpha=0.4,
-            )
-        right.plot(c["level"]["sigma"], i + 1, "o", color=COLORS[1], markersize=5)
+        _span(right, c, i + 1, COLORS[1], 0.4)
     right.set_xscale("log")
     right.set_yticks(range(1, len(rungs) + 1))
     right.invert_xaxis()
