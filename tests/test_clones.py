@@ -356,6 +356,9 @@ def nan(images):
         (lambda: u_turns(D, X, 1.0, component(WORLDS["equal"]), features=lambda x: x[:2]), "features gave the shape"),
         (lambda: u_turns(D, X, 1.0), "has no classes"),
         (lambda: opportunity(D, 1.0, size=0.0), "a size of 0"),
+        (lambda: clones(D, [1.0], component, sigma_start=1.0), r"now clones\(paths=sb.Paths"),
+        (lambda: u_turns(D, X, 1.0, component, turns=2), r"u_turns\(turns=...\) is now u_turns\(paths=sb.Paths"),
+        (lambda: opportunity(D, 1.0, keep=print), r"opportunity\(keep=...\) is now opportunity\(run=sb.Run"),
         (lambda: opportunity(D, 1.0, flow="pde"), "flow 'pde'"),
     ],
 )

@@ -204,9 +204,7 @@ def _of_points(law: Empirical | SharedPoints, queries: int, seed: int, run: Run)
     if size < 1e-100:
         raise InputError(f"all {n:,} points are equal: there is nothing to collapse to. Choose other data.")
 
-    def nothing(reason: str) -> CriticalTime:
-        return CriticalTime(None, criterion="collapse", source=MEASURED, reason=reason)
-
+    time = partial(CriticalTime, criterion="collapse", source=MEASURED)
     for name, grid in (("wide", np.geomspace(300.0, 0.03, 50)), ("low", np.geomspace(0.03, 3e-4, 25))):
         wide = overlaps(law, size * grid, min(queries, 256), seed, name=name, run=run.telling(lambda *_: None))
         rough = crossing(wide.sigma, bounds(wide)[1], nats)
@@ -218,23 +216,21 @@ def _of_points(law: Empirical | SharedPoints, queries: int, seed: int, run: Run)
             f"{copies:.0%} of the points have a copy as near. Remove duplicates" if copies > 0.01 else "too few points"
         )
         ends = f"sigma {size * 3e-4:.3g} and {size * 300:.3g}"
-        return nothing(f"the information does not pass log n = {nats:.4g} nats between {ends}: {why}")
+        return time(None, reason=f"the information does not pass log n = {nats:.4g} nats between {ends}: {why}")
     near = overlaps(law, rough * np.geomspace(1.25, 0.5, 24), queries, seed, name="near", run=run)
-
-    def upper(some: Overlaps) -> float | None:
-        return crossing(some.sigma, bounds(some)[1], nats)
 
     def passes(some: Overlaps) -> float:
         at = crossing(some.sigma, extrapolated(some), nats)
         return math.nan if at is None else math.log(at)
 
-    top, best = upper(near), passes(near) if n >= FEW else math.nan
+    top, best = crossing(near.sigma, bounds(near)[1], nats), passes(near) if n >= FEW else math.nan
     if top is None:
-        return nothing(f"the leave-one-out bound passes log n = {nats:.4g} nats at none of {len(near.sigma)} levels")
+        reason = f"the leave-one-out bound passes log n = {nats:.4g} nats at none of {len(near.sigma)} levels"
+        return time(None, reason=reason)
     if n < FEW or not math.isfinite(best):
         why = f"too few points ({n}) to extrapolate" if n < FEW else f"{n:,} points do not fix an extrapolation"
         reason = f"{why}: the leave-one-out bound, from above, with no interval"
-        return CriticalTime(NoiseLevel(top), criterion="collapse", source=MEASURED, reason=reason)
+        return time(NoiseLevel(top), reason=reason)
     others = np.array(left_out(near, passes))
     failed = int((~np.isfinite(others)).sum())
     interval = (math.nan, math.nan) if failed else jackknife(best, others)
@@ -242,4 +238,4 @@ def _of_points(law: Empirical | SharedPoints, queries: int, seed: int, run: Run)
     without = f"; no interval, as {failed} of {len(others)} parts of the queries give no level" if failed else ""
     queried = f"{n:,} points, {len(near.parts):,} queries"
     reason = f"extrapolated in n from {queried}; the upper bound passes at {top:.4g}{without}"
-    return CriticalTime(NoiseLevel(math.exp(best)), low, high, criterion="collapse", source=MEASURED, reason=reason)
+    return time(NoiseLevel(math.exp(best)), low, high, reason=reason)
