@@ -22,12 +22,12 @@ from symbreak.critical import CriticalTime, Curve, Levels, Result, crossing, roo
 from symbreak.intervals import jackknife
 from symbreak.laws.empirical import Empirical
 from symbreak.laws.gaussian import Gaussian
-from symbreak.laws.law import Law
 from symbreak.laws.pairwise_weights import Overlaps, SharedPoints, overlaps
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.excess_entropy import (
     FEW,
     POINTS,
+    Source,
     bounds,
     check_count,
     extrapolated,
@@ -46,12 +46,7 @@ MEASURED = "arXiv:2402.18491, I(x_0; x) = log n; I from leave-one-out sums, arXi
 
 @renamed()
 def samples_needed(
-    law: Law | SharedPoints,
-    sigma: Levels,
-    queries: int = 1000,
-    draws: int = 20000,
-    seed: int = 0,
-    run: Run | None = None,
+    law: Source, sigma: Levels, queries: int = 1000, draws: int = 20000, seed: int = 0, run: Run | None = None
 ) -> Curve:
     """Training samples above which a level lies above the collapse, as log10 n: n = exp I(x_0; x_sigma).
 
@@ -78,7 +73,7 @@ def samples_needed(
 
 @renamed()
 def collapse_time(
-    law: Law | SharedPoints,
+    law: Source,
     samples: int | None = None,
     queries: int = 1000,
     draws: int = 20000,
@@ -191,7 +186,7 @@ def collapse_scaling(
     return Scaling(axis, tuple(sizes), tuple(measured), tuple(gaussian))
 
 
-def _size(law: Law | SharedPoints) -> float:
+def _size(law: Source) -> float:
     """A length of the law, for ranges only."""
     draws = law.sample(256, 0.0, generator(0, 256)).double().reshape(256, -1)
     return max(float((draws - draws.mean(0)).norm(dim=1).mean()), 1e-150)

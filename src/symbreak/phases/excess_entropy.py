@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from symbreak.runtime.run import Run, renamed
 
 __all__ = [
     "Information",
+    "Source",
     "bounds",
     "check_count",
     "excess_entropy",
@@ -53,6 +54,7 @@ __all__ = [
     "mutual_information",
 ]
 
+Source: TypeAlias = Law | SharedPoints  # a law, a data set among them, or one whose points ranks share
 Estimate = TypeVar("Estimate", float, np.ndarray)
 POINTS = (Empirical, SharedPoints)  # data sets, on which things are measured
 NORMAL = 1.959963984540054
@@ -77,7 +79,7 @@ class Information(Curve):
 
 @renamed()
 def excess_entropy(
-    law: Law | SharedPoints,
+    law: Source,
     sigma: Levels,
     samples: int | None = None,
     queries: int = 1000,
@@ -126,12 +128,7 @@ def excess_entropy(
 
 @renamed()
 def mutual_information(
-    law: Law | SharedPoints,
-    sigma: Levels,
-    queries: int = 1000,
-    draws: int = 20000,
-    seed: int = 0,
-    run: Run | None = None,
+    law: Source, sigma: Levels, queries: int = 1000, draws: int = 20000, seed: int = 0, run: Run | None = None
 ) -> Information:
     """I(x_0; x_0 + sigma eps) in nats: what a state at a level tells of the sample it came from.
 
@@ -173,7 +170,7 @@ def mutual_information(
     return mean.extended(Information, least=least.reshape(shape), most=most.reshape(shape))
 
 
-def check_count(law: Law | SharedPoints, samples: int | None) -> int:
+def check_count(law: Source, samples: int | None) -> int:
     """The number of training samples: a data set's own, or the one for a law.
 
     Raises:
