@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import io
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from symbreak.report.record import Values
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = [
     "MOST_BARS",
@@ -39,7 +45,7 @@ SOURCES = {"network": COLORS[0], "class mixture": COLORS[1], "data": COLORS[2], 
 SIDES = (("samples", "samples", COLORS[0]), ("held_out", "held-out images", COLORS[1]))
 
 
-def phases_figure(content: dict[str, Any]) -> Any:
+def phases_figure(content: Values) -> Figure:
     """All criteria and curves on one sigma axis, the model's own step on a second one."""
     from matplotlib.figure import Figure
 
@@ -74,7 +80,7 @@ def _numbers(values: list[float | None]) -> list[float]:
     return [math.nan if v is None else v for v in values]
 
 
-def _span(ax: Any, critical: dict[str, Any], y: float, color: str, alpha: float) -> None:
+def _span(ax: Axes, critical: Values, y: float, color: str, alpha: float) -> None:
     """A critical time as a dot on its interval, at height y."""
     low, high = ((critical[w] or critical["level"])["sigma"] for w in ("low", "high"))
     if isinstance(high, float) and math.isfinite(high):
@@ -82,7 +88,7 @@ def _span(ax: Any, critical: dict[str, Any], y: float, color: str, alpha: float)
     ax.plot(critical["level"]["sigma"], y, "o", color=color, markersize=5)
 
 
-def _panel(ax: Any, panel: str, content: dict[str, Any], collapse: dict[str, Any] | None) -> None:
+def _panel(ax: Axes, panel: str, content: Values, collapse: Values | None) -> None:
     """The curves of one panel."""
     unit, title = PANELS[panel]
     curves = [c for c in content["curves"] if c["panel"] == panel]
@@ -108,7 +114,7 @@ def _panel(ax: Any, panel: str, content: dict[str, Any], collapse: dict[str, Any
     _legend_beside(ax)
 
 
-def _step_axis(top: Any, content: dict[str, Any], low: float, high: float) -> None:
+def _step_axis(top: Axes, content: Values, low: float, high: float) -> None:
     """The model's own steps above the axis of sigma."""
     ticks: list[dict[str, float]] = []
     apart = 0.06 * math.log(high / low)  # or their numbers run into each other
@@ -126,7 +132,7 @@ def _step_axis(top: Any, content: dict[str, Any], low: float, high: float) -> No
         above.spines[["right"]].set_visible(False)
 
 
-def _shade(axes: Any, regimes: dict[str, Any]) -> None:
+def _shade(axes: Any, regimes: Values) -> None:
     """The three regimes behind every panel: noise, generalization, memorization."""
     highest, lowest = axes[0].get_xlim()
     ends = [regimes.get(k) and regimes[k]["sigma"] for k in ("speciation", "collapse")]
@@ -147,7 +153,7 @@ def _shade(axes: Any, regimes: dict[str, Any]) -> None:
         axes[0].text(middle, 0.99, name, transform=place, fontsize=8, ha="center", va="top", color="#555")
 
 
-def arc_figure(arc: dict[str, Any]) -> Any:
+def arc_figure(arc: Values) -> Figure:
     """The potential along the arcs, one line a level, from high noise to low."""
     figure, axes = _figure(7.5, 3.6)
     ax = axes[0]
@@ -168,7 +174,7 @@ def arc_figure(arc: dict[str, Any]) -> Any:
     return figure
 
 
-def audit_figure(content: dict[str, Any]) -> Any:
+def audit_figure(content: Values) -> Figure:
     """Histograms of d1/d2 and of the nearest training distance, samples against held-out images."""
     figure, (left, right) = _figure(10.5, 3.2, 2)
     for ax, key in ((left, "ratio"), (right, "distance")):
@@ -186,7 +192,7 @@ def audit_figure(content: dict[str, Any]) -> Any:
     return figure
 
 
-def comparison_figure(compared: dict[str, Any]) -> Any:
+def comparison_figure(compared: Values) -> Figure:
     """Distances of the samples to the nearest training and to the nearest held-out image."""
     figure, axes = _figure(6.5, 3.0)
     for side, label, color in (("train", "training images", COLORS[3]), ("held_out", "held-out images", COLORS[2])):
@@ -202,13 +208,13 @@ def comparison_figure(compared: dict[str, Any]) -> Any:
     return figure
 
 
-def _steps(ax: Any, edges: list[float], counts: list[int], color: str, label: str) -> None:
+def _steps(ax: Axes, edges: list[float], counts: list[int], color: str, label: str) -> None:
     total = sum(counts) or 1
     ax.stairs([c / total for c in counts], edges, color=color, linewidth=1.4, label=label)
     ax.stairs([c / total for c in counts], edges, color=color, alpha=0.12, fill=True)
 
 
-def line_figure(d: dict[str, Any], beyond: dict[str, Any]) -> str:
+def line_figure(d: Values, beyond: Values) -> str:
     """The distance at the counts measured and the line to infinitely many samples."""
     figure, (ax,) = _figure(6.5, 3.2)
     n, left_out = beyond["counts"]
@@ -225,7 +231,7 @@ def line_figure(d: dict[str, Any], beyond: dict[str, Any]) -> str:
 MOST_BARS = 40
 
 
-def composition_figure(table: dict[str, Any]) -> str:
+def composition_figure(table: Values) -> str:
     rows = table["rows"]
     figure, (ax,) = _figure(max(5.0, 0.55 * len(rows) + 2), 3.0)
     for i, (side, label) in enumerate((("train", "training images"), ("samples", "samples"))):
@@ -242,7 +248,7 @@ def composition_figure(table: dict[str, Any]) -> str:
     return svg(figure)
 
 
-def svg(figure: Any) -> str:
+def svg(figure: Figure) -> str:
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -266,17 +272,17 @@ def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tup
     return figure, axes
 
 
-def _plain_frame(ax: Any) -> None:
+def _plain_frame(ax: Axes) -> None:
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(True, which="major", color="#e6eaf0", linewidth=0.8)
     ax.set_axisbelow(True)
 
 
-def _legend_beside(ax: Any) -> None:
+def _legend_beside(ax: Axes) -> None:
     ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def spectrum_figure(phases: dict[str, Any]) -> str:
+def spectrum_figure(phases: Values) -> str:
     figure, (left, right) = _figure(10.5, 3.4, 2)
     values = phases["eigenvalues"]
     rank = range(1, len(values) + 1)
@@ -319,14 +325,14 @@ def _plain_ticks(axis: Any, at: list[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:.3g}"))
 
 
-def sweep_figure(content: dict[str, Any]) -> str:
+def sweep_figure(content: Values) -> str:
     calls = sorted({row["calls"] for row in content["rows"]})
     figure, axes = _figure(3.5 * len(calls), 3.6, len(calls), sharey=True)
     sweep_axes(content, axes)
     return svg(figure)
 
 
-def sweep_axes(content: dict[str, Any], axes: Any) -> None:
+def sweep_axes(content: Values, axes: Any) -> None:
     """Distance against start level, one of the given axes for each number of network calls."""
     rows = content["rows"]
     calls = sorted({row["calls"] for row in rows})

@@ -21,8 +21,8 @@ from symbreak.report.figures import (
     svg,
     sweep_figure,
 )
-from symbreak.report.record import Record
-from symbreak.report.tables import Values, number, tables, world_rows
+from symbreak.report.record import Record, Values
+from symbreak.report.tables import number, tables, world_rows
 from symbreak.runtime.files import InputError, write_whole
 from symbreak.runtime.plain import plain
 

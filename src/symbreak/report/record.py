@@ -12,8 +12,9 @@ from typing import Any
 from symbreak.runtime.files import InputError, output_folder, read_json, write_json
 from symbreak.runtime.plain import plain
 
-__all__ = ["Record"]
+__all__ = ["Record", "Values"]
 
+Values = dict[str, Any]  # a part of a record: what JSON holds
 FORMAT = "symbreak.record"
 VERSION = 1
 
@@ -23,7 +24,7 @@ class Record:
     """What a run found.
 
     Attributes:
-        kind: ``"study"``, ``"phases"`` or ``"audit"``.
+        kind: ``"study"``, ``"phases"``, ``"audit"``, ``"evaluation"`` or ``"world"``.
         settings: every argument that decides the content.
         content: the findings, plain values only.
         versions: package versions.
@@ -31,12 +32,12 @@ class Record:
     """
 
     kind: str
-    settings: dict[str, Any]
-    content: dict[str, Any]
+    settings: Values
+    content: Values
     versions: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Values:
         """Plain values, ready for JSON."""
         return {
             "format": FORMAT,

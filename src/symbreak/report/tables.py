@@ -6,21 +6,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from symbreak.report.record import Record
+from symbreak.report.record import Record, Values
 from symbreak.runtime.plain import plain
 
 __all__ = ["Cell", "Table", "measured", "number", "out_console", "show", "span", "tables", "verdict", "world_rows"]
 
 # Tables in a file or a pipe are not folded to 80 columns.
 out_console = Console(width=None if sys.stdout.isatty() else 140)
-
-Values = dict[str, Any]  # a part of a record: what JSON holds
 
 
 class Cell(NamedTuple):
