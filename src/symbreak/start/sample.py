@@ -12,7 +12,6 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -212,20 +211,29 @@ def evaluated(
     return out.to(x.dtype)
 
 
-@dataclass(frozen=True)
 class _Images:
-    """Images as `generate` makes them, a part at a time."""
+    """The images that `generate` was asked for, checked, and made a part at a time."""
 
-    unet: Any
-    start: LateStart
-    seeds: list[int]
-    shape: tuple[int, int, int]
-    labels: torch.Tensor | None
-    micro_batch: int
-    clean: torch.Tensor | None
-    device: torch.device
-    clamp: bool
-    condition: dict[str, Any]
+    def __init__(
+        self,
+        unet: Any,
+        start: LateStart,
+        seeds: Sequence[int],
+        micro_batch: int,
+        labels: Any = None,
+        clean: torch.Tensor | None = None,
+        device: str | torch.device | None = None,
+        clamp: bool = True,
+        **condition: Any,
+    ) -> None:
+        self.unet, self.start, self.seeds, self.micro_batch = unet, start, [int(s) for s in seeds], micro_batch
+        self.clean, self.clamp, self.condition = clean, clamp, condition
+        n, self.shape = len(self.seeds), check(unet, start, self.seeds, micro_batch)
+        # Who hands the network its classes directly keeps them from the start, and answers for them.
+        self.labels = None if "class_labels" in condition else check_labels(unet, labels, n)
+        if clean is not None and len(clean) != n:
+            raise InputError(f"{len(clean)} clean images for {n} seeds; expected one each.")
+        self.device = torch.device(getattr(unet, "device", "cpu") if device is None else device)
 
     def batch(self, rows: slice) -> torch.Tensor:
         """The images of some seeds [n, C, H, W] float32."""
@@ -312,7 +320,7 @@ def generate(
             are missing, too many, or not the network's.
     """
     run = (run or Run()).named("images")
-    images = _images(unet, start, seeds, labels, micro_batch, clean, device, clamp, condition)
+    images = _Images(unet, start, seeds, micro_batch, labels, clean, device, clamp, **condition)
     n, key = len(images.seeds), images.key(run)
     size = micro_batch if run.folder is None else _block(micro_batch)
 
@@ -334,7 +342,7 @@ def generate_shards(
         run: see `generate`; images beyond its memory go into a file without a name in its folder.
     """
     run = (run or Run()).named("images")
-    images = _images(unet, start, seeds, None, micro_batch, None, None, True, {})
+    images = _Images(unet, start, seeds, micro_batch)
     n, size = len(images.seeds), _block(micro_batch)
     edges = shares(n, size)
     memory = run.bytes(default=HELD)
@@ -362,28 +370,6 @@ def generate_shards(
 def _block(micro_batch: int) -> int:
     """Images of a finished part: whole micro-batches."""
     return micro_batch * max(1, BLOCK // micro_batch)
-
-
-def _images(
-    unet: Any,
-    start: LateStart,
-    seeds: Sequence[int],
-    labels: Any,
-    micro_batch: int,
-    clean: torch.Tensor | None,
-    device: str | torch.device | None,
-    clamp: bool,
-    condition: dict[str, Any],
-) -> _Images:
-    """The images that are wanted, checked."""
-    seeds = [int(s) for s in seeds]
-    shape = check(unet, start, seeds, micro_batch)
-    # Who hands the network its classes directly keeps them from the start, and answers for them.
-    known = None if "class_labels" in condition else check_labels(unet, labels, len(seeds))
-    if clean is not None and len(clean) != len(seeds):
-        raise InputError(f"{len(clean)} clean images for {len(seeds)} seeds; expected one each.")
-    place = torch.device(getattr(unet, "device", "cpu") if device is None else device)
-    return _Images(unet, start, seeds, shape, known, micro_batch, clean, place, clamp, condition)
 
 
 def decisive(unet: Any, start: LateStart, micro_batch: int, more: dict[str, Any] | None = None) -> dict[str, Any]:
