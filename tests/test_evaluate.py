@@ -10,7 +10,7 @@ import torch
 from symbreak.cli.commands import main
 from symbreak.data.readers import images
 from symbreak.intervals import entropy_interval
-from symbreak.metrics import extractor, features
+from symbreak.metrics import extractor, features, kernel_distance
 from symbreak.metrics.composition import class_counts, composition
 from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
 from symbreak.metrics.features import feature_blocks
@@ -19,6 +19,7 @@ from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.pretrained import INCEPTION_SHA256, Dinov2
 from symbreak.metrics.reference import load_statistics, statistics
 from symbreak.moments.one_pass import Moments, grouped
+from symbreak.noise import generator
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
@@ -119,6 +120,26 @@ def test_kernel_distance_agrees_with_torchmetrics_and_the_definition():
     assert found["value"] == pytest.approx(float(xx / (60 * 59) + yy / (50 * 49) - 2 * k(x, y).mean()), rel=1e-12)
     assert found["low"] < found["value"] < found["high"]
     assert kid(x[:50], y, subsets=1)["subsets_mean"] == pytest.approx(float(poly_mmd(x[:50], y)), rel=1e-12)
+
+
+def test_subsets_of_the_kernel_distance_are_those_of_their_rows(monkeypatch):
+    """In one tile and in many: sums over a subset are read off the kernels of all rows."""
+    from torchmetrics.image.kid import poly_mmd
+
+    x, y = normal(60, 7, 0, 0.4), normal(50, 7, 1)
+    whole = kid(x, y, subsets=3, subset_size=20, seed=5)
+    monkeypatch.setattr(kernel_distance, "TILE", 16)
+    tiled = kid(x, y, subsets=3, subset_size=20, seed=5)
+    picks = [
+        [torch.randperm(len(z), generator=generator(5, 18, i, k + 1))[:20] for k, z in enumerate((x, y))]
+        for i in range(3)
+    ]
+    each = [float(poly_mmd(x[a], y[b])) for a, b in picks]
+    for found in (whole, tiled):  # the same numbers, added in another order
+        assert found["value"] == pytest.approx(whole["value"], rel=1e-12)
+        assert (found["low"], found["high"]) == pytest.approx((whole["low"], whole["high"]), rel=1e-11)
+        assert found["subsets_mean"] == pytest.approx(np.mean(each), rel=1e-11)
+        assert found["subsets_std"] == pytest.approx(np.std(each), rel=1e-11)
 
 
 def test_kernel_distance_is_unbiased_and_its_interval_covers():

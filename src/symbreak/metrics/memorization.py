@@ -51,7 +51,7 @@ def nearest_in(samples: Rows, train: Rows | Images, run: Run | None = None) -> t
         run: its memory is to hold images in and to work in; results do not depend on it.
     """
     run = run or Run()
-    points = train.shards(run.share(1 / 4)) if isinstance(train, Images) else train
+    points = train.shards(run.share(1 / 4).named("images")) if isinstance(train, Images) else train
     return neighbours(samples, points, 2, run=run.share(1 / 2).unstored())[0]
 
 
@@ -65,7 +65,7 @@ def nearest_summary(samples: Rows, train: Rows | Images, held_out: Rows | None, 
         run: see `nearest_in`.
     """
     run = run or Run()
-    points = train.shards(run.share(1 / 4)) if isinstance(train, Images) else train
+    points = train.shards(run.share(1 / 4).named("images")) if isinstance(train, Images) else train
 
     def one(x: Rows) -> Values:
         d = nearest_in(x, points, run)
