@@ -306,6 +306,7 @@ def evaluate(
     """How far samples are from held-out images, what they leave out, and whether they copy training images."""
     from symbreak.metrics.features import NamedExtractor
     from symbreak.report.record import Record
+    from symbreak.runtime.ranks import rank_of
     from symbreak.start.sample import parse_seeds
     from symbreak.studies.evaluate import Subset, evaluate_network
     from symbreak.studies.evaluate import evaluate as measure
@@ -335,7 +336,9 @@ def evaluate(
         else:
             images = Reading(samples_range, reading.skip_bad).open(required(samples, "--samples"))
             content = measure(images, train, held_out, **measuring)
-    say_record(Record("evaluation", {}, content) if out is None else Record.load(out), out, as_json, content)
+    # only the first process may read the record: it has written it
+    record = Record("evaluation", {}, content) if out is None or rank_of()[0] else Record.load(out)
+    say_record(record, out, as_json, content)
 
 
 @app.command(
