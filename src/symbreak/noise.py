@@ -106,13 +106,7 @@ class NoiseLevel:
 
     def to_dict(self) -> dict[str, float]:
         """All views as plain numbers, for records."""
-        return {
-            "sigma": self.sigma,
-            "alpha": self.alpha,
-            "ou_time": self.ou_time,
-            "log_snr": self.log_snr,
-            "alpha_bar": self.alpha_bar,
-        }
+        return {view: getattr(self, view) for view in ("sigma", "alpha", "ou_time", "log_snr", "alpha_bar")}
 
 
 @dataclass(frozen=True)
