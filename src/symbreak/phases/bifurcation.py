@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
 from symbreak.critical import CriticalTime
+from symbreak.laws.law import Law
+from symbreak.networks.denoiser import Denoiser
 from symbreak.phases.fixed_points import (
     SOURCE,
     Point,
@@ -36,7 +37,7 @@ __all__ = ["bifurcation"]
 
 
 def bifurcation(
-    law_or_denoiser: Any,
+    law_or_denoiser: Law | Denoiser,
     flow: str = "sde",
     frame: str = "vp",
     x0: torch.Tensor | None = None,

@@ -32,9 +32,9 @@ from scipy.sparse.linalg import LinearOperator, eigs, eigsh, gmres
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from symbreak.critical import levels
-from symbreak.laws.law import is_law
-from symbreak.networks.denoiser import as_denoiser
+from symbreak.critical import Levels, levels
+from symbreak.laws.law import Law, is_law
+from symbreak.networks.denoiser import Denoiser, as_denoiser
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
 
@@ -118,17 +118,20 @@ class System:
         noise: rounding of D relative to the scale; ``exact`` where that is float64's.
     """
 
-    def __init__(self, law_or_denoiser: Any, flow: str, frame: str, guess: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, law_or_denoiser: Law | Denoiser, flow: str, frame: str, guess: torch.Tensor | None = None
+    ) -> None:
         checked_flow(flow, frame)
         self.source, self.flow, self.frame = law_or_denoiser, flow, frame
         self.denoiser = as_denoiser(law_or_denoiser)
         self.shape = tuple(self.denoiser.shape)
         self.dim = math.prod(self.shape)
-        self.is_law = is_law(law_or_denoiser)
+        self.law = law_or_denoiser if is_law(law_or_denoiser) else None
+        self.is_law = self.law is not None
         self.dense = self.dim <= (DENSE if self.is_law else DENSE_NETWORK)
         weights = getattr(getattr(law_or_denoiser, "unet", None), "parameters", tuple)
         self.device = next((p.device for p in weights()), torch.device("cpu"))
-        self._measure_law() if self.is_law else self._measure_network()
+        self._measure_network() if self.law is None else self._measure_law(self.law)
         if guess is not None:
             x0 = torch.as_tensor(guess)
             if tuple(x0.shape) != self.shape:
@@ -138,11 +141,11 @@ class System:
         self.exact = self.noise < 1e-11
         self._cached: tuple[bytes, float, np.ndarray] | None = None
 
-    def _measure_law(self) -> None:
-        draws = self.source.sample(256, 0.0, generator(0, 256)).double().reshape(256, -1)
+    def _measure_law(self, law: Law) -> None:
+        draws = law.sample(256, 0.0, generator(0, 256)).double().reshape(256, -1)
         # The exact mean where it is cheap: a law's moments hold a matrix [d, d].
-        exact = self.dim <= DENSE and hasattr(self.source, "moments")
-        mean = self.source.moments.mean.reshape(-1) if exact else draws.mean(0)
+        moments = getattr(law, "moments", None) if self.dim <= DENSE else None
+        mean = draws.mean(0) if moments is None else moments.mean.reshape(-1)
         self.centre = mean.double().cpu().numpy()
         spread = (draws - draws.mean(0)).cpu().numpy()
         # Root of the top eigenvalue of the draws' covariance.
@@ -173,9 +176,11 @@ class System:
 
     def starts(self, starts: torch.Tensor | None, n: int = 64) -> np.ndarray:
         """Clean samples [n, d] from which to look for wells; by default a law's draws."""
-        if starts is None and not self.is_law:
-            raise InputError("a denoiser has no samples to look for wells from. Pass starts=, e.g. 64 clean samples.")
-        x = torch.as_tensor(self.source.sample(n, 0.0, generator(0, n)) if starts is None else starts)
+        if starts is None:
+            if self.law is None:
+                raise InputError("a denoiser has no samples to look for wells from. Pass starts=, e.g. 64 samples.")
+            starts = self.law.sample(n, 0.0, generator(0, n))
+        x = torch.as_tensor(starts)
         if x.ndim == 0 or len(x) == 0 or tuple(x.shape[1:]) != self.shape:
             raise InputError(f"starts of shape {tuple(x.shape)}; expected clean samples [n, *S], S = {self.shape}.")
         return x.detach().cpu().double().reshape(len(x), -1).numpy()
@@ -208,8 +213,8 @@ class System:
         for i in range(0, len(v), CHUNK):
             rows = self.tensor(v[i : i + CHUNK])
             at = self.tensor(w / kappa).expand(rows.shape).contiguous()
-            if hasattr(self.source, "posterior_covariance"):
-                jv = self.source.posterior_covariance(at, rows, sigma) / sigma**2
+            if self.law is not None:
+                jv = self.law.posterior_covariance(at, rows, sigma) / sigma**2
             else:
                 # Flash attention has no forward-mode derivative; weights need none.
                 with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Contiguous():
@@ -752,8 +757,8 @@ class FixedPoints:
 
 
 def fixed_points(
-    law_or_denoiser: Any,
-    sigma: float | np.ndarray | torch.Tensor,
+    law_or_denoiser: Law | Denoiser,
+    sigma: Levels,
     flow: str = "sde",
     frame: str = "vp",
     starts: torch.Tensor | None = None,

@@ -21,14 +21,16 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from scipy import special, stats
 
-from symbreak.critical import CriticalTime, Curve, levels
+from symbreak.critical import CriticalTime, Curve, Levels, levels
+from symbreak.laws.law import Law
+from symbreak.moments.low_rank import LowRankMoments
 from symbreak.moments.one_pass import Moments
+from symbreak.networks.denoiser import Batches
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
@@ -119,13 +121,13 @@ class Gaussianity:
 
 @renamed(nats="...) and then dataclasses.replace(answer, nats=...")
 def gaussianity(
-    source: Any,
-    sigma: Any = None,
+    source: Law | Batches | Mapping[float, torch.Tensor],
+    sigma: Levels | None = None,
     *,
     modes: int = 8,
     directions: int = 16,
     samples: int | None = None,
-    moments: Any = None,
+    moments: Moments | LowRankMoments | None = None,
     alpha: float = 0.05,
     simulations: tuple[int, int] = (SIMULATIONS, PROJECTIONS),
     seed: int = 0,
@@ -343,7 +345,7 @@ def _p(value: np.ndarray, null: np.ndarray, two_sided: bool = False) -> np.ndarr
 
 
 def _states(
-    source: Any, sigma: Any, samples: int | None, seed: int
+    source: Law | Batches | Mapping[float, torch.Tensor], sigma: Levels | None, samples: int | None, seed: int
 ) -> tuple[Callable[[float], torch.Tensor], np.ndarray]:
     """A function of the level that gives VE states [n, *S], and the levels."""
     if samples is not None and samples < 1:
@@ -374,7 +376,7 @@ def _states(
     return noised, s
 
 
-def _clean(source: Any, samples: int | None, seed: int) -> torch.Tensor:
+def _clean(source: Law | Batches, samples: int | None, seed: int) -> torch.Tensor:
     """Images [n, *S] float64 of a data set, or draws of a law."""
     if hasattr(source, "sample"):
         drawn: torch.Tensor = source.sample(samples or 1000, 0.0, generator(seed, 56))
@@ -391,7 +393,9 @@ def _clean(source: Any, samples: int | None, seed: int) -> torch.Tensor:
     return whole[picks].double()
 
 
-def _axes(source: Any, states: Callable[[float], torch.Tensor], moments: Any, k: int, dim: int) -> torch.Tensor | None:
+def _axes(
+    source: object, states: Callable[[float], torch.Tensor], moments: Moments | LowRankMoments | None, k: int, dim: int
+) -> torch.Tensor | None:
     """Leading modes [d, k] of moments, or of the images before noise; ``None`` for those of each level's states."""
     if moments is not None:
         if moments.dim != dim:

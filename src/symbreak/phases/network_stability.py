@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.critical import CriticalTime
-from symbreak.networks.denoiser import as_denoiser, fingerprints
+from symbreak.critical import CriticalTime, Levels
+from symbreak.laws.law import Law
+from symbreak.networks.denoiser import Denoiser, as_denoiser, fingerprints
 from symbreak.noise import NoiseLevel
 from symbreak.phases.fixed_points import (
     SOURCE,
@@ -134,8 +135,8 @@ class _Descent:
 
 @renamed()
 def network_stability(
-    denoiser_or_law: Any,
-    sigma: float | np.ndarray | torch.Tensor,
+    denoiser_or_law: Law | Denoiser,
+    sigma: Levels,
     flow: str = "sde",
     frame: str = "ve",
     x0: torch.Tensor | None = None,
@@ -235,8 +236,8 @@ def network_stability(
 
 
 def stability_times(
-    denoiser_or_law: Any,
-    sigma: float | np.ndarray | torch.Tensor,
+    denoiser_or_law: Law | Denoiser,
+    sigma: Levels,
     pairs: Sequence[tuple[str, str]] = (("sde", "ve"), ("sde", "vp"), ("ode", "vp")),
     **settings: Any,
 ) -> list[CriticalTime]:

@@ -13,19 +13,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import combinations, pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from symbreak.critical import CriticalTime, levels
+from symbreak.critical import CriticalTime, Levels, levels
 from symbreak.laws.class_posterior import class_of
-from symbreak.laws.law import is_law
-from symbreak.networks.denoiser import as_denoiser, ask, fingerprints
+from symbreak.laws.law import Law, is_law
+from symbreak.networks.denoiser import Denoiser, as_denoiser, ask, fingerprints
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.fixed_points import System, checked_flow, level_at, rates
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 __all__ = [
     "Arc",
@@ -116,10 +119,10 @@ class Arc:
         return plain_fields(self, "states", "ends")
 
 
-def plain_fields(answer: Any, *without: str) -> dict[str, object]:
+def plain_fields(answer: DataclassInstance, *without: str) -> dict[str, object]:
     """The fields of a dataclass as plain values, for records."""
 
-    def plain(value: Any) -> object:
+    def plain(value: object) -> object:
         if hasattr(value, "to_dict"):
             return value.to_dict()
         return value.tolist() if isinstance(value, np.ndarray) else list(value) if isinstance(value, tuple) else value
@@ -127,7 +130,7 @@ def plain_fields(answer: Any, *without: str) -> dict[str, object]:
     return {f.name: plain(getattr(answer, f.name)) for f in fields(answer) if f.name not in without}
 
 
-def levels_within(denoiser: Any, sigma: Any) -> np.ndarray:
+def levels_within(denoiser: Denoiser, sigma: Levels) -> np.ndarray:
     """Levels [G] inside the range of a denoiser.
 
     Raises:
@@ -143,7 +146,9 @@ def levels_within(denoiser: Any, sigma: Any) -> np.ndarray:
     return s
 
 
-def drift(law_or_denoiser: Any, x: torch.Tensor, sigma: float, flow: str = "sde", frame: str = "vp") -> torch.Tensor:
+def drift(
+    law_or_denoiser: Law | Denoiser, x: torch.Tensor, sigma: float, flow: str = "sde", frame: str = "vp"
+) -> torch.Tensor:
     """The generative drift at states x of the frame named, [B, *S].
 
         VP: x/2 + score (sde), x/2 + score/2 (ode), per unit beta        VE: score, per unit of sigma^2 (sde)
@@ -174,7 +179,7 @@ def drift(law_or_denoiser: Any, x: torch.Tensor, sigma: float, flow: str = "sde"
 
 
 def potential(
-    law_or_denoiser: Any,
+    law_or_denoiser: Law | Denoiser,
     path: torch.Tensor,
     sigma: float,
     flow: str = "sde",
@@ -269,7 +274,11 @@ def _integrals(
 
 
 def trajectories(
-    law_or_denoiser: Any, seeds: Any, high: float, low: float, at: Any = ()
+    law_or_denoiser: Law | Denoiser,
+    seeds: Sequence[int] | torch.Tensor,
+    high: float,
+    low: float,
+    at: Sequence[float] | np.ndarray = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probability flow from white noise: VE states at falling levels [G, n, *S], and the final images [n, *S].
 
@@ -306,8 +315,8 @@ def trajectories(
     seeds="candidates=range(first, first + 16)", depth="wells=Wells(depth=...)", tolerance="wells=Wells(tolerance=...)"
 )
 def arc_potential(
-    denoiser_or_law: Any,
-    sigma: float | np.ndarray | torch.Tensor,
+    denoiser_or_law: Law | Denoiser,
+    sigma: Levels,
     pair: tuple[int, int] | torch.Tensor | None = None,
     points: int = 61,
     flow: str = "sde",
