@@ -13,7 +13,7 @@ from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
 from symbreak.start.fit import late_start
 from symbreak.start.late_start import standard_start
-from symbreak.start.sample import generate, parse_seeds
+from symbreak.start.sample import generate, parse_seeds, write_images
 from tests.worlds import gaussian_law
 
 
@@ -81,3 +81,27 @@ def test_bad_input(pipe, law):
         with pytest.raises(InputError, match="seed"):
             parse_seeds(text)
     assert parse_seeds("0-3, 9") == [0, 1, 2, 3, 9]
+
+
+def test_finished_blocks_are_kept_and_belong_to_what_made_them(pipe, law, tmp_path):
+    start, other = (late_start(scheduler("ddim", like=pipe.scheduler), law, n) for n in (1, 2))
+    run = Run(tmp_path)
+    whole = generate(pipe.unet, start, range(5), micro_batch=2, run=run)
+    assert torch.equal(whole, generate(pipe.unet, start, range(5), micro_batch=2))
+    parts = list(tmp_path.rglob("*.safetensors"))
+    assert len(parts) == 1
+    assert torch.equal(generate(pipe.unet, start, range(5), micro_batch=2, run=run), whole)
+    assert list(tmp_path.rglob("*.safetensors")) == parts
+    again = generate(pipe.unet, other, range(5), micro_batch=2, run=run)
+    assert torch.equal(again, generate(pipe.unet, other, range(5), micro_batch=2))
+    with pytest.raises(InputError, match=r"generate\(progress=\.\.\.\) is now"):
+        generate(pipe.unet, start, [0], progress=print)
+
+
+def test_images_are_written_once(pipe, law, tmp_path):
+    start = late_start(scheduler("ddim", like=pipe.scheduler), law, 1)
+    assert write_images(pipe.unet, start, range(3), tmp_path, micro_batch=2) == 3
+    assert write_images(pipe.unet, start, range(5), tmp_path, micro_batch=2) == 2
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{s:08d}.png" for s in range(5)]
+    with pytest.raises(InputError, match="other settings: micro_batch"):
+        write_images(pipe.unet, start, range(3), tmp_path, micro_batch=4)
