@@ -384,6 +384,9 @@ def _branches(world: World, points: FixedPoints) -> list[Plain]:
             i = int(np.flatnonzero(branch.stable)[-1])
             value["class"] = int(world.ends(ve[i : i + 1])[0])
         out.append(value)
+        if branch.continuum:
+            # Of a ring of fixed points the axis shows two: the one that was followed and its opposite.
+            out.append({**value, "x": _short(-along)})
     return out
 
 
