@@ -154,7 +154,7 @@ def ask(
     return done[0] if len(done) == 1 else torch.cat(done)
 
 
-def fingerprint(denoiser: Any) -> str:
+def fingerprint(denoiser: Denoiser) -> str:
     """A digest of what a denoiser answers to fixed states: names and weights do not tell all of them apart."""
     low, high = denoiser.sigma_range
     sigma = math.sqrt(max(low, 1e-3) * min(high, 1e3))
@@ -163,7 +163,7 @@ def fingerprint(denoiser: Any) -> str:
         return digest(ask(denoiser, sigma * x, sigma))
 
 
-def fingerprints(run: Run, *sources: Any) -> list[str]:
+def fingerprints(run: Run, *sources: Denoises | Denoiser) -> list[str]:
     """What tells the finished parts of these laws or denoisers from others'; nothing where none are kept."""
     if run.folder is None:
         return []
@@ -171,7 +171,7 @@ def fingerprints(run: Run, *sources: Any) -> list[str]:
     return list(agreed(lambda: [f"{hasattr(v, 'denoise')} {fingerprint(as_denoiser(v))}" for v in sources]))
 
 
-def score(law_or_denoiser: Any, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
+def score(law_or_denoiser: Denoises | Denoiser, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
     """Gradient of the noised log density at VE states x, [B, *S]: (D(x, sigma) - x) / sigma^2."""
     s = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
     s = s.reshape(-1, *[1] * (x.ndim - 1)) if s.ndim else s

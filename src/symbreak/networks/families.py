@@ -13,15 +13,16 @@ Between a network's discrete steps t is interpolated in log sigma and the networ
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from symbreak.networks.denoiser import Denoiser, as_denoiser
+from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser
 from symbreak.networks.samplers import kind_of
+from symbreak.networks.types import Network, Scheduler
 from symbreak.noise import NoiseLevel, schedule
 from symbreak.runtime.files import InputError
 
@@ -31,7 +32,7 @@ __all__ = ["NetworkDenoiser", "SigmaDenoiser", "as_unet", "denoiser"]
 class Parametrization:
     """What a scheduler's network sees, alpha x (EDM's divided by a scale), and predicts: D = skip x + scale out."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         config = scheduler.config
         self.schedule, self.kind = schedule(scheduler), kind_of(scheduler)
         self.prediction = "flow" if self.kind == "flow" else str(config.prediction_type)
@@ -74,7 +75,7 @@ def _columns(levels: Sequence[NoiseLevel], x: torch.Tensor) -> tuple[torch.Tenso
 class NetworkDenoiser:
     """A diffusers network as a `Denoiser`; see `denoiser`."""
 
-    def __init__(self, unet: Any, scheduler: Any, **condition: Any) -> None:
+    def __init__(self, unet: Network, scheduler: Scheduler, **condition: object) -> None:
         self.unet, self.scheduler, self.condition = unet, scheduler, condition
         self.says = Parametrization(scheduler)
         self.schedule, self.prediction = self.says.schedule, self.says.prediction
@@ -87,7 +88,7 @@ class NetworkDenoiser:
         """Levels the network was trained on."""
         return self.schedule.sigma_range
 
-    def bind(self, **condition: Any) -> NetworkDenoiser:
+    def bind(self, **condition: object) -> NetworkDenoiser:
         """The same denoiser with a condition fixed, e.g. ``bind(class_labels=y)``."""
         return NetworkDenoiser(self.unet, self.scheduler, **{**self.condition, **condition})
 
@@ -117,11 +118,15 @@ class SigmaDenoiser:
     """A network that is a denoiser already, as EDM's and k-diffusion's are; see `denoiser`."""
 
     def __init__(
-        self, model: Any, shape: tuple[int, ...], sigma_range: tuple[float, float], condition: dict[str, Any]
+        self,
+        model: Callable[..., torch.Tensor],
+        shape: tuple[int, ...],
+        sigma_range: tuple[float, float],
+        condition: dict[str, object],
     ) -> None:
         self.model, self.shape, self.sigma_range, self.condition = model, shape, sigma_range, condition
 
-    def bind(self, **condition: Any) -> SigmaDenoiser:
+    def bind(self, **condition: object) -> SigmaDenoiser:
         """The same denoiser with a condition fixed, e.g. ``bind(class_labels=y)``."""
         return SigmaDenoiser(self.model, self.shape, self.sigma_range, {**self.condition, **condition})
 
@@ -148,18 +153,18 @@ class SigmaDenoiser:
         return out.to(x)
 
 
-def _at(device: torch.device, condition: dict[str, Any]) -> dict[str, Any]:
+def _at(device: torch.device, condition: dict[str, object]) -> dict[str, object]:
     """A condition whose tensors lie where the network does."""
     return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in condition.items()}
 
 
 def denoiser(
     unet: Any,
-    scheduler: Any = None,
+    scheduler: Scheduler | None = None,
     *,
     shape: tuple[int, ...] | None = None,
     sigma_range: tuple[float, float] | None = None,
-    **condition: Any,
+    **condition: object,
 ) -> NetworkDenoiser | SigmaDenoiser:
     """A network as d(x, sigma) -> E[x_0 | x].
 
@@ -209,7 +214,7 @@ def denoiser(
 class _Posing(torch.nn.Module):
     """A law or denoiser with the face of a diffusers UNet."""
 
-    def __init__(self, source: Denoiser, scheduler: Any) -> None:
+    def __init__(self, source: Denoiser, scheduler: Scheduler) -> None:
         super().__init__()
         self.source, self.says = source, Parametrization(scheduler)
         shape = source.shape
@@ -229,8 +234,13 @@ class _Posing(torch.nn.Module):
         return level
 
     def forward(
-        self, sample: torch.Tensor, timestep: Any, class_labels: Any = None, return_dict: bool = True, **_: Any
-    ) -> Any:
+        self,
+        sample: torch.Tensor,
+        timestep: float | torch.Tensor,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+        **_: object,
+    ) -> UNet2DOutput | tuple[torch.Tensor]:
         times = torch.as_tensor(timestep, dtype=torch.float64).reshape(-1).tolist()
         known = {t: self._level(t) for t in set(times)}
         state = sample.double()
@@ -242,7 +252,7 @@ class _Posing(torch.nn.Module):
         return UNet2DOutput(sample=out) if return_dict else (out,)
 
 
-def as_unet(law_or_denoiser: Any, scheduler: Any) -> torch.nn.Module:
+def as_unet(law_or_denoiser: Denoises | Denoiser, scheduler: Scheduler) -> Network:
     """A law (or denoiser) of shape [C, H, W] posing as the diffusers network that a scheduler expects.
 
     For tests and demonstrations: every sampler can be run with an exact denoiser in place of a network.

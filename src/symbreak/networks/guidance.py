@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from symbreak.networks.denoiser import Denoiser, as_denoiser
+from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser
 from symbreak.runtime.errors import InputError
 
 __all__ = ["Guided", "guided"]
@@ -31,7 +31,7 @@ class Guided:
         """Network evaluations (NFE) that a level costs: 2 where the unconditional denoiser is needed, too."""
         return 2 if self.scale != 1 and self.window[0] < sigma <= self.window[1] else 1
 
-    def bind(self, **condition: Any) -> Guided:
+    def bind(self, **condition: object) -> Guided:
         """The same with a condition of the conditional denoiser fixed, e.g. ``bind(class_labels=y)``."""
         return Guided(self.conditional.bind(**condition), self.unconditional, self.scale, self.window)
 
@@ -46,7 +46,12 @@ class Guided:
         return torch.where(inside, out, with_condition)
 
 
-def guided(conditional: Any, unconditional: Any, scale: float, window: tuple[float, float] | None = None) -> Guided:
+def guided(
+    conditional: Denoises | Denoiser,
+    unconditional: Denoises | Denoiser,
+    scale: float,
+    window: tuple[float, float] | None = None,
+) -> Guided:
     """Classifier-free guidance as a denoiser, in a window of noise levels.
 
         D = D_u + w (D_c - D_u)    for low < sigma <= high        D = D_c    elsewhere

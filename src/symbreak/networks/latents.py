@@ -50,7 +50,7 @@ class Latents:
         return _scaled(z, self.vae.config)
 
 
-def _scaled(z: torch.Tensor, config: Any) -> torch.Tensor:
+def _scaled(z: torch.Tensor, config: object) -> torch.Tensor:
     """Raw latents -> those that the diffusion network sees."""
     mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and std is not None:

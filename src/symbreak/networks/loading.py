@@ -6,11 +6,11 @@ import hashlib
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
 
+from symbreak.networks.types import Network, Pipeline
 from symbreak.noise import schedule
 from symbreak.runtime.files import InputError
 
@@ -21,7 +21,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat1
 
 def load_pipeline(
     source: str | Path, *, device: str | torch.device | None = None, precision: str = "fp32", compiled: bool = False
-) -> Any:
+) -> Pipeline:
     """A diffusers pipeline with ``.unet`` and ``.scheduler``.
 
     Args:
@@ -62,7 +62,7 @@ def usable(device: str | torch.device) -> torch.device:
     return there
 
 
-def _loaded(source: str | Path) -> Any:
+def _loaded(source: str | Path) -> diffusers.DiffusionPipeline:
     if str(source) == "digits":
         source = str(resources.files("symbreak") / "weights" / "digits")
     path = Path(source).expanduser()
@@ -104,7 +104,7 @@ def _loaded(source: str | Path) -> Any:
     return pipe
 
 
-def refuse_conditional(pipe: Any, source: str) -> None:
+def refuse_conditional(pipe: Pipeline, source: str) -> None:
     """The command line and studies have no conditions to give: one clear line instead of a crash inside."""
     config = pipe.unet.config
     if config.get("num_class_embeds") or config.get("class_embed_type") or config.get("cross_attention_dim"):
@@ -114,7 +114,7 @@ def refuse_conditional(pipe: Any, source: str) -> None:
         )
 
 
-def weights_hash(unet: torch.nn.Module) -> str:
+def weights_hash(unet: Network | torch.nn.Module) -> str:
     """SHA-256 of all weights, first 16 hex digits."""
     digest = hashlib.sha256()
     for name, value in sorted(unet.state_dict().items()):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import diffusers
 
+from symbreak.networks.types import Scheduler
 from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import Values
 
 __all__ = ["SAMPLERS", "kind_of", "scheduler"]
 
 # Our sampler names -> diffusers class and the settings that make it that sampler.
-SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
+SAMPLERS: dict[str, tuple[str, Values]] = {
     "ddpm": ("DDPMScheduler", {}),
     "ddim": ("DDIMScheduler", {}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
@@ -41,13 +41,13 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
 _OWN = ("algorithm_type", "solver_order", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
 
-def kind_of(scheduler: Any) -> str:
+def kind_of(scheduler: Scheduler) -> str:
     """Which parametrization a scheduler's network has: "vp", "edm" or "flow"."""
     name = type(scheduler).__name__
     return "edm" if name.startswith("EDM") else "flow" if name.startswith("FlowMatch") else "vp"
 
 
-def scheduler(name: str, like: Any = None, **settings: Any) -> Any:
+def scheduler(name: str, like: Scheduler | None = None, **settings: object) -> Scheduler:
     """A diffusers scheduler by our sampler name.
 
     Args:

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
@@ -34,6 +33,7 @@ from symbreak.runtime.files import (
     write_json,
     write_tensors,
 )
+from symbreak.runtime.plain import Values
 from symbreak.runtime.ranks import agreed, rank_of, summed
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
@@ -137,7 +137,7 @@ def train_network(
     precision: str = "fp32",
     compiled: bool = False,
     run: Run | None = None,
-) -> dict[str, Any]:
+) -> Values:
     """Train a network on ``data`` and save a `diffusers.DDPMPipeline` folder.
 
     Called again with the same arguments after an interruption it goes on from the checkpoint in
@@ -168,7 +168,7 @@ def train_network(
     if precision not in ("fp32", "bf16"):
         raise InputError(f"precision {precision!r} for training; expected fp32 or bf16, which needs no scaled loss.")
     out = output_folder(out)
-    identity: dict[str, Any] = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
+    identity: Values = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
     identity["recipe"]["channels"] = list(recipe.channels)
     identity |= {} if precision == "fp32" else {"precision": precision}  # runs of before it was a choice were fp32
     done, checkpoint = out / "training.json", out / "checkpoint.safetensors"
@@ -240,7 +240,7 @@ class _Training:
         self.average.copy_to(self.parameters)
         return self.unet.eval().to("cpu")
 
-    def go_on(self, images: Shards, checkpoint: Path, identity: dict[str, Any], every: float, run: Run) -> None:
+    def go_on(self, images: Shards, checkpoint: Path, identity: Values, every: float, run: Run) -> None:
         """Steps up to the last one, with a checkpoint every so many seconds and where the run is interrupted."""
         recipe, saved = self.recipe, time.monotonic()
         per_epoch = max(1, len(images) // recipe.batch)
@@ -297,7 +297,7 @@ class _Training:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         return loss
 
-    def save(self, path: Path, identity: dict[str, Any]) -> None:
+    def save(self, path: Path, identity: Values) -> None:
         """Write a checkpoint."""
         tensors = {f"model.{k}": v for k, v in self.unet.state_dict().items()}
         tensors |= {f"ema.{i}": v for i, v in enumerate(self.average.shadow_params)}
@@ -307,7 +307,7 @@ class _Training:
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         write_tensors(path, tensors, {"identity": json.dumps(identity, sort_keys=True)})
 
-    def resume(self, path: Path, identity: dict[str, Any]) -> None:
+    def resume(self, path: Path, identity: Values) -> None:
         """Put everything back as a checkpoint says, where there is one."""
         if not path.exists():
             return
