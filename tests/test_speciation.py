@@ -243,7 +243,7 @@ def test_unequal_classes_by_clones():
         (lambda: speciation_time(pair(1), "entropy"), "unknown speciation criterion"),
         (lambda: speciation_time(pair(1), scale=0.0), "scale is 0"),
         (lambda: speciation_time(Empirical([[1.0], [2.0]]), "free-entropy"), "has no classes"),
-        (lambda: speciation_time(Mixture.from_parameters([[1.0]], 1.0), "free-entropy"), "one component"),
+        (lambda: speciation_time(Mixture.from_parameters([[1.0]], 1.0), "free-entropy"), "of one class"),
         (lambda: cloning_probability(pair(1), 0.0), "sigma is 0"),
         (lambda: cloning_probability(pair(1), [1.0, math.nan]), "sigma is nan"),
         (lambda: cloning_probability(pair(1), []), "sigma of shape"),

@@ -1,4 +1,4 @@
-"""Averages over the class posterior p(c | x) of a noised mixture, x = x_0 + sigma eps.
+"""Averages over the posterior p(k | x) of a noised mixture's components, or its classes, x = x_0 + sigma eps.
 
 Two Gaussians with a common covariance C need one dimension only: with z^2 = D^T (C + sigma^2)^-1 D / 4, D the
 difference of the means, the log odds of a state drawn from either class are Gaussian,
@@ -26,6 +26,7 @@ from symbreak.runtime.files import InputError
 
 __all__ = [
     "Labels",
+    "by_class",
     "class_draws",
     "class_of",
     "features_of",
@@ -47,7 +48,17 @@ def mixture_of(law: object) -> Mixture:
     """
     if isinstance(law, Mixture):
         return law
-    raise InputError(f"{type(law).__name__} has no classes; expected a Mixture, one component a class.")
+    raise InputError(f"{type(law).__name__} has no classes; expected a Mixture.")
+
+
+def by_class(law: Law, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of log posteriors of classes [..., C] as one of those of a mixture's components [..., K]."""
+    if not isinstance(law, Mixture):
+        return value
+    member = law.membership
+    if member.shape[0] == member.shape[1]:  # a sum over classes does not ask for their order
+        return value
+    return lambda log_p: value((log_p.exp() @ member).clamp_min(1e-300).log())
 
 
 def class_of(classify: Callable[[torch.Tensor], Any], images: torch.Tensor) -> np.ndarray:
@@ -126,12 +137,15 @@ def separation(law: Mixture, sigma: np.ndarray) -> np.ndarray | None:
     return 0.5 * np.sqrt(total)
 
 
-def class_draws(law: Mixture, k: int, samples: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Clean draws of component k and white noise for them, in blocks of [B, *S] float64, B fixed by d."""
-    block, out = max(1, NUMBERS // law.dim), []
+def class_draws(
+    law: Mixture, components: Sequence[int], samples: int, seed: int
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Clean draws of some components and white noise for them, in blocks of [B, *S] float64, B fixed by d."""
+    block, out, k = max(1, NUMBERS // law.dim), [], int(components[0])
+    one, some = (k, law) if len(components) == 1 else (None, law.restricted(torch.as_tensor(components)))
     for i in range(0, samples, block):
         g = generator(seed, k, i)
-        clean = law.sample(min(block, samples - i), 0.0, g, component=k)
+        clean = some.sample(min(block, samples - i), 0.0, g, component=one)
         out.append((clean, torch.randn(clean.shape, generator=g, dtype=torch.float64)))
     return out
 
@@ -147,9 +161,9 @@ def posterior_average(
     """E value(log p(. | x)) over the noised law: mean and 95 % interval at levels [G].
 
     Args:
-        law: a mixture, one component a class, or an `Empirical` law with labels.
+        law: a mixture, or an `Empirical` law with labels.
         sigma: levels [G].
-        value: log posteriors [..., K] -> [...].
+        value: log posteriors of the components (see `by_class`), or the labels, [..., K] -> [...].
         samples: draws in all, shared out by weight (at least 16 a class); unused by the quadrature.
         seed: of the draws, which every level shares: its errors are correlated with its neighbours'.
         labels: class [N] of every point of an `Empirical` law.
@@ -171,7 +185,7 @@ def posterior_average(
             continue
         n = max(16, round(samples * float(w[k])))
         sums = np.zeros((2, len(sigma)))
-        for clean, noise in class_draws(mixture, k, n, seed):
+        for clean, noise in class_draws(mixture, [k], n, seed):
             for i, s in enumerate(sigma):
                 posterior = mixture.responsibilities(clean + float(s) * noise, float(s)).double()
                 v = value(posterior.clamp_min(1e-300).log())

@@ -269,10 +269,13 @@ class Mixture(ExactLaw):
 
     def given(self, label: int) -> Mixture:
         """The law of one class: its components, weights summing to one."""
-        chosen = torch.isfinite(self.log_weights([label], 1)[0])
+        return self.restricted(torch.isfinite(self.log_weights([label], 1)[0]))
+
+    def restricted(self, chosen: torch.Tensor) -> Mixture:
+        """The mixture of some components, numbers [k] or a mask [K], weights summing to one."""
         law, pi = type(self).__new__(type(self)), self.weights[chosen]
         covariance = Covariance(self.vectors[chosen], self.eigenvalues[chosen], self.floor[chosen])
-        classes = torch.full((int(chosen.sum()),), int(label))
+        classes = None if self.classes is None else self.classes[chosen]
         law._set(self.shape, self.means[chosen], covariance, pi / pi.sum(), self.count, classes)
         return law
 
@@ -280,6 +283,21 @@ class Mixture(ExactLaw):
     def components(self) -> int:
         """Number of components K."""
         return len(self.means)
+
+    @property
+    def membership(self) -> torch.Tensor:
+        """Which component belongs to which class, in the order of their numbers: [K, C] of 0 and 1, float64.
+
+        Without classes every component is a class of its own.
+        """
+        k = self.components
+        code = torch.arange(k) if self.classes is None else self.classes.unique(return_inverse=True)[1]
+        return torch.nn.functional.one_hot(code).double()
+
+    @property
+    def class_weights(self) -> torch.Tensor:
+        """Probabilities [C] of the classes."""
+        return self.weights @ self.membership
 
     def certificate(self, sigma: float) -> Certificate | None:
         """What ``fit(rank=)`` loses at a level against the mixture of full covariances; ``None`` for other mixtures.

@@ -225,7 +225,7 @@ class Branches:
             return str(agreed(answers))
 
     def classifier(self, classify: Classify | None) -> Classify:
-        """The function that was given, or a mixture's likeliest component.
+        """The function that was given, or a mixture's likeliest class.
 
         Raises:
             InputError: for a law or network without classes.
@@ -238,7 +238,8 @@ class Branches:
                 f"{type(law).__name__} has no classes. Pass classify=, a function of final images (or to clones "
                 "clusters=K)."
             )
-        return lambda images: law.responsibilities(images, self.end).argmax(1)
+        names = torch.arange(law.components) if law.classes is None else law.classes.unique()
+        return lambda images: names[(law.responsibilities(images, self.end) @ law.membership).argmax(1)]
 
     def weights(self, n: int, seed: int) -> np.ndarray:
         """How often each of n trajectories counts: all once, then in every resample, [1 + R, n]."""

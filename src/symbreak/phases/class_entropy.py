@@ -18,7 +18,7 @@ import torch
 
 from symbreak.critical import CriticalTime, Curve, Levels, crossing, curve, levels, mean_curve, passing_time, root_time
 from symbreak.intervals import resampled
-from symbreak.laws.class_posterior import Labels, features_of, labels_of, mixture_of, posterior_average
+from symbreak.laws.class_posterior import Labels, by_class, features_of, labels_of, mixture_of, posterior_average
 from symbreak.laws.law import Law
 from symbreak.laws.mixture import Mixture
 from symbreak.networks.denoiser import Batches, Denoiser, as_denoiser, fingerprints, images_for
@@ -120,7 +120,7 @@ def class_entropy(law: Law, sigma: Levels, samples: int = 20000, seed: int = 0) 
     """
     s, shape = levels(sigma)
     mixture = mixture_of(getattr(law, "inner", law))
-    total = float(_entropy((mixture.weights @ _membership(mixture)).numpy()))
+    total = float(_entropy(mixture.class_weights.numpy()))
     if not total > 0:
         raise InputError("all components are of a single class; expected at least two classes.")
     exact = curve(s, shape, *_exact(mixture, s, samples, seed), name="class entropy")
@@ -198,23 +198,9 @@ def _entropy(p: np.ndarray) -> np.ndarray:
     return out
 
 
-def _membership(mixture: Mixture) -> torch.Tensor:
-    """Which component belongs to which class, [K, C] float64; every component is a class of its own without classes."""
-    k = mixture.components
-    code = torch.arange(k) if mixture.classes is None else mixture.classes.unique(return_inverse=True)[1]
-    return torch.nn.functional.one_hot(code).double()
-
-
 def _exact(mixture: Mixture, sigma: np.ndarray, samples: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """H[c | x_sigma] of a mixture and its interval at levels [G]."""
-    member = _membership(mixture)
-
-    def openness(log_p: torch.Tensor) -> torch.Tensor:
-        if member.shape[0] == member.shape[1]:
-            return -(log_p.exp() * log_p).sum(-1)
-        p = log_p.exp() @ member
-        return -(p * p.clamp_min(1e-300).log()).sum(-1)
-
+    openness = by_class(mixture, lambda log_p: -(log_p.exp() * log_p).sum(-1))
     return posterior_average(mixture, sigma, openness, samples, seed)
 
 

@@ -84,7 +84,7 @@ def clones(
         law_or_denoiser: a law, or a denoiser d(x, sigma).
         sigma: level, or levels [G], at which clones leave.
         classify: final images [B, *S] float32 -> integer classes [B] or scores [B, K], whose largest counts; by
-            default a `Mixture`'s likeliest component.
+            default a `Mixture`'s likeliest class.
         pairs: number of trunks; each pair is an independent trajectory and its clones.
         steps: network evaluations on one way down. 40 of them read the crossing of exact mixtures 1.5 to 3 % high in
             sigma, 200 of them under 1 %.

@@ -28,7 +28,7 @@ from scipy.optimize import brentq
 
 from symbreak.critical import CriticalTime, Curve, Levels, curve, levels, root_time
 from symbreak.intervals import jackknife
-from symbreak.laws.class_posterior import class_draws, mixture_of, posterior_average
+from symbreak.laws.class_posterior import by_class, class_draws, mixture_of, posterior_average
 from symbreak.laws.law import Law
 from symbreak.laws.mixture import Mixture
 from symbreak.moments.one_pass import LowRankMoments, Moments
@@ -49,8 +49,8 @@ class SpeciationTime(CriticalTime):
     """A free-entropy time: the level at which the first class stands out, and the level of every class.
 
     Attributes:
-        classes: one `CriticalTime` a class, in the mixture's order: the level seen from states of that
-            class. They differ for classes of different shape.
+        classes: one `CriticalTime` a class, in the order of their numbers (the components', where a mixture has
+            no classes): the level seen from states of that class. They differ for classes of different shape.
     """
 
     record = (*CriticalTime.record, "classes")
@@ -84,8 +84,8 @@ def speciation_time(
     """The speciation level of a law or of measured moments.
 
     Args:
-        law_or_moments: `Moments`, or a law with ``.moments``; for ``"free-entropy"`` a `Mixture`, one
-            component a class.
+        law_or_moments: `Moments`, or a law with ``.moments``; for ``"free-entropy"`` a `Mixture`
+            (of its ``classes``; without them every component is a class).
         criterion: ``"spectral"``, ``"signal-to-noise"`` or ``"free-entropy"`` (module docstring).
         scale: factor on the data; 0.5 gives the value for images in [0, 1].
         samples: draws for the free entropy of three and more classes (two are exact).
@@ -132,23 +132,25 @@ def ladder(moments: Moments, modes: int = 10, scale: float = 1.0) -> list[Critic
 
 def _free_entropy(law: Mixture, scale: float, samples: int, seed: int) -> SpeciationTime:
     """Free-entropy times of every class of a mixture."""
-    if law.components < 2:
-        raise InputError("a mixture of one component has no classes to tell apart; expected at least two.")
+    member = law.membership.bool()
+    if member.shape[1] < 2:
+        raise InputError("all components of the mixture are of one class; expected at least two classes.")
     gaps = law.means - law.weights @ law.means
     variance = float(law.weights @ (gaps * gaps).sum(1)) + float(law.eigenvalues.sum() + law.floor.sum() * law.dim)
     size = math.sqrt(variance)
     if not size > 0:
         raise InputError("all components are one point; expected classes that differ.")
     times = []
-    for k in range(law.components):
+    names = range(law.components) if law.classes is None else law.classes.unique().tolist()
+    for k, name in enumerate(names):
         ends: tuple[float | None, float | None, float | None] = (None, None, None)
-        reason: str | None = f"E[L] stays below Std[L] for class {k} at every level"
-        if law.weights[k] == 0:
-            reason = f"class {k} has weight 0"
+        reason: str | None = f"E[L] stays below Std[L] for class {name} at every level"
+        if law.class_weights[k] == 0:
+            reason = f"class {name} has weight 0"
         elif law.components == 2:
-            ends = (_outermost(_pair(law, k), size), None, None)
+            ends = (_outermost(_pair(law, int(member[:, k].nonzero()[0])), size), None, None)
         else:
-            ends = _against_rest(law, k, size, samples, seed)
+            ends = _against_rest(law, member[:, k], size, max(samples // len(names), 100), seed)
         level, low, high = (None if e is None else NoiseLevel(e * scale) for e in ends)
         reason = reason if level is None else None
         times.append(CriticalTime(level, low, high, criterion="free-entropy", source=FREE_ENTROPY, reason=reason))
@@ -207,19 +209,25 @@ def _pair(law: Mixture, k: int) -> Callable[[float], float]:
 
 
 def _against_rest(
-    law: Mixture, k: int, size: float, samples: int, seed: int, groups: int = 10
+    law: Mixture, inside: torch.Tensor, size: float, samples: int, seed: int, groups: int = 10
 ) -> tuple[float | None, float | None, float | None]:
-    """sigma where E[L] = Std[L] for L = log p(x | k) - log p(x | not k), and its jackknife interval."""
-    draws = class_draws(law, k, max(samples // law.components, 10 * groups), seed)
+    """sigma where E[L] = Std[L] for L = log p(x | c) - log p(x | not c), and its jackknife interval.
+
+    Args:
+        inside: components of the class c, a mask [K].
+    """
+    draws = class_draws(law, inside.nonzero()[:, 0].tolist(), samples, seed)
     log_w = law.weights.log()
-    others = [j for j in range(law.components) if j != k]
 
     def odds(sigma: float) -> np.ndarray:
         out = []
         for clean, noise in draws:
             log_p = law.component_log_prob(clean + sigma * noise, sigma).double()
-            rest = torch.logsumexp(log_p[:, others] + log_w[others], dim=1) - torch.logsumexp(log_w[others], dim=0)
-            out.append(log_p[:, k] - rest)
+            here, rest = (
+                torch.logsumexp(log_p[:, some] + log_w[some], dim=1) - torch.logsumexp(log_w[some], dim=0)
+                for some in (inside, ~inside)
+            )
+            out.append(here - rest)
         return torch.cat(out).numpy()
 
     def excess(values: np.ndarray) -> float:
@@ -245,7 +253,8 @@ def cloning_probability(
         phi(sigma) = E_x sum_c p(c | x)^2        two Gaussians +-m: 1/2 + 1/2 E tanh^2(z (z + Y))
 
     Args:
-        law: a `Mixture`, one component a class, or an `Empirical` law with labels.
+        law: a `Mixture` (of its ``classes``; without them every component is a class), or an `Empirical` law with
+            labels.
         sigma: a level, or levels [G].
         samples: draws in all (at least 16 a class), where there is no quadrature; at most one a point of an
             `Empirical` law.
@@ -266,7 +275,8 @@ def cloning_probability(
     0.7752002454
     """
     s, shape = levels(sigma)
-    values = posterior_average(law, s, lambda log_p: (2 * log_p).exp().sum(-1), samples, seed, labels)
+    agreement = by_class(law, lambda log_p: (2 * log_p).exp().sum(-1))
+    values = posterior_average(law, s, agreement, samples, seed, labels)
     # Quadrature rounds: a certain agreement is 1, not 1 + 2e-16.
     value, low, high = (np.clip(v, 0.0, 1.0) for v in values)
     return curve(s, shape, value, low, high, "cloning probability")
@@ -278,7 +288,7 @@ def cloning_time(law: Law, sigma: Levels | None = None, samples: int = 20000, se
         phi(sigma) = (1 + sum_c pi_c^2) / 2
 
     Args:
-        law: a `Mixture`, one component a class.
+        law: a `Mixture` (of its ``classes``; without them every component is a class).
         sigma: levels between whose ends it is looked for; by default from far inside to far outside the data.
         samples, seed: as for `cloning_probability`, which all levels share.
 
@@ -296,7 +306,7 @@ def cloning_time(law: Law, sigma: Levels | None = None, samples: int = 20000, se
     0.75
     """
     mixture = mixture_of(law)
-    half = 0.5 * (1.0 + float((mixture.weights * mixture.weights).sum()))
+    half = 0.5 * (1.0 + float((mixture.class_weights**2).sum()))
     if sigma is None:
         size = math.sqrt(float(mixture.moments.eigh[0].sum()))
         ends = np.array([1e-5, 1e3]) * size if size > 0 else np.array([1.0])
