@@ -390,10 +390,11 @@ def audit(
     if seeds is not None:
         sampling["seeds"] = parse_seeds(seeds)
     with running(out, memory_size(memory)) as work:
+        pipe = machine.load_if(model)
         record = measure(
             reading.open(data, limit),
             None if samples is None else Reading(samples_range, reading.skip_bad).open(samples),
-            model=machine.load_if(model),
+            model=pipe,
             sampling=Sampling(**sampling),
             holdout=reading.open_if(holdout),
             features=NamedExtractor(features, weights, weights_sha256, machine.place()),
