@@ -27,7 +27,19 @@ import torch
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 
-__all__ = ["ExactLaw", "FlowPath", "Law", "column", "flatten", "fresh", "is_law", "level", "rows_of", "top_eigenvalue"]
+__all__ = [
+    "ExactLaw",
+    "FlowPath",
+    "Law",
+    "Transports",
+    "column",
+    "flatten",
+    "fresh",
+    "is_law",
+    "level",
+    "rows_of",
+    "top_eigenvalue",
+]
 
 
 @runtime_checkable
@@ -63,6 +75,15 @@ class Law(Protocol):
 
     def transport(self, noise: torch.Tensor, sigma: float, sigma_from: float | None = None) -> torch.Tensor:
         """White noise, or VE states at ``sigma_from``, along the law's probability flow: VE states [B, *S] at sigma."""
+
+
+class Transports(Protocol):
+    """What a start is drawn from: a `Law`, or anything else that carries white noise to a level."""
+
+    shape: tuple[int, ...]
+
+    def transport(self, noise: torch.Tensor, sigma: float) -> torch.Tensor:
+        """VE states [B, *S] from white noise [B, *S]."""
 
 
 def is_law(source: object) -> TypeGuard[Law]:

@@ -13,17 +13,18 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from symbreak.laws.cluster_mixture import PrincipalMixture
 from symbreak.laws.gaussian import Gaussian
-from symbreak.laws.law import Law
+from symbreak.laws.law import Law, Transports
 from symbreak.laws.mixture import Mixture
 from symbreak.moments.covariance import Covariance
 from symbreak.moments.one_pass import Moments
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
+from symbreak.runtime.plain import Values
 
 __all__ = ["law_from_tensors", "law_hash", "law_tensors", "load_law", "save_law"]
 
@@ -34,7 +35,6 @@ MIXTURE = {"weights": "K", "means": "Kd", "vectors": "Kdr", "eigenvalues": "Kr",
 OPTIONAL = {"classes": "K", "dropped": "Km"}
 
 Tensors = dict[str, torch.Tensor]
-About = dict[str, Any]
 
 
 def save_law(law: Law, path: str | Path) -> Path:
@@ -63,7 +63,7 @@ def load_law(path: str | Path) -> Gaussian | Mixture | PrincipalMixture:
     return law_from_tensors(*read_tensors(path), path)
 
 
-def law_hash(law: Law) -> str:
+def law_hash(law: Transports) -> str:
     """SHA-256 of everything that a file of the law would hold, first 16 hex digits."""
     tensors, metadata = law_tensors(law)
     digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
@@ -72,7 +72,7 @@ def law_hash(law: Law) -> str:
     return digest.hexdigest()[:16]
 
 
-def law_tensors(law: Law) -> tuple[Tensors, dict[str, str]]:
+def law_tensors(law: Transports) -> tuple[Tensors, dict[str, str]]:
     """Tensors and metadata of a law, for a file that holds more than the law."""
     for name, kind in KINDS.items():
         if isinstance(law, kind.law):
@@ -133,13 +133,13 @@ def _check(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]], path: str | 
             raise InputError(f"{path} holds a negative variance in {name}; expected numbers >= 0. Save it again.")
 
 
-def _write_principal(law: PrincipalMixture) -> tuple[Tensors, About]:
+def _write_principal(law: PrincipalMixture) -> tuple[Tensors, Values]:
     (outer, outer_head), (inner, inner_head) = law_tensors(law.gaussian), law_tensors(law.inner)
     about = {"gaussian": outer_head, "inner": inner_head, "prior": law.prior}
     return _prefixed(OUTER, outer) | _prefixed(INNER, inner), about
 
 
-def _read_principal(tensors: Tensors, about: About, path: str | Path) -> PrincipalMixture:
+def _read_principal(tensors: Tensors, about: Values, path: str | Path) -> PrincipalMixture:
     outer = law_from_tensors(_under(OUTER, tensors), about["gaussian"], path)
     inner = law_from_tensors(_under(INNER, tensors), about["inner"], path)
     if not (isinstance(outer, Gaussian) and isinstance(inner, Mixture)):
@@ -147,7 +147,7 @@ def _read_principal(tensors: Tensors, about: About, path: str | Path) -> Princip
     return PrincipalMixture(outer, inner, about["prior"])
 
 
-def _write_gaussian(law: Gaussian) -> tuple[Tensors, About]:
+def _write_gaussian(law: Gaussian) -> tuple[Tensors, Values]:
     moments, metadata = law.moments.tensors()
     tensors = _prefixed(MOMENTS, moments)
     # A full covariance is stored as such; what was diagonalised once is kept, a low rank is stored once.
@@ -156,7 +156,7 @@ def _write_gaussian(law: Gaussian) -> tuple[Tensors, About]:
     return tensors, {"moments": metadata, "floor": law.floor}
 
 
-def _read_gaussian(tensors: Tensors, about: About, path: str | Path) -> Gaussian:
+def _read_gaussian(tensors: Tensors, about: Values, path: str | Path) -> Gaussian:
     stored = _under(MOMENTS, tensors)
     if not stored:
         raise InputError(f"{path} holds no law: it has no moments. Save it again.")
@@ -171,14 +171,14 @@ def _read_gaussian(tensors: Tensors, about: About, path: str | Path) -> Gaussian
     return law if law.rank == law.dim else Gaussian(moments, floor=float(about["floor"]))
 
 
-def _write_mixture(law: Mixture) -> tuple[Tensors, About]:
+def _write_mixture(law: Mixture) -> tuple[Tensors, Values]:
     tensors = {name: getattr(law, name) for name in MIXTURE}
     optional = {"classes": None if law.classes is None else law.classes.long(), "dropped": law._dropped}
     tensors |= {name: tensor for name, tensor in optional.items() if tensor is not None}
     return tensors, {"shape": list(law.shape), "count": int(law.count)}
 
 
-def _read_mixture(tensors: Tensors, about: About, path: str | Path) -> Mixture:
+def _read_mixture(tensors: Tensors, about: Values, path: str | Path) -> Mixture:
     shape, count = tuple(int(n) for n in about["shape"]), int(about["count"])
     d, vectors = math.prod(shape), tensors.get("vectors")
     rank = vectors.shape[-1] if vectors is not None and vectors.ndim == 3 else 0
@@ -199,8 +199,8 @@ class Kind(NamedTuple):
     """A class of laws, what writes it and what reads it."""
 
     law: type
-    write: Callable[[Any], tuple[Tensors, About]]
-    read: Callable[[Tensors, About, str | Path], Gaussian | Mixture | PrincipalMixture]
+    write: Callable[..., tuple[Tensors, Values]]
+    read: Callable[[Tensors, Values, str | Path], Gaussian | Mixture | PrincipalMixture]
 
 
 KINDS = {

@@ -31,6 +31,7 @@ class Scheduler(Protocol):
     # Of some classes only:
     sigmas: torch.Tensor
     sigma_max: float
+    init_noise_sigma: float
     betas: torch.Tensor
     alphas_cumprod: torch.Tensor
 

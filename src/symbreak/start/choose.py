@@ -18,21 +18,25 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 
 from symbreak.laws import Gaussian
-from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser
+from symbreak.laws.class_posterior import Labels
+from symbreak.laws.law import Law, Transports
+from symbreak.moments.one_pass import LowRankMoments, Moments
+from symbreak.networks.denoiser import Batches, Denoiser, Denoises, as_denoiser
 from symbreak.networks.families import as_unet
+from symbreak.networks.types import Network, Scheduler
 from symbreak.noise import NoiseLevel, Schedule, generator
 from symbreak.phases.losses import integral_above, loss_curve
 from symbreak.runtime.files import InputError
-from symbreak.runtime.plain import plain
+from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.ranks import agreed
 from symbreak.start.cut_schedule import schedule_of
 from symbreak.start.grids import grids, standard_starts
@@ -52,6 +56,13 @@ END = 0.02  # where exact flows end, as a share of the lowest start level
 FLOW_STEPS = 6  # between two levels that are tried
 WARN_NATS = 1.0
 WARN_NONLINEAR = 0.5
+
+
+class _Measured(Law, Protocol):
+    """A law that says its moments."""
+
+    @property
+    def moments(self) -> Moments | LowRankMoments: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +89,7 @@ class Candidate:
         """Both together."""
         return self.law_cost + self.sampler_cost
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Values:
         """Plain values, for records."""
         return {**vars(self), "level": self.level.to_dict()}
 
@@ -144,7 +155,7 @@ class Choice:
         lines.append(f"{'standard':>8} {0.0:9.3g} {usual.sampler_cost:9.3g} {usual.cost:9.3g}{mark}")
         return "\n".join(lines)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Values:
         """Plain values, for records."""
 
         whole = {
@@ -153,7 +164,7 @@ class Choice:
             "chosen": self.chosen.to_dict(),
             "sentence": self.sentence,
         }
-        values: dict[str, Any] = plain(whole)
+        values: Values = plain(whole)
         return values
 
 
@@ -185,8 +196,8 @@ class LossGap:
 
 
 def loss_gaps(
-    denoiser: Any,
-    laws: list[Any],
+    denoiser: Denoiser,
+    laws: Sequence[Law],
     data: torch.Tensor,
     sigma: np.ndarray,
     gaussian: Gaussian,
@@ -235,7 +246,7 @@ def loss_gaps(
     return out
 
 
-def _run(start: LateStart, unet: Any, state: torch.Tensor, seed: int) -> torch.Tensor:
+def _run(start: LateStart, unet: Network, state: torch.Tensor, seed: int) -> torch.Tensor:
     """Final states of the real scheduler with a law in the network's place."""
     with torch.inference_mode():
         try:
@@ -263,7 +274,13 @@ def _moments_gap(a: torch.Tensor, b: torch.Tensor, gaussian: Gaussian) -> float:
 
 
 def choose(
-    scheduler: Any, laws: Iterable[Any], steps: int, denoiser: Any, data: Any, labels: Any = None, seed: int = 0
+    scheduler: Scheduler,
+    laws: Iterable[Transports],
+    steps: int,
+    denoiser: Denoises | Denoiser,
+    data: Batches,
+    labels: Labels | None = None,
+    seed: int = 0,
 ) -> tuple[LateStart, Choice]:
     """The cheapest start for a scheduler and a number of steps.
 
@@ -288,6 +305,7 @@ def choose(
         if not (isinstance(law, Denoises) and hasattr(law, "moments")):
             name = type(law).__name__
             raise InputError(f"{name} has no .denoise and .moments, which choosing needs. Pass at= with a level.")
+    laws = cast(list[_Measured], laws)
     try:
         network = as_denoiser(denoiser)
     except TypeError as error:
@@ -347,12 +365,12 @@ def _band(full: Schedule, network: Denoiser, gaussian: Gaussian) -> tuple[float,
 
 
 def _tried(
-    scheduler: Any,
-    laws: list[Any],
+    scheduler: Scheduler,
+    laws: list[_Measured],
     gaps: list[LossGap],
     steps: int,
     levels: np.ndarray,
-    world: Any,
+    world: Law,
     gaussian: Gaussian,
     seed: int,
 ) -> tuple[dict[Candidate, LateStart], int]:
@@ -384,7 +402,7 @@ def _tried(
     return starts, count
 
 
-def _late(grid: Any, law: Any, steps: int, sigmas: np.ndarray) -> list[LateStart]:
+def _late(grid: Scheduler, law: Law, steps: int, sigmas: np.ndarray) -> list[LateStart]:
     """Late starts at the levels that a scheduler can offer, each once."""
     starts: dict[float, LateStart] = {}
     for s in map(float, sigmas):
@@ -394,18 +412,19 @@ def _late(grid: Any, law: Any, steps: int, sigmas: np.ndarray) -> list[LateStart
     return list(starts.values())
 
 
-def _along(world: Any, noise: torch.Tensor, levels: set[float], end: float) -> dict[float, torch.Tensor]:
+def _along(world: Law, noise: torch.Tensor, levels: set[float], end: float) -> dict[float, torch.Tensor]:
     """States of the world's exact flow from white noise, at every level and at the end: one walk down."""
     states, x, before = {}, noise, None
+    transport: Callable[..., torch.Tensor] = world.transport
     # In closed form for a Gaussian; others take their Runge-Kutta steps.
     more = {} if isinstance(world, Gaussian) else {"steps": FLOW_STEPS}
     for s in sorted({*levels, end}, reverse=True):
-        x = world.transport(x, s, before, **more)
+        x = transport(x, s, before, **more)
         states[s], before = x, s
     return states
 
 
-def _is_stochastic(start: LateStart, unet: Any, state: torch.Tensor, seed: int) -> bool:
+def _is_stochastic(start: LateStart, unet: Network, state: torch.Tensor, seed: int) -> bool:
     """Whether the sampler draws noise of its own."""
     if "generator" not in inspect.signature(start.scheduler.step).parameters:
         return False
@@ -413,7 +432,13 @@ def _is_stochastic(start: LateStart, unet: Any, state: torch.Tensor, seed: int) 
 
 
 def _error(
-    start: LateStart, unet: Any, state: torch.Tensor, truth: torch.Tensor, gaussian: Gaussian, random: bool, seed: int
+    start: LateStart,
+    unet: Network,
+    state: torch.Tensor,
+    truth: torch.Tensor,
+    gaussian: Gaussian,
+    random: bool,
+    seed: int,
 ) -> float:
     """Squared error of a sampler's final states against the exact flow, a state, summed over pixels."""
     final = _run(start, unet, state, seed)
@@ -423,12 +448,12 @@ def _error(
     return float(((final - truth) ** 2).flatten(1).sum(1).mean())
 
 
-def _some(data: Any, labels: Any, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+def _some(data: Batches, labels: Labels | None, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Up to ``count`` images of a data set [N, *S] float32 drawn by the seed, and their classes [N]."""
     if isinstance(data, str):
         raise InputError(f"data={data!r} is a name; expected images. Pass sb.images({data!r}).")
     if isinstance(data, torch.Tensor | np.ndarray):
-        data = [data]
+        data = [torch.as_tensor(data)]
     batches = [torch.as_tensor(batch).float().cpu() for batch in data]
     if not batches:
         raise InputError("no images to choose a start with; expected at least 16, better 256.")
@@ -445,7 +470,7 @@ def _some(data: Any, labels: Any, count: int, seed: int) -> tuple[torch.Tensor, 
     return whole[order], y[order].long()
 
 
-def _check_classes(network: Any, classes: torch.Tensor | None, laws: list[Any]) -> None:
+def _check_classes(network: Denoiser, classes: torch.Tensor | None, laws: Sequence[Law]) -> None:
     """Labels that the network or a law does not have, or that are missing, raise an error."""
     config = getattr(getattr(network, "unet", None), "config", {})
     known = config.get("num_class_embeds")

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any
 
 import numpy as np
 import torch
 
+from symbreak.networks.types import Scheduler
 from symbreak.noise import NoiseLevel, Schedule, schedule
 from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import Values
 
 __all__ = ["SUPPORTED", "begins_at", "check_scheduler", "check_steps", "cut_scheduler", "schedule_of", "takes", "timed"]
 
@@ -50,12 +51,12 @@ INSTEAD = {
 }
 
 
-def takes(scheduler: Any, setting: str) -> bool:
+def takes(scheduler: Scheduler, setting: str) -> bool:
     """Whether a scheduler's class has a setting."""
     return setting in inspect.signature(type(scheduler).__init__).parameters
 
 
-def check_scheduler(scheduler: Any) -> None:
+def check_scheduler(scheduler: Scheduler) -> None:
     """A scheduler that cannot be cut raises an error that names one that can."""
     name = type(scheduler).__name__
     if name not in SUPPORTED:
@@ -71,7 +72,7 @@ def check_steps(steps: int) -> None:
         raise InputError(f"{steps} steps asked for; expected a whole number of at least 1.")
 
 
-def schedule_of(scheduler: Any) -> Schedule:
+def schedule_of(scheduler: Scheduler) -> Schedule:
     """The scheduler's own schedule; one that falls nowhere or stands still is one line of `InputError`."""
     try:
         return schedule(scheduler)
@@ -79,7 +80,7 @@ def schedule_of(scheduler: Any) -> Schedule:
         raise InputError(f"{type(scheduler).__name__} cannot be cut: {error}") from None
 
 
-def timed(scheduler: Any, steps: int) -> Any:
+def timed(scheduler: Scheduler, steps: int) -> Scheduler:
     """The scheduler with its timesteps set."""
     try:
         scheduler.set_timesteps(steps)
@@ -91,7 +92,7 @@ def timed(scheduler: Any, steps: int) -> Any:
     return scheduler
 
 
-def begins_at(scheduler: Any, full: Schedule) -> NoiseLevel:
+def begins_at(scheduler: Scheduler, full: Schedule) -> NoiseLevel:
     """The level of a ready scheduler's first step, read back from the scheduler itself."""
     kind = KINDS.get(type(scheduler).__name__, STEPS)
     if kind == STEPS:
@@ -102,7 +103,7 @@ def begins_at(scheduler: Any, full: Schedule) -> NoiseLevel:
     return NoiseLevel(sigma) if kind == SIGMAS else NoiseLevel(sigma, alpha=1.0)
 
 
-def cut_scheduler(scheduler: Any, level: NoiseLevel, steps: int, full: Schedule) -> Any:
+def cut_scheduler(scheduler: Scheduler, level: NoiseLevel, steps: int, full: Schedule) -> Scheduler:
     """A ready scheduler whose first level is ``level`` or the nearest that it can offer.
 
     Raises:
@@ -132,7 +133,7 @@ def cut_scheduler(scheduler: Any, level: NoiseLevel, steps: int, full: Schedule)
             f"{steps} steps do not fit below step {t} of the schedule, which has {t + 1}. Ask for fewer steps or start "
             "at a noisier level."
         )
-    changes: dict[str, Any] = {}
+    changes: Values = {}
     grid = int(config.get("original_inference_steps") or 0)
     if grid:
         # A consistency model knows only the steps of its own coarse grid: cut at one of them.
@@ -152,7 +153,7 @@ def cut_scheduler(scheduler: Any, level: NoiseLevel, steps: int, full: Schedule)
     return timed(cls.from_config(config, **changes), steps)
 
 
-def _first_betas(scheduler: Any, t: int) -> list[float]:
+def _first_betas(scheduler: Scheduler, t: int) -> list[float]:
     """The first t + 1 betas of the realised schedule (after any zero-SNR rescaling), as plain floats."""
     alpha_bar, betas = (
         torch.as_tensor(v, device="cpu").double().numpy()[: t + 1] for v in (scheduler.alphas_cumprod, scheduler.betas)

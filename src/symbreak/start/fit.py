@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 
@@ -14,8 +15,12 @@ from symbreak.critical import CriticalTime
 from symbreak.data.held_out import held_out
 from symbreak.data.images import Images
 from symbreak.laws import Gaussian, PrincipalMixture
+from symbreak.laws.class_posterior import Labels
+from symbreak.laws.law import Law, Transports
 from symbreak.moments.one_pass import Moments
+from symbreak.networks.denoiser import Batches, Denoiser, Denoises
 from symbreak.networks.families import denoiser as adapted
+from symbreak.networks.types import Network, Scheduler
 from symbreak.noise import NoiseLevel, Schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.runtime.files import InputError
@@ -31,12 +36,12 @@ FULL = 4096  # above this dimension the Gaussian keeps RANK modes
 RANK = 100
 
 
-def _resolve(at: Any, law: Any, full: Schedule) -> NoiseLevel:
+def _resolve(at: NoiseLevel | CriticalTime | str | int | float, law: Transports, full: Schedule) -> NoiseLevel:
     """The level that ``at`` means."""
     if isinstance(at, str):
         if at != "speciation":
             raise InputError(f"at={at!r}; expected 'speciation', 'auto', a level, a CriticalTime or a step.")
-        at = speciation_time(law)
+        at = speciation_time(cast(Law, law))
     if isinstance(at, CriticalTime):
         if at.level is None:
             raise InputError(
@@ -60,13 +65,13 @@ def _resolve(at: Any, law: Any, full: Schedule) -> NoiseLevel:
 
 
 def late_start(
-    scheduler: Any,
-    law: Any,
+    scheduler: Scheduler,
+    law: Transports | Sequence[Transports],
     steps: int = 5,
     at: NoiseLevel | CriticalTime | str | int | float = "auto",
-    denoiser: Any = None,
-    data: Any = None,
-    labels: Any = None,
+    denoiser: Denoises | Denoiser | None = None,
+    data: Batches | None = None,
+    labels: Labels | None = None,
     check: bool = True,
 ) -> LateStart:
     """Cut a scheduler so that it begins at a level, and start there from a law.
@@ -98,7 +103,7 @@ def late_start(
     Source: arXiv:2305.19693 (Gaussian late start).
     """
     check_scheduler(scheduler)
-    laws = list(law) if isinstance(law, (list, tuple)) else [law]
+    laws: list[Transports] = list(law) if isinstance(law, Sequence) else [law]
     if not laws:
         raise InputError("no law to start from; expected one, or a list of them.")
     for one in laws:
@@ -109,7 +114,7 @@ def late_start(
     if automatic and (denoiser is None) != (data is None):
         came, wanted = ("data", "denoiser") if denoiser is None else ("denoiser", "data")
         raise InputError(f"at='auto' came with {came}= but without {wanted}=. Pass both, or neither.")
-    if automatic and denoiser is not None:
+    if automatic and denoiser is not None and data is not None:
         start, choice = choose(scheduler, laws, int(steps), denoiser, data, labels)
         if check:
             for note in choice.signatures:
@@ -124,7 +129,7 @@ def late_start(
     asked = _resolve("speciation" if automatic else at, law, schedule_of(scheduler))
     start = cut(scheduler, law, steps, asked)
     if check and hasattr(law, "moments"):
-        spectral = speciation_time(law)
+        spectral = speciation_time(cast(Law, law))
         if spectral.sigma is not None and start.level.sigma < spectral.sigma * (1 - 0.02):
             note = (
                 f"The start at sigma {start.level.sigma:.4g} lies below the spectral speciation level "
@@ -136,7 +141,7 @@ def late_start(
     return start
 
 
-def candidate_laws(data: Images, clusters: int | None = None) -> list[Any]:
+def candidate_laws(data: Images, clusters: int | None = None) -> list[Gaussian | PrincipalMixture]:
     """Laws worth trying for a data set: one Gaussian, one a class where there are labels, and clusters.
 
     Args:
@@ -148,7 +153,7 @@ def candidate_laws(data: Images, clusters: int | None = None) -> list[Any]:
     """
     d = math.prod(data.shape)
     gaussian = Gaussian.fit(data) if d <= FULL else Gaussian(Moments.fit(data, rank=RANK))
-    laws: list[Any] = [gaussian]
+    laws: list[Gaussian | PrincipalMixture] = [gaussian]
     if data.labels is not None:
         _, counts = data.labels.unique(return_counts=True)
         if len(counts) > 1 and int(counts.min()) >= 2:
@@ -163,10 +168,10 @@ def candidate_laws(data: Images, clusters: int | None = None) -> list[Any]:
 
 def fit_start(
     data: Images,
-    unet: Any,
-    scheduler: Any,
+    unet: Network,
+    scheduler: Scheduler,
     steps: int = 5,
-    holdout: Any = None,
+    holdout: Batches | None = None,
     clusters: int | None = None,
     check: bool = True,
 ) -> LateStart:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 
+from symbreak.networks.types import Scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.files import InputError
 from symbreak.start.cut_schedule import check_steps, takes
@@ -58,7 +58,7 @@ def late_sigmas(level: LateStart | NoiseLevel | float, steps: int, sigma_min: fl
     return sigmas
 
 
-def grids(scheduler: Any) -> dict[str, Any]:
+def grids(scheduler: Scheduler) -> dict[str, Scheduler]:
     """The scheduler on its own grid and, where its class offers both, on the Karras and the uniform one."""
     config = dict(scheduler.config)
     if str(config.get("variance_type", "")).startswith("learned"):
@@ -75,7 +75,7 @@ def grids(scheduler: Any) -> dict[str, Any]:
     }
 
 
-def standard_starts(scheduler: Any, steps: int, skip: bool = False) -> dict[str, LateStart]:
+def standard_starts(scheduler: Scheduler, steps: int, skip: bool = False) -> dict[str, LateStart]:
     """The standard start by timestep spacing; ``"own"`` alone for a scheduler without spacings.
 
     Args:
@@ -93,7 +93,7 @@ def standard_starts(scheduler: Any, steps: int, skip: bool = False) -> dict[str,
     return starts
 
 
-def steps_for(scheduler: Any, calls: int, name: str | None = None) -> int:
+def steps_for(scheduler: Scheduler, calls: int, name: str | None = None) -> int:
     """num_inference_steps that cost a number of network evaluations, asked of the scheduler itself.
 
     Args:

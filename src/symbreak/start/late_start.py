@@ -10,18 +10,22 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import diffusers
 import numpy as np
 import torch
 
+from symbreak.laws.law import Transports
 from symbreak.laws.saving import law_from_tensors, law_tensors
-from symbreak.networks.denoiser import Denoiser, LawDenoiser, as_denoiser
+from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, as_denoiser
+from symbreak.networks.types import Scheduler
 from symbreak.noise import NoiseLevel, schedule
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
+from symbreak.runtime.plain import Values
 from symbreak.start.cut_schedule import (
     SUPPORTED,
     begins_at,
@@ -58,12 +62,12 @@ class LateStart:
         choice: why it was chosen, where ``at="auto"`` did.
     """
 
-    scheduler: Any
+    scheduler: Scheduler
     level: NoiseLevel
-    law: Any | None
+    law: Transports | None
     steps: int
     asked: NoiseLevel
-    full: Any
+    full: Scheduler
     notes: tuple[str, ...] = field(default=())
     choice: Any | None = None
 
@@ -72,7 +76,7 @@ class LateStart:
         """Network evaluations (NFE) a sample costs: one an entry of the scheduler's timesteps."""
         return len(self.scheduler.timesteps)
 
-    def fresh(self) -> Any:
+    def fresh(self) -> Scheduler:
         """A scheduler at its first step, independent of every other."""
         return copy.deepcopy(self.scheduler)
 
@@ -103,8 +107,8 @@ class LateStart:
                 raise InputError("this start is pure noise, sigma infinite, and has no VE state. Start below the top.")
             return self(noise) / self.level.alpha
         classes = {} if labels is None or getattr(self.law, "classes", None) is None else {"labels": labels}
-        x: torch.Tensor = self.law.transport(noise, self.level.sigma, **classes)
-        return x
+        transport: Callable[..., torch.Tensor] = self.law.transport
+        return transport(noise, self.level.sigma, **classes)
 
     def state(self, x: torch.Tensor) -> torch.Tensor:
         """A VE state x = x_0 + sigma eps at the start level, in the scheduler's own frame."""
@@ -119,7 +123,7 @@ class LateStart:
         # Flow-matching schedulers have no init_noise_sigma: their pipelines start from the noise itself.
         return float(getattr(self.scheduler, "init_noise_sigma", 1.0))
 
-    def denoiser(self, network: Any) -> Denoiser:
+    def denoiser(self, network: Denoises | Denoiser) -> Denoiser:
         """The law's posterior mean above the start level, the network's at and below it.
 
             D(x, sigma) = D_law(x, sigma)       sigma > level.sigma        (no network evaluation)
@@ -145,9 +149,9 @@ class LateStart:
                 f"the start's law has the shape {tuple(self.law.shape)}, the network {tuple(below.shape)}. Fit it on "
                 "such data."
             )
-        return _Hybrid(LawDenoiser(self.law), below, self.level.sigma)
+        return _Hybrid(LawDenoiser(cast(Denoises, self.law)), below, self.level.sigma)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Values:
         """Plain values, for records."""
         return {
             "scheduler": type(self.scheduler).__name__,
@@ -170,7 +174,7 @@ class LateStart:
         name = type(self.full).__name__
         if getattr(diffusers, name, None) is not type(self.full):
             raise InputError(f"a start with the scheduler {name} cannot be saved: diffusers has no such class.")
-        about: dict[str, Any] = {
+        about: Values = {
             "scheduler": json.loads(self.full.to_json_string()),
             "class": name,
             "steps": self.steps,
@@ -212,7 +216,7 @@ class LateStart:
             known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
             if not known:
                 raise InputError(f"{path} names the scheduler {name}, which diffusers does not have. Update diffusers.")
-            full: Any = kind.from_config(about["scheduler"])
+            full = kind.from_config(about["scheduler"])
             level = NoiseLevel(*tensors["asked"].tolist())
             if about["law"]:
                 parts = {key.removeprefix(LAW): t for key, t in tensors.items() if key.startswith(LAW)}
@@ -283,7 +287,7 @@ class _Hybrid:
         return out
 
 
-def cut(scheduler: Any, law: Any, steps: int, level: NoiseLevel) -> LateStart:
+def cut(scheduler: Scheduler, law: Transports, steps: int, level: NoiseLevel) -> LateStart:
     """A late start at a level, or at the nearest that the scheduler can offer (its ``notes`` then say so).
 
     Raises:
@@ -301,7 +305,7 @@ def cut(scheduler: Any, law: Any, steps: int, level: NoiseLevel) -> LateStart:
     return LateStart(ready, begins, law, int(steps), level, scheduler, notes)
 
 
-def standard_start(scheduler: Any, steps: int, spacing: str | None = None) -> LateStart:
+def standard_start(scheduler: Scheduler, steps: int, spacing: str | None = None) -> LateStart:
     """The usual start from white noise at the top of the schedule, with the face of a late one.
 
     Args:
@@ -319,7 +323,7 @@ def standard_start(scheduler: Any, steps: int, spacing: str | None = None) -> La
     return LateStart(ready, level, None, int(steps), level, scheduler if spacing is None else cls.from_config(config))
 
 
-def check_same_network(start: LateStart, scheduler: Any, name: Any) -> None:
+def check_same_network(start: LateStart, scheduler: Scheduler, name: str | Path | None) -> None:
     """A start whose scheduler speaks of other noise, or of another prediction, than a network's raises an error."""
     schedules = [schedule_of(s) for s in (start.full, scheduler)]
     kinds = [str(s.config.get("prediction_type", "flow")) for s in (start.full, scheduler)]

@@ -12,13 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from PIL import Image
 
+from symbreak.laws.class_posterior import Labels
 from symbreak.laws.law import fresh
+from symbreak.networks.types import Scheduler
 from symbreak.runtime.files import InputError
+from symbreak.runtime.plain import Values
 from symbreak.start.late_start import LateStart
-from symbreak.start.sample import check_labels, check_shape, integrate, precision
+from symbreak.start.sample import Generators, check_labels, check_shape, integrate, precision
 
 __all__ = ["LateStartPipeline"]
 
@@ -44,7 +49,8 @@ class LateStartPipeline(DiffusionPipeline):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ("latents",)
 
-    # `start` has a default because diffusers takes every parameter without one for a component.
+    # `start` has a default because diffusers takes every parameter without one for a component; it checks components
+    # against their annotations, of which it knows classes only.
     def __init__(self, unet: Any, scheduler: Any, start: Any = None) -> None:
         super().__init__()
         if not isinstance(start, LateStart):
@@ -75,14 +81,14 @@ class LateStartPipeline(DiffusionPipeline):
     def __call__(
         self,
         batch_size: int = 1,
-        generator: torch.Generator | Sequence[torch.Generator] | None = None,
-        class_labels: Any = None,
+        generator: Generators = None,
+        class_labels: Labels | int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+        callback_on_step_end: Callable[..., dict[str, torch.Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         micro_batch: int = 64,
-    ) -> Any:
+    ) -> ImagePipelineOutput | tuple[torch.Tensor | np.ndarray | list[Image.Image]]:
         """Draw images; the number of steps is the start's.
 
         White noise is drawn in float32 whatever the network's dtype, so that a seed keeps its meaning; states
@@ -126,7 +132,7 @@ class LateStartPipeline(DiffusionPipeline):
         noise, generator = _noise(shape, batch_size, generator)
         with self.progress_bar(total=self.start.calls) as bar:
 
-            def each(i: int, t: Any, state: torch.Tensor) -> torch.Tensor:
+            def each(i: int, t: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
                 bar.update()
                 if callback_on_step_end is None:
                     return state
@@ -203,12 +209,12 @@ class LateStartPipeline(DiffusionPipeline):
         return pipe
 
 
-def _settings(scheduler: Any) -> dict[str, Any]:
+def _settings(scheduler: Scheduler) -> Values:
     """A scheduler's config without what diffusers notes down beside it."""
     return {key: value for key, value in dict(scheduler.config).items() if not key.startswith("_")}
 
 
-def _noise(shape: tuple[int, ...], count: int, generator: Any) -> tuple[torch.Tensor, Any]:
+def _noise(shape: tuple[int, ...], count: int, generator: Any) -> tuple[torch.Tensor, Generators]:
     """White noise [count, *S], float32, and the generator or generators it came from."""
     if isinstance(generator, list | tuple):
         if len(generator) != count:

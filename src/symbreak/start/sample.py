@@ -14,19 +14,20 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from symbreak.laws.class_posterior import Labels
 from symbreak.laws.saving import law_hash
 from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
 from symbreak.networks.loading import weights_hash
+from symbreak.networks.types import Network
 from symbreak.noise import generator as seeded
 from symbreak.runtime.files import InputError, digest, output_folder, read_json, write_json, write_whole
-from symbreak.runtime.plain import plain
+from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.ranks import agreed, alone, dealt, rank_of, shares
 from symbreak.runtime.rows import HELD, Shards
 from symbreak.runtime.run import Arrays, Run, renamed
@@ -58,7 +59,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def check(unet: Any, start: LateStart, seeds: Sequence[int], micro_batch: int) -> tuple[int, int, int]:
+def check(unet: Network, start: LateStart, seeds: Sequence[int], micro_batch: int) -> tuple[int, int, int]:
     """What cannot be sampled raises an error before anything is done; the shape (C, H, W) of an image."""
     if not seeds:
         raise InputError("no seeds; expected at least one.")
@@ -67,7 +68,7 @@ def check(unet: Any, start: LateStart, seeds: Sequence[int], micro_batch: int) -
     return check_shape(unet, start, micro_batch)
 
 
-def check_shape(unet: Any, start: LateStart, micro_batch: int) -> tuple[int, int, int]:
+def check_shape(unet: Network, start: LateStart, micro_batch: int) -> tuple[int, int, int]:
     """The shape (C, H, W) of an image; a start whose law has another one raises an error."""
     if micro_batch < 1:
         raise InputError(f"a micro-batch of {micro_batch}; expected at least 1.")
@@ -81,7 +82,7 @@ def check_shape(unet: Any, start: LateStart, micro_batch: int) -> tuple[int, int
     return shape
 
 
-def check_labels(unet: Any, labels: Any, count: int) -> torch.Tensor | None:
+def check_labels(unet: Network, labels: Labels | int | None, count: int) -> torch.Tensor | None:
     """Class labels [count] that the network knows, or ``None`` for a network without classes.
 
     Raises:
@@ -107,7 +108,7 @@ def check_labels(unet: Any, labels: Any, count: int) -> torch.Tensor | None:
     return y.long()
 
 
-def precision(unet: Any) -> torch.dtype:
+def precision(unet: Network) -> torch.dtype:
     """The dtype of states: float64 for a float64 network, else float32."""
     weight = next(iter(unet.parameters()), None)
     return torch.float64 if weight is not None and weight.dtype == torch.float64 else torch.float32
@@ -162,7 +163,7 @@ def padded(
 
 
 def integrate(
-    unet: Any,
+    unet: Network,
     start: LateStart,
     noise: torch.Tensor,
     generator: Generators = None,
@@ -171,7 +172,7 @@ def integrate(
     micro_batch: int = 64,
     clean: torch.Tensor | None = None,
     each: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
-    **condition: Any,
+    **condition: object,
 ) -> torch.Tensor:
     """White noise [n, *S] -> the state after the last step of `run_sampler`.
 
@@ -201,7 +202,7 @@ def integrate(
 
 
 def evaluated(
-    unet: Any, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, condition: dict[str, Any]
+    unet: Network, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, condition: dict[str, object]
 ) -> torch.Tensor:
     """One evaluation of a diffusers network at time t, in the dtype of its weights, answered in that of x."""
     weight = next(iter(unet.parameters()), x)
@@ -216,15 +217,15 @@ class _Images:
 
     def __init__(
         self,
-        unet: Any,
+        unet: Network,
         start: LateStart,
         seeds: Sequence[int],
         micro_batch: int,
-        labels: Any = None,
+        labels: Labels | int | None = None,
         clean: torch.Tensor | None = None,
         device: str | torch.device | None = None,
         clamp: bool = True,
-        **condition: Any,
+        **condition: object,
     ) -> None:
         self.unet, self.start, self.seeds, self.micro_batch = unet, start, [int(s) for s in seeds], micro_batch
         self.clean, self.clamp, self.condition = clean, clamp, condition
@@ -247,6 +248,7 @@ class _Images:
             labels=None if self.labels is None else self.labels[rows],
             micro_batch=self.micro_batch,
             clean=None if self.clean is None else self.clean[rows],
+            each=None,
             **self.condition,
         )
         return state.clamp(-1, 1).float().cpu() if self.clamp else state.float().cpu()
@@ -283,17 +285,17 @@ class _Images:
 
 @renamed(keep="run=sb.Run(folder)")
 def generate(
-    unet: Any,
+    unet: Network,
     start: LateStart,
     seeds: Sequence[int],
-    labels: Any = None,
+    labels: Labels | int | None = None,
     *,
     micro_batch: int = 64,
     clean: torch.Tensor | None = None,
     device: str | torch.device | None = None,
     clamp: bool = True,
     run: Run | None = None,
-    **condition: Any,
+    **condition: object,
 ) -> torch.Tensor:
     """Images of the given seeds from a network and a start.
 
@@ -333,7 +335,7 @@ def generate(
 
 
 def generate_shards(
-    unet: Any, start: LateStart, seeds: Sequence[int], *, micro_batch: int = 64, run: Run | None = None
+    unet: Network, start: LateStart, seeds: Sequence[int], *, micro_batch: int = 64, run: Run | None = None
 ) -> Shards:
     """Images of the given seeds, the same as those of `generate`, of which every process makes and holds a part.
 
@@ -372,7 +374,7 @@ def _block(micro_batch: int) -> int:
     return micro_batch * max(1, BLOCK // micro_batch)
 
 
-def decisive(unet: Any, start: LateStart, micro_batch: int, more: dict[str, Any] | None = None) -> dict[str, Any]:
+def decisive(unet: Network, start: LateStart, micro_batch: int, more: Values | None = None) -> Values:
     """Everything that decides an image beside its seed, as plain values for a record.
 
     Args:
@@ -381,7 +383,7 @@ def decisive(unet: Any, start: LateStart, micro_batch: int, more: dict[str, Any]
         micro_batch: fixed size of every network evaluation.
         more: what the caller knows of the network and the start: names, precision, whether it is compiled.
     """
-    settings: dict[str, Any] = plain(
+    settings: Values = plain(
         {
             **(more or {}),
             # The network's answers to fixed states, the first process's for all.
@@ -400,11 +402,11 @@ def decisive(unet: Any, start: LateStart, micro_batch: int, more: dict[str, Any]
 
 
 def write_images(
-    unet: Any,
+    unet: Network,
     start: LateStart,
     seeds: Sequence[int],
     folder: str | Path,
-    settings: dict[str, Any] | None = None,
+    settings: Values | None = None,
     *,
     micro_batch: int = 64,
     run: Run | None = None,
