@@ -1,4 +1,4 @@
-"""Late starts against the best starts without one, at equal network calls, and against a full scan.
+"""Late starts against the best starts without one, at equal NFE, and against a full scan.
 
     python benchmarks/late_start.py                                    # a few cells on the digits: a smoke run
     python benchmarks/late_start.py --data digits                      # the digits
@@ -46,7 +46,7 @@ class Teleported:
 
 
 class FirstStepAnalytic(torch.nn.Module):
-    """AFS: the first prediction is the state itself, x / sqrt(1 + sigma^2), and costs no call (arXiv:2210.05475)."""
+    """AFS: the first prediction is the state itself, x / sqrt(1 + sigma^2), without the network (arXiv:2210.05475)."""
 
     def __init__(self, unet):
         super().__init__()
@@ -228,11 +228,11 @@ def main():
     write_json(out / "late_start.json", whole)
     print(f"training images at the same counts {ideal['mean']:.3g}; fitting the laws took {fitting:.1f} s")
     for name, d in about["drawing"].items():
-        print(f"drawing 256 starts, {name}: {d['seconds'] * 1e3:.1f} ms, {d['share']:.2%} of one network call")
+        print(f"drawing 256 starts, {name}: {d['seconds'] * 1e3:.1f} ms, {d['share']:.2%} of one network evaluation")
 
 
 def drawing(laws, unet, shape, batch=256):
-    """Seconds to draw a batch of starts, and their share of one network call on the same batch: medians of 7."""
+    """Seconds to draw a batch of starts, and their share of one network evaluation of the same batch: medians of 7."""
     noise = torch.randn(batch, *shape, generator=torch.Generator().manual_seed(3))
 
     def seconds(work):
@@ -257,7 +257,7 @@ def drawing(laws, unet, shape, batch=256):
 def write_page(path):
     """The documentation's page from the finished runs under build/late_start."""
     lines = [
-        "# Late starts against the field",
+        "# Late starts against the best baselines",
         "",
         "Written by `python benchmarks/late_start.py --page docs/late-start.md` from finished runs of the same script.",
         "How `auto` chooses: [choosing-a-start.md](choosing-a-start.md).",
@@ -276,16 +276,16 @@ def write_page(path):
         "",
         "## At a glance",
         "",
-        "At every number of network evaluations, the best of all samplers by the mean.",
+        "For every number of network evaluations an image (NFE), the best of all samplers by the mean.",
         "",
-        "| images | calls | best without a late start | best Gaussian start, level scanned | chosen by `auto` |",
+        "| images | NFE | best without a late start | best Gaussian start, level scanned | chosen by `auto` |",
         "|---|---|---|---|---|",
     ]
     path.write_text("\n".join([*lines[:4], *head, *short, *lines[4:]]) + "\n", encoding="utf-8")
 
 
 def summary(name, whole):
-    """Rows at a glance: at every number of calls the best of all samplers, by the mean."""
+    """Rows at a glance: for every NFE the best of all samplers, by the mean."""
     late, out = [r for r in whole["rows"] if "auto" in r], []
     for calls in sorted({r["calls"] for r in late}):
         own = [r for r in late if r["calls"] == calls]
@@ -313,15 +313,15 @@ def section(name, whole):
         "",
         f"{about['images']:,} training images, network of {about['network']:,} parameters. Fréchet distance in the "
         f"64 features of `{d['extractor']}` (accuracy {about['accuracy']:.1%}) to {d['reference']:,} held-out images: "
-        f"mean of {d['repeats']} repeats of {d['samples']} images with its 95 % Student-t interval, in brackets "
-        f"the distance of all {n:,} images at once. Spacings, levels and laws of the opponents and of the scan were "
-        f"selected on {about['selection']} images of other seeds; `auto` saw {about['choosing']} held-out images that "
-        "are not in the reference, and no image of the network. PNDM, which repeats a step, has no AFS; "
-        f"teleportation starts at {about.get('teleported', 'the level scanned for the Gaussian')}; "
-        "the scan goes over laws and 8 levels on the sampler's own grid. "
+        f"mean of {d['repeats']} repeats of {d['samples']} images with its 95 % Student-t interval; in brackets "
+        f"the distance of all {n:,} images at once. Spacings, levels and laws of the baselines and of the scan were "
+        f"selected on {about['selection']} images of other seeds. `auto` saw {about['choosing']} held-out images that "
+        "are not in the reference, and no image of the network. PNDM repeats a step and has no AFS. "
+        f"Teleportation starts at {about.get('teleported', 'the level scanned for the Gaussian')}. "
+        "The scan goes over laws and 8 levels on the sampler's own grid; *its choice* calls this grid own. "
         f"Training images, {train['repeats']} repeats of {train['samples']:,}: {cell(train)}.",
         "",
-        "| sampler | calls | standard start | AFS | Gaussian, scanned | teleported | **auto** | its choice | scan |",
+        "| sampler | NFE | standard start | AFS | Gaussian, scanned | teleported | **auto** | its choice | scan |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in sorted((r for r in rows if "auto" in r), key=lambda r: r["calls"]):
@@ -330,14 +330,14 @@ def section(name, whole):
         cells = [cell(row[k]) if k in row else "-" for k in ("standard", "afs", "gaussian", "teleported")]
         scan = f"{cell(row['scan'])}, {row['scan']['law']} at {row['scan']['sigma']:.2g}" if "scan" in row else "-"
         out.append(f"| {row['sampler']} | {row['calls']} | {' | '.join(cells)} | {cell(a)} | {choice} | {scan} |")
-    out += ["", "Standard starts with more calls:", "", "| sampler | calls | distance |", "|---|---|---|"]
+    out += ["", "Standard starts with more network evaluations:", "", "| sampler | NFE | distance |", "|---|---|---|"]
     out += [f"| {r['sampler']} | {r['calls']} | {cell(r['standard'])} |" for r in rows if "auto" not in r]
     out += ["", *verdicts(rows), ""]
     out += [
         "Diversity and copying, dpm++2m (class entropy of all images of a cell; precision and recall with k = 3 of at "
         "most 1,000 features; nearest training image in pixels of 500 images):",
         "",
-        "| start | calls | class entropy, bits | precision | recall | nearest | d1/d2 < 1/3 |",
+        "| start | NFE | class entropy, bits | precision | recall | nearest | d1/d2 < 1/3 |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in sorted((r for r in rows if r["sampler"] == "dpm++2m"), key=lambda r: r["calls"]):
@@ -354,8 +354,8 @@ def section(name, whole):
     threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
     out.append(f"Fitting all laws and choosing took {min(seconds):.0f} to {max(seconds):.0f} s ({threads}).")
     out += [
-        f"Drawing 256 starts, {law}: {v['seconds'] * 1e3:.1f} ms, {v['share']:.2%} of one network call on as many "
-        f"images, {v['share'] / 3:.2%} of three."
+        f"Drawing 256 starts, {law}: {v['seconds'] * 1e3:.1f} ms, {v['share']:.2%} of one network evaluation of as "
+        f"many images, {v['share'] / 3:.2%} of three."
         for law, v in about["drawing"].items()
     ]
     return out
@@ -385,7 +385,7 @@ def verdicts(rows):
                 f"{gauss[value] / auto[value]:.2f} times nearer"
                 + (wanted(best[value] / auto[value], gauss[value] / auto[value]) if calls in (3, 5) else "")
             )
-        out.append(f"- {calls} call{'s' * (calls != 1)}: {'; '.join(parts)}.")
+        out.append(f"- {calls} NFE: {'; '.join(parts)}.")
     inside = [r for r in late if "scan" in r]
     tenth = [r for r in inside if r["auto"]["mean"] <= 1.1 * r["scan"]["mean"]]
     near = [r for r in inside if r in tenth or r["auto"]["mean"] <= r["scan"]["high"]]
@@ -396,20 +396,17 @@ def verdicts(rows):
     )
     plain = [(r[k], r, k) for r in rows for k in ("standard", "afs") if k in r]
     best, row, key = min(plain, key=lambda p: p[0]["mean"])
-    out.append(
-        f"- Best without a late start at any number of calls: {cell(best)}, {row['sampler']}, {key}, "
-        f"{row['calls']} calls."
-    )
+    out.append(f"- Best without a late start at any NFE: {cell(best)}, {row['sampler']}, {key}, {row['calls']} NFE.")
     ten = min((d for d, r, _ in plain if r["calls"] == 10), key=lambda d: d["mean"])
     for calls in (1, 3):
         own = [r for r in late if r["calls"] == calls]
         if own:
             r = min(own, key=lambda r: r["auto"]["mean"])
-            goal, name = (best, "the best above") if calls == 3 else (ten, "the best at 10 calls without a late start")
+            goal, name = (best, "the best above") if calls == 3 else (ten, "the best at 10 NFE without a late start")
             inside = "inside its interval" if r["auto"]["mean"] <= goal["high"] else "above its interval"
             said = "reached" if r["auto"]["mean"] <= goal["mean"] else f"missed, {inside}"
             out.append(
-                f"- Best auto with {calls} call{'s' * (calls != 1)}: {cell(r['auto'])}, {r['sampler']}; aim: {name} "
+                f"- Best auto with {calls} NFE: {cell(r['auto'])}, {r['sampler']}; aim: {name} "
                 f"({goal['mean']:.2f}), {said}."
             )
     return out

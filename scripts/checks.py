@@ -335,7 +335,7 @@ def sensitivity_numbers(content: dict, settings: dict) -> list[str]:
         "",
     ]
     out += [
-        "| sampler | calls | standard start | best Gaussian start | flat: intervals overlap | flat: paired | "
+        "| sampler | NFE | standard start | best Gaussian start | flat: intervals overlap | flat: paired | "
         "white noise, best | its knee | Gaussian less white noise, each at its best |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -367,7 +367,7 @@ def starts_numbers(content: dict, settings: dict) -> list[str]:
         levels = sorted({r["asked"] for r in own})
         s = next(s for s in content["standard"] if s["calls"] == n)
         out += [
-            f"**{n} calls.** The standard start has {span(s['distance'])} (recall {s['recall']:.2f}, class entropy "
+            f"**{n} NFE.** The standard start has {span(s['distance'])} (recall {s['recall']:.2f}, class entropy "
             f"{number(s['entropy'])}). Distance by start level; the columns after it at the level that is best "
             "for the start:",
             "",
@@ -393,9 +393,9 @@ def starts_numbers(content: dict, settings: dict) -> list[str]:
     values = {(r["start"], r["calls"], r["asked"]): np.array(r["distance"]["values"]) for r in rows}
     cells = sorted({k[1:] for k in values})
     out += [
-        "Less the full Gaussian's distance at the same level and calls, repeat by repeat, with 95 % interval:",
+        "Less the full Gaussian's distance at the same level and NFE, repeat by repeat, with 95 % interval:",
         "",
-        "| start | " + " | ".join(f"{n} calls, {level:.2g}" for n, level in cells) + " |",
+        "| start | " + " | ".join(f"{n} NFE, {level:.2g}" for n, level in cells) + " |",
         "|---" * (len(cells) + 1) + "|",
     ]
     for name in names:

@@ -64,7 +64,7 @@ def main() -> None:
     }
 
     def tell(_: str, done: int, total: int) -> None:
-        print(f"\r{done / total:.0%} of {total:,} network calls", end="", flush=True)
+        print(f"\r{done / total:.0%} of {total:,} network evaluations", end="", flush=True)
 
     run = sb.Run(args.out, progress=tell).identified(identity)
     found = sb.clones(

@@ -38,14 +38,14 @@ def main() -> None:
     how = (
         f"Fréchet distance in the 64 features of `{ground['extractor']}` (held-out accuracy "
         f"{content['extractor']['held_out_accuracy']:.1%}) to the {ground['reference']} held-out digits; mean of "
-        f"{first['repeats']} repeats of {first['samples']} images with its 95 % Student-t interval, at equal network "
-        "calls. The spacing of the standard start and the level of the late start were chosen on other seeds."
+        f"{first['repeats']} repeats of {first['samples']} images with its 95 % Student-t interval, at equal "
+        "NFE. The spacing of the standard start and the level of the late start were chosen on other seeds."
     )
     facts = [
         f"- Floor, training images at the same counts ({ground['repeats']} disjoint sets): {cell(ground)}; "
         f"all {content['data']['count']} at once: "
         f"{ground['pooled']:.2f}.",
-        f"- The network with 100 DDIM calls: {cell(reference['distance'])}, "
+        f"- The network with 100 DDIM evaluations: {cell(reference['distance'])}, "
         f"{reference['distance']['mean'] / ground['mean']:.2f} times the floor; "
         f"all {record.settings['samples']:,} images at once: {reference['distance']['pooled']:.2f}, "
         f"{reference['distance']['pooled'] / ground['pooled']:.1f} times.",
@@ -53,7 +53,7 @@ def main() -> None:
         f"{real['median_nearest']:.2f}; d1/d2 < 1/3 in {near['memorized']:.1%} and {real['memorized']:.1%}.",
     ]
     table = [
-        "| sampler | calls | standard start | late, speciation | late, best level | noised data | best late start |",
+        "| sampler | NFE | standard start | late, speciation | late, best level | noised data | best late start |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in content["rows"]:

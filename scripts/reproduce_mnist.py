@@ -221,7 +221,7 @@ def main():
     whole = {
         "about": {
             "network": sum(p.numel() for p in bench.pipe.unet.parameters()),
-            "trained": "recipes/mnist.json" if not args.model else "the network given",
+            "trained": "recipes/mnist.json" if not args.model else "trained before, passed as MODEL",
             "accuracy": bench.extract.accuracy,
             "samples": args.samples,
             "threads": torch.get_num_threads(),
@@ -250,12 +250,12 @@ def write_page(whole):
         f"{n:,} training images: {cell(train)}. The network: {about['network']:,} parameters, {about['trained']}.",
         "These are not FIDs of Inception features: compare ratios, not numbers, with the paper's.",
         "",
-        "## Equal network calls",
+        "## Equal NFE",
         "",
-        "The standard start is the scheduler's own, with diffusers' settings. Late starts choose level and grid by",
-        "themselves (`at=\"auto\"`), from one Gaussian or from all laws.",
+        "The standard start is that of the scheduler, with the settings of diffusers. Late starts choose level and",
+        "grid by themselves (`at=\"auto\"`), from one Gaussian or from all laws.",
         "",
-        "| sampler | calls | standard start | late, one Gaussian | late, `auto` |",
+        "| sampler | NFE | standard start | late, one Gaussian | late, `auto` |",
         "|---|---|---|---|---|",
     ]  # fmt: skip
     for r in whole["rows"]:
@@ -265,7 +265,7 @@ def write_page(whole):
         "",
         "## What a distance hides",
         "",
-        "| sampler | calls | start | law, sigma | class entropy, bits | precision | recall | nearest | d1/d2 < 1/3 |",
+        "| sampler | NFE | start | law, sigma | class entropy, bits | precision | recall | nearest | d1/d2 < 1/3 |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in whole["rows"]:
@@ -287,7 +287,7 @@ def write_page(whole):
         "PNDM with its Runge-Kutta warm-up on steps even from 0 to t_start, one Gaussian; t_start scanned on 300",
         "images of other seeds. Published: FID of another network, standard | late (arXiv:2305.19693).",
         "",
-        "| steps | network calls | standard start | late, from step | ratio | published | ratio |",
+        "| steps | NFE | standard start | late, from step | ratio | published | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for r in whole["paper"]:

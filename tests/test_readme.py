@@ -15,19 +15,5 @@ def test_the_example_runs(capsys):
     assert "decides below sigma 1.35" in capsys.readouterr().out
 
 
-def test_linked_files_exist():
-    for page in [README, *(README.parent / "docs").glob("*.md")]:
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
-
-
-def test_named_functions_exist():
-    import symbreak
-
-    rows = (README.parent / "docs" / "questions.md").read_text(encoding="utf-8").split("|---")[-1]
-    for name in re.findall(r"`(?:sb\.)?([a-zA-Z_]+)[(.`]", rows):
-        assert hasattr(symbreak, name) or name == "symbreak", name
-
-
 def test_the_readme_is_short_enough_to_read():
     assert len(README.read_text(encoding="utf-8").splitlines()) < 110
