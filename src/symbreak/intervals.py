@@ -11,16 +11,7 @@ from scipy.special import betaincinv
 
 from symbreak.runtime.errors import InputError
 
-__all__ = [
-    "bootstrap",
-    "entropy_interval",
-    "jackknife",
-    "mean_interval",
-    "percentiles",
-    "proportion",
-    "resampled",
-    "share_interval",
-]
+__all__ = ["entropy_interval", "jackknife", "mean_interval", "percentiles", "proportion", "resampled", "share_interval"]
 
 
 def percentiles(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -48,17 +39,6 @@ def jackknife(estimate: float, leave_one_out: np.ndarray, confidence: float = 0.
     error = math.sqrt((groups - 1) / groups * float(((x - x.mean()) ** 2).sum()))
     half = float(stats.t.ppf(0.5 + confidence / 2, groups - 1)) * error
     return estimate - half, estimate + half
-
-
-def bootstrap(
-    values: np.ndarray, seed: int = 0, resamples: int = 1000, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a mean over the first axis of ``values`` [N]."""
-    x = np.asarray(values, dtype=np.float64)
-    rng = np.random.default_rng(seed)
-    means = np.array([x[rng.integers(0, len(x), len(x))].mean() for _ in range(resamples)])
-    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return float(low), float(high)
 
 
 def resampled(values: np.ndarray, seed: int = 0, resamples: int = 1000) -> np.ndarray:

@@ -18,7 +18,9 @@ from symbreak.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from symbreak.data.images import Images
+    from symbreak.networks.types import Pipeline, Scheduler
     from symbreak.noise import NoiseLevel
+    from symbreak.runtime.plain import Values
     from symbreak.start.late_start import LateStart
 
 DATA = "digits, a folder of images (sub-folders are classes), a .parquet, .npz or .npy file, or a hub id"
@@ -159,7 +161,7 @@ class Machine:
             return self.device
         return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
-    def load(self, model: str) -> Any:
+    def load(self, model: str) -> Pipeline:
         """The pipeline that a model names."""
         from symbreak.networks.loading import load_pipeline, refuse_conditional
 
@@ -190,7 +192,7 @@ class Beginning:
     sampler: Annotated[str | None, option(None, "ddpm, ddim, pndm, dpm++2m, dpm++2m-karras (default), ...")] = None
     steps: Annotated[int | None, option(None, "num_inference_steps (default: 5; evaluate: 10)")] = None
 
-    def scheduler(self, pipe: Any) -> Any:
+    def scheduler(self, pipe: Pipeline) -> Scheduler:
         """The sampler's scheduler with the settings of a network's own."""
         from symbreak.networks.samplers import scheduler
 
@@ -219,7 +221,7 @@ class Beginning:
             raise InputError(f"{path} {what}; expected a file of `symbreak fit`, auto or none.")
         return file_hash(path)[:16]
 
-    def plan(self, pipe: Any, steps: int) -> LateStart:
+    def plan(self, pipe: Pipeline, steps: int) -> LateStart:
         """The start that the options name, for a network."""
         from symbreak.laws import Gaussian
         from symbreak.laws.saving import law_from_tensors
@@ -246,7 +248,7 @@ class Beginning:
             saved = LateStart.load(self.start)
             check_same_network(saved, pipe.scheduler, self.start)
             return saved
-        law: Any = (
+        law = (
             law_from_tensors(tensors, metadata, self.start)
             if kind == "symbreak.law"
             else Gaussian(Moments.from_tensors(self.start, tensors, metadata))
@@ -254,7 +256,7 @@ class Beginning:
         with warnings_as_lines(LateStartWarning):
             return late_start(base, law, number, at=level("speciation" if self.at is None else self.at))
 
-    def fit(self, pipe: Any, data: Images, holdout: Images | None, clusters: int | None, steps: int) -> LateStart:
+    def fit(self, pipe: Pipeline, data: Images, holdout: Images | None, clusters: int | None, steps: int) -> LateStart:
         """A start fitted to data and chosen for a network."""
         from symbreak.start.fit import fit_start
         from symbreak.start.late_start import LateStartWarning
@@ -263,7 +265,7 @@ class Beginning:
         with err.status("fitting laws and choosing"), warnings_as_lines(LateStartWarning):
             return fit_start(data, pipe.unet, self.scheduler(pipe), number, holdout, clusters)
 
-    def names(self, model: str, machine: Machine) -> dict[str, Any]:
+    def names(self, model: str, machine: Machine) -> Values:
         """What the options say of network and start, for the record of what decides an image."""
         start = self.start if self.start in ("none", "auto") else self.file_hash()
         return {"model": model, "start": start, "precision": machine.precision, "compiled": machine.compiled}

@@ -11,12 +11,12 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 
 from symbreak.runtime.errors import InputError
+from symbreak.runtime.plain import Values
 from symbreak.runtime.ranks import from_each, own_rows, shares, summed
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
@@ -253,7 +253,7 @@ class Images:
         return np.pad(raw, ((0, 0), (top, self.pad - h - top), (left, self.pad - w - left)), constant_values=black)
 
 
-def describe(data: Images) -> dict[str, Any]:
+def describe(data: Images) -> Values:
     """What a record says of a data set."""
     labels = None if data.labels is None else torch.bincount(data.labels, minlength=len(data.classes)).tolist()
     return {

@@ -26,7 +26,7 @@ from symbreak.metrics.pretrained import Dinov2, Inception
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.runtime.ranks import from_each, own_rows, shares, summed
-from symbreak.runtime.rows import HELD, Shards
+from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, padded_blocks, renamed
 
 __all__ = [
@@ -308,4 +308,4 @@ def feature_shards(extract: Extractor | Function, images: Images | Shards, run: 
     edges = images.edges if isinstance(images, Shards) else shares(len(images), extract.batch)
     part, _, _ = own_rows(images, extract.batch)  # shards have edges of their own
     blocks = (rows.numpy() for rows in feature_blocks(extract, part))
-    return Shards(blocks, edges, run.bytes(default=HELD), run.folder, progress=run.tell)
+    return Shards(blocks, edges, run.bytes(), run.folder, progress=run.tell)

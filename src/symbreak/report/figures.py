@@ -6,10 +6,12 @@ import io
 import math
 from typing import TYPE_CHECKING, Any
 
-from symbreak.report.record import Values
+from symbreak.runtime.plain import Values
 
 if TYPE_CHECKING:
+    import numpy as np
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 __all__ = [
@@ -132,7 +134,7 @@ def _step_axis(top: Axes, content: Values, low: float, high: float) -> None:
         above.spines[["right"]].set_visible(False)
 
 
-def _shade(axes: Any, regimes: Values) -> None:
+def _shade(axes: np.ndarray, regimes: Values) -> None:
     """The three regimes behind every panel: noise, generalization, memorization."""
     highest, lowest = axes[0].get_xlim()
     ends = [regimes.get(k) and regimes[k]["sigma"] for k in ("speciation", "collapse")]
@@ -259,7 +261,7 @@ def svg(figure: Figure) -> str:
     return buffer.getvalue().split("?>", 1)[-1].split('dtd">', 1)[-1]
 
 
-def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Any, Any]:
+def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, np.ndarray]:
     # Figures are built without pyplot: no global state, no display.
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -316,7 +318,7 @@ def spectrum_figure(phases: Values) -> str:
     return svg(figure)
 
 
-def _plain_ticks(axis: Any, at: list[float]) -> None:
+def _plain_ticks(axis: Axis, at: list[float]) -> None:
     """Ticks written as 1.36 instead of powers of ten; a matplotlib log axis knows only the latter."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -332,7 +334,7 @@ def sweep_figure(content: Values) -> str:
     return svg(figure)
 
 
-def sweep_axes(content: Values, axes: Any) -> None:
+def sweep_axes(content: Values, axes: np.ndarray) -> None:
     """Distance against start level, one of the given axes for each number of network calls."""
     rows = content["rows"]
     calls = sorted({row["calls"] for row in rows})

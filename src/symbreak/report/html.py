@@ -21,10 +21,10 @@ from symbreak.report.figures import (
     svg,
     sweep_figure,
 )
-from symbreak.report.record import Record, Values
+from symbreak.report.record import Record
 from symbreak.report.tables import number, tables, world_rows
 from symbreak.runtime.files import InputError, write_whole
-from symbreak.runtime.plain import plain
+from symbreak.runtime.plain import Values, plain
 
 __all__ = ["write_report"]
 

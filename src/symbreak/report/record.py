@@ -7,14 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from symbreak.runtime.files import InputError, output_folder, read_json, write_json
-from symbreak.runtime.plain import plain
+from symbreak.runtime.plain import Values, plain
 
-__all__ = ["Record", "Values"]
+__all__ = ["Record"]
 
-Values = dict[str, Any]  # a part of a record: what JSON holds
 FORMAT = "symbreak.record"
 VERSION = 1
 

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from symbreak.report.record import Record, Values
-from symbreak.runtime.plain import plain
+from symbreak.report.record import Record
+from symbreak.runtime.plain import Values, plain
 
 __all__ = ["Cell", "Table", "measured", "number", "out_console", "show", "span", "tables", "verdict", "world_rows"]
 

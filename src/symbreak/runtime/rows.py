@@ -19,10 +19,10 @@ import torch
 
 from symbreak.runtime.files import nameless_file
 from symbreak.runtime.ranks import from_each, own_rows, rank_of, shares, summed
+from symbreak.runtime.run import MEMORY
 
-__all__ = ["HELD", "Shards"]
+__all__ = ["Shards"]
 
-HELD = 2**30  # bytes of a shard held in memory
 BLOCK_BYTES = 32 * 2**20
 Decode = Callable[[np.ndarray], torch.Tensor]
 
@@ -43,7 +43,7 @@ class Shards:
         self,
         blocks: Iterable[np.ndarray],
         edges: list[int],
-        memory: int = HELD,
+        memory: int = MEMORY,
         folder: Path | None = None,
         decode: Decode = torch.from_numpy,
         progress: Callable[[int, int], None] | None = None,

@@ -23,12 +23,12 @@ from symbreak.runtime.files import InputError, digest, output_folder, read_json,
 from symbreak.runtime.plain import plain
 from symbreak.runtime.ranks import Arrays, agreed, dealt, rank_of
 
-__all__ = ["Arrays", "Run", "padded_blocks", "renamed"]
+__all__ = ["MEMORY", "Arrays", "Run", "padded_blocks", "renamed"]
 
 Item = TypeVar("Item")
 Function = TypeVar("Function", bound=Callable[..., Any])
 Tell = Callable[[str, int, int], None]
-BYTES = 2**30  # of working memory where nothing was said
+MEMORY = 2**30  # bytes of working memory where nothing was said
 
 
 class Run:
@@ -63,11 +63,11 @@ class Run:
         view.__dict__.update(changed)
         return view
 
-    def bytes(self, share: float = 1.0, default: int = BYTES) -> int:
+    def bytes(self, share: float = 1.0, default: int = MEMORY) -> int:
         """Bytes of a share of the working memory; ``default`` is the whole where none was set."""
         return int((default if self.memory is None else self.memory) * share)
 
-    def share(self, share: float, default: int = BYTES) -> Run:
+    def share(self, share: float, default: int = MEMORY) -> Run:
         """This run with a share of its memory: for one of several things that are held at the same time."""
         return self._view(memory=self.bytes(share, default))
 

@@ -29,7 +29,7 @@ from symbreak.noise import generator as seeded
 from symbreak.runtime.files import InputError, digest, output_folder, read_json, write_json, write_whole
 from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.ranks import agreed, alone, dealt, rank_of, shares
-from symbreak.runtime.rows import HELD, Shards
+from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Arrays, Run, renamed
 from symbreak.start.late_start import LateStart
 
@@ -347,7 +347,7 @@ def generate_shards(
     images = _Images(unet, start, seeds, micro_batch)
     n, size = len(images.seeds), _block(micro_batch)
     edges = shares(n, size)
-    memory = run.bytes(default=HELD)
+    memory = run.bytes()
     if len(edges) == 2:  # too few for every process to have some: they share the micro-batches
         return Shards(
             [generate(unet, start, seeds, micro_batch=micro_batch, run=run).numpy()], edges, memory, run.folder

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from symbreak.data.images import Images
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.class_posterior import posterior_average
 from symbreak.laws.empirical import COPIES
+from symbreak.laws.law import Law
 from symbreak.laws.pairwise_weights import SharedPoints
 from symbreak.moments.one_pass import Moments, mode_images
 from symbreak.noise import NoiseLevel
@@ -24,8 +24,8 @@ from symbreak.phases.excess_entropy import excess_entropy
 from symbreak.phases.losses import loss_curve
 from symbreak.phases.speciation import cloning_probability, cloning_time, speciation_time
 from symbreak.runtime.errors import InputError
-from symbreak.runtime.rows import HELD
-from symbreak.runtime.run import Run
+from symbreak.runtime.plain import Values
+from symbreak.runtime.run import MEMORY, Run
 from symbreak.studies.diagnosis import Diagnosis, directions, some_images, spectral_times
 
 __all__ = ["Laws", "class_laws", "collapse", "image_memory", "law_losses", "law_memory", "laws_of", "spectrum"]
@@ -36,7 +36,7 @@ DRAWS = 5000  # of a class mixture, where nothing is exact
 
 def image_memory(run: Run) -> Run:
     """The run with the memory of the images that are held: with a copy of them and work, what is allowed."""
-    return run.share(1 / 3, 3 * HELD)
+    return run.share(1 / 3, 3 * MEMORY)
 
 
 def law_memory(run: Run) -> dict[str, int]:
@@ -52,7 +52,7 @@ def told_apart(data: Images) -> bool:
     return int((counts > 0).sum()) > 1 and int(counts[counts > 0].min()) >= 2
 
 
-def spectrum(d: Diagnosis, moments: Moments | None, modes: int) -> tuple[Moments, dict[str, Any]]:
+def spectrum(d: Diagnosis, moments: Moments | None, modes: int) -> tuple[Moments, Values]:
     """Moments of the data, and spectrum, ladder and spectral times for the record; sets the scale of the levels."""
     with d.stage("spectrum") as run:
         moments = Moments.fit(d.data, run=run) if moments is None else moments
@@ -177,11 +177,11 @@ def collapse(d: Diagnosis, laws: Laws) -> None:
     with d.stage("images") as run:
         n, whole = len(d.data), SharedPoints(d.data.shards(image_memory(run)), **law_memory(run))
     sigma = _levels(d)
-    every: dict[str, Any] = {"data": whole, "Gaussian": laws.gaussian}
+    every: dict[str, SharedPoints | Law] = {"data": whole, "Gaussian": laws.gaussian}
     every |= {} if laws.classes is None else {"class mixture": laws.classes.inner}
     with d.stage("collapse") as run:
         for name, law in every.items():
-            measured: dict[str, Any] = {"queries": d.effort.queries, "seed": d.seed, "draws": DRAWS}
+            measured: Values = {"queries": d.effort.queries, "seed": d.seed, "draws": DRAWS}
             if law is whole:
                 measured["run"] = run
             count, line = (None, "o-") if law is whole else (n, "-")

@@ -29,6 +29,7 @@ from symbreak.phases.potential import arc_potential
 from symbreak.phases.speciation import speciation_time
 from symbreak.phases.u_turns import u_turns
 from symbreak.runtime.errors import InputError
+from symbreak.runtime.plain import Values
 from symbreak.runtime.run import Run
 from symbreak.studies.ask_data import Laws, image_memory, law_memory, told_apart
 from symbreak.studies.diagnosis import Diagnosis, directions, some_images
@@ -173,7 +174,7 @@ def _class_entropy(
     with d.stage("class entropy") as run:
         sigma = d.levels(network, 0.07, 2.5, d.effort.turns)
         some, known = some_images(d.train, 2 * d.effort.images, d.seed, even=True)
-        options: dict[str, Any] = {"features": features, "seed": d.seed, "run": run}
+        options: Values = {"features": features, "seed": d.seed, "run": run}
         try:
             entropy = class_entropy_bound(network, sigma, images, labels, some, known, **options)
             d.add("class entropy", "network", entropy.time())

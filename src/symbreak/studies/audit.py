@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
 from symbreak.networks.loading import refuse_conditional, weights_hash
 from symbreak.networks.samplers import scheduler
+from symbreak.networks.types import Pipeline
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
@@ -99,7 +99,7 @@ def audit(
     train: Images,
     samples: torch.Tensor | Images | None = None,
     *,
-    model: Any = None,
+    model: Pipeline | None = None,
     sampling: Sampling = Sampling(),
     holdout: Images | None = None,
     features: Features = "pixels",
@@ -234,7 +234,7 @@ def _side(source: Images | Shards, eight_bit: bool, extract: Extractor, run: Run
 
 
 def _sampled(
-    train: Images, model: Any, sampling: Sampling, run: Run, packages: dict[str, str]
+    train: Images, model: Pipeline, sampling: Sampling, run: Run, packages: dict[str, str]
 ) -> tuple[Values, Run, Shards]:
     """What the samples are, the run that keeps finished ones, and the samples."""
     refuse_conditional(model, "the network")
@@ -448,7 +448,7 @@ def _histograms(nearest: dict[str, Pairs]) -> Values:
     return out
 
 
-def _titles(samples: Any, seeds: Sequence[int] | None) -> Callable[[int], str]:
+def _titles(samples: object, seeds: Sequence[int] | None) -> Callable[[int], str]:
     """What a sample is called."""
     if isinstance(samples, Images):
         return samples.name_of

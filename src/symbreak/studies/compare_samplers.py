@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -28,6 +27,7 @@ from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import NetworkDenoiser
 from symbreak.networks.loading import load_pipeline, refuse_conditional, weights_hash
 from symbreak.networks.samplers import scheduler
+from symbreak.networks.types import Pipeline, Scheduler
 from symbreak.noise import NoiseLevel, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
@@ -100,7 +100,7 @@ class Study:
 
 
 @renamed()
-def run(study: Study, pipeline: Any = None, run: Run | None = None) -> Record:
+def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) -> Record:
     """Run a study.
 
     Args:
@@ -174,7 +174,7 @@ def run(study: Study, pipeline: Any = None, run: Run | None = None) -> Record:
     return record
 
 
-def _prepared(study: Study, pipeline: Any, run: Run) -> tuple[HeldOut, Any, list[_Plan], Values]:
+def _prepared(study: Study, pipeline: Pipeline | None, run: Run) -> tuple[HeldOut, Pipeline, list[_Plan], Values]:
     """Data, network, every start and the spectral times: what cannot be done raises an error before the first image."""
     if study.samples < 2 * study.repeats or study.repeats < 1:
         raise InputError(f"{study.samples} samples in {study.repeats} repeats; expected at least 2 samples a repeat.")
@@ -254,7 +254,9 @@ class _Plan:
     late: dict[float, LateStart]  # by level, as a multiple of the speciation sigma; 1.0 is always there
 
 
-def _plan(sampler: str, full: Any, calls: int, law: Gaussian, level: NoiseLevel, sweep: tuple[float, ...]) -> _Plan:
+def _plan(
+    sampler: str, full: Scheduler, calls: int, law: Gaussian, level: NoiseLevel, sweep: tuple[float, ...]
+) -> _Plan:
     steps = steps_for(full, calls, sampler)
     standard = standard_starts(full, steps)
     # A sweep goes below the spectral level on purpose: no check.

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
 
 from symbreak.data.images import Images
 from symbreak.laws import Gaussian, PrincipalMixture
+from symbreak.laws.law import Transports
 from symbreak.laws.simple import Ball, PowerMap, WhiteNoise, diagonal, isotropic
 from symbreak.metrics import features
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.samplers import scheduler
+from symbreak.networks.types import Pipeline
 from symbreak.noise import NoiseLevel, generator
 from symbreak.report.record import Record
 from symbreak.runtime.plain import Values
@@ -67,14 +68,14 @@ def candidate_starts(
 @renamed(**{k: f"measure=sb.Measure({k}=...)" for k in ("extract", "samples", "repeats", "micro_batch")})
 def compare_starts(
     data: Images,
-    pipeline: Any,
+    pipeline: Pipeline,
     sampler: str = "dpm++2m",
     calls: Sequence[int] = (3, 5, 10),
     levels: Sequence[float] | None = None,
     *,
     holdout: Images,
     measure: Measure,
-    starts: Mapping[str, Any] | None = None,
+    starts: Mapping[str, Transports] | None = None,
     run: Run | None = None,
 ) -> Record:
     """Many starts at the same levels, with the same sampler, calls and seeds.

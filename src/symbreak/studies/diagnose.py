@@ -11,7 +11,6 @@ Every criterion keeps its own name, interval, source and seconds; nothing is ave
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import torch
 
@@ -22,6 +21,7 @@ from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import NetworkDenoiser
 from symbreak.networks.loading import refuse_conditional, weights_hash
+from symbreak.networks.types import Pipeline
 from symbreak.noise import schedule
 from symbreak.phases.branches import Classify
 from symbreak.report.record import Record
@@ -39,7 +39,7 @@ __all__ = ["Effort", "diagnose"]
 @renamed()
 def diagnose(
     data: Images,
-    model: Any = None,
+    model: Pipeline | None = None,
     modes: int = 10,
     moments: Moments | None = None,
     *,
@@ -126,7 +126,7 @@ def diagnose(
     if network is not None:
         ask_network(d, network, laws, moments, reader)
         content["network"] = {
-            "parameters": sum(p.numel() for p in model.unet.parameters()),
+            "parameters": sum(p.numel() for p in network.unet.parameters()),
             "prediction": network.prediction,
             "sigma_range": list(network.sigma_range),
         }
@@ -138,7 +138,7 @@ def diagnose(
     return record
 
 
-def _network(model: Any, data: Images) -> NetworkDenoiser:
+def _network(model: Pipeline, data: Images) -> NetworkDenoiser:
     """The denoiser of a pipeline that makes images like the data, without conditions."""
     refuse_conditional(model, "the network")
     network = NetworkDenoiser(model.unet, model.scheduler)

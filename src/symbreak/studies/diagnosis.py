@@ -7,7 +7,6 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +19,11 @@ from symbreak.noise import Schedule, generator
 from symbreak.phases.mechanism import Check
 from symbreak.phases.speciation import ladder, speciation_time
 from symbreak.runtime.errors import InputError
+from symbreak.runtime.plain import Values
 from symbreak.runtime.run import Run
 
 __all__ = ["Diagnosis", "Effort", "directions", "png_row", "some_images", "spectral_times", "view"]
 
-Plain = dict[str, Any]  # what JSON holds
 LEAST = {"pairs": 10, "steps": 4, "branches": 3, "turns": 2, "stability": 2, "losses": 4, "images": 20, "queries": 20}
 TICKS = (10, 20, 50, *range(100, 601, 50), 700, 800, 900, 999)  # round steps on the second axis
 DECIDED = (("cloning", "network"), ("cloning", "data"), ("cloning", "class mixture"), ("spectral", "data"))
@@ -91,13 +90,13 @@ class Diagnosis:
     run: Run
     steps: Schedule
     scale: float = 1.0
-    criteria: list[Plain] = field(default_factory=list)
-    curves: list[Plain] = field(default_factory=list)
-    lines: list[Plain] = field(default_factory=list)
-    checks: list[Plain] = field(default_factory=list)
-    pictures: list[Plain] = field(default_factory=list)
+    criteria: list[Values] = field(default_factory=list)
+    curves: list[Values] = field(default_factory=list)
+    lines: list[Values] = field(default_factory=list)
+    checks: list[Values] = field(default_factory=list)
+    pictures: list[Values] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    arc: Plain | None = None
+    arc: Values | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Run]:
@@ -136,12 +135,12 @@ class Diagnosis:
         low, high = network.sigma_range
         return np.geomspace(max(1.05 * low, least * self.scale), min(0.95 * high, most * self.scale), count)
 
-    def content(self) -> Plain:
+    def content(self) -> Values:
         """The parts of the record."""
         names = ("criteria", "curves", "lines", "checks", "pictures", "notes", "arc")
         return {**{k: getattr(self, k) for k in names}, "step_ticks": self._ticks(), "regimes": self._regimes()}
 
-    def _ticks(self) -> list[Plain]:
+    def _ticks(self) -> list[Values]:
         """Levels of round steps; a schedule may not have all of them."""
         ticks = []
         for step in TICKS:
@@ -151,20 +150,20 @@ class Diagnosis:
                 continue
         return ticks
 
-    def _regimes(self) -> Plain:
+    def _regimes(self) -> Values:
         """The two levels between which a sample is new: the measured speciation, and the collapse of the data set."""
         known = {(c["name"], c["of"]): c["level"]["sigma"] for c in reversed(self.criteria) if c["level"] is not None}
 
-        def first(wanted: tuple[tuple[str, str], ...]) -> Plain | None:
+        def first(wanted: tuple[tuple[str, str], ...]) -> Values | None:
             at = next((w for w in wanted if w in known), None)
             return None if at is None else {"sigma": known[at], "criterion": at[0], "of": at[1]}
 
         return {"speciation": first(DECIDED), "collapse": first((("collapse", "data"),))}
 
 
-def view(critical: CriticalTime, steps: Schedule) -> Plain:
+def view(critical: CriticalTime, steps: Schedule) -> Values:
     """A critical time as plain values, with the model's step of each level."""
-    values: Plain = critical.to_dict()
+    values: Values = critical.to_dict()
     for key in ("level", "low", "high"):
         level = getattr(critical, key)
         if level is not None:
@@ -175,7 +174,7 @@ def view(critical: CriticalTime, steps: Schedule) -> Plain:
     return values
 
 
-def spectral_times(data: Images, steps: Schedule, moments: Moments, modes: int = 10) -> Plain:
+def spectral_times(data: Images, steps: Schedule, moments: Moments, modes: int = 10) -> Values:
     """Spectrum, ladder and the spectral times at both scales of the pixels, as plain values."""
     spectrum = moments.spectrum(min(256, moments.dim))
     return {

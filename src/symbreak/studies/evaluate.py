@@ -22,13 +22,14 @@ from symbreak.metrics.frechet import extrapolated, group_distance
 from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import ROWS, Statistics, cache_folder, load_statistics, statistics
+from symbreak.networks.types import Network
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
 from symbreak.runtime.plain import Values, versions
 from symbreak.runtime.ranks import agreed, from_each
-from symbreak.runtime.rows import HELD, Shards
-from symbreak.runtime.run import Run, renamed
+from symbreak.runtime.rows import Shards
+from symbreak.runtime.run import MEMORY, Run, renamed
 from symbreak.start.late_start import LateStart
 from symbreak.start.sample import decisive, generate_shards
 from symbreak.studies.diagnosis import png_row
@@ -119,7 +120,7 @@ def evaluate(
     if features is None or isinstance(features, str):
         features = NamedExtractor(features)
     named = features if isinstance(features, NamedExtractor) else NamedExtractor()
-    room = run.share(1 / 2, 2 * HELD)  # for a classifier that is trained
+    room = run.share(1 / 2, 2 * MEMORY)  # for a classifier that is trained
     extract = chosen(features, default_extractor(data), data, room)
     judge = _judge(classify, extract, data, room)
     notes: list[str] = []
@@ -154,7 +155,7 @@ def evaluate(
 
 
 def evaluate_network(
-    unet: Any,
+    unet: Network,
     start: LateStart,
     seeds: Sequence[int],
     data: Images,

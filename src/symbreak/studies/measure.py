@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import nn
 
 from symbreak.data.images import Images, describe
 from symbreak.metrics import Extractor, distance, features, floor
@@ -24,6 +23,7 @@ from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
 from symbreak.networks.loading import weights_hash
+from symbreak.networks.types import Network, Pipeline
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
@@ -76,7 +76,7 @@ class Comparison:
         stream: of the random numbers that pick training images to noise.
     """
 
-    unet: nn.Module
+    unet: Network
     extract: Extractor
     reference: Moments
     train: Shards
@@ -89,7 +89,7 @@ class Comparison:
     stream: int = 62
 
     def images(
-        self, start: LateStart, seeds: Sequence[int], noised: bool = False, unet: nn.Module | None = None
+        self, start: LateStart, seeds: Sequence[int], noised: bool = False, unet: Network | None = None
     ) -> torch.Tensor:
         """Images [N, C, H, W] of a start, or from training images noised to its level."""
         clean = None
@@ -105,7 +105,7 @@ class Comparison:
         more: More | None = None,
         *,
         noised: bool = False,
-        unet: nn.Module | None = None,
+        unet: Network | None = None,
         key: str = "",
     ) -> Values:
         """Level, cost and ``distance`` of a start on the reporting seeds, and what ``more(images, features)`` says.
@@ -123,7 +123,7 @@ class Comparison:
         name = f"cell/{key}/{_key(start)}/{noised}/{more is not None}"
         return {"sigma": start.level.sigma, "calls": start.calls, **self.run.value(name, make)}
 
-    def score(self, start: LateStart, *, unet: nn.Module | None = None, key: str = "") -> float:
+    def score(self, start: LateStart, *, unet: Network | None = None, key: str = "") -> float:
         """The distance of all choosing seeds together."""
 
         def make() -> float:
@@ -161,7 +161,9 @@ class Comparison:
         }
 
 
-def compared(data: Images, holdout: Images, pipeline: Any, measure: Measure, run: Run) -> tuple[Comparison, Values]:
+def compared(
+    data: Images, holdout: Images, pipeline: Pipeline, measure: Measure, run: Run
+) -> tuple[Comparison, Values]:
     """The comparison of starts of a pipeline, with features of all held-out images, and the settings that decide it.
 
     Raises:

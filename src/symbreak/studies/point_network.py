@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 from symbreak.noise import generator, schedule
 from symbreak.runtime.errors import InputError
+from symbreak.runtime.plain import Values
 from symbreak.runtime.run import Run
 
 __all__ = ["PointNetwork", "train_point_network"]
@@ -59,7 +59,7 @@ def train_point_network(
     width: int = 64,
     lr: float = 3e-3,
     run: Run | None = None,
-) -> tuple[PointNetwork, dict[str, Any]]:
+) -> tuple[PointNetwork, Values]:
     """Train a small network on points by epsilon prediction over the DDPM linear schedule.
 
         loss = E |eps_theta(alpha (x_0 + sigma eps), log sigma) - eps|^2,  the step uniform over 0 .. 999

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -18,9 +17,11 @@ from symbreak.critical import CriticalTime
 from symbreak.data.images import Images
 from symbreak.intervals import mean_interval
 from symbreak.laws import Gaussian
+from symbreak.laws.law import Transports
 from symbreak.laws.simple import WhiteNoise
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.samplers import scheduler
+from symbreak.networks.types import Pipeline
 from symbreak.noise import NoiseLevel
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
@@ -123,14 +124,14 @@ def knee(sigma: np.ndarray, values: np.ndarray, standard: np.ndarray, confidence
 @renamed(**{k: f"measure=sb.Measure({k}=...)" for k in ("extract", "samples", "repeats", "micro_batch")})
 def sensitivity(
     data: Images,
-    pipeline: Any,
+    pipeline: Pipeline,
     samplers: Sequence[str] = SAMPLERS,
     calls: Sequence[int] = (3, 5, 10),
     levels: Sequence[float] | None = None,
     *,
     holdout: Images,
     measure: Measure,
-    starts: Mapping[str, Any] | None = None,
+    starts: Mapping[str, Transports] | None = None,
     marks: Mapping[str, CriticalTime] | None = None,
     run: Run | None = None,
 ) -> Record:

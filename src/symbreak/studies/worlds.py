@@ -20,10 +20,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from symbreak.critical import CriticalTime
 from symbreak.data.readers import images
@@ -41,7 +41,7 @@ from symbreak.phases.speciation import cloning_probability, cloning_time, specia
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.runtime.errors import InputError
-from symbreak.runtime.plain import versions
+from symbreak.runtime.plain import Values, versions
 from symbreak.runtime.run import Run, renamed
 from symbreak.studies.point_network import train_point_network
 
@@ -50,7 +50,6 @@ __all__ = ["WORLDS", "check_world", "draw_world", "explore_world"]
 FLOW = "sde"  # in which potential and fixed points are drawn
 TRAJECTORIES = 60
 SUBSTEPS = 3  # posterior steps between two levels that are drawn
-Plain = dict[str, Any]  # what JSON holds
 Points = Law | Denoiser
 
 
@@ -78,7 +77,7 @@ class World:
 
     title: str
     lead: str
-    law: Any
+    law: Law
     moments: Moments
     levels: tuple[float, float, int]
     axis: torch.Tensor
@@ -285,7 +284,7 @@ def explore_world(name: str, train: bool = False, seed: int = 0, *, run: Run | N
         levels = _levels(world)
     drawn, points = _portrait(world, world.law, levels, seed, run)
     critical = _critical(world, points, run)
-    content: Plain = {
+    content: Values = {
         "name": name,
         "title": world.title,
         "lead": world.lead,
@@ -321,7 +320,7 @@ def _stage(run: Run, name: str) -> Iterator[Run]:
         yield part
 
 
-def _short(values: Any, digits: int = 7) -> list[Any]:
+def _short(values: ArrayLike, digits: int = 7) -> list:
     """Numbers with as many digits as a figure can show; NaN becomes None."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim > 1:
@@ -331,7 +330,7 @@ def _short(values: Any, digits: int = 7) -> list[Any]:
 
 def _portrait(
     world: World, source: Points, levels: np.ndarray, seed: int, run: Run, of: str = ""
-) -> tuple[Plain, FixedPoints]:
+) -> tuple[Values, FixedPoints]:
     """Potential, fixed points and reverse trajectories of the law or of a network; the fixed points themselves."""
     with _stage(run, f"{of}potential"):
         heights = []
@@ -359,7 +358,7 @@ def _levels(world: World) -> np.ndarray:
     return np.unique(np.concatenate([world.sigma, *more]))[::-1]
 
 
-def _branches(world: World, points: FixedPoints) -> list[Plain]:
+def _branches(world: World, points: FixedPoints) -> list[Values]:
     """Fixed points against sigma: coordinate, stability, and whether the point lies on the path."""
     alpha = np.array([NoiseLevel(float(s)).alpha for s in points.sigma])
     out = []
@@ -371,7 +370,7 @@ def _branches(world: World, points: FixedPoints) -> list[Plain]:
         flat = ve.reshape(len(ve), -1)
         off = torch.linalg.vector_norm(flat - (flat @ world.axis)[:, None] * world.axis, dim=1).numpy()
         here = branch.exists
-        value: Plain = {
+        value: Values = {
             "central": branch.central,
             "fold": branch.fold,
             "x": _short(along),
@@ -391,7 +390,7 @@ def _branches(world: World, points: FixedPoints) -> list[Plain]:
 
 
 @torch.no_grad()
-def _trajectories(world: World, source: Points, seed: int) -> Plain:
+def _trajectories(world: World, source: Points, seed: int) -> Values:
     """Reverse trajectories from the noised law at the highest level, projected, with where they end."""
     d, g = as_denoiser(source), generator(seed, 3)
     x = world.law.sample(TRAJECTORIES, float(world.sigma[0]), g)
@@ -404,7 +403,7 @@ def _trajectories(world: World, source: Points, seed: int) -> Plain:
     return {"x": _short(np.stack(rows).T, 5), "end": world.ends(states).tolist(), "names": list(world.end_names)}
 
 
-def _critical(world: World, points: FixedPoints, run: Run) -> list[Plain]:
+def _critical(world: World, points: FixedPoints, run: Run) -> list[Values]:
     """Critical times of every criterion that the world has."""
     rows: list[tuple[str, Callable[[], CriticalTime]]] = [
         ("bifurcation", partial(bifurcation, world.law, flow, frame)) for flow, frame in world.stability
@@ -431,7 +430,7 @@ def _critical(world: World, points: FixedPoints, run: Run) -> list[Plain]:
 def _first_wells(world: World, points: FixedPoints) -> CriticalTime:
     """The highest fold in which a stable branch is born, among the branches already followed."""
     folds = [b.fold for b in points.branches if not b.central and b.fold is not None and b.stable.any()]
-    about: Plain = {"criterion": "wells", "flow": FLOW, "frame": world.frame}
+    about: Values = {"criterion": "wells", "flow": FLOW, "frame": world.frame}
     about["source"] = "arXiv:2305.19693, folds of the drift's fixed points"
     if not folds:
         reason = "no stable fixed point apart from the central one was found"
@@ -440,7 +439,7 @@ def _first_wells(world: World, points: FixedPoints) -> CriticalTime:
     return CriticalTime(vp if world.frame == "vp" else NoiseLevel(vp.sigma, alpha=1.0), **about)
 
 
-def _row(name: str, critical: CriticalTime) -> Plain:
+def _row(name: str, critical: CriticalTime) -> Values:
     """A line of the table: a critical time with what to call it."""
     value = critical.to_dict()
     if critical.level is not None:
@@ -462,7 +461,7 @@ def _row(name: str, critical: CriticalTime) -> Plain:
     return {**value, "name": name, "note": note, "network": False}
 
 
-def _network(world: World, levels: np.ndarray, critical: list[Plain], seed: int, run: Run) -> Plain:
+def _network(world: World, levels: np.ndarray, critical: list[Values], seed: int, run: Run) -> Values:
     """A network trained on the same points, put through the functions that the law was put through."""
     with _stage(run, "network") as part:
         network, settings = train_point_network(world.starts, seed, run=part)
