@@ -58,9 +58,9 @@ def compare(
 
     def run(at: np.ndarray, seed: int) -> tuple[np.ndarray, int, float]:
         counted.states, begin = 0, time.process_time()
-        found = sb.clones(counted, at, classify, pairs=pairs, seeds=seed, paths=sb.Paths(resamples=100), **settings)
-        assert counted.states == found.calls
-        return np.atleast_1d(found.curve.value), counted.states, time.process_time() - begin
+        measured = sb.clones(counted, at, classify, pairs=pairs, seeds=seed, paths=sb.Paths(resamples=100), **settings)
+        assert counted.states == measured.calls
+        return np.atleast_1d(measured.curve.value), counted.states, time.process_time() - begin
 
     run(levels[:1], 99)  # the first call warms up
     ours, states, seconds = run(levels, 0)

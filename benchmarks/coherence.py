@@ -35,9 +35,9 @@ def paths(sampler, calls, pipe, world, gaussian, level):
     start = cut(base, gaussian, calls, sb.NoiseLevel(level))
     noise = torch.randn(400, *gaussian.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     states = _along(world, noise, {start.level.sigma}, 1e-3)
-    found = _run(start, sb.as_unet(world, base), start.state(states[start.level.sigma]), 0)
+    ends = _run(start, sb.as_unet(world, base), start.state(states[start.level.sigma]), 0)
     truth = states[1e-3]
-    return float((found - truth).square().flatten(1).sum(1).mean()), _moments_gap(found, truth, gaussian)
+    return float((ends - truth).square().flatten(1).sum(1).mean()), _moments_gap(ends, truth, gaussian)
 
 
 def main():

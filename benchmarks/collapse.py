@@ -73,12 +73,12 @@ def product_a_level(y, half, mine, z, levels):
     out = torch.zeros(len(mine), len(levels), dtype=torch.float64)
     for k, s in enumerate(levels):
         x = y[mine] + s * z
-        own = 0.5 * (z.square().sum(1) - x.square().sum(1) / s**2)[:, None]
+        of_itself = 0.5 * (z.square().sum(1) - x.square().sum(1) / s**2)[:, None]
         total = torch.zeros(len(mine), dtype=torch.float64)
         for part in torch.arange(len(y)).split(POINTS):
             block = slice(int(part[0]), int(part[-1]) + 1)
             exponent = torch.addmm(half[block] / -(s**2), x, y[block].T, alpha=1 / s**2)
-            total += exponent.add_(own).clamp_(min=-80.0).exp_().sum(1).double()
+            total += exponent.add_(of_itself).clamp_(min=-80.0).exp_().sum(1).double()
         out[:, k] = total.log()
     return out
 
@@ -94,8 +94,8 @@ def main():
     y = points.reshape(n, d) - points.reshape(n, d).mean(0)
     half = 0.5 * y.square().sum(1)
     print(f"{name}: {n:,} x {d}, {queries:,} queries, {len(LEVELS)} levels, {torch.get_num_threads()} thread(s)")
-    found, ours = timed(lambda: overlaps(law, LEVELS, queries, tails=False))
-    fe = np.logaddexp(0, found.leave_one_out())
+    weights, ours = timed(lambda: overlaps(law, LEVELS, queries, tails=False))
+    fe = np.logaddexp(0, weights.leave_one_out())
     # The parts of the pass, on one block of queries: two products, and the elementwise work of all levels.
     mine = chosen(n, queries)
     first = mine[:QUERIES]

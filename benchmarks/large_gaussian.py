@@ -80,9 +80,9 @@ def exact(data: Smooth, moments, law: Gaussian, sigmas: tuple[float, ...]) -> tu
         part = x[:, a : a + 2**17].double()
         gram += part @ part.T
     values = np.maximum(np.linalg.eigvalsh(gram.numpy())[::-1][: data.count - 1], 0.0) / (data.count - 1)
-    kept, nats = law.eigenvalues.numpy(), []
+    eigenvalues, nats = law.eigenvalues.numpy(), []
     for s in sigmas:
-        log_law = np.log1p(kept / s**2).sum() + (law.dim - law.rank) * math.log1p(law.floor / s**2)
+        log_law = np.log1p(eigenvalues / s**2).sum() + (law.dim - law.rank) * math.log1p(law.floor / s**2)
         nats.append(0.5 * float(log_law - np.log1p(values / s**2).sum()))
     return values, nats
 
@@ -94,26 +94,26 @@ def main() -> None:
     parser.add_argument("--rank", type=int)
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--starts", type=int, default=16)
-    given = parser.parse_args()
-    large = given.side >= 1024
-    n = given.images or (250 if large else 120)
-    r = given.rank or (100 if large else 50)
-    data, d, m = Smooth(given.side, n), 3 * given.side**2, r + OVERSAMPLING
-    print(f"{n} images of 3 x {given.side} x {given.side} (d = {d:,}), rank {r}, {given.passes} passes, ", end="")
+    args = parser.parse_args()
+    large = args.side >= 1024
+    n = args.images or (250 if large else 120)
+    r = args.rank or (100 if large else 50)
+    data, d, m = Smooth(args.side, n), 3 * args.side**2, r + OVERSAMPLING
+    print(f"{n} images of 3 x {args.side} x {args.side} (d = {d:,}), rank {r}, {args.passes} passes, ", end="")
     print(f"{torch.get_num_threads()} threads")
 
     began = time.perf_counter()
-    moments = Moments.fit(data, rank=r, passes=given.passes)
+    moments = Moments.fit(data, rank=r, passes=args.passes)
     fit, making = time.perf_counter() - began, data.seconds
     law = Gaussian(moments)
-    noise = torch.randn(given.starts, *law.shape, generator=generator(2))
+    noise = torch.randn(args.starts, *law.shape, generator=generator(2))
     began = time.perf_counter()
     starts = law.transport(noise, 10.0)
     draw, peak = time.perf_counter() - began, rss()
-    passes = 4.0 * n * d * (given.passes * m + PROBES)
-    tall = (4.0 * given.passes - 2.0) * d * m * m + 4.0 * d * m * r + 6.0 * d * m * PROBES
+    passes = 4.0 * n * d * (args.passes * m + PROBES)
+    tall = (4.0 * args.passes - 2.0) * d * m * m + 4.0 * d * m * r + 6.0 * d * m * PROBES
     bound = gemm_seconds(max(1, min(n, 2**26 // d)), d, m, passes)
-    print(f"  fit {fit:.1f} s, of them {making:.1f} s making the images; {given.starts} starts {draw:.2f} s")
+    print(f"  fit {fit:.1f} s, of them {making:.1f} s making the images; {args.starts} starts {draw:.2f} s")
     print(f"  peak memory {peak:.2f} GB of {LIMIT:.0f} GB")
     print(f"  products {passes / 1e12:.2f} T operations, {bound:.1f} s as plain float32 products in this run")
     print(
@@ -121,9 +121,9 @@ def main() -> None:
     )
     ratio = (fit - making) / (bound * (1 + tall / passes))
     print(f"  tall Gram matrices and rotations at the same speed {ratio:.2f}")
-    print(f"  drawing: {4.0 * given.starts * d * r / draw / 1e9:.0f} G operations/s")
+    print(f"  drawing: {4.0 * args.starts * d * r / draw / 1e9:.0f} G operations/s")
     gap = starts.flatten(1) - moments.mean.reshape(-1).float()
-    energy = float(gap.square().sum(dtype=torch.float64)) / given.starts
+    energy = float(gap.square().sum(dtype=torch.float64)) / args.starts
     print(f"  mean |x - mu|^2 of the starts / (tr C + d sigma^2) = {energy / (moments.trace + 100.0 * d):.4f}")
     assert peak < LIMIT, f"peak memory {peak:.2f} GB"
     del noise, starts, gap

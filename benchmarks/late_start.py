@@ -61,13 +61,13 @@ class FirstStepAnalytic(torch.nn.Module):
 def world(name, model):
     """Training images, images to choose with, reference images, pipeline, classifier."""
     if name == "digits":
-        train, held = sb.images("digits"), sb.images("digits:held-out").tensor()
-        order = torch.randperm(len(held), generator=torch.Generator().manual_seed(4))
-        return train, held[order[:300]], held[order[300:]], sb.load_pipeline(model or "digits")
+        train, test = sb.images("digits"), sb.images("digits:held-out").tensor()
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(4))
+        return train, test[order[:300]], test[order[300:]], sb.load_pipeline(model or "digits")
     root = Path(os.environ["SYMBREAK_DATA"])
     train = sb.images(str(root / "mnist-train.parquet"))
-    held = sb.images(str(root / "mnist-test.parquet")).tensor()
-    return train, held[:1000], held[1000:], sb.load_pipeline(model)
+    test = sb.images(str(root / "mnist-test.parquet")).tensor()
+    return train, test[:1000], test[1000:], sb.load_pipeline(model)
 
 
 def classifier(name, train, out):
@@ -246,12 +246,12 @@ def drawing(laws, unet, shape, batch=256):
 
     with torch.inference_mode():
         call = seconds(lambda: unet(noise, torch.tensor(300), return_dict=False))
-        found = {}
+        timings = {}
         for name, law in laws.items():
             sigma = 0.3 * math.sqrt(float(law.moments.eigh[0][0]))
             took = seconds(lambda law=law, sigma=sigma: law.transport(noise, sigma))
-            found[name] = {"seconds": took, "call": call, "share": took / call}
-    return found
+            timings[name] = {"seconds": took, "call": call, "share": took / call}
+    return timings
 
 
 def write_page(path):
@@ -288,12 +288,12 @@ def summary(name, whole):
     """Rows at a glance: for every NFE the best of all samplers, by the mean."""
     late, out = [r for r in whole["rows"] if "auto" in r], []
     for calls in sorted({r["calls"] for r in late}):
-        own = [r for r in late if r["calls"] == calls]
-        plain = [(r[k], r["sampler"]) for r in own for k in ("standard", "afs") if k in r]
+        same = [r for r in late if r["calls"] == calls]
+        plain = [(r[k], r["sampler"]) for r in same for k in ("standard", "afs") if k in r]
         columns = [
             min(plain, key=lambda p: p[0]["mean"]),
-            min(((r["gaussian"], r["sampler"]) for r in own), key=lambda p: p[0]["mean"]),
-            min(((r["auto"], r["sampler"]) for r in own), key=lambda p: p[0]["mean"]),
+            min(((r["gaussian"], r["sampler"]) for r in same), key=lambda p: p[0]["mean"]),
+            min(((r["auto"], r["sampler"]) for r in same), key=lambda p: p[0]["mean"]),
         ]
         out.append(f"| {name} | {calls} | " + " | ".join(f"{cell(d)}, {who}" for d, who in columns) + " |")
     return out
@@ -372,13 +372,13 @@ def verdicts(rows):
     out = []
     late = [r for r in rows if "auto" in r]
     for calls in sorted({r["calls"] for r in late}):
-        own = [r for r in late if r["calls"] == calls]
-        plain = [(r[k], f"{r['sampler']}, {k}") for r in own for k in ("standard", "afs") if k in r]
+        same = [r for r in late if r["calls"] == calls]
+        plain = [(r[k], f"{r['sampler']}, {k}") for r in same for k in ("standard", "afs") if k in r]
         parts = []
         for value, words in (("mean", "by the means"), ("pooled", "all images at once")):
             best, who = min(plain, key=lambda p: p[0][value])
-            gauss = min((r["gaussian"] for r in own), key=lambda d: d[value])
-            auto = min((r["auto"] for r in own), key=lambda d: d[value])
+            gauss = min((r["gaussian"] for r in same), key=lambda d: d[value])
+            auto = min((r["auto"] for r in same), key=lambda d: d[value])
             parts.append(
                 f"{words} the best without a late start has {best[value]:.2f} ({who}), the best scanned Gaussian "
                 f"{gauss[value]:.2f}, the best auto {auto[value]:.2f}, {best[value] / auto[value]:.2f} and "
@@ -399,9 +399,9 @@ def verdicts(rows):
     out.append(f"- Best without a late start at any NFE: {cell(best)}, {row['sampler']}, {key}, {row['calls']} NFE.")
     ten = min((d for d, r, _ in plain if r["calls"] == 10), key=lambda d: d["mean"])
     for calls in (1, 3):
-        own = [r for r in late if r["calls"] == calls]
-        if own:
-            r = min(own, key=lambda r: r["auto"]["mean"])
+        same = [r for r in late if r["calls"] == calls]
+        if same:
+            r = min(same, key=lambda r: r["auto"]["mean"])
             goal, name = (best, "the best above") if calls == 3 else (ten, "the best at 10 NFE without a late start")
             inside = "inside its interval" if r["auto"]["mean"] <= goal["high"] else "above its interval"
             said = "reached" if r["auto"]["mean"] <= goal["mean"] else f"missed, {inside}"

@@ -92,8 +92,8 @@ def kernel_subsets(n: int, d: int) -> float:
 def kernel_torch_fidelity(n: int, d: int) -> float:
     from torch_fidelity.metric_kid import kid_features_to_metric
 
-    found = kid_features_to_metric(whole(n, d, 1), whole(n, d, 2), kid_subsets=20, verbose=False)
-    return found["kernel_inception_distance_mean"]
+    scores = kid_features_to_metric(whole(n, d, 1), whole(n, d, 2), kid_subsets=20, verbose=False)
+    return scores["kernel_inception_distance_mean"]
 
 
 def kernel_torchmetrics(n: int, d: int) -> float:
@@ -115,15 +115,15 @@ def kernel_dense(n: int, d: int) -> float:
 def recall_symbreak(n: int, d: int) -> float:
     from symbreak.metrics.coverage import precision_recall
 
-    found = precision_recall(whole(n, d, 1), whole(n, d, 2))
-    return found["precision"] + found["recall"]
+    scores = precision_recall(whole(n, d, 1), whole(n, d, 2))
+    return scores["precision"] + scores["recall"]
 
 
 def recall_torch_fidelity(n: int, d: int) -> float:
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    found = prc_features_to_metric(whole(n, d, 1), whole(n, d, 2), verbose=False)
-    return found["precision"] + found["recall"]
+    scores = prc_features_to_metric(whole(n, d, 1), whole(n, d, 2), verbose=False)
+    return scores["precision"] + scores["recall"]
 
 
 def recall_dense(n: int, d: int) -> float:
@@ -199,12 +199,12 @@ def main() -> None:
             if done.returncode:
                 print(f"{way:<34}failed: {done.stderr.strip().splitlines()[-1][:80]}")
                 continue
-            found = json.loads(done.stdout.splitlines()[-1])
-            base = base or found
-            ratios = [f"{found[k] / base[k]:.2f}x" if base[k] > 0 else "-" for k in ("seconds", "mib")]
+            measured = json.loads(done.stdout.splitlines()[-1])
+            base = base or measured
+            ratios = [f"{measured[k] / base[k]:.2f}x" if base[k] > 0 else "-" for k in ("seconds", "mib")]
             print(
-                f"{way:<34}{found['seconds']:9.2f}{ratios[0]:>7}{found['mib']:11.0f}{ratios[1]:>7}  "
-                f"{found['value']:.8g}"
+                f"{way:<34}{measured['seconds']:9.2f}{ratios[0]:>7}{measured['mib']:11.0f}{ratios[1]:>7}  "
+                f"{measured['value']:.8g}"
             )
 
 

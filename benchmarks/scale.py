@@ -122,8 +122,8 @@ def fid(count, side, queries, features=FEATURES):
     from symbreak.metrics.reference import statistics
 
     extract = Projection(side * side, features)
-    found = [statistics(extract, Synthetic(n, side), rows=1000).whole for n in (2 * features, count)]
-    return sb.frechet_distance(*found)
+    statistics_of = [statistics(extract, Synthetic(n, side), rows=1000).whole for n in (2 * features, count)]
+    return sb.frechet_distance(*statistics_of)
 
 
 def points(count, side):
@@ -158,8 +158,8 @@ def nearest(count, side, queries):
     from symbreak.runtime.run import Run
 
     rows = points(count, side)
-    asked = 2 * torch.rand(queries, *rows.shape[1:], generator=torch.Generator().manual_seed(1)) - 1
-    neighbours(asked, rows, 2, run=Run(memory=MEMORY))
+    queried = 2 * torch.rand(queries, *rows.shape[1:], generator=torch.Generator().manual_seed(1)) - 1
+    neighbours(queried, rows, 2, run=Run(memory=MEMORY))
 
 
 def sample(count, side, queries):
@@ -217,7 +217,7 @@ def child(job):
 
     from symbreak.runtime.ranks import joined
 
-    found = []
+    measured = []
     with joined() as (rank, _), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if job["what"] == "gemm":
@@ -228,7 +228,7 @@ def child(job):
                 began = time.perf_counter()
                 a @ a
                 times.append(time.perf_counter() - began)
-            found = [2 * 2048**3 / min(times)]
+            measured = [2 * 2048**3 / min(times)]
         else:
             # Libraries are loaded, and memory is held, before anything is measured.
             for task, side in {task: side for task, _, side in job["runs"]}.items():
@@ -236,16 +236,16 @@ def child(job):
             before = peak()
             for task, count, side in job["runs"]:
                 seconds = timed(task, count, side, job["queries"], job["repeats"], job["net"])
-                found.append({"task": task, "count": count, "side": side, "seconds": seconds})
-            found = {"runs": found, "before": before, "peak": peak()}
+                measured.append({"task": task, "count": count, "side": side, "seconds": seconds})
+            measured = {"runs": measured, "before": before, "peak": peak()}
     if rank == 0:
-        print(json.dumps({"found": found, "threads": torch.get_num_threads()}))
+        print(json.dumps({"measured": measured, "threads": torch.get_num_threads()}))
 
 
 # --- all of it ------------------------------------------------------------------------------------
 
 
-def asked(job, ranks=1, threads=None):
+def in_a_process(job, ranks=1, threads=None):
     """The answer of fresh processes."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -274,8 +274,8 @@ def slope(sizes, seconds):
 
     x = [math.log(s) for s, several in zip(sizes[1:], seconds[1:]) for _ in several]
     y = [math.log(t) for several in seconds[1:] for t in several]
-    found = stats.linregress(x, y)
-    return found.slope, stats.t.ppf(0.975, len(x) - 2) * found.stderr
+    fit = stats.linregress(x, y)
+    return fit.slope, stats.t.ppf(0.975, len(x) - 2) * fit.stderr
 
 
 def main():
@@ -294,8 +294,8 @@ def main():
         print(line, flush=True)
         lines.append(line)
 
-    gemm = asked({"what": "gemm"})
-    limit, side = gemm["found"][0], plan["side"]
+    gemm = in_a_process({"what": "gemm"})
+    limit, side = gemm["measured"][0], plan["side"]
     say(f"{gemm['threads']} thread(s), {os.cpu_count()} cores; float32 product {limit / 1e9:.0f} GFLOP/s")
     say()
     say(f"Images of {side} x {side}; `seconds` is the median of {plan['repeats']}, without making the images.")
@@ -306,13 +306,13 @@ def main():
     for task in ("fit", "fid", "collapse", "nearest"):
         several = []
         for count in plan[task]:
-            found = asked({**settings, "runs": [[task, count, side]]})["found"]
-            seconds = sorted(found["runs"][0]["seconds"])
+            measured = in_a_process({**settings, "runs": [[task, count, side]]})["measured"]
+            seconds = sorted(measured["runs"][0]["seconds"])
             middle = seconds[len(seconds) // 2]
             share = work(task, count, side, plan["queries"]) / middle / limit
             say(
                 f"| {task} | {count:,} | {middle:.3g} | {middle / count * 1e6:.3g} | {share:.1%} | "
-                f"{found['peak'] / 1e6:.0f} | {found['before'] / 1e6:.0f} |"
+                f"{measured['peak'] / 1e6:.0f} | {measured['before'] / 1e6:.0f} |"
             )
             several.append(seconds)
         exponents[task, "images"] = slope(plan[task], several)
@@ -323,13 +323,13 @@ def main():
     say("|---|---|---|---|")
     tasks = ("fit", "fid", "collapse", "nearest")
     runs = [[task, plan["count"], s] for task in tasks for s in plan["sides"]]
-    found = asked({**settings, "runs": runs})["found"]["runs"]
-    for run in found:
+    measured = in_a_process({**settings, "runs": runs})["measured"]["runs"]
+    for run in measured:
         middle = sorted(run["seconds"])[len(run["seconds"]) // 2]
         share = work(run["task"], run["count"], run["side"], plan["queries"]) / middle / limit
         say(f"| {run['task']} | {run['side'] ** 2:,} | {middle:.3g} | {share:.1%} |")
     for task in tasks:
-        several = [run["seconds"] for run in found if run["task"] == task]
+        several = [run["seconds"] for run in measured if run["task"] == task]
         exponents[task, "d"] = slope([s * s for s in plan["sides"]], several)
     say()
     say("| task | time grows with | exponent |")
@@ -338,8 +338,10 @@ def main():
         say(f"| {task} | {what} | {value:.2f} +- {half:.2f} |")
     say()
     runs = [[task, count, side] for task, count in plan["shared"].items()]
-    one, two = (asked({**settings, "net": False, "runs": runs}, ranks, threads=1)["found"]["runs"] for ranks in (1, 2))
-    say("Processes of one thread each, joined by gloo; making the images is shared too, and counted.")
+    one, two = (
+        in_a_process({**settings, "net": False, "runs": runs}, ranks, threads=1)["measured"]["runs"] for ranks in (1, 2)
+    )
+    say("Processes of one thread each, joined by gloo. Making the images is shared, too, and included in the time.")
     say()
     say("| task | count | one process, s | two, s | ratio |")
     say("|---|---|---|---|---|")

@@ -39,14 +39,14 @@ def louder(images):
 # %% Diagnose: every criterion on one axis.
 few = sb.Effort(40, 16, branches=6, images=32, losses=14, stability=2, queries=200, points=400, frames=("ve",))
 effort = sb.Effort(pairs=200) if whole else few
-found = sb.diagnose(data, pipe, classify=louder, effort=effort)
-for row in found.content["criteria"]:
+record = sb.diagnose(data, pipe, classify=louder, effort=effort)
+for row in record.content["criteria"]:
     level = "none" if row["level"] is None else f"sigma {row['level']['sigma']:.3f}"
     print(f"{row['name']:32} {row['of']:14} {level}")
 print("exact free entropy:", round(sb.speciation_time(flat, "free-entropy").sigma, 3))
-found.save(folder)
-sb.write_report(found, folder / "report.html")
+record.save(folder)
+sb.write_report(record, folder / "report.html")
 out = Path("build/classes_by_covariance.png")
 out.parent.mkdir(parents=True, exist_ok=True)
-phases_figure(found.content).savefig(out, dpi=80)
+phases_figure(record.content).savefig(out, dpi=80)
 print(f"figure: {out}")

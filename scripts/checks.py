@@ -48,21 +48,21 @@ def world(name: str, model: str | None):
     if name == "digits":
         return sb.images("digits"), sb.images("digits:held-out"), sb.load_pipeline(model or "digits")
     root = Path(os.environ["SYMBREAK_DATA"])
-    train, held = (sb.images(str(root / f"mnist-{part}.parquet")) for part in ("train", "test"))
-    return train, held, sb.load_pipeline(model)
+    train, test = (sb.images(str(root / f"mnist-{part}.parquet")) for part in ("train", "test"))
+    return train, test, sb.load_pipeline(model)
 
 
-def classifier(name: str, train, held, out: Path):
+def classifier(name: str, train, test, out: Path):
     """The extractor: bundled for the digits, else trained once on the training images and kept."""
     if name == "digits":
         return extractor("digits-classifier")
     path = out / "classifier.safetensors"
     if not path.exists():
-        save_classifier(train_classifier(train, held_out=held, epochs=2), path, f"{name}-classifier")
+        save_classifier(train_classifier(train, held_out=test, epochs=2), path, f"{name}-classifier")
     return load_classifier(path)
 
 
-def told(stage: str):
+def progress_of(stage: str):
     """A progress callback that prints one line now and then."""
     seen = [0.0]
 
@@ -76,11 +76,11 @@ def told(stage: str):
 
 def resumed(stage: str, out: Path) -> sb.Run:
     """A run that keeps what is finished in a folder of its own."""
-    tell = told(stage)
+    tell = progress_of(stage)
     return sb.Run(out / stage, progress=lambda _, done, total: tell(done, total))
 
 
-def is_it_gaussian(data, held, pipe, laws, out: Path, args) -> dict:
+def is_it_gaussian(data, test, pipe, laws, out: Path, args) -> dict:
     """Tests of data, network and laws at every level, at two sample sizes."""
     if (out / "gaussian.json").exists():
         return Record.load(out / "gaussian.json").content
@@ -93,10 +93,12 @@ def is_it_gaussian(data, held, pipe, laws, out: Path, args) -> dict:
     settings |= {"steps": NETWORK_STEPS, "simulations": args.simulations}
     run = sb.Run(out).identified({"check": "gaussian", **settings})
     began = time.perf_counter()
-    nats = non_gaussianity(network, gaussian, held.tensor()[: args.nats], sigma, run=run)
-    states = reverse_states(network, sigma, sizes[0], NETWORK_STEPS, run=run.telling(told("reverse trajectories")))
+    nats = non_gaussianity(network, gaussian, test.tensor()[: args.nats], sigma, run=run)
+    states = reverse_states(
+        network, sigma, sizes[0], NETWORK_STEPS, run=run.telling(progress_of("reverse trajectories"))
+    )
     sources = {"training images": data, "network": states, "class mixture": laws["class mixture"], FULL: gaussian}
-    found: dict[str, dict] = {}
+    tested_by: dict[str, dict] = {}
     for n in sizes:
         for name, source in sources.items():
             tested: Gaussianity = gaussianity(
@@ -108,16 +110,16 @@ def is_it_gaussian(data, held, pipe, laws, out: Path, args) -> dict:
             )
             if name == "training images":
                 tested = replace(tested, nats=nats)
-            found.setdefault(name, {})[str(n)] = tested.to_dict()
+            tested_by.setdefault(name, {})[str(n)] = tested.to_dict()
             print(f"is it Gaussian: {name}, {n} states", file=sys.stderr, flush=True)
-    content = {"found": found, "nats": nats.to_dict(), "data": {"name": data.name, "count": len(data)}}
+    content = {"found": tested_by, "nats": nats.to_dict(), "data": {"name": data.name, "count": len(data)}}
     record = Record("gaussianity", settings, content, {}, {"all": time.perf_counter() - began})
     write_json(out / "gaussian.json", record.to_dict())
     run.close()
     return record.content
 
 
-def marks(data, held, pipe, laws, nats) -> dict:
+def marks(data, test, pipe, laws, nats) -> dict:
     """Critical levels to place on the curves."""
     mixture = laws["class mixture"].inner  # beyond the leading modes it is one Gaussian
     return {
@@ -131,18 +133,18 @@ def marks(data, held, pipe, laws, nats) -> dict:
 def run(args) -> None:
     out = args.out or ROOT / "build" / "checks" / ("quick" if args.quick else args.data)
     out.mkdir(parents=True, exist_ok=True)
-    data, held, pipe = world(args.data, args.model)
-    extract = classifier(args.data, data, held, out)
+    data, test, pipe = world(args.data, args.model)
+    extract = classifier(args.data, data, test, out)
     laws = candidate_starts(data, clusters=40 if args.data == "digits" else 60)
-    is_it_gaussian(data, held, pipe, laws, out, args)
+    is_it_gaussian(data, test, pipe, laws, out, args)
     gaussian = laws[FULL]
     network = sb.denoiser(pipe.unet, pipe.scheduler)
     scale = math.sqrt(float(gaussian.eigenvalues[0]))
-    shared = {"holdout": held, "measure": Measure(extract, args.samples, args.repeats)}
+    shared = {"holdout": test, "measure": Measure(extract, args.samples, args.repeats)}
     calls = tuple(map(int, args.calls.split(",")))
     # The critical levels wait on an image-by-image loss curve: only where the record is not there yet.
     if not (out / "sensitivity" / "record.json").exists():
-        nats = non_gaussianity(network, gaussian, held.tensor()[: args.nats], np.geomspace(0.15, 3, 12) * scale)
+        nats = non_gaussianity(network, gaussian, test.tensor()[: args.nats], np.geomspace(0.15, 3, 12) * scale)
         sensitivity(
             data,
             pipe,
@@ -150,7 +152,7 @@ def run(args) -> None:
             calls,
             np.geomspace(0.15 * scale, 20 * scale, args.levels),
             starts={"Gaussian": gaussian, "white noise": laws["white noise"]},
-            marks=marks(data, held, pipe, laws, nats),
+            marks=marks(data, test, pipe, laws, nats),
             run=resumed("sensitivity", out),
             **shared,
         )
@@ -207,9 +209,9 @@ def sensitivity_figure(content: dict) -> Figure:
         d = row["standard"]["distance"]
         ax.axhspan(d["low"], d["high"], color="0.88", lw=0)
         ax.axhline(d["mean"], color="0.5", lw=0.8, label="standard start")
-        for i, (name, found) in enumerate(row["starts"].items()):
-            sigma = [c["sigma"] for c in found["cells"]]
-            mean, low, high = ([c["distance"][k] for c in found["cells"]] for k in ("mean", "low", "high"))
+        for i, (name, start) in enumerate(row["starts"].items()):
+            sigma = [c["sigma"] for c in start["cells"]]
+            mean, low, high = ([c["distance"][k] for c in start["cells"]] for k in ("mean", "low", "high"))
             ax.plot(sigma, mean, "o-", ms=2.5, lw=1, color=f"C{i}", label=name)
             ax.fill_between(sigma, np.maximum(low, 0.3), high, color=f"C{i}", alpha=0.2, lw=0)
         for i, (name, mark) in enumerate(content["marks"].items()):
@@ -232,11 +234,11 @@ def sensitivity_figure(content: dict) -> Figure:
 def starts_figure(content: dict) -> Figure:
     rows = content["rows"]
     names = list(dict.fromkeys(r["start"] for r in rows))
-    calls, asked = (sorted({r[k] for r in rows}) for k in ("calls", "asked"))
+    calls, levels = (sorted({r[k] for r in rows}) for k in ("calls", "asked"))
     figure = Figure(figsize=(3.4 * len(calls) + 1, 3.6), layout="constrained", dpi=100)
     axes = figure.subplots(1, len(calls), sharey=True, squeeze=False)[0]
     for ax, n in zip(axes, calls):
-        for i, level in enumerate(asked):
+        for i, level in enumerate(levels):
             for j, name in enumerate(names):
                 d = next(r for r in rows if (r["start"], r["calls"], r["asked"]) == (name, n, level))["distance"]
                 y, label = j + 0.22 * (i - 1), f"sigma {level:.2g}" if j == 0 and n == calls[0] else None
@@ -281,9 +283,9 @@ def span_floor(d: dict) -> str:
 
 
 def gaussian_numbers(content: dict, settings: dict) -> list[str]:
-    found = content["found"]
-    sizes = sorted(found["network"], key=int, reverse=True)
-    one = found["network"][sizes[0]]
+    results = content["found"]
+    sizes = sorted(results["network"], key=int, reverse=True)
+    one = results["network"][sizes[0]]
     out = [
         f"{len(one['sigma'])} levels from sigma {one['sigma'][0]:.3g} to {one['sigma'][-1]:.3g}, {one['modes']} "
         f"leading modes, {one['directions']} directions (the modes and random ones), p-values from "
@@ -297,7 +299,7 @@ def gaussian_numbers(content: dict, settings: dict) -> list[str]:
         "|---" * (len(TESTS) + 2) + "|",
     ]
     for name in SOURCES:
-        by_size = found[name]
+        by_size = results[name]
         for n in sizes:
             cells = [first(by_size[n]["first_rejection"][t]) for t in TESTS]
             out.append(f"| {name} | {n} | " + " | ".join(cells) + " |")
@@ -311,7 +313,7 @@ def gaussian_numbers(content: dict, settings: dict) -> list[str]:
         "| sigma | nats | directions rejected, data | network |",
         "|---|---|---|---|",
     ]
-    data, net = found["training images"][sizes[0]], found["network"][sizes[0]]
+    data, net = results["training images"][sizes[0]], results["network"][sizes[0]]
     for i, s in enumerate(data["sigma"]):
         cells = []
         for one in (data, net):
@@ -342,12 +344,12 @@ def sensitivity_numbers(content: dict, settings: dict) -> list[str]:
     for row in content["rows"]:
         cells, values = [], []
         for name in ("Gaussian", "white noise"):
-            found = row["starts"][name]
-            best = next(c for c in found["cells"] if c["sigma"] == found["flat"]["best"])
+            start = row["starts"][name]
+            best = next(c for c in start["cells"] if c["sigma"] == start["flat"]["best"])
             cells.append(f"{span(best['distance'])} at {best['sigma']:.2g}")
             values.append(np.array(best["distance"]["values"]))
             if name == "Gaussian":
-                cells += [f"{a:.2g} to {b:.2g}" for a, b in (found["flat"]["overlap"], found["flat"]["paired"])]
+                cells += [f"{a:.2g} to {b:.2g}" for a, b in (start["flat"]["overlap"], start["flat"]["paired"])]
         at = row["starts"]["white noise"]["knee"]
         ends = [f"{at[k]['sigma']:.2f}" if at[k] else "open" for k in ("low", "high")]
         cells.append(f"{at['level']['sigma']:.2f} [{ends[0]}, {ends[1]}]" if at["level"] else "none")
@@ -363,8 +365,8 @@ def starts_numbers(content: dict, settings: dict) -> list[str]:
     names = list(dict.fromkeys(r["start"] for r in rows))
     out = [how(content, settings), f"Sampler {settings['sampler']}.", ""]
     for n in sorted({r["calls"] for r in rows}):
-        own = [r for r in rows if r["calls"] == n]
-        levels = sorted({r["asked"] for r in own})
+        same = [r for r in rows if r["calls"] == n]
+        levels = sorted({r["asked"] for r in same})
         s = next(s for s in content["standard"] if s["calls"] == n)
         out += [
             f"**{n} NFE.** The standard start has {span(s['distance'])} (recall {s['recall']:.2f}, class entropy "
@@ -378,7 +380,7 @@ def starts_numbers(content: dict, settings: dict) -> list[str]:
             "|---" * (len(levels) + 6) + "|",
         ]
         for name in names:
-            cells = [r for r in own if r["start"] == name]
+            cells = [r for r in same if r["start"] == name]
             best = min(cells, key=lambda r: r["distance"]["mean"])
             by = {r["asked"]: span(r["distance"]) for r in cells}
             more = [number(best[k]) for k in ("precision", "recall", "entropy", "nearest")]

@@ -46,7 +46,7 @@ def measure(data, components, sides):
         a = math.log(n) / law.dim
         curves[k] = [(v / a).tolist() for v in (f.value, f.low, f.high)]
     axes = {"samples": [n // k for k in (16, 8, 4, 2, 1)], "components": components, "pixels": sides}
-    found = {k: sb.collapse_scaling(whole, k, sizes) for k, sizes in axes.items()}
+    scalings = {k: sb.collapse_scaling(whole, k, sizes) for k, sizes in axes.items()}
     return {
         "count": n,
         "top": float(gaussian.eigenvalues[0]),
@@ -56,16 +56,16 @@ def measure(data, components, sides):
         "curves": curves,
         "scaling": {
             k: {"sizes": s.sizes, "measured": [view(c) for c in s.measured], "gaussian": [view(c) for c in s.gaussian]}
-            for k, s in found.items()
+            for k, s in scalings.items()
         },
         "threads": torch.get_num_threads(),
     }
 
 
-def draw(found, path):
-    figure = Figure(figsize=(11, 2.9 * len(found)), layout="constrained")
-    axes = figure.subplots(len(found), 4, squeeze=False)
-    for row, (name, d) in zip(axes, found.items()):
+def draw(results, path):
+    figure = Figure(figsize=(11, 2.9 * len(results)), layout="constrained")
+    axes = figure.subplots(len(results), 4, squeeze=False)
+    for row, (name, d) in zip(axes, results.items()):
         first = row[0]
         for k, color in (("data", MEASURED), ("Gaussian", CLOSED), ("class mixture", MIXED)):
             value, low, high = d["curves"][k]
@@ -80,8 +80,12 @@ def draw(found, path):
         first.legend(fontsize=7, frameon=False)
         for ax, (axis, s) in zip(row[1:], d["scaling"].items()):
             # Without an interval there was too little to extrapolate: only a bound from above.
-            kept = [(z, m, g) for z, m, g in zip(s["sizes"], s["measured"], s["gaussian"]) if m[1] is not None]
-            sizes, values, closed = [k[0] for k in kept], np.array([k[1] for k in kept], float), [k[2][0] for k in kept]
+            measured = [(z, m, g) for z, m, g in zip(s["sizes"], s["measured"], s["gaussian"]) if m[1] is not None]
+            sizes, values, closed = (
+                [k[0] for k in measured],
+                np.array([k[1] for k in measured], float),
+                [k[2][0] for k in measured],
+            )
             spread = np.abs(np.nan_to_num(values[:, 1:] - values[:, :1])).T
             ax.errorbar(
                 sizes, values[:, 0], spread, fmt="o-", color=MEASURED, markersize=3, capsize=2, label="measured"
@@ -110,9 +114,9 @@ def shown(v):
     return f"{value:.3g}" + (f" [{low:.3g}, {high:.3g}]" if low is not None and high is not None else "")
 
 
-def numbers(found):
+def numbers(results):
     lines = ["| data | n | measured | Gaussian | class mixture | spectral speciation |", "|---|---|---|---|---|---|"]
-    for name, d in found.items():
+    for name, d in results.items():
         c = [shown(d["collapse"][k]) for k in ("data", "Gaussian", "class mixture")]
         spectral = f"{math.sqrt(d['top'] - 1):.3g}" if d["top"] > 1 else "none"
         lines.append(f"| {name} | {d['count']:,} | {' | '.join(c)} | {spectral} |")
@@ -121,12 +125,12 @@ def numbers(found):
         "Marked <=: too few images, or these do not fix an extrapolation; the leave-one-out bound from above.",
     ]
     for axis, title in (("samples", "n"), ("components", "leading components"), ("pixels", "pixels a side")):
-        for name, d in found.items():
+        for name, d in results.items():
             s = d["scaling"][axis]
             lines += ["", f"| {name}, {title} | " + " | ".join(f"{z:,}" for z in s["sizes"]) + " |"]
             lines.append("|---" * (1 + len(s["sizes"])) + "|")
-            own = [("" if v[1] is not None else "<= ") + shown(v) for v in s["measured"]]
-            lines.append("| measured | " + " | ".join(own) + " |")
+            cells = [("" if v[1] is not None else "<= ") + shown(v) for v in s["measured"]]
+            lines.append("| measured | " + " | ".join(cells) + " |")
             lines.append("| Gaussian | " + " | ".join(shown(v) for v in s["gaussian"]) + " |")
     return lines
 
@@ -137,18 +141,18 @@ def main():
     worlds = {"digits": ("digits", [4, 8, 16, 32, 64], [4, 8])}
     if root and (Path(root) / "mnist-train.parquet").exists():
         worlds["MNIST"] = (str(Path(root) / "mnist-train.parquet"), [8, 32, 128, 784], [7, 14, 28])
-    found = {}
+    results = {}
     for name, (source, components, sides) in worlds.items():
         path = out / f"{name.lower()}.json"
         if not path.exists():
             write_json(path, measure(sb.images(source), components, sides))
-        found[name] = json.loads(path.read_text(encoding="utf-8"))
-    draw(found, ROOT / "docs" / "figures" / "collapse.png")
+        results[name] = json.loads(path.read_text(encoding="utf-8"))
+    draw(results, ROOT / "docs" / "figures" / "collapse.png")
     page = ROOT / "docs" / "memorization.md"
     before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    text = before + "\n".join([BEGIN, *numbers(found), END]) + rest.split(END)[1]
+    text = before + "\n".join([BEGIN, *numbers(results), END]) + rest.split(END)[1]
     write_whole(page, lambda p: p.write_text(text, encoding="utf-8"))
-    print("\n".join(numbers(found)))
+    print("\n".join(numbers(results)))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def main() -> None:
         print(f"\r{done / total:.0%} of {total:,} network evaluations", end="", flush=True)
 
     run = sb.Run(args.out, progress=tell).identified(identity)
-    found = sb.clones(
+    measured = sb.clones(
         sb.denoiser(pipe.unet, pipe.scheduler), sigma, judge.logits, pairs=args.pairs, steps=args.steps, run=run
     )
     print()
@@ -78,9 +78,9 @@ def main() -> None:
     moved = np.array([sb.NoiseLevel(2 * schedule.level(int(k)).sigma).ou_time for k in steps])
     ours = np.array([schedule.level(int(k)).ou_time for k in STEPS])
     phi = np.asarray(published["phi"])
-    crossing = found.crossing
+    crossing = measured.crossing
     result = {
-        **found.to_dict(),
+        **measured.to_dict(),
         "accuracy": accuracy(judge, test),
         "steps_of_sampler": args.steps,
         "level_steps": list(STEPS),
@@ -92,25 +92,25 @@ def main() -> None:
             "published, pixels in [-1, 1]": halfway(moved, phi),
         },
         "gap at the published levels": [
-            {"step": int(k), "published": float(p), "ours": float(np.interp(t, ours[::-1], found.curve.value[::-1]))}
+            {"step": int(k), "published": float(p), "ours": float(np.interp(t, ours[::-1], measured.curve.value[::-1]))}
             for k, p, t in zip(steps, phi, moved)
             if ours.min() <= t <= ours.max()
         ],
     }
     write_json(args.out / "clones.json", result)
     run.close()
-    draw(args.out / "clones.png", ours, found, theirs, moved, phi, np.asarray(published["standard_error"]))
+    draw(args.out / "clones.png", ours, measured, theirs, moved, phi, np.asarray(published["standard_error"]))
     print(json.dumps(result["tau"], indent=1))
 
 
-def draw(path: Path, ours, found, theirs, moved, phi, error) -> None:
+def draw(path: Path, ours, measured, theirs, moved, phi, error) -> None:
     figure = Figure(figsize=(8, 4), layout="constrained", dpi=110)
     ax = figure.subplots()
-    c = found.curve
+    c = measured.curve
     ax.errorbar(ours, c.value, [c.value - c.low, c.high - c.value], fmt="o-", ms=4, label="this network, 95 %")
     ax.errorbar(theirs, phi, 1.96 * error, fmt="s--", ms=3, color="#999", label="published, as given ([0, 1])")
     ax.errorbar(moved, phi, 1.96 * error, fmt="s-", ms=3, color="#d9822b", label="published, moved to [-1, 1]")
-    ax.axhline(found.floor, color="#888", linestyle=":", label="floor of this network")
+    ax.axhline(measured.floor, color="#888", linestyle=":", label="floor of this network")
     ax.set(xlabel="OU time tau of the branch (noise falls to the right)", ylabel="clones of one class", xlim=(3.2, 0))
     ax.grid(color="#e6eaf0")
     ax.spines[["top", "right"]].set_visible(False)

@@ -34,15 +34,15 @@ def table(record: Record) -> list[str]:
     return out[1:]
 
 
-def comparison(found: dict) -> list[str]:
-    tau = found["tau"]
+def comparison(result: dict) -> list[str]:
+    tau = result["tau"]
     low, high = tau["interval"]
-    rows = [f"| {g['step']} | {g['published']:.3f} | {g['ours']:.3f} |" for g in found["gap at the published levels"]]
+    rows = [f"| {g['step']} | {g['published']:.3f} | {g['ours']:.3f} |" for g in result["gap at the published levels"]]
     inside = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
     return [
-        f"- phi passes its halfway level at tau {tau['ours']:.3f}{inside} ({found['pairs']:,} pairs, "
-        f"{found['steps_of_sampler']} reverse steps of second order, the published network "
-        f"ancestral ones; classifier {found['accuracy']:.2%} on held-out images).",
+        f"- phi passes its halfway level at tau {tau['ours']:.3f}{inside} ({result['pairs']:,} pairs, "
+        f"{result['steps_of_sampler']} reverse steps of second order, the published network "
+        f"ancestral ones; classifier {result['accuracy']:.2%} on held-out images).",
         f"- The published curve passes .75 at tau {tau['published']:.3f} for pixels in [0, 1], which is "
         f"tau {tau['published, pixels in [-1, 1]']:.3f} for pixels in [-1, 1] (twice the sigma; ln 2 where sigma is "
         f"large): ours is {tau['ours'] - tau['published, pixels in [-1, 1]']:+.3f} of that, and "

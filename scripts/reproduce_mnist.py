@@ -115,13 +115,13 @@ class Bench:
 
         def measured():
             parts = [self.run.part(f"{key}/{i}", lambda i=i: part(i)) for i in range(self.samples // REPEAT)]
-            found = torch.cat([torch.from_numpy(p["features"]).double() for p in parts])
+            rows = torch.cat([torch.from_numpy(p["features"]).double() for p in parts])
             some = torch.cat([torch.from_numpy(p["images"]) for p in parts])
-            labels = self.extract.head(found.float()).argmax(1)
+            labels = self.extract.head(rows.float()).argmax(1)
             near = nearest_summary(some, self.points, None)["samples"]
-            shared = precision_recall(found[:1000], self.real[:1000])
+            shared = precision_recall(rows[:1000], self.real[:1000])
             return {
-                **distance(found, self.reference, len(parts), self.extract.name).to_dict(),
+                **distance(rows, self.reference, len(parts), self.extract.name).to_dict(),
                 "entropy": class_entropy(labels, 10),
                 "precision": shared["precision"],
                 "recall": shared["recall"],

@@ -176,9 +176,9 @@ def passing(sigma: np.ndarray, curves: np.ndarray, thresholds: Any) -> np.ndarra
     rising = bool(curves[0][top] > curves[0][bottom])
     out = np.empty(len(curves))
     for r, (values, threshold) in enumerate(zip(curves, np.broadcast_to(thresholds, len(curves)))):
-        found = crossing(sigma, values, float(threshold))
+        level = crossing(sigma, values, float(threshold))
         beyond = 0.0 if (values[top] > threshold) == rising else math.inf
-        out[r] = beyond if found is None else found
+        out[r] = beyond if level is None else level
     return out
 
 

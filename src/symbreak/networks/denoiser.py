@@ -147,10 +147,10 @@ def ask(
     weight = next(iter(getattr(denoiser, "unet", torch.nn.Identity()).parameters()), x)
     done = []
     for i in range(0, len(x), rows):
-        own = denoiser
+        of_class = denoiser
         if labels is not None:
-            own = denoiser.bind(class_labels=labels[i : i + rows].to(weight.device))
-        done.append(own(x[i : i + rows].to(weight.device), sigma).to(x))
+            of_class = denoiser.bind(class_labels=labels[i : i + rows].to(weight.device))
+        done.append(of_class(x[i : i + rows].to(weight.device), sigma).to(x))
     return done[0] if len(done) == 1 else torch.cat(done)
 
 

@@ -64,11 +64,11 @@ def scheduler(name: str, like: Scheduler | None = None, **settings: object) -> S
     """
     if name not in SAMPLERS:
         raise InputError(f"unknown sampler {name!r}. Known: {', '.join(SAMPLERS)}.")
-    class_name, own = SAMPLERS[name]
+    class_name, changes = SAMPLERS[name]
     cls = getattr(diffusers, class_name)
     if like is None:
         if name.startswith(("edm", "flow")):
-            return cls(**own, **settings)
+            return cls(**changes, **settings)
         like = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
     if not hasattr(like, "alphas_cumprod") and kind_of(like) == "vp":
         raise InputError(
@@ -82,4 +82,4 @@ def scheduler(name: str, like: Scheduler | None = None, **settings: object) -> S
             f"{kinds[0]}. Choose a sampler of the same kind."
         )
     config = {k: v for k, v in dict(like.config).items() if k not in _OWN}
-    return cls.from_config(config, **own, **settings)
+    return cls.from_config(config, **changes, **settings)

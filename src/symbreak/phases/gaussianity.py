@@ -203,7 +203,8 @@ def gaussianity(
     return Gaussianity(s, n, k, k + directions, alpha, statistics, p_values, raw, (simulations[0], simulations[1]))
 
 
-def first_rejection(found: Gaussianity, test: str) -> CriticalTime:
+@renamed(found="result=...")
+def first_rejection(result: Gaussianity, test: str) -> CriticalTime:
     """The level at which a test first rejects, from high noise down, at the sample size used.
 
     The departure from a Gaussian falls with noise, so levels are taken in a fixed sequence, from the lowest up, each at
@@ -212,37 +213,37 @@ def first_rejection(found: Gaussianity, test: str) -> CriticalTime:
     the next one above, a bracket of the grid and no confidence interval.
 
     Args:
-        found: of `gaussianity`.
+        result: what `gaussianity` returns.
         test: one of its tests.
 
     Raises:
         InputError: for an unknown test.
     """
-    if test not in found.p_values:
-        raise InputError(f"no test {test!r}; there are {', '.join(found.p_values)}.")
+    if test not in result.p_values:
+        raise InputError(f"no test {test!r}; there are {', '.join(result.p_values)}.")
     criterion = f"{test} first rejects"
-    size = f"{found.samples} samples, alpha {found.alpha:g}"
-    least = 2 if test == MULTIVARIATE[1] else found.directions if test in PROJECTED else 1
-    draws = found.simulations[1 if test in PROJECTED else 0]
-    rejected = found.p_values[test] <= found.alpha
+    size = f"{result.samples} samples, alpha {result.alpha:g}"
+    least = 2 if test == MULTIVARIATE[1] else result.directions if test in PROJECTED else 1
+    draws = result.simulations[1 if test in PROJECTED else 0]
+    rejected = result.p_values[test] <= result.alpha
     if not rejected[0]:
-        few = least / (draws + 1) > found.alpha
+        few = least / (draws + 1) > result.alpha
         reason = (
-            f"{draws} simulations cannot reject; at least {math.ceil(least / found.alpha) - 1} are needed"
+            f"{draws} simulations cannot reject; at least {math.ceil(least / result.alpha) - 1} are needed"
             if few
-            else f"it does not reject at sigma {found.sigma[0]:.4g}, the lowest level; {size}"
+            else f"it does not reject at sigma {result.sigma[0]:.4g}, the lowest level; {size}"
         )
-        return CriticalTime(None, criterion=criterion, source=SOURCE, reason=reason, confidence=1 - found.alpha)
+        return CriticalTime(None, criterion=criterion, source=SOURCE, reason=reason, confidence=1 - result.alpha)
     top = bool(rejected.all())
     i = len(rejected) - 1 if top else int(np.argmin(rejected)) - 1
     return CriticalTime(
-        NoiseLevel(float(found.sigma[i])),
-        NoiseLevel(float(found.sigma[i])),
-        None if top else NoiseLevel(float(found.sigma[i + 1])),
+        NoiseLevel(float(result.sigma[i])),
+        NoiseLevel(float(result.sigma[i])),
+        None if top else NoiseLevel(float(result.sigma[i + 1])),
         criterion=criterion,
         source=SOURCE,
         reason=f"{size}; " + ("rejects at the highest level tried" if top else "the interval is the grid's"),
-        confidence=1 - found.alpha,
+        confidence=1 - result.alpha,
     )
 
 

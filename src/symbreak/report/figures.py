@@ -180,10 +180,10 @@ def audit_figure(content: Values) -> Figure:
     """Histograms of d1/d2 and of the nearest training distance, samples against held-out images."""
     figure, (left, right) = _figure(10.5, 3.2, 2)
     for ax, key in ((left, "ratio"), (right, "distance")):
-        found = content["histograms"][key]
+        counts = content["histograms"][key]
         for side, label, color in SIDES:
-            if side in found:
-                _steps(ax, found["edges"], found[side], color, label)
+            if side in counts:
+                _steps(ax, counts["edges"], counts[side], color, label)
         ax.set_ylabel("share a bin")
         ax.legend(fontsize=8, frameon=False, loc="best")
     left.axvspan(0, content["threshold"], color=COLORS[3], alpha=0.08, linewidth=0)

@@ -237,10 +237,10 @@ def _audit(record: Record, content: Values) -> tuple[dict[str, Table], list[str]
     count, twins, compared = content["data"]["count"], content["duplicates"], content["comparison"]
     near = twins["near"]
     title = f"Duplicates among {count:,} training images"
-    found = {"duplicates": Table(title, ("duplicates",), ("groups", "images", "could go", "largest"))}
+    tables = {"duplicates": Table(title, ("duplicates",), ("groups", "images", "could go", "largest"))}
     for key, name in (("exact", "equal in every pixel"), ("near", "near duplicates, among the different images")):
-        found["duplicates"].add(name, *(number(twins[key][k], ",") for k in ("groups", "images", "spare", "largest")))
-    found["duplicates"].notes = [
+        tables["duplicates"].add(name, *(number(twins[key][k], ",") for k in ("groups", "images", "spare", "largest")))
+    tables["duplicates"].notes = [
         f"{twins['different']:,} of {count:,} images differ, {twins['deduplicated']:,} by more than near duplicates "
         f"do: pairs within {near['radius']:.4g}, or joined by a chain of such pairs. That is {near['fraction']:.3g} of "
         f"the median distance of a training image to its eighth neighbour, {near['scale']:.4g}."
@@ -256,7 +256,7 @@ def _audit(record: Record, content: Values) -> tuple[dict[str, Table], list[str]
             middle = (measured(q[1], q[0], q[2]) for q in (m["nearest"], m["ratio"]))
             table.add(name, number(m["of"], ","), number(m["count"], ","), share, number(m["exact"], ","), *middle)
     if table.rows:
-        found["memorized"] = table
+        tables["memorized"] = table
     if compared is not None:
         table = Table(
             "Nearer to training than to held-out images? 50 % without copying",
@@ -267,8 +267,8 @@ def _audit(record: Record, content: Values) -> tuple[dict[str, Table], list[str]
         share = measured(compared["share"], compared["low"], compared["high"], ".1%")
         numbers = (number(compared[k], ",.0f") for k in ("references", "effective"))
         table.add(share, number(compared["of"], ","), least + number(compared["p_value"], ".2g"), *numbers)
-        found["comparison"] = table
-    return found, [content["verdict"]["sentence"], *content["notes"]]
+        tables["comparison"] = table
+    return tables, [content["verdict"]["sentence"], *content["notes"]]
 
 
 FLOWS = {"sde": "reverse SDE", "ode": "probability flow", None: "any flow"}

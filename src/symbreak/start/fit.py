@@ -126,8 +126,8 @@ def late_start(
             "or one law."
         )
     law = laws[0]
-    asked = _resolve("speciation" if automatic else at, law, schedule_of(scheduler))
-    start = cut(scheduler, law, steps, asked)
+    requested = _resolve("speciation" if automatic else at, law, schedule_of(scheduler))
+    start = cut(scheduler, law, steps, requested)
     if check and hasattr(law, "moments"):
         spectral = speciation_time(cast(Law, law))
         if spectral.sigma is not None and start.level.sigma < spectral.sigma * (1 - 0.02):

@@ -69,10 +69,10 @@ class LateStartPipeline(DiffusionPipeline):
         self._belong_together()
 
     def _belong_together(self) -> None:
-        own, theirs = self.start.scheduler, self.scheduler
-        if type(own) is not type(theirs) or _settings(own) != _settings(theirs):
+        ours, theirs = self.start.scheduler, self.scheduler
+        if type(ours) is not type(theirs) or _settings(ours) != _settings(theirs):
             raise InputError(
-                f"the pipeline's scheduler ({type(theirs).__name__}) is not the start's ({type(own).__name__}, cut to "
+                f"the pipeline's scheduler ({type(theirs).__name__}) is not the start's ({type(ours).__name__}, cut to "
                 f"{self.start.calls} calls). Pass start.scheduler; for another sampler make another start."
             )
         check_shape(self.unet, self.start, 1)
@@ -136,8 +136,8 @@ class LateStartPipeline(DiffusionPipeline):
                 bar.update()
                 if callback_on_step_end is None:
                     return state
-                given = dict.fromkeys(inputs, state)
-                return (callback_on_step_end(self, i, t, given) or {}).get("latents", state)
+                tensors = dict.fromkeys(inputs, state)
+                return (callback_on_step_end(self, i, t, tensors) or {}).get("latents", state)
 
             state = integrate(
                 self.unet,
@@ -197,9 +197,9 @@ class LateStartPipeline(DiffusionPipeline):
         if name != cls.__name__:
             raise InputError(f"{folder} holds a {name}, no {cls.__name__}. Load it with sb.load_pipeline.")
         start = LateStart.load(Path(folder) / START)
-        given = {"use_safetensors": True, **kwargs}
+        options = {"use_safetensors": True, **kwargs}
         try:
-            pipe = super().from_pretrained(str(folder), start=start, scheduler=start.scheduler, **given)
+            pipe = super().from_pretrained(str(folder), start=start, scheduler=start.scheduler, **options)
         except InputError:
             raise
         except Exception as error:

@@ -92,8 +92,8 @@ class Laws:
 
 def laws_of(d: Diagnosis, moments: Moments, clusters: int | None) -> Laws:
     """Fit the laws; the classes are the labels', or this many clusters."""
-    own = moments if d.train is d.data else Moments.fit(d.train, run=d.run)
-    gaussian, classes = Gaussian(own), None
+    fitted = moments if d.train is d.data else Moments.fit(d.train, run=d.run)
+    gaussian, classes = Gaussian(fitted), None
     with d.stage("laws"):
         points, labels = some_images(d.train, d.effort.points, d.seed)
         empirical = Empirical(points, **law_memory(d.run))
