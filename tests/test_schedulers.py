@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import as_unet
+from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.samplers import SAMPLERS, scheduler
 from symbreak.noise import NoiseLevel, schedule
 from symbreak.runtime.files import InputError
@@ -213,3 +213,119 @@ def test_the_cut_scheduler_survives_set_timesteps_and_save(tmp_path):
         back = type(start.scheduler).from_pretrained(tmp_path / name)
         back.set_timesteps(6)
         assert torch.allclose(back.timesteps.double(), start.scheduler.timesteps.double()), name
+
+
+NETWORKS = {
+    "defaults": {},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "sigmoid": {"beta_schedule": "sigmoid"},
+    "laplace": {"beta_schedule": "laplace"},
+    "v": {"prediction_type": "v_prediction"},
+    "zero-snr": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction", "timestep_spacing": "trailing"},
+}
+BETA_SAMPLERS = sorted(name for name in SAMPLERS if not name.startswith(("edm", "flow")))
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("name", BETA_SAMPLERS)
+def test_the_betas_of_the_network_in_memory_and_from_disk(name, kind, tmp_path):
+    """diffusers drops the settings it noted as defaults: every sampler then has its own class's betas instead."""
+    like = diffusers.DDPMScheduler(num_train_timesteps=1000, clip_sample=False, **NETWORKS[kind])
+    like.save_pretrained(tmp_path)
+    made = scheduler(name, like=like)
+    assert dict(made.config) | NOTED == dict(scheduler(name, like=type(like).from_pretrained(tmp_path)).config) | NOTED
+    # a last step of no signal has 2^-24, or less where the one before it has less
+    torch.testing.assert_close(made.alphas_cumprod, like.alphas_cumprod, rtol=1e-3, atol=1e-7)
+    assert bool((made.alphas_cumprod.diff() < 0).all())
+    if name in STOCHASTIC or kind == "laplace":  # whose steps are too coarse at low noise for a number
+        return
+    law = gaussian_law()
+    start = late_start(made, law, STEPS, at=NoiseLevel(3.0), check=False)
+    _, cov = recovered(name, law, start, as_unet(law, like))
+    tolerance = 0.07 if name in FIRST_ORDER else 0.02  # as above
+    assert float((cov - law.moments.cov).abs().max()) < tolerance * float(law.eigenvalues[0])
+
+
+NOTED = dict.fromkeys(("_use_default_values", "_class_name", "_diffusers_version"))
+
+
+def test_a_scheduler_without_a_network_has_its_classs_own_settings():
+    assert scheduler("dpm++2m").config.timestep_spacing == "linspace"
+    assert scheduler("heun", beta_start=1e-3).betas[0] == pytest.approx(1e-3)
+    like = diffusers.DDPMScheduler()
+    assert scheduler("dpm++2m", like=like).config.timestep_spacing == like.config.timestep_spacing == "leading"
+    assert scheduler("heun", like=like, beta_start=1e-3).betas[0] == pytest.approx(1e-3)  # who asks gets other betas
+
+
+@pytest.mark.parametrize("name", ["dpm++2m", "unipc", "euler", "euler-a"])
+def test_zero_signal_that_falls_below_diffuserss_own_floor(name):
+    """Linear betas leave the step before the last one 4e-9 of signal, less than the 6e-8 diffusers gives the last."""
+    settings = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "beta_schedule": "linear"}
+    like = diffusers.DDIMScheduler(clip_sample=False, **settings)
+    full = schedule(scheduler(name, like=like))
+    assert full.sigma_range[1] > full.level(998).sigma > 1e4
+    theirs = getattr(diffusers, SAMPLERS[name][0])(**settings)
+    assert schedule(theirs).sigma_range[1] == float("inf")
+    assert scheduler("ddim", like=theirs).alphas_cumprod[998] == pytest.approx(float(like.alphas_cumprod[998]))
+
+
+@pytest.mark.parametrize("name", ["dpm++2m-karras", "unipc-karras"])
+@pytest.mark.parametrize("steps", [3, 6, 7, 20])
+def test_karras_grids_that_round_two_steps_to_one_time(name, steps):
+    law = gaussian_law()
+    like = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    start = standard_start(scheduler(name, like=like), steps)
+    state = run(as_unet(law, like), start, start(torch.zeros(2, *law.shape)))
+    assert bool(torch.isfinite(state).all())
+
+
+CONTINUOUS = {"prediction_type": "v_prediction", "timestep_type": "continuous", "sigma_min": 0.002, "sigma_max": 700.0}
+
+
+def test_networks_of_continuous_time():
+    law = gaussian_law()
+    base = diffusers.EulerDiscreteScheduler(use_karras_sigmas=True, **CONTINUOUS)
+    full = schedule(base)
+    assert full.sigma_range == pytest.approx((0.002, 700.0))
+    assert full.time(5.0) == pytest.approx(0.402359, abs=1e-6)  # log(5) / 4
+    unet = as_unet(law, base)
+    x = 3 * torch.randn(4, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(denoiser(unet, base)(x, 5.0), law.denoise(x, 5.0), rtol=1e-6, atol=1e-6)
+    start = late_start(base, law, STEPS, at=NoiseLevel(3.0), check=False)
+    assert start.level.sigma == pytest.approx(3.0)
+    _, cov = recovered("euler", law, start, unet)
+    assert float((cov - law.moments.cov).abs().max()) < 0.07 * 4
+    assert schedule(scheduler("euler", like=base)).sigma_range == pytest.approx((0.002, 700.0))
+    with pytest.raises(InputError, match="Use the sampler euler"):
+        scheduler("dpm++2m", like=base)
+    with pytest.raises(InputError, match="use_karras_sigmas=True"):
+        late_start(diffusers.EulerDiscreteScheduler(**CONTINUOUS), law, 5, at=NoiseLevel(1.5), check=False)
+
+
+@pytest.mark.parametrize("grid", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
+@pytest.mark.parametrize("top", [14.6, 80.0])
+def test_a_sigma_max_in_the_config_does_not_move_the_cut(grid, top):
+    law = gaussian_law()
+    base = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", sigma_max=top, **{grid: True})
+    start = late_start(base, law, 50, at=NoiseLevel(1.5), check=False)
+    assert start.level.sigma == pytest.approx(1.5, rel=0.01)
+    assert float(start.scheduler.sigmas[0]) == pytest.approx(1.5, rel=0.01)
+    _, cov = recovered("euler", law, start, as_unet(law, base))
+    assert float((cov - law.moments.cov).abs().max()) < 0.1 * 4
+    assert late_start(base, law, 2, at=1, check=False).level.sigma == pytest.approx(schedule(base).level(1).sigma)
+
+
+def test_grids_that_cannot_be_made_are_one_line():
+    flow = diffusers.FlowMatchEulerDiscreteScheduler
+    with pytest.raises(InputError, match="Ask for more"):
+        standard_start(flow(shift_terminal=0.02), 1)
+    with pytest.raises(InputError, match="fixed shift"):
+        standard_start(flow(use_dynamic_shifting=True), 5)
+    with pytest.raises(InputError, match="log_linear"):
+        late_start(diffusers.EulerDiscreteScheduler(interpolation_type="log_linear"), gaussian_law(), 5, at=400)
+    like = diffusers.DDPMScheduler(prediction_type="sample")
+    for name in ("pndm", "euler-a", "kdpm2", "kdpm2-a"):
+        with pytest.raises(InputError, match="predict the sample; expected ddim"):
+            scheduler(name, like=like)
+    with pytest.raises(ValueError, match="alpha-bar falling"):
+        schedule(diffusers.DDPMScheduler(trained_betas=[1e-4, float("nan"), 1e-2]))

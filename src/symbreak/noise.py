@@ -175,8 +175,9 @@ class Schedule:
 def _table(name: str, alphas_cumprod: np.ndarray) -> Schedule:
     """A VP schedule over discrete steps 0 .. T-1, log sigma linear in between."""
     alpha_bar = np.asarray(alphas_cumprod, dtype=np.float64)
-    if alpha_bar.ndim != 1 or len(alpha_bar) < 2 or np.any(np.diff(alpha_bar) >= 0):
-        raise ValueError(f"the schedule {name} needs alpha-bar falling over at least two steps.")
+    falls = alpha_bar.ndim == 1 and len(alpha_bar) >= 2 and bool(np.all(np.diff(alpha_bar) < 0))  # NaN does not
+    if not falls or not 0 <= alpha_bar[-1] < alpha_bar[0] <= 1:
+        raise ValueError(f"the schedule {name} needs alpha-bar falling from at most 1 to 0 over at least two steps.")
     with np.errstate(divide="ignore"):
         log_sigma = 0.5 * (np.log1p(-alpha_bar) - np.log(alpha_bar))
     finite = np.isfinite(log_sigma)
@@ -201,6 +202,18 @@ def _cosine_alpha_bar(steps: int = 1000) -> np.ndarray:
     """alpha-bar of the cosine schedule with betas capped at 0.999 (arXiv:2102.09672)."""
     f = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
     return np.cumprod(1.0 - np.minimum(1.0 - f[1:] / f[:-1], 0.999))
+
+
+def _quarter_log(name: str, low: float, high: float, alpha: float | None) -> Schedule:
+    """Networks that are told c_noise = log(sigma) / 4 as their time, as EDM's are (arXiv:2206.00364, table 1)."""
+    if not 0 < low < high:
+        raise ValueError(f"the schedule {name} runs from sigma {low:g} to {high:g}; expected 0 < low < high.")
+
+    def level(t: float) -> NoiseLevel:
+        sigma = math.exp(4.0 * t)
+        return NoiseLevel(sigma) if alpha is None else NoiseLevel(sigma, alpha)
+
+    return Schedule(name, 0.25 * math.log(low), 0.25 * math.log(high), None, level, lambda s: 0.25 * math.log(s))
 
 
 def _flow(name: str, steps: int) -> Schedule:
@@ -247,15 +260,7 @@ def schedule(source: Any = "ddpm-linear") -> Schedule:
     config = getattr(source, "config", None)
     if name.startswith("EDM") and config is not None:
         low, high = float(config.sigma_min), float(config.sigma_max)
-        # EDM networks are told c_noise = log(sigma) / 4 as their time (arXiv:2206.00364, table 1).
-        return Schedule(
-            name,
-            0.25 * math.log(low),
-            0.25 * math.log(high),
-            None,
-            lambda t: NoiseLevel(math.exp(4.0 * t), alpha=1.0),
-            lambda s: 0.25 * math.log(s),
-        )
+        return _quarter_log(name, low, high, alpha=1.0)
     if name.startswith("FlowMatch") and config is not None:
         return _flow(name, int(config.num_train_timesteps))
     alphas_cumprod = getattr(source, "alphas_cumprod", None)
@@ -267,7 +272,16 @@ def schedule(source: Any = "ddpm-linear") -> Schedule:
     import torch
 
     # diffusers' add_noise leaves them where it worked.
-    return _table(name, torch.as_tensor(alphas_cumprod, device="cpu").double().numpy())
+    alpha_bar = torch.as_tensor(alphas_cumprod, device="cpu").double().numpy()
+    if config is not None and config.get("rescale_betas_zero_snr") and alpha_bar[-1] >= alpha_bar[-2]:
+        # In place of no signal diffusers writes 2^-24, which may be more than the step before it has.
+        alpha_bar = np.append(alpha_bar[:-1], 0.0)
+    table = _table(name, alpha_bar)
+    if config is not None and config.get("timestep_type") == "continuous" and config.prediction_type == "v_prediction":
+        low, high = config.get("sigma_min"), config.get("sigma_max")
+        ends = table.sigma_range
+        return _quarter_log(name, float(low or ends[0]), float(high or ends[1]), alpha=None)
+    return table
 
 
 def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+
 import diffusers
+import numpy as np
+import torch
 
 from symbreak.networks.types import Scheduler
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values
 
-__all__ = ["SAMPLERS", "kind_of", "scheduler"]
+__all__ = ["SAMPLERS", "kind_of", "realised_betas", "scheduler"]
 
 # Our sampler names -> diffusers class and the settings that make it that sampler.
 SAMPLERS: dict[str, tuple[str, Values]] = {
@@ -39,6 +44,16 @@ SAMPLERS: dict[str, tuple[str, Values]] = {
 }
 # Settings that belong to one sampler and must not leak into another through `like`.
 _OWN = ("algorithm_type", "solver_order", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+# Settings that decide the betas: who passes one asks for other betas than those of `like`.
+_BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr"}
+# Classes of diffusers whose steps do not know the prediction "sample".
+_NO_SAMPLE = ("pndm", "euler-a", "kdpm2", "kdpm2-a")
+_SIGNAL = 2.0**-24  # alpha-bar that diffusers gives a last step of zero signal
+
+
+def continuous(config: Mapping[str, object]) -> bool:
+    """Whether a network's time is log(sigma) / 4, as EulerDiscreteScheduler says it."""
+    return config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
 
 
 def kind_of(scheduler: Scheduler) -> str:
@@ -52,12 +67,14 @@ def scheduler(name: str, like: Scheduler | None = None, **settings: object) -> S
 
     Args:
         name: one of `SAMPLERS`.
-        like: scheduler whose betas, prediction type and clipping are taken over; by default
-            DDPM's linear betas (for EDM and flow samplers: the class's own defaults).
+        like: scheduler whose betas, as they are realised, and settings are taken over, whether they were written down
+            or are its class's defaults; by default DDPM's linear betas (for EDM and flow samplers: the class's own
+            defaults).
         **settings: further settings of the diffusers class, e.g. ``timestep_spacing="trailing"``.
 
     Raises:
-        InputError: for an unknown name or a scheduler of another kind in ``like``.
+        InputError: for an unknown name, a scheduler of another kind in ``like``, or a prediction or a time of its
+            network that the sampler does not know.
 
     >>> type(scheduler("dpm++2m")).__name__
     'DPMSolverMultistepScheduler'
@@ -67,9 +84,8 @@ def scheduler(name: str, like: Scheduler | None = None, **settings: object) -> S
     class_name, changes = SAMPLERS[name]
     cls = getattr(diffusers, class_name)
     if like is None:
-        if name.startswith(("edm", "flow")):
-            return cls(**changes, **settings)
-        like = diffusers.DDPMScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+        betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
+        return cls(**({} if name.startswith(("edm", "flow")) else betas) | changes | settings)
     if not hasattr(like, "alphas_cumprod") and kind_of(like) == "vp":
         raise InputError(
             f"{type(like).__name__} is none of the schedulers symbreak knows: it needs alphas_cumprod, or an EDM or "
@@ -81,5 +97,56 @@ def scheduler(name: str, like: Scheduler | None = None, **settings: object) -> S
             f"the sampler {name} is of the kind {kinds[1]}, the network's scheduler {type(like).__name__} of the kind "
             f"{kinds[0]}. Choose a sampler of the same kind."
         )
-    config = {k: v for k, v in dict(like.config).items() if k not in _OWN}
-    return cls.from_config(config, **changes, **settings)
+    # diffusers leaves out what it noted as defaults of another class, whose defaults need not be this one's.
+    config = (
+        {k: v for k, v in dict(like.config).items() if k not in (*_OWN, "_use_default_values")} | changes | settings
+    )
+    config["_class_name"] = type(like).__name__  # by which diffusers knows whose settings these are
+    _check_known(name, class_name, config)
+    if class_name != "DDPMScheduler" and str(config.get("variance_type")).startswith("learned"):
+        del config["variance_type"]  # only DDPM steps know what to do with a learned variance
+    if kinds[0] != "vp" or _BETAS & settings.keys():
+        return cls.from_config(config)
+    with suppress(NotImplementedError):  # sigmoid and laplace betas, which few classes know by name
+        made = cls.from_config(config)
+        if _same_betas(made, like):
+            return made
+    return cls.from_config(
+        config | {"trained_betas": realised_betas(like), "beta_schedule": "linear", "rescale_betas_zero_snr": False}
+    )
+
+
+def _check_known(name: str, class_name: str, config: Mapping[str, object]) -> None:
+    """A network that a sampler's steps do not know raises an error that names samplers which do."""
+    if config.get("prediction_type") == "sample" and name in _NO_SAMPLE:
+        raise InputError(
+            f"the sampler {name} does not know networks that predict the sample; expected ddim, euler, heun or dpm++2m."
+        )
+    if continuous(config) and class_name != "EulerDiscreteScheduler":
+        raise InputError(
+            f"the network's time is log(sigma) / 4 (timestep_type 'continuous'), which {class_name} does not know. Use "
+            "the sampler euler."
+        )
+
+
+def _same_betas(made: Scheduler, like: Scheduler) -> bool:
+    """Whether two schedulers speak of the same noise; a last step without signal has only to be the noisiest."""
+    a, b = (torch.as_tensor(s.alphas_cumprod, device="cpu").double().numpy() for s in (made, like))
+    inner = len(a) == len(b) and np.allclose(a[:-1], b[:-1], rtol=1e-4, atol=1e-12)
+    last = np.isclose(a[-1], b[-1], rtol=1e-4, atol=2 * _SIGNAL) if inner else False
+    return bool(inner and last and a[-1] < a[-2])
+
+
+def realised_betas(scheduler: Scheduler, last: int | None = None) -> list[float]:
+    """The betas of steps 0 .. ``last`` as a scheduler uses them, after any rescaling, as plain floats.
+
+    A last step without any signal gets as little of it as diffusers gives it, so that its sigma is finite.
+    """
+    alpha_bar, betas = (
+        torch.as_tensor(v, device="cpu").double().numpy()[: None if last is None else last + 1]
+        for v in (scheduler.alphas_cumprod, scheduler.betas)
+    )
+    if betas[-1] >= 1 or not np.allclose(np.cumprod(1 - betas), alpha_bar, rtol=1e-4, atol=1e-9):
+        alpha_bar = np.append(alpha_bar[:-1], max(alpha_bar[-1], min(_SIGNAL, alpha_bar[-2] / 4)))
+        betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
+    return [float(b) for b in np.minimum(betas, 1 - 1e-7)]

@@ -10,9 +10,9 @@ from __future__ import annotations
 import inspect
 import math
 
-import numpy as np
 import torch
 
+from symbreak.networks.samplers import realised_betas
 from symbreak.networks.types import Scheduler
 from symbreak.noise import NoiseLevel, Schedule, schedule
 from symbreak.runtime.files import InputError
@@ -64,6 +64,9 @@ def check_scheduler(scheduler: Scheduler) -> None:
         raise InputError(f"{name} cannot be cut for a late start; {instead}.")
     if getattr(scheduler, "config", {}).get("use_flow_sigmas"):
         raise InputError(f"{name} with use_flow_sigmas cannot be cut; use FlowMatchEulerDiscreteScheduler.")
+    if getattr(scheduler, "config", {}).get("interpolation_type") == "log_linear":
+        # diffusers tells the network the times of another grid than that of its sigmas.
+        raise InputError(f"{name} with interpolation_type log_linear cannot be cut; use use_exponential_sigmas=True.")
 
 
 def check_steps(steps: int) -> None:
@@ -81,14 +84,25 @@ def schedule_of(scheduler: Scheduler) -> Schedule:
 
 
 def timed(scheduler: Scheduler, steps: int) -> Scheduler:
-    """The scheduler with its timesteps set."""
+    """The scheduler with its timesteps set, at the first of them.
+
+    Raises:
+        InputError: for steps that diffusers cannot make, or that are not finite.
+    """
+    name = type(scheduler).__name__
+    if getattr(scheduler, "config", {}).get("use_dynamic_shifting"):
+        raise InputError(f"{name} with dynamic shifting needs an image's size; pass a scheduler with a fixed shift.")
     try:
         scheduler.set_timesteps(steps)
     except Exception as error:  # diffusers refuses in many ways
         what = " ".join(str(error).split())[:160]
-        raise InputError(
-            f"{type(scheduler).__name__} cannot make {steps} steps here ({what}). Ask for fewer."
-        ) from None
+        raise InputError(f"{name} cannot make {steps} steps here ({what}). Choose another number of steps.") from None
+    levels = (scheduler.timesteps, getattr(scheduler, "sigmas", scheduler.timesteps))
+    if not all(bool(torch.isfinite(torch.as_tensor(v).double()).all()) for v in levels):
+        raise InputError(f"{name} makes levels that are no numbers of {steps} steps. Ask for more.")
+    if hasattr(scheduler, "set_begin_index"):
+        # Karras grids round times: of two equal ones diffusers takes the second for the first step's.
+        scheduler.set_begin_index(0)
     return scheduler
 
 
@@ -123,6 +137,10 @@ def cut_scheduler(scheduler: Scheduler, level: NoiseLevel, steps: int, full: Sch
         # set_timesteps runs from sigma_max down and applies the shift: hand it the unshifted start.
         shorter.sigma_max = s / (shift - (shift - 1) * s)
         return timed(shorter, steps)
+    if full.steps is None:  # the network's time is log(sigma) / 4
+        if not any(config.get(grid) for grid in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")):
+            raise InputError(f"{name} with continuous times is cut on a grid of sigmas. Set use_karras_sigmas=True.")
+        return timed(cls.from_config(config, sigma_max=level.sigma), steps)
     t = full.step(level)
     if name in WHOLE_STRIDE:
         t = max(1, round((t + 1) / steps)) * steps - 1
@@ -146,18 +164,9 @@ def cut_scheduler(scheduler: Scheduler, level: NoiseLevel, steps: int, full: Sch
                 f"{steps} steps do not fit the {grid} steps of {name}'s own grid below step {t}. Ask for fewer steps "
                 "or start at a noisier level."
             )
-    changes |= {"trained_betas": _first_betas(scheduler, t), "num_train_timesteps": t + 1}
-    for setting, value in (("timestep_spacing", "trailing"), ("rescale_betas_zero_snr", False)):
+    changes |= {"trained_betas": realised_betas(scheduler, t), "num_train_timesteps": t + 1}
+    # The cut betas end at the level: a sigma_max of one's own would begin elsewhere.
+    for setting, value in (("timestep_spacing", "trailing"), ("rescale_betas_zero_snr", False), ("sigma_max", None)):
         if takes(scheduler, setting):
             changes[setting] = value
     return timed(cls.from_config(config, **changes), steps)
-
-
-def _first_betas(scheduler: Scheduler, t: int) -> list[float]:
-    """The first t + 1 betas of the realised schedule (after any zero-SNR rescaling), as plain floats."""
-    alpha_bar, betas = (
-        torch.as_tensor(v, device="cpu").double().numpy()[: t + 1] for v in (scheduler.alphas_cumprod, scheduler.betas)
-    )
-    if betas[-1] >= 1 or not np.allclose(np.cumprod(1 - betas), alpha_bar, rtol=1e-4, atol=1e-9):
-        betas = 1 - alpha_bar / np.concatenate([[1.0], alpha_bar[:-1]])
-    return [float(b) for b in np.minimum(betas, 1 - 1e-7)]
