@@ -2,13 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from symbreak.laws import Mixture
+from symbreak.laws import Mixture, Sphere
+from symbreak.moments.one_pass import Moments
+from symbreak.noise import generator
 from symbreak.phases.class_entropy import class_entropy
 from symbreak.phases.clones import clones
-from symbreak.phases.speciation import cloning_probability, cloning_time, speciation_time
+from symbreak.phases.speciation import cloning_probability, cloning_time, ladder, speciation_time
 from symbreak.runtime.errors import InputError
 
 
@@ -60,3 +63,86 @@ def test_components_of_one_class_have_nothing_to_decide():
     for ask in (lambda: class_entropy(law, 1.0), lambda: speciation_time(law, "free-entropy")):
         with pytest.raises(InputError, match="class"):
             ask()
+
+
+# --- eigenvalues of few samples -------------------------------------------------------------------
+
+
+def gaussian(n: int, variances, seed: int) -> Moments:
+    v = torch.as_tensor(variances, dtype=torch.float64)
+    return Moments.fit([torch.randn(n, len(v), generator=generator(seed), dtype=torch.float64) * v.sqrt()])
+
+
+def spiked(top: float, rest: float, d: int = 64) -> np.ndarray:
+    return np.append(top, np.full(d - 1, rest))
+
+
+@pytest.mark.parametrize(("n", "variance"), [(60, 0.5), (1000, 0.8), (30, 0.3)])
+def test_noise_has_no_spectral_level(n, variance):
+    """Isotropic data of a variance below 1: no mode is ever above the noise, whatever the largest of 64 looks like."""
+    for seed in range(5):
+        time = speciation_time(gaussian(n, np.full(64, variance), seed))
+        assert time.level is None
+        assert "Marchenko-Pastur" in time.reason
+    assert all(c.level is None for c in ladder(gaussian(n, np.full(64, variance), 9), 5))
+
+
+def test_an_eigenvalue_under_the_edge_has_bounds():
+    """Isotropic data of variance 2: the level is 1, the largest sample eigenvalue says 2.6."""
+    time = speciation_time(gaussian(60, np.full(64, 2.0), 0))
+    assert time.interval == "bound"
+    assert time.sigma == pytest.approx(1.0, abs=0.1)
+    assert time.low.sigma < 1.0 < time.high.sigma
+    clear = speciation_time(gaussian(400, spiked(10, 0.5), 0))
+    assert clear.interval == "jackknife"
+    assert clear.reason is None
+
+
+def test_exact_moments_are_taken_as_they_are():
+    assert speciation_time(Moments(60, np.zeros(64), np.diag(spiked(5, 0.5)))).sigma == pytest.approx(2.0)
+    assert speciation_time(Sphere(50, radius=50**0.5)).level is None  # the top eigenvalue is 1 up to rounding
+    assert "at most 1" in speciation_time(Sphere(50, radius=50**0.5)).reason
+
+
+def test_a_sketch_knows_how_many_samples_it_had():
+    """4,000 eigenvalues of 1 from 300 samples: sample eigenvalues up to 21, the one of 60 at 74."""
+    x = torch.randn(300, 4000, generator=generator(0))
+    x[:, 0] *= 60**0.5
+    modes = Moments.fit(x, rank=8, passes=4).population(2)  # two passes leave the first Ritz value a fifth low
+    assert modes.hidden.tolist() == [False, True]
+    assert modes.values[0] == pytest.approx(60, rel=0.25)  # two errors of an eigenvalue of 300 samples, 8 % each
+    assert modes.values[1] == pytest.approx(1.0, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "variances"),
+    [
+        (30, spiked(10, 0.5)),
+        (60, spiked(10, 0.5)),
+        (200, spiked(2, 0.5)),
+        (60, 200 * np.arange(1, 65) ** -1.5),
+        (2000, 200 * np.arange(1, 65) ** -1.5),
+        (60, np.full(64, 2.0)),
+        (40, [4.0, 2.0, 1.0]),
+    ],
+)
+def test_spectral_levels_are_covered(n, variances):
+    right = math.sqrt(max(variances) - 1)
+    times = [speciation_time(gaussian(n, variances, seed)) for seed in range(100)]
+    assert sum(t.level is not None and t.low.sigma < right < t.high.sigma for t in times) >= 90
+
+
+def test_a_record_names_how_an_interval_was_made():
+    law, moments = two_of_two(), gaussian(400, spiked(10, 0.5), 1)
+    pair = Mixture.from_parameters([[8.0], [-8.0]], 0.05)
+    kinds = {
+        "jackknife": speciation_time(moments, "signal-to-noise"),
+        "draws only": cloning_time(law, samples=500),
+        "exact": cloning_time(pair),
+        "bootstrap": clones(pair, [4.0, 8.0, 16.0], pairs=50, steps=10).crossing,
+    }
+    assert {k: t.to_dict()["interval"] for k, t in kinds.items()} == {k: k for k in kinds}
+    assert speciation_time(law, "free-entropy").interval == "draws only"
+    assert speciation_time(pair, "free-entropy").interval == "exact"
+    assert speciation_time(Sphere(3)).interval == ""  # no level, no interval

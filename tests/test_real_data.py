@@ -28,7 +28,8 @@ def test_mnist_ones_and_eights():
     top = moments.spectrum(1)
     assert top.values[0] / 4 == pytest.approx(7.616, abs=5e-4)
     assert top.low[0] < top.values[0] < top.high[0]
-    assert speciation_time(moments, scale=0.5).level.ou_time == pytest.approx(0.5 * np.log(7.616), abs=1e-4)
+    # The law's own eigenvalue lies .04 % below that of 12,593 samples: .0002 in tau.
+    assert speciation_time(moments, scale=0.5).level.ou_time == pytest.approx(0.5 * np.log(7.616), abs=3e-4)
 
 
 @pytest.mark.slow

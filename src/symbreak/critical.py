@@ -70,6 +70,9 @@ class CriticalTime(Result):
         source: paper or derivation.
         reason: why there is no level, or what limits it.
         confidence: nominal coverage of the interval.
+        interval: how it was made and what it holds: ``"jackknife"`` or ``"bootstrap"`` (over what was measured),
+            ``"draws only"`` (the Monte Carlo error of a law that is taken for true), ``"exact"`` (of that law, without
+            an error), ``"bracket"`` (the neighbouring levels looked at), ``"bound"``; empty where there is none.
     """
 
     record: ClassVar[tuple[str, ...]] = (
@@ -82,6 +85,7 @@ class CriticalTime(Result):
         "source",
         "reason",
         "confidence",
+        "interval",
     )
 
     level: NoiseLevel | None
@@ -93,6 +97,7 @@ class CriticalTime(Result):
     source: str = ""
     reason: str | None = None
     confidence: float = 0.95
+    interval: str = ""
 
     @property
     def sigma(self) -> float | None:
@@ -209,7 +214,8 @@ def passing_time(
     ends = {"below": f"below {sigma.min():.4g}", "above": f"above {sigma.max():.4g}"}
     reason = f"the interval ends {' and '.join(ends[side] for side in sides)}, outside the levels measured"
     level = NoiseLevel(float(passed[0]))
-    return CriticalTime(level, low, high, criterion=criterion, source=source, reason=reason if sides else None)
+    note = reason if sides else None
+    return CriticalTime(level, low, high, criterion, source=source, reason=note, interval="bootstrap")
 
 
 def root_time(
@@ -237,11 +243,13 @@ def root_time(
     root = float(brentq(gap, *ends, xtol=1e-13, rtol=1e-14)) if signs[0] * signs[1] < 0 else near
     mean, low, high = (float(a[0]) for a in average(np.array([math.exp(root)])))
     first = last = None
+    interval = "draws only" if high > low else "exact"
     if high > low:
         h = 0.02
         slope = (gap(root + h) - gap(root - h)) / (2 * h)
         first, last = (NoiseLevel(math.exp(root + u)) for u in sorted([(mean - high) / slope, (mean - low) / slope]))
-    return CriticalTime(NoiseLevel(math.exp(root)), first, last, criterion=criterion, source=source)
+    level = NoiseLevel(math.exp(root))
+    return CriticalTime(level, first, last, criterion=criterion, source=source, interval=interval)
 
 
 def mean_curve(

@@ -36,7 +36,9 @@ __all__ = [
     "Batches",
     "Certificate",
     "LowRankMoments",
+    "Population",
     "Spectrum",
+    "population",
     "project_moments",
     "sketch_moments",
     "truncation_bound",
@@ -54,6 +56,7 @@ COLUMNS = 2**16  # columns of a block multiplied at a time
 PANEL = 2**12  # rows [., r] of a basis handled at a time
 CACHED = 2**17  # float64 numbers that stay in a processor's cache
 LARGEST_DIM = 20_000  # a full covariance of 3.2 GB
+FEW = 8  # dimensions below which eigenvalues have no edge to speak of
 FAINT = 1e-12  # directions below 1e-6 of the longest are rounding in float32
 
 
@@ -67,6 +70,58 @@ class Spectrum:
 
     def __len__(self) -> int:
         return len(self.values)
+
+
+@dataclass(frozen=True)
+class Population(Spectrum):
+    """Leading eigenvalues of the law that samples were drawn from.
+
+    Attributes:
+        hidden: [k] whether a sample eigenvalue cannot be told from the edge of the others' noise. ``values`` then
+            holds the mean of all eigenvalues from it on, and ``low`` and ``high`` are bounds: that mean, and what a
+            mode could have without standing out.
+    """
+
+    hidden: np.ndarray
+
+
+def population(values: np.ndarray, trace: float, dim: int, count: int, k: int) -> Population:
+    """Eigenvalues of the law behind n samples in d dimensions, which those of the samples spread out.
+
+        lambda / (1 + 1/(n - 1) sum_j lambda_j / (lambda - lambda_j))        the other eigenvalues lambda_j
+
+    An eigenvalue is told from noise where it lies above the edge (sqrt(n) + sqrt(d))^2 / n of the Marchenko-Pastur
+    law of all that are not larger, in units of their mean, and 2.02 widths (99 %) of the Tracy-Widom law above it.
+
+    Args:
+        values: leading eigenvalues [K] of the sample covariance, falling; the others are taken for equal.
+        trace, dim, count: of the covariance, and of the samples.
+        k: how many of them are asked about, at most K.
+
+    Source: Bai & Ding 2012, arXiv:1203.1123 (eigenvalues); Johnstone 2001, doi:10.1214/aos/1009210544 (edge).
+    """
+    n, others = count - 1, min(dim, count - 1) - len(values)
+    mean = max(0.0, trace - float(values.sum())) / others if others > 0 else 0.0
+    out, low, high, hidden = (np.full(k, math.nan), np.full(k, math.nan), np.full(k, math.nan), np.zeros(k, bool))
+    for i, value in enumerate(values[:k]):
+        rest = np.append(np.delete(values, i), np.full(max(others, 0), mean))
+        rest = rest[rest > 0]
+        gaps = value - rest
+        out[i] = value / (1 + float((rest / gaps).sum()) / n) if (gaps != 0).all() else value
+        if not 0 < out[i] <= 1.5 * value:  # two that all but coincide
+            out[i] = value
+        left, p = n - i, dim - i
+        level = (trace - float(values[:i].sum())) / p  # of noise, were all from this one on noise
+        if p < FEW or left < 2 or not level > 0:
+            continue  # of few dimensions noise makes no edge that an interval would not hold
+        a, b = math.sqrt(left - 1), math.sqrt(p)
+        edge = ((a + b) ** 2 + 2.02 * (a + b) * (1 / a + 1 / b) ** (1 / 3)) / left
+        if value <= edge * level:
+            # A mode up to the first factor stays inside the noise; the others are two errors, of it and of the mean.
+            unseen = level * (1 + math.sqrt(p / left)) * (1 + 2 * math.sqrt(2 / left))
+            least = level * (1 - 2 * math.sqrt(2 / left / p))
+            out[i], low[i], high[i], hidden[i] = level, least, unseen, True
+    return Population(out, low, high, hidden)
 
 
 @dataclass(frozen=True)
@@ -239,6 +294,13 @@ class LowRankMoments:
         """The k largest Ritz values, at most the rank; a sketch has no parts, so the intervals are NaN."""
         k = at_most(k, self.rank)
         return Spectrum(self.eigenvalues[:k].numpy().copy(), np.full(k, math.nan), np.full(k, math.nan))
+
+    def population(self, k: int) -> Population:
+        """The k largest eigenvalues of the law behind the samples of a sketch, without intervals; as they are else."""
+        k = at_most(k, self.rank)
+        if not self.failure:
+            return Population(**vars(self.spectrum(k)), hidden=np.zeros(k, bool))
+        return population(self.eigenvalues.numpy(), self.trace, self.dim, self.count, k)
 
     def truncate(self, rank: int) -> LowRankMoments:
         """The same with fewer eigenpairs.

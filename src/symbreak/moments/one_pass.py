@@ -34,9 +34,11 @@ from symbreak.moments.low_rank import (
     LARGEST_DIM,
     Batches,
     LowRankMoments,
+    Population,
     Spectrum,
     at_most,
     known_file,
+    population,
     sketch_moments,
     whole_rank,
 )
@@ -239,6 +241,28 @@ class Moments:
                 a, b = jackknife(math.log(values[i]), np.log(column))
                 low[i], high[i] = math.exp(a), math.exp(b)
         return Spectrum(values, low, high)
+
+    def population(self, k: int) -> Population:
+        """The k largest eigenvalues of the law behind the rows, with jackknife intervals on the log scale.
+
+        Moments that were not fitted here, with no parts to leave out, are taken for those of a law: as they are.
+        """
+        k = at_most(k, self.dim)
+        known = self.dim if self.dim <= 256 else max(k, 32)
+        left_out = self._left_out(known)
+        if left_out is None or self.count < 4:
+            return Population(**vars(self.spectrum(k)), hidden=np.zeros(k, bool))
+        trace, parts = float(np.trace(self._total.scatter)) / (self.count - 1), len(left_out)
+        out = population(self._top(self._total, known), trace, self.dim, self.count, k)
+        some = max(3, round(self.count * (1 - 1 / parts)))
+        share = left_out.sum(1) / max(float(left_out.sum(1).mean()), 1e-300)
+        others = [population(v, trace * float(f), self.dim, some, k).values for v, f in zip(left_out, share)]
+        for i in np.flatnonzero(~out.hidden & (out.values > 0)):
+            column = np.array(others)[:, i]
+            if (column > 0).all():
+                a, b = jackknife(math.log(out.values[i]), np.log(column))
+                out.low[i], out.high[i] = math.exp(a), math.exp(b)
+        return out
 
     def _left_out(self, k: int) -> np.ndarray | None:
         """Top k eigenvalues with each part left out, [parts, k]."""

@@ -276,7 +276,7 @@ class Branches:
             if count:
                 reason += f"; {count} of {len(others)} resamples pass {side} the levels asked about"
         first, last, _ = passing_interval(others)
-        return time(NoiseLevel(point), first, last, reason=reason)
+        return time(NoiseLevel(point), first, last, reason=reason, interval="bootstrap")
 
 
 def _monotone(s: np.ndarray, falling: np.ndarray) -> np.ndarray:

@@ -233,4 +233,4 @@ def _of_points(law: Empirical | SharedPoints, queries: int, seed: int, run: Run)
     without = f"; no interval, as {failed} of {len(others)} parts of the queries give no level" if failed else ""
     queried = f"{n:,} points, {len(near.parts):,} queries"
     reason = f"extrapolated in n from {queried}; the upper bound passes at {top:.4g}{without}"
-    return time(NoiseLevel(math.exp(best)), low, high, reason=reason)
+    return time(NoiseLevel(math.exp(best)), low, high, reason=reason, interval="" if failed else "jackknife")

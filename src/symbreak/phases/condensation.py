@@ -172,4 +172,4 @@ def _last(levels: np.ndarray, first: np.ndarray, grid: np.ndarray, seed: int) ->
     rows = np.random.default_rng(seed).integers(0, len(levels), (1000, len(levels)))
     ends = percentiles(np.median(levels[rows], axis=1))
     middle, low, high = (NoiseLevel(float(v)) for v in (np.median(levels), *ends))
-    return CriticalTime(middle, low, high, criterion=criterion, flow="sde", source=SOURCE)
+    return CriticalTime(middle, low, high, criterion=criterion, flow="sde", source=SOURCE, interval="bootstrap")

@@ -244,6 +244,7 @@ def first_rejection(result: Gaussianity, test: str) -> CriticalTime:
         source=SOURCE,
         reason=f"{size}; " + ("rejects at the highest level tried" if top else "the interval is the grid's"),
         confidence=1 - result.alpha,
+        interval="bracket",
     )
 
 

@@ -155,4 +155,4 @@ def _peak(s: np.ndarray, sums: np.ndarray, criterion: str, flow: str) -> Critica
     ends = int((top[1:] != i[1:]).sum())
     note = f"{ends} of {len(at) - 1} resamples are largest at an end of the levels" if ends else None
     level, below, above = (NoiseLevel(math.exp(float(q))) for q in (at[0], low, high))
-    return time(level, below, above, reason=note)
+    return time(level, below, above, reason=note, interval="bootstrap")

@@ -323,7 +323,9 @@ def _critical(down: _Descent, seed: int) -> CriticalTime:
                 "above); the interval is of two levels"
             )
             above = lams[i - 1] if i else float(down.start["lam"])
-            return answer(*(level_at(lam, frame) for lam in (jumped, lams[i], above)), reason=reason)
+            return answer(
+                *(level_at(lam, frame) for lam in (jumped, lams[i], above)), reason=reason, interval="bracket"
+            )
         if stable and value > threshold:
             made = down.part("critical", partial(_refined, down, i, seed))
             lam, half = float(made["lam"]), float(made["half"])
@@ -331,7 +333,9 @@ def _critical(down: _Descent, seed: int) -> CriticalTime:
             if not system.is_law:
                 asymmetry = float(np.max(down.all("asymmetry")[i - 1 : i + 1]))
                 reason += f"; the network's Jacobian is asymmetric by {asymmetry:.1%}"
-            return answer(*(level_at(v, frame) for v in (lam, lam - half, lam + half)), reason=reason)
+            return answer(
+                *(level_at(v, frame) for v in (lam, lam - half, lam + half)), reason=reason, interval="bracket"
+            )
         stable = stable or value <= threshold
     if not stable:
         known = np.exp(lams)[np.isfinite(excess)]
@@ -403,7 +407,9 @@ def _splitting(down: _Descent, starts: np.ndarray, tell: Callable[[], None]) -> 
     reason = (
         f"the highest level found, from {len(starts)} starts: others may reach higher; the interval brackets this one"
     )
-    return counts, answer(*(level_at(v, system.frame) for v in (0.5 * (low + high), low, high)), reason=reason)
+    return counts, answer(
+        *(level_at(v, system.frame) for v in (0.5 * (low + high), low, high)), reason=reason, interval="bracket"
+    )
 
 
 def _settled(system: System, rows: np.ndarray, centre: list[np.ndarray], lam: float) -> Arrays:

@@ -461,4 +461,4 @@ def _two_wells(ordered: np.ndarray, wells: np.ndarray, flow: str, frame: str) ->
         return answer(None, reason=reason)
     low, high = math.log(ordered[first]), math.log(ordered[first - 1])
     middle, *ends = (level_at(lam, frame) for lam in (0.5 * (low + high), low, high))
-    return answer(middle, *ends, reason="between two of the levels given, along one arc")
+    return answer(middle, *ends, reason="between two of the levels given, along one arc", interval="bracket")

@@ -19,8 +19,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from symbreak.intervals import jackknife
 from symbreak.laws.class_posterior import by_class, class_draws, mixture_of, posterior_average
 from symbreak.laws.law import Law
 from symbreak.laws.mixture import Mixture
+from symbreak.moments.low_rank import Population
 from symbreak.moments.one_pass import LowRankMoments, Moments
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.files import InputError
@@ -58,20 +59,26 @@ class SpeciationTime(CriticalTime):
     classes: tuple[CriticalTime, ...] = ()
 
 
-def _spectral(value: float, low: float, high: float, scale: float) -> CriticalTime:
-    """The spectral time of one eigenvalue, in units where the data are multiplied by ``scale``."""
-
-    def level(v: float) -> NoiseLevel | None:
-        v = v * scale**2
-        return None if math.isnan(v) else NoiseLevel(math.sqrt(max(v - 1.0, 0.0)))
-
-    if value * scale**2 <= 1.0:
-        reason = (
-            f"the top eigenvalue {value * scale**2:.4g} is at most 1: the noise of the VP process hides this "
-            "mode at every level."
-        )
-        return CriticalTime(None, criterion="spectral", source=SPECTRAL, reason=reason)
-    return CriticalTime(level(value), level(low), level(high), criterion="spectral", source=SPECTRAL)
+def _spectral(modes: Population, i: int, criterion: str, scale: float) -> CriticalTime:
+    """The time of the i-th eigenvalue, in units where the data are multiplied by ``scale``."""
+    # Rounding of an eigenvalue that is 1 is no mode.
+    hides, source = (1.0 + 1e-12, SPECTRAL) if criterion == "spectral" else (-1.0, SIGNAL_TO_NOISE)
+    value, low, high = (float(v[i]) * scale**2 for v in (modes.values, modes.low, modes.high))
+    time = partial(CriticalTime, criterion=criterion, source=source)
+    inside = (
+        f"the eigenvalue lies under the Marchenko-Pastur edge of the others: the law's own is {low:.4g} to {high:.4g}"
+    )
+    if value <= hides:
+        reason = "the noise of the VP process hides this mode at every level"
+        if modes.hidden[i]:
+            return time(None, reason=f"{inside}, their mean {value:.4g}; up to 1, {reason}")
+        at = f"the top eigenvalue {value:.4g}" if i == 0 else f"the eigenvalue {value:.4g}"
+        return time(None, reason=f"{at} is at most 1: {reason}.")
+    ends = [
+        None if math.isnan(v) else NoiseLevel(math.sqrt(max(v - float(hides > 0), 0.0))) for v in (value, low, high)
+    ]
+    kind = "bound" if modes.hidden[i] else "jackknife" if ends[1] else ""
+    return time(*ends, reason=f"{inside}; the least is taken" if modes.hidden[i] else None, interval=kind)
 
 
 def speciation_time(
@@ -92,8 +99,9 @@ def speciation_time(
         seed: of those draws.
 
     Returns:
-        A `CriticalTime`. Spectral and signal-to-noise: its interval comes from the jackknife of the
-        moments; no level, with a reason, where the top eigenvalue is at most 1 (spectral). Free entropy:
+        A `CriticalTime`. Spectral and signal-to-noise: the eigenvalue is the law's, which samples spread out (see
+        `Moments.population`), with a jackknife interval; no level, with a reason, where it is at most 1 (spectral).
+        Of an eigenvalue that is not told from noise the least level is given, and bounds. Free entropy:
         a `SpeciationTime`, whose ``classes`` hold one time for each class that x is drawn from and whose
         own level is the largest of them, where the first class stands out. With three and more classes
         each is set against the mixture of the others, by Monte Carlo, with jackknife intervals.
@@ -115,19 +123,14 @@ def speciation_time(
         raise InputError(f"scale is {scale:g}; expected a factor > 0 on the data.")
     if criterion == "free-entropy":
         return _free_entropy(mixture_of(law_or_moments), scale, samples, seed)
-    moments: Any = getattr(law_or_moments, "moments", law_or_moments)
-    top = moments.spectrum(1)
-    value, low, high = float(top.values[0]), float(top.low[0]), float(top.high[0])
-    if criterion == "spectral":
-        return _spectral(value, low, high, scale)
-    level, below, above = (None if math.isnan(v) else NoiseLevel(math.sqrt(v) * scale) for v in (value, low, high))
-    return CriticalTime(level, below, above, criterion=criterion, source=SIGNAL_TO_NOISE)
+    moments: Moments | LowRankMoments = getattr(law_or_moments, "moments", law_or_moments)  # type: ignore[arg-type]
+    return _spectral(moments.population(1), 0, criterion, scale)
 
 
 def ladder(moments: Moments, modes: int = 10, scale: float = 1.0) -> list[CriticalTime]:
     """The spectral time of each of the leading modes: the order in which they are decided."""
-    s = moments.spectrum(modes)
-    return [_spectral(float(v), float(a), float(b), scale) for v, a, b in zip(s.values, s.low, s.high)]
+    leading = moments.population(modes)
+    return [_spectral(leading, i, "spectral", scale) for i in range(len(leading))]
 
 
 def _free_entropy(law: Mixture, scale: float, samples: int, seed: int) -> SpeciationTime:
@@ -153,7 +156,10 @@ def _free_entropy(law: Mixture, scale: float, samples: int, seed: int) -> Specia
             ends = _against_rest(law, member[:, k], size, max(samples // len(names), 100), seed)
         level, low, high = (None if e is None else NoiseLevel(e * scale) for e in ends)
         reason = reason if level is None else None
-        times.append(CriticalTime(level, low, high, criterion="free-entropy", source=FREE_ENTROPY, reason=reason))
+        kind = "" if level is None else "exact" if low is None else "draws only"
+        times.append(
+            CriticalTime(level, low, high, criterion="free-entropy", source=FREE_ENTROPY, reason=reason, interval=kind)
+        )
     first = max(times, key=lambda c: -1.0 if c.sigma is None else c.sigma)
     return SpeciationTime(**vars(first), classes=tuple(times))
 

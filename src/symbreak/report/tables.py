@@ -160,14 +160,14 @@ def _phases(record: Record, content: Values) -> tuple[dict[str, Table], list[str
         f"When {data['name']} decides ({data['count']:,} images, pixels in [-1, 1])",
         ("criterion", "of", "flow, frame"),
         ("sigma", "OU time", f"step ({content['schedule']})", "seconds"),
-        (),
+        ("interval",),
         ("source",),
     )
     for c in content["criteria"]:
         where = ", ".join(w.upper() for w in (c["flow"], c["frame"]) if w)
         views = (span(c, key) for key in ("sigma", "ou_time", "step"))
         seconds = number(record.timings.get(c["stage"]), ".1f")
-        criteria.add(c["name"], c["of"], where, *views, seconds, c["source"] or "")
+        criteria.add(c["name"], c["of"], where, *views, seconds, c.get("interval", ""), c["source"] or "")
         if c["level"] is None and c["reason"]:
             criteria.notes.append(f"{c['name']} ({', '.join(filter(None, (c['of'], where)))}): {c['reason']}")
     checks = Table("Checks", ("check", "verdict"), ("measured", "asked for"), ("in words",))

@@ -155,7 +155,8 @@ def _passes(curve: Curve, threshold: float, criterion: str, source: str) -> Crit
         return CriticalTime(None, criterion=criterion, source=source, reason=reason)
     known = all(0 < e < math.inf for e in ends)
     low, high = (NoiseLevel(e) for e in sorted(ends)) if known else (None, None)
-    return CriticalTime(NoiseLevel(at), low, high, criterion=criterion, source=source)
+    # The data set is taken for the law: what another sample of it would say is not in the interval.
+    return CriticalTime(NoiseLevel(at), low, high, criterion=criterion, source=source, interval="draws only")
 
 
 def law_losses(d: Diagnosis, laws: Laws) -> None:

@@ -118,6 +118,7 @@ def knee(sigma: np.ndarray, values: np.ndarray, standard: np.ndarray, confidence
         source=source,
         reason=None if low is not None and high is not None and math.isfinite(high) else "the interval is open",
         confidence=confidence,
+        interval="repeats",
     )
 
 
