@@ -1,60 +1,57 @@
-"""What is asked of diffusers' networks, schedulers and pipelines, whose own classes a type checker does not see."""
+"""What is asked of diffusers' networks, schedulers and pipelines.
+
+Its classes differ in what their methods take and give: what all of them share is said here, and whatever else they have
+can be asked of them, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
 __all__ = ["Network", "Pipeline", "Scheduler"]
 
 
-class Network(Protocol):
-    """A diffusers network, or `as_unet`; its ``config`` can be read by attribute and as a mapping."""
+class _Configured(Protocol):
+    """An object of diffusers; its ``config`` can be read by attribute and as a mapping."""
 
     @property
     def config(self) -> Any: ...
 
-    def __call__(self, sample: torch.Tensor, timestep: torch.Tensor, /, **condition: object) -> Sequence[torch.Tensor]:
-        """With ``return_dict=False``: (epsilon, v, sample, EDM's F or a velocity [B, C, H, W],)."""
+    def __getattr__(self, name: str, /) -> Any: ...
+
+
+class _Network(_Configured, Protocol):
+    """A diffusers network, or `as_unet`.
+
+    ``unet(state, t, return_dict=False)[0]`` is epsilon, v, the sample, EDM's F or a velocity [B, C, H, W].
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
-    def state_dict(self) -> Mapping[str, torch.Tensor]: ...
 
-
-class Scheduler(Protocol):
-    """A diffusers scheduler."""
+class _Scheduler(_Configured, Protocol):
+    """A diffusers scheduler; ``step(out, t, state, return_dict=False)[0]`` is the next state [B, C, H, W]."""
 
     timesteps: torch.Tensor
-    # Of some classes only:
-    sigmas: torch.Tensor
-    sigma_max: float
-    init_noise_sigma: float
-    betas: torch.Tensor
-    alphas_cumprod: torch.Tensor
-
-    @property
-    def config(self) -> Any: ...
 
     @classmethod
-    def from_config(cls, config: Mapping[str, object], **settings: object) -> Scheduler: ...
-
-    def set_timesteps(self, num_inference_steps: int, /) -> None: ...
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: torch.Tensor, /) -> torch.Tensor: ...
-
-    def step(
-        self, model_output: torch.Tensor, timestep: torch.Tensor, sample: torch.Tensor, /, **settings: object
-    ) -> Sequence[torch.Tensor]:
-        """With ``return_dict=False``: (the next state [B, C, H, W], ...)."""
-
-    def to_json_string(self) -> str: ...
+    def from_config(cls, config: Any, /, **settings: Any) -> Any: ...
 
 
-class Pipeline(Protocol):
+class _Pipeline(_Configured, Protocol):
     """A diffusers pipeline of a network and a scheduler."""
 
     unet: Network
     scheduler: Scheduler
+
+
+# For a type checker `diffusers.DDIMScheduler` and the like are stand-ins without any of this, which a Protocol alone
+# would refuse; hence the Any. What the package itself asks of them is checked against the Protocol all the same.
+Network: TypeAlias = _Network | Any
+Scheduler: TypeAlias = _Scheduler | Any
+Pipeline: TypeAlias = _Pipeline | Any
