@@ -29,7 +29,7 @@ from symbreak.metrics.composition import class_entropy
 from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.features import accuracy, features, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.frechet import distance
-from symbreak.metrics.memorization import nearest_summary
+from symbreak.metrics.memorization import different, nearest_summary
 from symbreak.networks.loading import weights_hash
 from symbreak.runtime.files import write_json, write_whole
 from symbreak.start.grids import steps_for
@@ -102,6 +102,7 @@ class Bench:
         self.network = sb.denoiser(self.pipe.unet, self.pipe.scheduler)
         self.chooser = self.train.subset(1000).tensor()
         self.points = self.train.tensor()
+        self.known = different(self.points)
 
     def images(self, start, seeds):
         return sb.generate(self.pipe.unet, start, seeds, micro_batch=100)
@@ -118,7 +119,7 @@ class Bench:
             rows = torch.cat([torch.from_numpy(p["features"]).double() for p in parts])
             some = torch.cat([torch.from_numpy(p["images"]) for p in parts])
             labels = self.extract.head(rows.float()).argmax(1)
-            near = nearest_summary(some, self.points, None)["samples"]
+            near = nearest_summary(some, self.known, None)["samples"]
             shared = precision_recall(rows[:1000], self.real[:1000])
             return {
                 **distance(rows, self.reference, len(parts), self.extract.name).to_dict(),

@@ -14,7 +14,7 @@ from symbreak.metrics import extractor, features, kernel_distance
 from symbreak.metrics.composition import class_counts, composition
 from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
 from symbreak.metrics.features import feature_blocks
-from symbreak.metrics.frechet import extrapolated, frechet_distance, group_distance, together
+from symbreak.metrics.frechet import extrapolated, frechet_distance, group_distance
 from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.pretrained import INCEPTION_SHA256, Dinov2
 from symbreak.metrics.reference import load_statistics, statistics
@@ -94,7 +94,7 @@ def test_extrapolation_finds_the_distance_of_infinitely_many_samples():
     for seed in range(trials):
         parts = (normal(160, d, seed) * math.sqrt(1.5) * spread + 0.1).split(32)
         groups = [Moments.fit([p], parts=1) for p in parts]
-        pooled.append(frechet_distance(together(groups), reference))
+        pooled.append(frechet_distance(Moments.joined(groups), reference))
         found.append(extrapolated(groups, reference, pooled[-1]))
     values = np.array([f["value"] for f in found])
     error = values.std() / math.sqrt(trials)
@@ -436,7 +436,7 @@ def test_an_evaluation_sees_what_is_missing():
     assert entropy["samples"]["value"] == pytest.approx(math.log2(5), abs=0.1)
     assert entropy["train"]["value"] == pytest.approx(math.log2(10), abs=0.01)
     pr = found["precision_recall"]
-    assert pr["precision_low"] > 0.9
+    assert pr["precision_low"] > 0.8  # the interval is of the held-out images, too
     assert pr["recall_high"] < 0.7  # half of the classes, and a few neighbours
     assert found["vendi"]["high"] < found["vendi"]["reference_value_low"]
     assert found["kid"]["low"] > 0

@@ -8,8 +8,8 @@ import torch
 from symbreak.data.readers import images
 from symbreak.metrics import distance, extractor, features, floor
 from symbreak.metrics.features import accuracy, load_classifier, save_classifier, train_classifier
-from symbreak.metrics.frechet import frechet_distance
-from symbreak.metrics.memorization import nearest, nearest_summary
+from symbreak.metrics.frechet import difference, frechet_distance
+from symbreak.metrics.memorization import apart, groups, nearest, nearest_in, nearest_summary
 from symbreak.moments.one_pass import Moments
 from symbreak.runtime.files import InputError
 from symbreak.studies.evaluate import default_extractor, evaluate
@@ -71,6 +71,68 @@ def test_evaluate_says_who_copies():
     far = evaluate(noise, train, held_out)
     assert far["distance"]["mean"] > 5 * copies["distance"]["mean"]
     assert far["neighbours"]["samples"]["memorized"] == 0
+
+
+def test_the_training_images_themselves_are_memorized():
+    """Without held-out images half of them stand for those, but copies are looked for among all."""
+    digits = images("digits:all")
+    found = evaluate(digits.tensor(), digits, features="pixels")
+    assert found["neighbours"]["samples"]["memorized"] == 1.0
+    assert found["neighbours"]["samples"]["searched"] == len(digits)
+    assert found["neighbours"]["held_out"]["memorized"] < 0.02
+    assert found["neighbours"]["held_out"]["searched"] == 898  # without those that stand for held-out ones
+    assert "No held-out images came: 899 of the 1,797 training images stand for them" in " ".join(found["notes"])
+
+
+@pytest.mark.parametrize("copies", [2, 9])  # more than the eight neighbours that are asked first
+def test_copies_of_repeated_images_are_memorized(copies):
+    once = images("digits").tensor()[:200]
+    train = images(once.repeat(copies, 1, 1, 1))
+    noise = torch.randn(once.shape, generator=torch.Generator().manual_seed(0))
+    near = nearest_summary((once + 0.01 * noise).float(), train, images("digits:held-out").tensor()[:100])
+    assert near["samples"]["memorized"] == 1.0
+    assert near["samples"]["different"] == 200
+    assert near["held_out"]["memorized"] < 0.05
+    # near duplicates, too, each a little different; from nine on they are each other's eighth neighbours, see `groups`
+    g = torch.Generator().manual_seed(1)
+    train = torch.cat([once + 0.005 * torch.randn(once.shape, generator=g) for _ in range(min(8, copies))]).float()
+    assert nearest_summary((once + 0.01 * noise).float(), train, None)["samples"]["memorized"] == 1.0
+
+
+def test_duplicates_are_the_audits():
+    """d1/d2 by the neighbours of a sample, and by the groups that an audit forms of all training images."""
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(300, 3, generator=g)
+    train = torch.cat([x, x[:50], x[:100] + 1e-3 * torch.randn(100, 3, generator=g)])
+    samples = torch.cat([x[:60] + 1e-2 * torch.randn(60, 3, generator=g), torch.randn(60, 3, generator=g)])
+    different = torch.cat([x, train[350:]])
+    wanted, _ = apart(samples, different, groups(different)[0])
+    torch.testing.assert_close(nearest_in(samples, train), wanted)
+    with pytest.raises(InputError, match="all equal"):
+        nearest_in(samples, x[:1].expand(5, 3))
+
+
+def test_the_reference_is_a_sample_too():
+    """The interval of the mean holds the repeats' variance and the reference's; a difference holds neither twice."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(1000, 4, generator=g).double() + 0.5, torch.randn(200, 4, generator=g).double()
+    reference = Moments.fit([y])
+    d, alone = distance(x, reference, 5, "a"), distance(x, Moments.fit([y], parts=1), 5, "a")
+    assert d.mean == pytest.approx(alone.mean, rel=1e-12)
+    assert not alone.reference_left_out
+    left = [distance(x, rest, 5, "a").mean for rest in reference.without_each()]
+    assert d.reference_left_out == pytest.approx(left, rel=1e-12)
+    halves = [(one.high - one.low) / 2 for one in (d, alone)]
+    parts = np.array(left)
+    error = 2.3646 * math.sqrt(7 / 8 * ((parts - parts.mean()) ** 2).sum())  # Student's quantile at 7 degrees
+    assert halves[0] == pytest.approx(math.hypot(halves[1], error), rel=1e-4)
+    farther = distance(x + 0.05, reference, 5, "a")
+    gap, low, high = difference(farther.to_dict(), d.to_dict())
+    assert gap == pytest.approx(farther.mean - d.mean)
+    assert 0 < low < gap < high
+    assert high - low < (d.high - d.low) / 2
+    with pytest.raises(InputError, match="same seeds"):
+        difference(d.to_dict(), distance(x, reference, 4, "a").to_dict())
 
 
 def test_nearest_neighbours_by_brute_force():

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.intervals import jackknife, mean_interval, share_interval
+from symbreak.intervals import jackknife, mean_interval, proportion
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values
@@ -27,34 +27,69 @@ from symbreak.runtime.run import renamed
 __all__ = ["density_coverage", "precision_recall", "vendi_score"]
 
 BLOCK = 1024
+BLOCKS = 10  # of a jackknife
 DENSE_ROWS = 2000  # prdc forms whole matrices of distances
 
 
 @renamed(found="samples=...")
-def precision_recall(samples: torch.Tensor, real: torch.Tensor, k: int = 3) -> Values:
+def precision_recall(samples: torch.Tensor, real: torch.Tensor, k: int = 3, seed: int = 0) -> Values:
     """Precision and recall of features [N, F] against real ones [M, F].
 
-    Distances are formed in blocks of 1,024 x M. The intervals are Wilson's, of the points given the neighbourhoods.
+    Distances are formed in blocks of 1,024 x M. The intervals leave out one of up to 10 random blocks of the samples,
+    and one of the real images, at a time (`jackknife`); where all points lie inside, or none does, that says
+    nothing, so they hold at least the Clopper-Pearson interval of the points given the neighbourhoods.
+
+    Args:
+        samples, real: features of more than k rows each; for an interval 2 (k + 1) of them, else the ends are NaN.
+        k: the neighbour that a neighbourhood reaches to.
+        seed: of the blocks.
 
     Raises:
         InputError: with k or fewer rows on either side.
     """
     if min(len(samples), len(real)) <= k:
         raise InputError(f"{len(samples)} samples and {len(real)} real images; expected more than k = {k} of each.")
-    a, b = samples.double(), real.double()
+    blocks = min(BLOCKS, min(len(samples), len(real)) // (k + 1))
+    sides: list[tuple[torch.Tensor, list[int]]] = []
+    for side, z in enumerate((samples, real)):
+        order = torch.randperm(len(z), generator=generator(seed, 26, side))
+        parts = [part.sort().values for part in order.tensor_split(max(1, blocks))]
+        sides.append((z.double()[torch.cat(parts)], [len(part) for part in parts]))
     out: Values = {}
-    for name, points, by in (("precision", a, b), ("recall", b, a)):
-        hits = _covered(points, by, k)
-        low, high = share_interval(hits, len(points))
-        out |= {name: hits / len(points), f"{name}_low": low, f"{name}_high": high}
-    return {**out, "k": k, "samples": len(a), "reference": len(b)}
+    for name, (points, sizes), by in (("precision", sides[0], sides[1]), ("recall", sides[1], sides[0])):
+        inside = _covered(points, *by, k).double()
+        count, hits = len(inside), float(inside[:, 0].sum())
+        value, low, high = hits / count, math.nan, math.nan
+        if blocks > 1:
+            groups = torch.stack([part.sum() for part in inside[:, 0].split(sizes)]).numpy()
+            without_points = (hits - groups) / (count - np.array(sizes))
+            given = proportion(hits, count)
+            low, high = jackknife(value, without_points, inside[:, 1:].mean(0).numpy())
+            low, high = min(max(0.0, low), given["low"]), max(min(1.0, high), given["high"])
+        out |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return {**out, "k": k, "blocks": blocks, "samples": len(samples), "reference": len(real)}
 
 
-def _covered(points: torch.Tensor, by: torch.Tensor, k: int) -> int:
-    """How many points lie within the k-th neighbour distance of any row of ``by``."""
-    # The nearest of a row in its own set is itself.
-    reach = torch.cat([torch.cdist(part, by).kthvalue(k + 1, dim=1).values for part in by.split(BLOCK)])
-    return sum(int((torch.cdist(part, by) <= reach).any(1).sum()) for part in points.split(BLOCK))
+def _covered(points: torch.Tensor, by: torch.Tensor, sizes: list[int], k: int) -> torch.Tensor:
+    """Whether points [N] lie within the k-th neighbour distance of any row of ``by``: of all, and without each block.
+
+    Returns:
+        [N, 1 + blocks], the blocks being consecutive rows of ``by``.
+    """
+    whole, left_out = [], []
+    for part in by.split(BLOCK):
+        # The nearest of a row in its own set is itself. What is nearest in every block says what is without any one.
+        near = [d.topk(min(k + 1, d.shape[1]), 1, largest=False).values for d in torch.cdist(part, by).split(sizes, 1)]
+        whole.append(torch.cat(near, 1).kthvalue(k + 1, 1).values)
+        rest = [torch.cat(near[:b] + near[b + 1 :], 1) for b in range(len(near))] if len(near) > 1 else []
+        left_out.append([z.kthvalue(k + 1, 1).values for z in rest])
+    reach = [torch.cat(whole)]
+    block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    for b in range(len(sizes) if len(sizes) > 1 else 0):
+        reach.append(torch.where(block == b, -1.0, torch.cat([rows[b] for rows in left_out])))
+    return torch.cat(
+        [torch.stack([(d <= r).any(1) for r in reach], 1) for d in (torch.cdist(p, by) for p in points.split(BLOCK))]
+    )
 
 
 def _package(name: str, what: str) -> Any:

@@ -3,27 +3,32 @@
 A Fréchet distance of n samples is biased upward by a term that falls like 1/n, so a number is only
 comparable at equal counts; the floor, real images against real images at the same counts, says how
 low it can go, and `extrapolated` follows the line in 1/n to n = infinity. (Chong & Forsyth, arXiv:1911.07023.)
+
+The reference is a sample, too. Intervals leave out each part of the samples and each part of the reference in turn.
+Where the reference's moments have one part only, the intervals are those of the samples given this reference.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.linalg import lapack
 
-from symbreak.intervals import jackknife, mean_interval
+from symbreak.intervals import jackknife
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.run import renamed
 
-__all__ = ["Distance", "distance", "extrapolated", "floor", "frechet_distance", "group_distance", "together"]
+__all__ = ["Distance", "difference", "distance", "extrapolated", "floor", "frechet_distance", "group_distance"]
 
 
+Rooted = tuple[Moments, torch.Tensor]
 CONDITION = 1e-9  # reciprocal condition above which no eigenvalue is near rounding
 
 
@@ -33,11 +38,14 @@ class Distance:
 
     Attributes:
         values: one distance a repeat.
-        mean, low, high: their mean and 95 % Student-t interval (NaN for a single repeat).
+        mean, low, high: their mean and 95 % interval, a jackknife over the repeats and the parts of the reference (NaN
+            for a single repeat).
         pooled: distance of all repeats' samples together (less biased, no interval).
         samples: images a repeat.
         reference: images in the reference.
         extractor: name of the features.
+        reference_left_out: the mean without each part of the reference; none where it has one part, or for a single
+            repeat. Two starts of the same seeds and reference differ by ``values``, and by these, see `difference`.
     """
 
     values: tuple[float, ...]
@@ -48,6 +56,7 @@ class Distance:
     samples: int
     reference: int
     extractor: str
+    reference_left_out: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Plain values; an interval that does not exist is ``None``."""
@@ -70,7 +79,13 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     """
     if a.shape != b.shape:
         raise InputError(f"moments of shape {a.shape} and {b.shape} cannot be compared.")
-    gap, roots = (a.mean - b.mean).reshape(-1), (_root(a), _root(b))
+    return _between((a, _root(a)), (b, _root(b)))
+
+
+def _between(first: Rooted, second: Rooted) -> float:
+    """The distance of moments that come with their roots."""
+    (a, root_a), (b, root_b) = first, second
+    gap, roots = (a.mean - b.mean).reshape(-1), (root_a, root_b)
     cross = torch.linalg.svdvals(roots[0].T @ roots[1]).sum() if min(r.shape[1] for r in roots) else 0.0
     value = gap @ gap + torch.trace(a.cov) + torch.trace(b.cov) - 2 * cross
     return max(0.0, float(value))
@@ -90,7 +105,7 @@ def _root(moments: Moments) -> torch.Tensor:
 
 @renamed(found="samples=...")
 def distance(samples: torch.Tensor, reference: Moments, repeats: int, extractor: str) -> Distance:
-    """Fréchet distance of features [N, F], cut into consecutive repeats of N // repeats rows.
+    """Fréchet distance of features [N, F] to a reference, cut into consecutive repeats of N // repeats rows.
 
     Raises:
         InputError: with fewer than 2 samples a repeat.
@@ -102,36 +117,69 @@ def distance(samples: torch.Tensor, reference: Moments, repeats: int, extractor:
     return group_distance(parts, reference, extractor)
 
 
-def together(groups: list[Moments]) -> Moments:
-    """Moments of all groups' rows."""
-    return reduce(Moments.merge, groups)
-
-
 def group_distance(groups: list[Moments], reference: Moments, extractor: str) -> Distance:
-    """Fréchet distance of the moments of disjoint groups of samples; ``samples`` is the smallest group's count."""
-    values = tuple(frechet_distance(m, reference) for m in groups)
-    pooled = values[0] if len(groups) == 1 else frechet_distance(together(groups), reference)
-    mean, low, high = mean_interval(np.array(values))
-    return Distance(values, mean, low, high, pooled, min(m.count for m in groups), reference.count, extractor)
+    """Fréchet distance of the moments of disjoint groups of samples; ``samples`` is the smallest group's count.
+
+    Costs (groups + 1)(parts of the reference + 1) distances.
+    """
+    rooted, of_reference = [(m, _root(m)) for m in groups], (reference, _root(reference))
+    values = np.array([_between(m, of_reference) for m in rooted])
+    pooled = float(values[0]) if len(groups) == 1 else frechet_distance(Moments.joined(groups), reference)
+    left_out: list[float] = []
+    for rest in reference.without_each() if len(groups) > 1 else []:
+        of_rest = (rest, _root(rest))
+        left_out.append(float(np.mean([_between(m, of_rest) for m in rooted])))
+    mean, low, high = _mean_interval(values, np.array(left_out))
+    count = min(m.count for m in groups)
+    of = reference.count
+    return Distance(tuple(values.tolist()), mean, low, high, pooled, count, of, extractor, tuple(left_out))
+
+
+def _mean_interval(values: np.ndarray, reference_left_out: np.ndarray) -> tuple[float, float, float]:
+    """Mean over repeats with a jackknife over repeats and, where it was left out, parts of the reference."""
+    mean = float(values.mean())
+    without = (values.sum() - values) / max(1, len(values) - 1)
+    return mean, *jackknife(mean, without, *[x for x in (reference_left_out,) if len(x)])
+
+
+def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float, float]:
+    """How much farther ``a`` is than ``b``, with a 95 % interval: both of the same seeds, against one reference.
+
+    What the seeds and the reference have in common cancels, so that this is sharper than two intervals beside each
+    other.
+
+    Args:
+        a, b: what `Distance.to_dict` gave of the same number of repeats.
+
+    Raises:
+        InputError: for unequal repeats or references.
+    """
+    if any(a[k] != b[k] for k in ("repeats", "samples", "reference", "extractor")):
+        raise InputError(
+            "distances of other repeats, counts or features; expected two of the same seeds and reference."
+        )
+    gap, left_out = (np.array(a[k]) - np.array(b[k]) for k in ("values", "reference_left_out"))
+    return _mean_interval(gap, left_out)
 
 
 def extrapolated(groups: list[Moments], reference: Moments, pooled: float) -> Values:
-    """The distance at infinitely many samples, by a line in 1/n, with an interval.
+    """The distance of infinitely many samples to infinitely many images, by a plane in 1/n and 1/m, with an interval.
 
-        F_inf = G F_n - (G - 1) mean_g F_(n without group g)
+        F_inf = F + (G - 1) (F - mean_g F_g) + (B - 1) (F - mean_b F^b)
 
-    The line goes through n, all samples, and n (1 - 1/G), each group left out in turn. Its pseudo-values
-    G F_n - (G - 1) F_(without g) give the interval (Student t, G - 1 degrees of freedom). Only the samples' bias
-    is removed; the reference keeps its count.
+    F_g leaves out group g of the samples, F^b part b of the reference: F - F_g and F - F^b are the slopes in 1/n and
+    1/m. The pseudo-values of both sets give the interval (`jackknife`). What is left is of order 1/n^2 and 1/m^2.
 
     Args:
         groups: moments of G >= 3 disjoint random groups of about equal size.
-        reference: moments of the reference.
-        pooled: distance of all groups together, F_n.
+        reference: moments of the reference, in B parts; with one part (B = 1) its bias stays in, and the interval is
+            that of the samples alone.
+        pooled: distance of all groups together, F.
 
     Returns:
-        ``value``, ``low``, ``high``; ``pooled_low``, ``pooled_high``, the interval of F_n from the same leave-one-out
-        values, its bias left in; ``counts`` and ``distances`` of the two points of the line.
+        ``value``, ``low``, ``high``; ``samples_only``, extrapolated in the samples' count alone; ``pooled_low``,
+        ``pooled_high``, the interval of F from the same leave-one-out values, its bias left in; ``counts`` and
+        ``distances`` of the two points of the line in 1/n; ``parts``, B.
 
     Raises:
         InputError: for fewer than 3 groups.
@@ -141,19 +189,25 @@ def extrapolated(groups: list[Moments], reference: Moments, pooled: float) -> Va
     size = len(groups)
     if size < 3:
         raise InputError(f"{size} groups of samples to extrapolate from; expected at least 3. Raise --repeats.")
-    without = [groups[:g] + groups[g + 1 :] for g in range(size)]
-    left_out = np.array([frechet_distance(together(rest), reference) for rest in without])
-    value, low, high = mean_interval(size * pooled - (size - 1) * left_out)
-    pooled_low, pooled_high = jackknife(pooled, left_out)
-    count = sum(m.count for m in groups)
+    whole = Moments.joined(groups)
+    sets = [np.array([frechet_distance(rest, reference) for rest in whole.without_each()])]
+    of_reference = [frechet_distance(whole, rest) for rest in reference.without_each()]
+    if of_reference:
+        sets.append(np.array(of_reference))
+    steps = [(len(x) - 1) * (pooled - float(x.mean())) for x in sets]
+    # The value moves with a group as its pseudo-values do: by as much as F does, to first order.
+    low, high = jackknife(pooled + sum(steps), *sets)
+    pooled_low, pooled_high = jackknife(pooled, *sets)
     return {
-        "value": value,
+        "value": pooled + sum(steps),
         "low": low,
         "high": high,
+        "samples_only": pooled + steps[0],
         "pooled_low": max(0.0, pooled_low),
         "pooled_high": pooled_high,
-        "counts": [count, count * (size - 1) / size],
-        "distances": [pooled, float(left_out.mean())],
+        "counts": [whole.count, whole.count * (size - 1) / size],
+        "distances": [pooled, float(sets[0].mean())],
+        "parts": max(1, len(of_reference)),
     }
 
 

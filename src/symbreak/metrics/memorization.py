@@ -1,13 +1,17 @@
 """Copying: how near generated images lie to training images.
 
 A sample counts as memorized when its nearest training image is less than a third as far as the second
-nearest, d_1 / d_2 < 1/3 (Bonnaire et al., arXiv:2505.17638). Held-out real images give the scale.
+nearest that is no duplicate of it, d_1 / d_2 < 1/3 (Bonnaire et al., arXiv:2505.17638). Held-out real images give the
+scale.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
+from scipy import stats
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
@@ -21,11 +25,12 @@ from symbreak.runtime.ranks import from_each
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
 
-__all__ = ["apart", "groups", "nearer_to_train", "nearest", "nearest_in", "nearest_summary"]
+__all__ = ["Different", "apart", "different", "groups", "nearer_to_train", "nearest", "nearest_in", "nearest_summary"]
 
 THRESHOLD = 1 / 3
 NEAR = 0.1  # of the median distance to the eighth neighbour
 EIGHTH = 8
+SCALE_ROWS = 1000  # training images that the scale of near duplicates is taken from
 PERMUTATIONS = 99_999
 Pairs = tuple[torch.Tensor, torch.Tensor]
 
@@ -41,39 +46,106 @@ def nearest(samples: torch.Tensor, train: torch.Tensor, block: int = 1024, memor
     return d, index[:, 0]
 
 
+@dataclass(frozen=True)
+class Different:
+    """Training images that differ, to look for copies among.
+
+    Attributes:
+        points: the different images, exact duplicates taken out.
+        radius: two of them within it are near duplicates, see `groups`.
+        count: training images, duplicates among them.
+    """
+
+    points: Shards
+    radius: float
+    count: int
+
+
 @renamed()
-def nearest_in(samples: Rows, train: Rows | Images, run: Run | None = None) -> torch.Tensor:
-    """Distances [N, 2] to the two nearest training images, of which every rank reads and holds a part.
+def different(train: Rows | Images, run: Run | None = None) -> Different:
+    """The different images of a training set, and the scale of their near duplicates.
+
+    The radius is that of `groups`, a tenth of the median distance to the eighth neighbour; of more than 1,000 images a
+    random 1,000 are asked, so that this costs no search of all among all.
+
+    Raises:
+        InputError: where fewer than two images differ.
+    """
+    run = run or Run()
+    rows = train.shards(run.share(1 / 4).named("images")) if isinstance(train, Images) else train
+    rows = Shards.of(rows) if isinstance(rows, torch.Tensor) else rows
+    first: dict[bytes, int] = {}
+    for i, one in enumerate(rows.digests()):
+        first.setdefault(one, i)
+    points = rows.take(np.fromiter(first.values(), np.int64))
+    if len(points) < 2:
+        raise InputError(f"{len(rows):,} training images, all equal; expected at least 2 different ones.")
+    some = torch.randperm(len(points), generator=generator(0, 66))[:SCALE_ROWS].sort().values
+    k = min(EIGHTH + 1, len(points))  # the nearest of an image is itself
+    d, _ = neighbours(points.take(some.numpy()), points, k, run=run.share(1 / 2).unstored())
+    return Different(points, NEAR * float(d[:, -1].median()), len(rows))
+
+
+@renamed()
+def nearest_in(samples: Rows, train: Rows | Images | Different, run: Run | None = None) -> torch.Tensor:
+    """Distances [N, 2] to the nearest training image, and to the nearest one that is no duplicate of it.
+
+    Every rank reads and holds a part of the training images. Duplicates of the nearest one are what a chain of near
+    duplicates among the sample's neighbours joins to it; `groups` follows chains through all images.
 
     Args:
         samples: [N, *S].
-        train: at least 2 images, a data set or rows.
+        train: at least 2 different images: a data set, rows, or what `different` made of them.
         run: its memory is to hold images in and to work in; results do not depend on it.
     """
-    run = run or Run()
-    points = train.shards(run.share(1 / 4).named("images")) if isinstance(train, Images) else train
-    return neighbours(samples, points, 2, run=run.share(1 / 2).unstored())[0]
+    run = (run or Run()).unstored()
+    known = train if isinstance(train, Different) else different(train, run)
+    points, inner = known.points, run.share(1 / 2)
+    k = min(EIGHTH, len(points))
+    d, j = neighbours(samples, points, k, run=inner)
+    second = torch.full((len(d),), torch.inf, dtype=torch.float64)
+    for part in torch.arange(len(d)).split(max(1, inner.bytes() // (16 * k * points.row_bytes))):
+        near = points.at(j[part].flatten()).double().reshape(len(part), k, -1)
+        joined = (torch.cdist(near, near) <= known.radius).double()
+        same = joined[:, :1]
+        for _ in range(k):
+            same = ((same @ joined) > 0).double()
+        second[part] = d[part].where(same[:, 0] == 0, torch.inf).min(1).values
+    rest = torch.isinf(second).nonzero()[:, 0]  # all neighbours are duplicates of the nearest
+    if len(rest):
+        some = samples.take(rest.numpy()) if isinstance(samples, Shards) else samples[rest]
+        second[rest] = apart(some, points, groups(points, run=inner)[0], run=inner)[0][:, 1]
+    return torch.stack([d[:, 0], second], 1)
 
 
 @renamed()
-def nearest_summary(samples: Rows, train: Rows | Images, held_out: Rows | None, run: Run | None = None) -> Values:
-    """Median nearest distance and share with d_1/d_2 < 1/3, for samples and for held-out images.
+def nearest_summary(
+    samples: Rows, train: Rows | Images | Different, held_out: Rows | None, run: Run | None = None
+) -> Values:
+    """Median nearest distance and share with d_1/d_2 < 1/3, duplicates taken out, for samples and held-out images.
+
+    Both have 95 % intervals: of the median by ranks, of the share by Clopper and Pearson, given the training images.
 
     Args:
         samples, held_out: [N, *S].
-        train: training images.
+        train: training images, see `nearest_in`.
         run: see `nearest_in`.
     """
     run = run or Run()
-    points = train.shards(run.share(1 / 4).named("images")) if isinstance(train, Images) else train
+    known = train if isinstance(train, Different) else different(train, run)
 
     def one(x: Rows) -> Values:
-        d = nearest_in(x, points, run)
-        ratio = d[:, 0] / d[:, 1].clamp_min(1e-12)
+        d = nearest_in(x, known, run)
+        memorized = proportion(int((d[:, 0] / d[:, 1].clamp_min(1e-12) < THRESHOLD).sum()), len(x))
+        middle = stats.quantile_test(d[:, 0].numpy(), p=0.5).confidence_interval()
         return {
             "count": len(x),
             "median_nearest": float(d[:, 0].median()),
-            "memorized": float((ratio < THRESHOLD).double().mean()),
+            **{f"median_nearest_{k}": float(v) for k, v in zip(("low", "high"), middle)},
+            "memorized": memorized["share"],
+            **{f"memorized_{k}": memorized[k] for k in ("low", "high")},
+            "searched": known.count,
+            "different": len(known.points),
         }
 
     return {

@@ -22,7 +22,6 @@ import torch
 from symbreak.data.images import Images
 from symbreak.metrics.extractors import Extractor, Function
 from symbreak.metrics.features import feature_blocks
-from symbreak.metrics.frechet import together
 from symbreak.moments.one_pass import Moments, grouped
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, damaged, output_folder, read_tensors, write_tensors
@@ -54,8 +53,8 @@ class Statistics:
 
     @cached_property
     def whole(self) -> Moments:
-        """Moments of all groups together."""
-        return together(list(self.groups))
+        """Moments of all groups, which are its parts."""
+        return Moments.joined(self.groups)
 
     @property
     def count(self) -> int:

@@ -14,7 +14,7 @@ Gaussian start and the Fréchet distance.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -279,6 +279,17 @@ class Moments:
                 rows.append(self._top(rest, k))
             cache[k] = np.stack(rows)
         return cache[k]
+
+    @classmethod
+    def joined(cls, groups: Sequence[Moments]) -> Moments:
+        """Moments of the rows of all groups, each of which is a part."""
+        return cls._from_parts(groups[0].shape, [g._total for g in groups])
+
+    def without_each(self) -> list[Moments]:
+        """Moments without each part in turn, for a jackknife; none where there is one part only."""
+        parts = self._parts if len(self._parts) > 1 else []
+        rest = [[p for i, p in enumerate(parts) if i != leave] for leave in range(len(parts))]
+        return [self._from_parts(self.shape, [_together(some)]) for some in rest if sum(p.count for p in some) > 1]
 
     def leading_vectors(self, k: int) -> torch.Tensor:
         """Eigenvectors of the k largest eigenvalues in columns [d, k], their signs undefined."""

@@ -128,8 +128,9 @@ def _scales(phases: Values) -> Table:
 def _study(record: Record, content: Values) -> tuple[dict[str, Table], list[str]]:
     """Standard against late starts, row by row."""
     floor, reference = content["floor"], content.get("reference")
+    cell = content["rows"][0]["standard"]["distance"] if content["rows"] else floor
     table = Table(
-        f"Fréchet distance in {floor['extractor']}, {floor['samples']} images x {floor['repeats']} repeats"
+        f"Fréchet distance in {cell['extractor']}, {cell['samples']} images x {cell['repeats']} repeats"
         + (" (smoke, not evidence)" if content["smoke"] else ""),
         ("sampler",),
         ("NFE", "standard start", "late, at speciation", "late, best of sweep", "data noised to that level"),
@@ -145,11 +146,11 @@ def _study(record: Record, content: Values) -> tuple[dict[str, Table], list[str]
     table.notes = [
         f"The best late start is nearer than the standard start in {kinds.count('win')} of {len(kinds)} rows beyond "
         f"the intervals, farther in {kinds.count('lose')}.",
-        f"Floor, real training images at the same counts: {_distance(floor)}.",
+        f"Floor, real training images, {floor['samples']} x {floor['repeats']} repeats: {_distance(floor)}.",
     ]
     if reference:
-        best = f"The network at its best, standard DDIM with {reference['calls']} network evaluations"
-        table.notes.append(f"{best}: {_distance(reference['distance'])}.")
+        slow = f"For comparison, standard DDIM with {reference['calls']} network evaluations"
+        table.notes.append(f"{slow}: {_distance(reference['distance'])}.")
     return {"scales": _scales(content["phases"]), "starts": table}, []
 
 

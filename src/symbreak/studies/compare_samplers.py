@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from symbreak.data.held_out import HeldOut, held_out
-from symbreak.data.images import describe
+from symbreak.data.images import Images, describe
 from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.metrics import extractor, floor
@@ -28,7 +28,7 @@ from symbreak.networks.families import NetworkDenoiser
 from symbreak.networks.loading import load_pipeline, refuse_conditional, weights_hash
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline, Scheduler
-from symbreak.noise import NoiseLevel, schedule
+from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
@@ -38,7 +38,7 @@ from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
 from symbreak.start.late_start import LateStart, standard_start
 from symbreak.studies.diagnosis import png_row, spectral_times
-from symbreak.studies.evaluate import default_extractor
+from symbreak.studies.evaluate import REFERENCE_PARTS, default_extractor
 from symbreak.studies.measure import SELECTION_SEED, Comparison
 
 __all__ = ["SAMPLERS", "Study", "run"]
@@ -63,7 +63,7 @@ class Study:
         value_range, skip_bad, classes, pad: how the data are opened, see `images`.
         features: extractor name; ``None`` takes the bundled one for the digits, else pixels.
         micro_batch: fixed size of every network evaluation.
-        reference_calls: NFE of the standard DDIM run that stands for the network at its best; 0 leaves it out.
+        reference_calls: NFE of a standard DDIM run that is measured for comparison; 0 leaves it out.
         quick: a smoke run, marked as no evidence.
     """
 
@@ -119,12 +119,12 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
         raise InputError(f"run(study, {str(pipeline)!r}) is now run(study, run=sb.Run({str(pipeline)!r})).")
     run = run or Run()
     with run.timed("all"):
-        parts, pipe, plans, phases = _prepared(study, pipeline, run)
+        everything, parts, pipe, plans, phases = _prepared(study, pipeline, run)
         train, test = parts.train, parts.test
         network = NetworkDenoiser(pipe.unet, pipe.scheduler)
         with run.timed("features"):
             extract = extractor(study.features or default_extractor(train), train, run=run.share(1 / 2))
-            reference = statistics(extract, test, rows=0).whole
+            reference = statistics(extract, test, groups=max(1, min(REFERENCE_PARTS, len(test) // 2)), rows=0).whole
             real = statistics(extract, train, rows=max(study.samples, study.selection * study.repeats))
             floors = {
                 name: floor(real.rows, reference, size, study.repeats, extract.name, real.whole).to_dict()
@@ -139,6 +139,7 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
         comparison = Comparison(
             pipe.unet, extract, reference, x, reported, choosing, study.repeats, study.micro_batch, run, stream=11
         )
+        comparison.searched = None if parts.train is everything else everything
         rows = _table(study, plans, comparison)
         best = None
         if study.reference_calls:
@@ -164,7 +165,7 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
             "floor_neighbours": nearest_summary(real_images, x, None, run.share(1 / 2))["samples"],
             "reference": best,
             "rows": rows,
-            "real_grid": png_row(real_images.at(torch.arange(min(GRID, len(test))))),
+            "real_grid": png_row(real_images.at(torch.randperm(len(test), generator=generator(27, 0))[:GRID])),
             "smoke": study.quick,
         }
     record = Record("study", settings, content, packages, run.timings)
@@ -174,13 +175,19 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
     return record
 
 
-def _prepared(study: Study, pipeline: Pipeline | None, run: Run) -> tuple[HeldOut, Pipeline, list[_Plan], Values]:
-    """Data, network, every start and the spectral times: what cannot be done raises an error before the first image."""
+def _prepared(
+    study: Study, pipeline: Pipeline | None, run: Run
+) -> tuple[Images, HeldOut, Pipeline, list[_Plan], Values]:
+    """All data, their halves, the network, every start and the spectral times.
+
+    What cannot be done raises an error before the first image.
+    """
     if study.samples < 2 * study.repeats or study.repeats < 1:
         raise InputError(f"{study.samples} samples in {study.repeats} repeats; expected at least 2 samples a repeat.")
     options: Values = {k: getattr(study, k) for k in ("value_range", "skip_bad", "classes", "pad")}
     holdout = None if study.holdout is None else images(study.holdout, **options)
-    parts = held_out(images(study.data, **options), holdout, share=0.5)
+    everything = images(study.data, **options)
+    parts = held_out(everything, holdout, share=0.5)
     train = parts.train
     pipe = load_pipeline(study.model) if pipeline is None else pipeline
     refuse_conditional(pipe, study.model)
@@ -202,7 +209,7 @@ def _prepared(study: Study, pipeline: Pipeline | None, run: Run) -> tuple[HeldOu
         for sampler, full in base.items()
         for calls in study.calls
     ]
-    return parts, pipe, plans, phases
+    return everything, parts, pipe, plans, phases
 
 
 def _table(study: Study, plans: list[_Plan], comparison: Comparison) -> list[Values]:
@@ -237,7 +244,7 @@ def _cell(comparison: Comparison, start: LateStart, choice: Values, noised: bool
     """A column of the table: what was chosen, the start, its distance, copies and pictures."""
 
     def more(x: torch.Tensor, _: torch.Tensor) -> Values:
-        near = nearest_summary(x, comparison.train, None, comparison.run.share(1 / 2))["samples"]
+        near = nearest_summary(x, comparison.known, None, comparison.run.share(1 / 2))["samples"]
         return {"neighbours": near, "grid": png_row(x[:GRID])}
 
     about = {"level": start.level.to_dict(), "steps": start.steps}

@@ -118,7 +118,7 @@ def compare_starts(
     order = torch.randperm(len(data), generator=generator(63, 0))[: len(comparison.seeds)]
     x = comparison.train.at(order)
     first = torch.arange(min(NEAREST, len(holdout)))
-    near = nearest_summary(holdout.shards().at(first), comparison.train, None, comparison.run)["samples"]
+    near = nearest_summary(holdout.shards().at(first), comparison.known, None, comparison.run)["samples"]
     real = {
         **quality(x, features(measure.extract, x)),
         "nearest": near["median_nearest"],

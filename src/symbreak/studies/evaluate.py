@@ -39,6 +39,7 @@ __all__ = ["Subset", "default_extractor", "evaluate", "evaluate_network"]
 GRID = 10  # images of a sample grid
 NEIGHBOUR_COST = 5e10  # differences formed for the nearest neighbours, half a minute or so
 MICRO = 64
+REFERENCE_PARTS = 8  # of the reference, for the intervals of distances
 
 
 def default_extractor(data: Images) -> str:
@@ -82,7 +83,7 @@ def evaluate(
 ) -> Values:
     """How far samples are from held-out images, what they leave out, and whether they copy the training images.
 
-    Features are streamed: the Fréchet distances hold moments, (repeats + 2) x features^2 numbers. Kernel distance,
+    Features are streamed: the Fréchet distances hold moments, (repeats + 10) x features^2 numbers. Kernel distance,
     precision, recall and the rest hold the features of a random subset of each set.
 
     Args:
@@ -94,7 +95,7 @@ def evaluate(
             [B, K] or a dictionary of such by attribute. By default the extractor, where it is a classifier.
         reference: file of reference statistics: read where it exists, else written. What was made of other images than
             ``holdout``, or with another extractor, raises an error.
-        repeats: random parts of the samples, for the intervals.
+        repeats: random parts of the samples, for the intervals, which leave out parts of the reference, too.
         subset: how many feature rows of each set are held, and the seed of all that is random.
         cache: whether statistics of real images are kept by content in `cache_folder`; or the folder.
         run: its folder gets ``record.json``. Its memory is for what is made of the features: the moments have to fit,
@@ -111,7 +112,7 @@ def evaluate(
     """
     run = run or Run()
     saved = load_statistics(reference) if reference is not None and agreed(Path(reference).exists) else None
-    parts = _halves(data, holdout, saved, reference)
+    everything, parts = data, _halves(data, holdout, saved, reference)
     if parts is not None:
         data, holdout = parts.train, parts.test
     if repeats < 1 or len(samples) < 2 * repeats:
@@ -124,6 +125,12 @@ def evaluate(
     extract = chosen(features, default_extractor(data), data, room)
     judge = _judge(classify, extract, data, room)
     notes: list[str] = []
+    if parts is not None and parts.how == "kept back":
+        notes.append(
+            f"No held-out images came: {len(parts.test):,} of the {len(everything):,} training images stand for them. "
+            "A network trained on them lies nearer to them than to new images; pass --holdout with images it has not "
+            "seen. Copies are looked for among all training images."
+        )
     rows = _rows_that_fit(subset.rows, extract, data, repeats, run, notes)
     if saved is not None:
         _same_extractor(saved, extract, reference)
@@ -132,12 +139,18 @@ def evaluate(
         real = saved
         if real is None:
             against = data if holdout is None else holdout
-            real = statistics(extract, against, rows=rows, seed=subset.seed, cache=store, run=part)
+            groups = max(1, min(REFERENCE_PARTS, len(against) // 2))
+            real = statistics(extract, against, groups=groups, rows=rows, seed=subset.seed, cache=store, run=part)
             if reference is not None:
                 real.save(reference)
     with run.timed("samples") as part:
         made = statistics(extract, samples, groups=repeats, rows=rows, seed=subset.seed, run=part)
-    work = _Evaluation(extract, samples, data, holdout, made, real, subset.seed, store, run, notes)
+    if len(real.groups) == 1:
+        notes.append(
+            "The reference statistics came in one part: the intervals of the distances are those of the samples, given "
+            "this reference, and its bias stays in. Make it again without --reference FILE, or under another name."
+        )
+    work = _Evaluation(extract, samples, everything, data, holdout, made, real, subset.seed, store, run, notes)
     about = real.origin if parts is None else parts.to_dict()
     content = {"data": describe(data), "held_out": about, **work.content(judge, rows)}
     if run.folder is not None:
@@ -193,6 +206,7 @@ class _Evaluation:
 
     extract: Extractor
     samples: Images | Shards
+    everything: Images  # the training images, held-out ones among them where none came
     data: Images
     holdout: Images | None
     made: Statistics
@@ -240,9 +254,13 @@ class _Evaluation:
         with self.run.timed("neighbours"):
             content["neighbours"] = self.neighbours()
         shown = ("training images", self.data) if self.holdout is None else ("held-out images", self.holdout)
+        drawn = torch.randperm(len(shown[1]), generator=generator(seed, 27, 0))[:GRID].sort().values
         content["pictures"] = [
-            {"title": title, "png": png_row(_some(images, np.arange(min(GRID, len(images)))))}
-            for title, images in (("samples", samples), shown)
+            {"title": title, "png": png_row(_some(images, index))}
+            for title, images, index in (
+                ("samples", samples, np.arange(min(GRID, len(samples)))),
+                (*shown, drawn.numpy()),
+            )
         ]
         content["notes"] = self.notes
         return content
@@ -297,15 +315,22 @@ class _Evaluation:
         return {**score, "reference_value": other["value"], **ends}
 
     def neighbours(self) -> Values:
-        """Nearest training images of the samples and of the held-out images."""
-        most = max(GRID, int(NEIGHBOUR_COST / (len(self.data) * math.prod(self.data.shape))))
+        """Nearest training images of the samples and of the held-out images.
+
+        Samples are looked for among all training images, held-out images among those that they are no part of.
+        """
+        everything, data, run = self.everything, self.data, self.run
+        most = max(GRID, int(NEIGHBOUR_COST / (len(everything) * math.prod(data.shape))))
 
         def picked(images: Images | Shards, i: int) -> torch.Tensor:
             order = torch.randperm(len(images), generator=generator(self.seed, 25, i))[:most]
             return _some(images, np.sort(order.numpy()))
 
         held_out = None if self.holdout is None else picked(self.holdout, 1)
-        return nearest_summary(picked(self.samples, 0), self.data, held_out, self.run)
+        if held_out is None or everything is data:
+            return nearest_summary(picked(self.samples, 0), everything, held_out, run)
+        found = nearest_summary(picked(self.samples, 0), everything, None, run)
+        return {**found, "held_out": nearest_summary(held_out, data, None, run)["samples"]}
 
 
 def _spelled(classify: Features | None) -> str | None:
@@ -382,7 +407,7 @@ def _rows_that_fit(rows: int, extract: Extractor, data: Images, repeats: int, ru
     width = feature_rows(extract, _some(data, np.arange(1))).shape[1]
     # Moments of both sets and the training images by parts, beside the matrices of a distance; the rows of both sets,
     # and blocks of 1,024 of them against all others, a few at a time.
-    moments = (3 * repeats + 8) * 8 * width**2
+    moments = (3 * repeats + 2 * REFERENCE_PARTS + 8) * 8 * width**2
     room = (run.memory - moments) // (64 * width + 4 * 8 * 1024)
     if room < 100:
         raise InputError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -18,7 +19,7 @@ from symbreak.data.images import Images, describe
 from symbreak.metrics import Extractor, distance, features, floor
 from symbreak.metrics.composition import class_entropy
 from symbreak.metrics.coverage import precision_recall
-from symbreak.metrics.memorization import nearest_summary
+from symbreak.metrics.memorization import Different, different, nearest_summary
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
@@ -74,6 +75,7 @@ class Comparison:
         run: where finished numbers are kept, under an identity that decides them.
         real: features of the held-out images, for precision and recall.
         stream: of the random numbers that pick training images to noise.
+        searched: the images among which copies are looked for, where they are more than ``train``.
     """
 
     unet: Network
@@ -87,6 +89,12 @@ class Comparison:
     run: Run
     real: torch.Tensor | None = None
     stream: int = 62
+    searched: Images | None = None
+
+    @cached_property
+    def known(self) -> Different:
+        """The different training images, for the search for copies."""
+        return different(self.train if self.searched is None else self.searched, self.run.share(1 / 2))
 
     def images(
         self, start: LateStart, seeds: Sequence[int], noised: bool = False, unet: Network | None = None
@@ -144,7 +152,7 @@ class Comparison:
         """Precision, recall, class entropy (where the extractor classifies), nearest training images, copies."""
         if self.real is None:
             raise InputError("a comparison without features of the held-out images has no precision and recall.")
-        near = nearest_summary(x[:NEAREST], self.train, None, self.run)["samples"]
+        near = nearest_summary(x[:NEAREST], self.known, None, self.run)["samples"]
         both = precision_recall(f[:NEIGHBOURS], self.real[:NEIGHBOURS])
         entropy = None
         logits = getattr(self.extract, "logits", None)
@@ -192,7 +200,7 @@ def compared(
     comparison = Comparison(
         pipeline.unet,
         measure.extract,
-        Moments.fit([real], parts=1),
+        Moments.fit([real]),
         data.shards(run.share(1 / 4).named("images")),
         range(samples * measure.repeats),
         range(SELECTION_SEED, SELECTION_SEED + samples),
