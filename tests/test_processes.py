@@ -25,7 +25,17 @@ from symbreak.cli.commands import main
 from symbreak.metrics.memorization import nearest_in
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, read_json, read_tensors, write_json, write_whole
-from symbreak.runtime.ranks import agreed, alone, dealt, from_each, from_first, joined, own_rows, rank_of, summed
+from symbreak.runtime.ranks import (
+    agreed,
+    alone,
+    from_each,
+    from_first,
+    joined,
+    map_over_ranks,
+    own_rows,
+    rank_of,
+    summed,
+)
 from symbreak.runtime.rows import Shards
 
 FORK = multiprocessing.get_context("fork")
@@ -99,9 +109,9 @@ def close(a, b, tolerance):
 
 def _pieces(out):
     with joined() as (rank, ranks):
-        found = dealt(range(5), lambda i: {"of": np.array([i, rank_of()[1]]), "none": np.zeros((0, 3))})
+        found = map_over_ranks(range(5), lambda i: {"of": np.array([i, rank_of()[1]]), "none": np.zeros((0, 3))})
         part, first, shared = own_rows(torch.arange(10), 4)  # blocks 0-3, 4-7, 8-9
-        turned = dealt(range(3), lambda i: {"x": np.asfortranarray(np.arange(6.0).reshape(2, 3))})
+        turned = map_over_ranks(range(3), lambda i: {"x": np.asfortranarray(np.arange(6.0).reshape(2, 3))})
         assert all(np.array_equal(t["x"], np.arange(6.0).reshape(2, 3)) for t in turned)
         whole = torch.full((2,), float(rank + 1))
         summed(whole)
@@ -161,10 +171,10 @@ def _refused(out):
 
     with joined() as (rank, _):
         with pytest.raises(InputError, match="block 3 is wrong"):
-            dealt(range(8), make)
+            map_over_ranks(range(8), make)
         with pytest.raises(InputError, match="first rank"):
             agreed(make_nothing)
-        assert sum(int(d["x"]) for d in dealt(range(3), make)) == 3  # and they go on together
+        assert sum(int(d["x"]) for d in map_over_ranks(range(3), make)) == 3  # and they go on together
         with alone():
             write_json(out / f"{rank}.json", {})
 
@@ -653,7 +663,7 @@ def _asked_for(pictures, x, index):
             assert [first for first, _ in turns] == [[0, 200], [256], []][rank]
             mine = [x[1:512:2], x[513:700:2], x[:0]][rank]
             assert torch.equal(torch.cat([mine[:0], *(rows for _, rows in turns)]), mine)
-        with alone(), pytest.raises(RuntimeError, match="one of them alone"):
+        with alone(), pytest.raises(RuntimeError, match="one rank alone"):
             rows.at(index)
 
 

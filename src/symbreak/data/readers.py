@@ -26,7 +26,7 @@ import torch
 from symbreak.data.images import BLOCK_BYTES, Images, Item, Raw
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.files import file_hash
-from symbreak.runtime.ranks import agreed, dealt
+from symbreak.runtime.ranks import agreed, map_over_ranks
 
 __all__ = ["images"]
 
@@ -202,7 +202,7 @@ def _from_folder(path: Path) -> Images:
 
 def _hashes(starts: Sequence[int], hashed: Callable[[int], bytes]) -> bytes:
     """The hashes of pieces of a source, one after the other; every process makes a part of them."""
-    parts = dealt(starts, lambda start: {"hash": np.frombuffer(hashed(start), np.uint8)})
+    parts = map_over_ranks(starts, lambda start: {"hash": np.frombuffer(hashed(start), np.uint8)})
     return b"".join(part["hash"].tobytes() for part in parts)
 
 
@@ -432,7 +432,9 @@ def _slabs(array: np.ndarray) -> list[slice]:
 
 def _extreme(array: np.ndarray, of: np.ufunc) -> float:
     """The smallest (``np.fmin``) or largest (``np.fmax``) number, NaN passed by; ranks look at a part each."""
-    parts = dealt(_slabs(array), lambda part: {"end": of.reduce(np.asarray(array[part], np.float64), axis=None)})
+    parts = map_over_ranks(
+        _slabs(array), lambda part: {"end": of.reduce(np.asarray(array[part], np.float64), axis=None)}
+    )
     return float(of.reduce([part["end"] for part in parts]))
 
 

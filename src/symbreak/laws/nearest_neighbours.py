@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from symbreak.runtime.files import InputError
-from symbreak.runtime.ranks import dealt, from_each, rank_of
+from symbreak.runtime.ranks import from_each, map_over_ranks, rank_of
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Arrays, Run
 
@@ -118,7 +118,7 @@ def neighbours(
         run.tell(min(done * size, count), count)
 
     if whole:
-        return _joined(dealt(starts, part, ended))
+        return _joined(map_over_ranks(starts, part, ended))
     parts = []
     for done, start in enumerate(starts):
         parts.append(part(start))

@@ -26,7 +26,7 @@ from symbreak.moments.one_pass import Moments, grouped
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, damaged, output_folder, read_tensors, write_tensors
 from symbreak.runtime.plain import Values
-from symbreak.runtime.ranks import dealt, from_each, own_rows
+from symbreak.runtime.ranks import from_each, map_over_ranks, own_rows
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
 
@@ -165,7 +165,7 @@ def statistics(
         key |= {} if extract.device.type == "cpu" else {"device": extract.device.type}
         key |= {"groups": groups, "rows": rows, "torch": torch.__version__, "threads": torch.get_num_threads()}
         path = cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
-        cached = dealt([path], _cached)[0]
+        cached = map_over_ranks([path], _cached)[0]
         if cached:
             tensors = {k: torch.from_numpy(v) for k, v in cached.items()}
             return _from_tensors(tensors, {**FILE, "origin": json.dumps(origin)}, path)

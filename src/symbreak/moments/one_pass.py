@@ -6,7 +6,7 @@ Rows are summed around a pilot mean (the first block's), so a mean far larger th
 costs no digits. 8-bit data take an exact way in float32: pixels minus 128 are integers, and products
 of blocks of up to 1,024 rows stay below 2^24, where float32 is exact.
 
-The rows are dealt at random, but by a fixed rule, into a few disjoint parts. Their sum is the answer
+The rows go at random, but by a fixed rule, into a few disjoint parts. Their sum is the answer
 and leaving one out at a time gives its interval (jackknife). The same type serves the spectrum, the
 Gaussian start and the Fréchet distance.
 """

@@ -240,7 +240,7 @@ def _scored(fit: np.ndarray, target: np.ndarray, seen: np.ndarray, code: np.ndar
         out: np.ndarray = -torch.log_softmax(torch.from_numpy(odds), 1).numpy()[np.arange(len(y)), y]
         return out
 
-    # Every class in every fold: rows are dealt in the order of their class.
+    # Every class in every fold: rows go to the folds in the order of their class.
     fold = np.empty(len(target), dtype=int)
     fold[np.argsort(target, kind="stable")] = np.arange(len(target)) % FOLDS
     models = [LogisticRegression(max_iter=500, tol=1e-3, warm_start=True) for _ in range(FOLDS + 1)]

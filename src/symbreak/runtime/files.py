@@ -210,9 +210,9 @@ def file_hash(path: str | Path) -> str:
 
 
 def output_folder(path: str | Path) -> Path:
-    """An output folder that can be made, rid of what killed runs left half-written in it.
+    """An output folder that can be made, cleared of half-written files of killed runs.
 
-    A file in its place is refused before any work is done.
+    A file in its place raises an error before any work is done.
     """
     path = Path(path)
     blocked = next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), None)

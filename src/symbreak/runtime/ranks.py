@@ -1,9 +1,9 @@
-"""One answer from many processes: the ranks take items of work in turn, and every rank learns all results.
+"""Work shared among processes: the ranks compute items in turn, and every rank gets all results.
 
-An item is computed by one rank, from its own seed, as it would be alone: one process and many give the same bits.
-What is not shared is computed on every rank, so that all of them take the same way. Ranks are those of
-``torch.distributed``, started by ``accelerate launch`` or ``torchrun``. They share work only inside `over_ranks`, so
-that a call on one rank of somebody's own program waits for nobody.
+An item is computed on one rank from its own seed, so one process and many give the same bits. What is not shared is
+computed on every rank, so that all ranks take the same decisions. Ranks are those of ``torch.distributed``, started by
+``accelerate launch`` or ``torchrun``. They share work only inside `over_ranks`: outside it a call on one rank waits for
+no other.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ __all__ = [
     "Arrays",
     "agreed",
     "alone",
-    "dealt",
     "from_each",
     "from_first",
     "joined",
+    "map_over_ranks",
     "over_ranks",
     "own_rows",
     "rank_of",
@@ -47,7 +47,7 @@ _together: ContextVar[bool] = ContextVar("together", default=False)
 
 @contextmanager
 def over_ranks() -> Iterator[tuple[int, int]]:
-    """Within it the ranks of ``torch.distributed`` share the work; all of them have to make the same calls.
+    """Context in which the ranks of ``torch.distributed`` share the work; all of them must make the same calls.
 
     Yields:
         This process's rank and the number of ranks; (0, 1) where no group of processes was started. Files are written
@@ -64,7 +64,7 @@ def over_ranks() -> Iterator[tuple[int, int]]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within it this process waits for no other: for work that is its own."""
+    """Context in which this process works alone and waits for no other."""
     token = _together.set(False)
     try:
         with left_to_another(False):
@@ -104,7 +104,7 @@ def joined(environment: dict[str, str] | None = None) -> Iterator[tuple[int, int
     try:
         with over_ranks() as place:
             yield place
-        dist.barrier()  # nobody leaves while another still needs it
+        dist.barrier()  # no rank leaves while another one still needs it
     finally:
         dist.destroy_process_group()
 
@@ -148,23 +148,23 @@ def own_rows(stream: Any, multiple: int = 1) -> tuple[Any, int, bool]:
     if len(edges) == 2:
         return stream, 0, False
     if rank_of()[1] == 1:
-        raise RuntimeError("rows that several ranks hold were asked for by one of them alone")
+        raise RuntimeError("one rank alone requested rows that several ranks hold; make the call on all ranks")
     first, last = edges[rank_of()[0]], edges[rank_of()[0] + 1]
     return (stream[first:last] if whole else stream.rows(first, last)), first, True
 
 
-def dealt(
+def map_over_ranks(
     items: Sequence[Item], make: Callable[[Item], Arrays], progress: Callable[[int, int], None] | None = None
 ) -> list[Arrays]:
-    """make(item) for every item, each made on one rank, known on all.
+    """make(item) for every item: each is computed on one rank, and every rank gets all results.
 
     Args:
         items: what the arrays are made of.
-        make: item -> arrays, which depend on nothing but the item.
+        make: item -> arrays, which depend only on the item.
         progress: called with (about how many are done, of how many).
 
     Raises:
-        InputError: on all ranks, where one met it.
+        InputError: on all ranks, if one of them raised it.
     """
     rank, ranks = rank_of()
     if ranks == 1:
@@ -180,7 +180,7 @@ def dealt(
         try:
             with alone():
                 made |= {f"{i}/{k}": torch.from_numpy(np.array(v, order="C")) for k, v in make(items[i]).items()}
-        except InputError as error:  # the others have to know, or they would wait for this process's items
+        except InputError as error:  # without this the others would wait for the items of this process
             wrong, made = error, {ERROR: torch.tensor(list(str(error).encode()), dtype=torch.uint8)}
             break
         if progress is not None:
@@ -199,7 +199,7 @@ def dealt(
 
 def from_each(arrays: Arrays, shared: bool = True) -> list[Arrays]:
     """Every rank's arrays, by rank; this rank's alone where nothing is shared."""
-    return dealt(range(rank_of()[1]), lambda _: arrays) if shared else [arrays]
+    return map_over_ranks(range(rank_of()[1]), lambda _: arrays) if shared else [arrays]
 
 
 def summed(*arrays: torch.Tensor) -> None:
@@ -224,7 +224,7 @@ def agreed(make: Callable[[], Any]) -> Any:
     """The first rank's make(), a value fit for JSON, on every rank: for what may differ between them."""
     if rank_of()[1] == 1:
         return make()
-    (first,) = dealt([0], lambda _: {"text": np.frombuffer(json.dumps(make()).encode(), np.uint8)})
+    (first,) = map_over_ranks([0], lambda _: {"text": np.frombuffer(json.dumps(make()).encode(), np.uint8)})
     return json.loads(first["text"].tobytes())
 
 

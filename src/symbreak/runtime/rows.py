@@ -1,7 +1,7 @@
-"""Rows of a table of which every process holds a shard: in memory where it fits, else in a file without a name.
+"""Rows of a table of which every process holds a shard: in memory if it fits, else in a file without a name.
 
-No process reads or holds all rows. What the others need of its rows is exchanged, by all of them at once: where rows
-are shared, `Shards.at` has to be called by all of them, in the same order.
+No process reads or holds all rows. Rows that others need are exchanged by all processes at once: where rows are shared,
+all of them must call `Shards.at`, in the same order.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Shards:
         blocks: this process's rows, block by block: arrays [B, ...] of any type.
         edges: positions at which the processes' shards begin, and N; ``[0, N]`` where every one holds all rows.
         memory: bytes held in memory; a larger shard goes into a file without a name, which ends with the process.
-        folder: where that file is; by default where temporary files are.
+        folder: where that file is; by default in the folder of temporary files.
         decode: rows as they are stored -> tensor [B, *S]; by default as they are.
-        progress: called with (about how many rows have come, of how many on all processes).
+        progress: called with (about how many rows have been read, of how many on all processes).
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Shards:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a row that was asked for."""
+        """Bytes of a decoded row."""
         one = self.decode(np.zeros((1, *self._none.shape[1:]), self._none.dtype))
         return one.numel() * one.element_size()
 
@@ -142,7 +142,7 @@ class Shards:
         if not self.shared:
             return self.decode(self._raw(wanted))
         if rank_of()[1] == 1:
-            raise RuntimeError("rows that several ranks hold were asked for by one of them alone")
+            raise RuntimeError("one rank alone requested rows that several ranks hold; make the call on all ranks")
         mine = (wanted >= self.first) & (wanted < self.last)
         some = self._raw(wanted[mine])
         raw = np.zeros((len(wanted), *some.shape[1:]), some.dtype)

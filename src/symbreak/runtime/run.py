@@ -1,6 +1,6 @@
-"""Run: everything long work needs, passed once: a folder, a memory budget, a progress bar, finished parts.
+"""Run: what long work needs, in one argument: a folder for finished parts, a memory budget, a progress callback.
 
-The same call with the same folder goes on after an interruption and ends with the same bits.
+After an interruption the same call with the same folder continues and ends with the same bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 
 from symbreak.runtime.files import InputError, digest, output_folder, read_json, read_tensors, write_json, write_tensors
 from symbreak.runtime.plain import plain
-from symbreak.runtime.ranks import Arrays, agreed, dealt, rank_of
+from symbreak.runtime.ranks import Arrays, agreed, map_over_ranks, rank_of
 
 __all__ = ["MEMORY", "Arrays", "Run", "padded_blocks", "renamed"]
 
@@ -32,15 +32,15 @@ MEMORY = 2**30  # bytes of working memory where nothing was said
 
 
 class Run:
-    """What long work is given: where it keeps finished parts, how much memory it may take, whom it tells.
+    """A folder for finished parts, a memory budget and a progress callback, passed to long work as ``run=``.
 
     Args:
-        folder: where finished parts and rows beyond the memory are kept; ``None`` keeps nothing.
-        memory: bytes of working memory; ``None`` leaves every function its own default. Results do not depend on it.
+        folder: where finished parts and rows beyond the memory are stored; ``None`` stores nothing.
+        memory: bytes of working memory; ``None`` means the default of each function. Results do not depend on it.
         progress: called with (stage, done, of how many).
 
     Raises:
-        InputError: for a folder whose place a file takes, and for less than 1 MiB.
+        InputError: if ``folder`` is a file, and for less than 1 MiB.
 
     >>> run = Run(memory=2**30)
     >>> run.bytes(1 / 4) == run.share(1 / 4).bytes() == 2**28
@@ -64,73 +64,73 @@ class Run:
         return view
 
     def bytes(self, share: float = 1.0, default: int = MEMORY) -> int:
-        """Bytes of a share of the working memory; ``default`` is the whole where none was set."""
+        """Bytes of a share of the working memory; ``default`` is the whole if no memory was set."""
         return int((default if self.memory is None else self.memory) * share)
 
     def share(self, share: float, default: int = MEMORY) -> Run:
-        """This run with a share of its memory: for one of several things that are held at the same time."""
+        """This run with a share of its memory: for one of several things in memory at the same time."""
         return self._view(memory=self.bytes(share, default))
 
     def unstored(self) -> Run:
-        """This run, storing no parts: for work whose inputs no key names."""
+        """This run without stored parts: for work whose inputs have no key."""
         return self._view(_parts=_Parts(None, {}))
 
     def named(self, stage: str) -> Run:
-        """This run, telling its progress under a name, unless a caller has given one."""
+        """This run with a name for its progress, unless a caller has set one."""
         return self if self.stage else self._view(stage=stage)
 
     def telling(self, tell: Callable[[int, int], None]) -> Run:
-        """This run, its progress told to ``tell(done, total)``: for one of several steps of a stage."""
+        """This run with progress reported to ``tell(done, total)``: for one of several steps of a stage."""
         return self._view(progress=lambda _, done, total: tell(done, total))
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[Run]:
-        """This run under a stage of that name, whose seconds are added to ``timings``."""
+        """This run under a stage of that name; the seconds are added to ``timings``."""
         began = time.perf_counter()
         yield self._view(stage=stage)
         self.timings[stage] = self.timings.get(stage, 0.0) + time.perf_counter() - began
 
     def tell(self, done: int, total: int) -> None:
-        """Say how far the stage is: of ``total`` things ``done`` are."""
+        """Report progress: ``done`` of ``total`` things of the stage."""
         if self.progress is not None:
             self.progress(self.stage, done, total)
 
     def identified(self, identity: dict[str, Any]) -> Run:
-        """This run with timings from zero and parts of ``identity``: plain values that decide all of them."""
+        """This run with timings from zero, and parts that belong to ``identity``: plain values that decide them all."""
         return self._view(_parts=_Parts(self.folder, identity), timings={})
 
     def _key(self, key: str, settings: tuple[object, ...]) -> str:
-        """The name of a part with a digest of its settings; nothing is digested where nothing is kept."""
+        """The name of a part with a digest of its settings; without a folder nothing is digested."""
         return f"{key}-{digest(*settings)}" if settings and self.folder is not None else key
 
     def part(self, key: str, make: Callable[[], Arrays], *settings: Any) -> Arrays:
-        """The arrays of a finished part, from the folder or made now.
+        """The arrays of a finished part, read from the folder or computed now.
 
-        A part that was dealt to this rank is its own affair; any other all ranks make, and take from the first one.
+        Within `parts` a part is computed on one rank; elsewhere on every rank, and that of the first rank counts.
 
         Args:
             key: name of the part.
-            make: makes its arrays.
+            make: computes its arrays.
             settings: tensors and plain values that decide it beside the run's identity.
         """
         return self._parts.part(self._key(key, settings), make)
 
     def parts(self, key: str, items: Sequence[Item], make: Callable[[Item], Arrays], *settings: Any) -> list[Arrays]:
-        """A part for each item, made without gradients, and told of; ranks share them, see `dealt`."""
+        """A part for each item, computed without gradients; the ranks share the items, see `map_over_ranks`."""
         name, run = self._key(key, settings), self.named(key)
 
         def one(j: int) -> Arrays:
             with torch.inference_mode():
                 return self._parts.part(f"{name}/{j}", partial(make, items[j]))
 
-        return dealt(range(len(items)), one, run.tell)
+        return map_over_ranks(range(len(items)), one, run.tell)
 
     def value(self, key: str, make: Callable[[], Any]) -> Any:
-        """A plain value, from the folder or made now; it is fit for JSON once it is `plain`."""
+        """A plain value, read from the folder or computed now; `plain` makes it fit for JSON."""
         return self._parts.value(key, make)
 
     def close(self) -> None:
-        """Remove the finished parts: they are of no use once the record is written."""
+        """Remove the finished parts, which are not needed once the record is written."""
         self._parts.close()
 
 
@@ -144,10 +144,10 @@ OLD = {
 
 
 def renamed(**spellings: str) -> Callable[[Function], Function]:
-    """For a public function whose arguments changed: one of the old spelling raises an error that names the new one.
+    """Decorator of a public function whose arguments changed: an old one raises an error that names the new one.
 
     Args:
-        spellings: old argument -> what to write now; `OLD` is known without being named.
+        spellings: old argument -> what to write now, beside those of `OLD`.
     """
 
     def decorate(function: Function) -> Function:
@@ -181,12 +181,12 @@ def padded_blocks(batches: Iterable[torch.Tensor], size: int) -> Iterator[tuple[
 
 
 def _first(arrays: Arrays) -> Arrays:
-    """The first rank's arrays, on all: machines may differ in the last bits, but have to go the same way."""
-    return arrays if rank_of()[1] == 1 else dealt([arrays], lambda same: same)[0]
+    """The first rank's arrays on all ranks: machines may differ in the last bits, but must take the same decisions."""
+    return arrays if rank_of()[1] == 1 else map_over_ranks([arrays], lambda same: same)[0]
 
 
 def _stored(path: Path) -> Arrays:
-    """A finished part; nothing where there is none, or a damaged one, which is made again."""
+    """A finished part; nothing if it is missing or damaged, and then it is computed again."""
     try:
         return {k: v.numpy() for k, v in read_tensors(path)[0].items()}
     except InputError:
@@ -198,10 +198,10 @@ class _Parts:
 
     def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
         self.folder = self.path = self.identity = None
-        self.values: dict[str, Any] | None = None  # not read before the first one is asked for
+        self.values: dict[str, Any] | None = None  # not read before the first one is needed
         if folder is not None:
             text = json.dumps(plain(identity), sort_keys=True)
-            # Networks may differ in the last bits between machines: the first one's says whose parts these are.
+            # Networks may differ in the last bits between machines: the identity is that of the first rank.
             self.identity = agreed(hashlib.sha256(text.encode()).hexdigest)
             self.folder, self.path = folder / f"blocks-{self.identity[:16]}", folder / "cells.json"
 
@@ -209,7 +209,7 @@ class _Parts:
         if self.folder is None:
             return _first(make())
         path = self.folder / f"{key.replace('/', '-')}.safetensors"
-        arrays = dealt([path], _stored)[0]
+        arrays = map_over_ranks([path], _stored)[0]
         if not arrays:
             arrays = _first(make())
             write_tensors(path, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
@@ -226,7 +226,7 @@ class _Parts:
         return self.values[key]
 
     def _read(self) -> dict[str, Any]:
-        """This identity's values; those of another one are not taken, and a damaged file holds none."""
+        """The values of this identity; those of another one, or of a damaged file, are not used."""
         try:
             raw = read_json(self.path) if self.path is not None else None
         except InputError:

@@ -28,7 +28,7 @@ from symbreak.networks.types import Network
 from symbreak.noise import generator as seeded
 from symbreak.runtime.files import InputError, digest, output_folder, read_json, write_json, write_whole
 from symbreak.runtime.plain import Values, plain
-from symbreak.runtime.ranks import agreed, alone, dealt, rank_of, shares
+from symbreak.runtime.ranks import agreed, alone, map_over_ranks, rank_of, shares
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Arrays, Run, renamed
 from symbreak.start.late_start import LateStart
@@ -330,7 +330,7 @@ def generate(
         make = partial(images.part, first, min(first + size, n), lambda done: run.tell(done, n))
         return run.part(f"{key}/{first}", make)
 
-    parts = dealt(range(0, n, size), block, lambda blocks, _: run.tell(min(blocks * size, n), n))
+    parts = map_over_ranks(range(0, n, size), block, lambda blocks, _: run.tell(min(blocks * size, n), n))
     return torch.from_numpy(np.concatenate([part["x"] for part in parts]))
 
 
@@ -457,5 +457,5 @@ def write_images(
     def tell(batches: int, _: int) -> None:
         run.tell(min(batches * micro_batch, len(missing)), len(missing))
 
-    dealt(range(0, len(missing), micro_batch), made, tell)
+    map_over_ranks(range(0, len(missing), micro_batch), made, tell)
     return len(missing)
