@@ -335,7 +335,7 @@ def sweep_figure(content: Values) -> str:
 
 
 def sweep_axes(content: Values, axes: np.ndarray) -> None:
-    """Distance against start level, one of the given axes for each number of network calls."""
+    """Distance against start level, one of the given axes for each number of network evaluations."""
     rows = content["rows"]
     calls = sorted({row["calls"] for row in rows})
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
@@ -363,6 +363,6 @@ def sweep_axes(content: Values, axes: np.ndarray) -> None:
         _plain_ticks(ax.xaxis, sorted({s["sigma"] for row in rows[:1] for s in row["sweep"]}))
         _plain_ticks(ax.yaxis, [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)])
         ax.invert_xaxis()
-        ax.set(xlabel="start level sigma (later to the right)", title=f"{n} network calls")
+        ax.set(xlabel="start level sigma (later to the right)", title=f"{n} network evaluations")
     axes[0].set_ylabel(f"Fréchet distance, {content['floor']['extractor']}", fontsize=8)
     axes[-1].legend(fontsize=7, frameon=False)

@@ -1,4 +1,4 @@
-"""Choosing a start: which law, at which level, on which grid, for a scheduler and a number of network calls.
+"""Choosing a start: which law, at which level, on which grid, for a scheduler and a number of network evaluations.
 
 Everything is put into one unit, the squared error of the final sample in pixel^2, summed over pixels
 (docs/choosing-a-start.md derives it):

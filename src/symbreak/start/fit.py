@@ -79,7 +79,7 @@ def late_start(
     Args:
         scheduler: a diffusers scheduler (`SUPPORTED` lists the classes); it is not changed.
         law: a law with ``.transport(noise, sigma)``, such as `Gaussian`; for ``"auto"`` also a list of laws.
-        steps: num_inference_steps below the start; ``.calls`` says how many network calls they cost.
+        steps: num_inference_steps below the start; ``.calls`` says how many network evaluations they cost.
         at: ``"auto"`` weighs what the law costs against what the sampler costs (docs/choosing-a-start.md)
             and may choose the standard start (``law`` is then ``None``); it needs ``denoiser`` and ``data``,
             and without them falls back to ``"speciation"`` (spectral). Or a `NoiseLevel`, a `CriticalTime`,

@@ -270,5 +270,5 @@ def _plan(
     late = {f: late_start(full, law, steps, at=NoiseLevel(level.sigma * f), check=False) for f in sorted({1.0, *sweep})}
     spent = {s.calls for s in (*standard.values(), *late.values())}
     if spent != {calls}:
-        raise InputError(f"{sampler} spends {sorted(spent)} network calls at different levels; expected {calls}.")
+        raise InputError(f"{sampler} spends {sorted(spent)} network evaluations at different levels; expected {calls}.")
     return _Plan(sampler, calls, standard, late)
