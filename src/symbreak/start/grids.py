@@ -109,6 +109,6 @@ def steps_for(scheduler: Scheduler, calls: int, name: str | None = None) -> int:
             return steps
     name = name or type(scheduler).__name__
     raise InputError(
-        f"{name} cannot spend exactly {calls} network evaluations: too few for {name}, or between two of its step counts. "
-        "Choose other calls."
+        f"{name} cannot spend exactly {calls} network evaluations: too few for {name}, or between two of its step "
+        "counts. Choose other calls."
     )
