@@ -9,8 +9,9 @@ import torch
 from symbreak.laws import Mixture, Sphere
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
-from symbreak.phases.class_entropy import class_entropy
+from symbreak.phases.class_entropy import class_entropy, class_entropy_bound
 from symbreak.phases.clones import clones
+from symbreak.phases.non_gaussianity import non_gaussianity
 from symbreak.phases.speciation import cloning_probability, cloning_time, ladder, speciation_time
 from symbreak.runtime.errors import InputError
 
@@ -146,3 +147,72 @@ def test_a_record_names_how_an_interval_was_made():
     assert speciation_time(law, "free-entropy").interval == "draws only"
     assert speciation_time(pair, "free-entropy").interval == "exact"
     assert speciation_time(Sphere(3)).interval == ""  # no level, no interval
+
+
+# --- numbers that were chosen ---------------------------------------------------------------------
+
+
+def test_draws_of_one_image_stay_in_one_fold():
+    """Of 40 images in 30 dimensions, five draws each: folds by row chose the weakest penalty and gave .56 nats more."""
+    law = Mixture.from_parameters(torch.stack([torch.ones(30), -torch.ones(30)]) * 0.25, 1.0)
+
+    def labelled(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        y = torch.arange(n) % 2
+        x = torch.randn(n, 30, generator=generator(seed), dtype=torch.float64) + 0.25 * (1 - 2 * y[:, None].double())
+        return x, y
+
+    (x, y), (fit, z) = labelled(1000, 1), labelled(40, 2)
+    exact = float(class_entropy(law, 0.3).value)
+    one, five = (float(class_entropy_bound(law, 0.3, x, y, fit, z, lambda v: v, draws=draws).value) for draws in (1, 5))
+    assert exact < five < one + 0.03
+
+
+def worse_above(law: Mixture, at: float):
+    """A network that is the law's denoiser below a level, and is off by 3 above."""
+
+    class Network:
+        shape, sigma_range = law.shape, (0.0, math.inf)
+
+        def __call__(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+            return law.denoise(x, sigma) + (0.0 if sigma < at else 3.0)
+
+    return Network()
+
+
+def test_nats_of_a_network_that_is_bad_at_high_noise():
+    """The integral may end anywhere: the bound of a network that is bad above sigma 4 is that of one that is not."""
+    law = Mixture.from_parameters([[-3.0], [3.0]], 0.01)
+    one = Mixture.from_parameters([[0.0]], 9.01)
+    data = law.sample(1000, 0.0, generator(5))
+    good = non_gaussianity(law, one, data, [0.3])
+    bad = non_gaussianity(worse_above(law, 4.0), one, data, [0.3])
+    # Above sigma 4 there is a hundredth of a nat; the integral to the top loses 9 / (2 16) = .28.
+    assert bad.value == pytest.approx(good.value, abs=0.05)
+    assert bad.losses.images == 1000
+    assert bad.time(0.5).sigma == pytest.approx(good.time(0.5).sigma, rel=0.03)
+    assert non_gaussianity(worse_above(law, 1e-9), one, data, [5.0]).value[0] < 0  # worse everywhere: said by the sign
+
+
+def equal_classes(k: int, r: float) -> Mixture:
+    return Mixture.from_parameters(r * torch.eye(k, 2 * k, dtype=torch.float64), 1.0)
+
+
+def test_the_first_of_equal_classes_is_no_lucky_one():
+    """Ten classes that differ by their names only, 300 draws each: the largest level of a class is 10 % too large."""
+    right = 3.25  # of 40,000 draws a class, mean of the ten: standard error .02
+    times = [speciation_time(equal_classes(10, 6.0), "free-entropy", samples=3000, seed=seed) for seed in range(3)]
+    assert np.mean([t.sigma for t in times]) == pytest.approx(right, rel=0.12)  # two errors: 10 % each / sqrt(3)
+    for t in times:
+        assert t.low.sigma < right < t.high.sigma
+        assert "classes" in t.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("radii", "right"), [(np.full(10, 6.0), 3.25), (np.linspace(5, 6, 10), 3.15)])
+def test_the_first_class_is_covered(radii, right):
+    """Ten classes, 500 draws each; the right values are of 40,000 draws a class."""
+    means = torch.zeros(10, 20, dtype=torch.float64)
+    means[range(10), range(10)] = torch.from_numpy(radii)
+    law = Mixture.from_parameters(means, 1.0)
+    times = [speciation_time(law, "free-entropy", samples=5000, seed=seed) for seed in range(100)]
+    assert sum(t.low.sigma < right < t.high.sigma for t in times) >= 90

@@ -179,7 +179,7 @@ def class_entropy_bound(
             return np.concatenate(list(parts))
 
         fit = np.concatenate([seen(fitted, 1, draw) for draw in range(draws)])
-        return {"scores": _scored(fit, np.tile(target, draws), seen(scored, 2, 0), code, len(classes))}
+        return {"scores": _scored(fit, target, seen(scored, 2, 0), code, len(classes))}
 
     run = run or Run()
     known = features and features_of(features, fitted[:32]).tolist()
@@ -227,7 +227,14 @@ def _principal(data: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _scored(fit: np.ndarray, target: np.ndarray, seen: np.ndarray, code: np.ndarray, classes: int) -> np.ndarray:
-    """-log r(c | features) [N] of held-out images, by a regression with the penalty that cross-validates best."""
+    """-log r(c | features) [N] of held-out images, by a regression with the penalty that cross-validates best.
+
+    Args:
+        fit: features [draws M, F] of M images, draw after draw.
+        target: classes [M].
+        seen, code: features [N, F] and classes [N] of the held-out images.
+        classes: their number.
+    """
     from sklearn.linear_model import LogisticRegression
 
     centre, scale = fit.mean(0), fit.std(0)
@@ -240,9 +247,10 @@ def _scored(fit: np.ndarray, target: np.ndarray, seen: np.ndarray, code: np.ndar
         out: np.ndarray = -torch.log_softmax(torch.from_numpy(odds), 1).numpy()[np.arange(len(y)), y]
         return out
 
-    # Every class in every fold: rows go to the folds in the order of their class.
-    fold = np.empty(len(target), dtype=int)
+    # Every class in every fold, and all draws of an image in one: images go to the folds in the order of their class.
+    fold, draws = np.empty(len(target), dtype=int), len(fit) // len(target)
     fold[np.argsort(target, kind="stable")] = np.arange(len(target)) % FOLDS
+    fold, target = np.tile(fold, draws), np.tile(target, draws)
     models = [LogisticRegression(max_iter=500, tol=1e-3, warm_start=True) for _ in range(FOLDS + 1)]
     best, strength = math.inf, STRENGTHS[0]
     for c in STRENGTHS:

@@ -28,6 +28,7 @@ __all__ = ["NonGaussianity", "divergence_bound", "non_gaussianity"]
 TOP = 20.0  # integrals end at this multiple of the data's largest standard deviation
 SPACING = 0.25  # largest step of an integral in log sigma
 THRESHOLD = 0.1  # nats
+FEW = 10  # images that choose an end, at least
 SOURCE = "integral of denoising losses (derived, I-MMSE)"
 
 
@@ -59,14 +60,12 @@ class NonGaussianity(Curve):
 
     def time(self, threshold: float = THRESHOLD, resamples: int = 1000, seed: int = 0) -> CriticalTime:
         """The level where it passes a threshold in nats, with a bootstrap interval over images."""
-        sigma, gap = self.losses.sigma, _excess(self.losses, self.law)
-        fine = between(sigma)
-        # Integrals from the fine levels as one matrix [A, G]: each resample is a product.
-        weights = integral_above(np.eye(len(sigma)), sigma, at=fine)
-        value = weights @ gap.mean(1)
+        fine = between(self.losses.sigma)
+        nats = _nats(self.losses, self.law, fine)
+        value = nats.mean(1)
         return passing_time(
             fine,
-            np.concatenate([value[None], resampled(gap, seed, resamples) @ weights.T]),
+            np.concatenate([value[None], resampled(nats, seed, resamples)]),
             threshold,
             nowhere(fine, value, threshold),
             f"non-Gaussianity of {threshold:g} nat",
@@ -96,7 +95,8 @@ def divergence_bound(losses: Losses, law: str, sigma: Levels | None = None) -> N
         )
     gap = _excess(losses, law)
     name = f"non-Gaussianity, {law}" if law else "non-Gaussianity"
-    c = mean_curve(s, integral_above(gap, losses.sigma, at=s), name, shape=shape)
+    c = mean_curve(s, _nats(losses, law, s), name, shape=shape)
+    whole = integral_above(gap.mean(1), losses.sigma, at=s)
     indicator = integral_above(losses.apart[law].mean(1) / losses.sigma**2, losses.sigma, at=s)
     # Every second level, the top one among them; the error of the finer rule is a part of the difference.
     half = np.unique(np.append(np.arange(len(losses.sigma) - 1, -1, -2), 0))
@@ -104,7 +104,7 @@ def divergence_bound(losses: Losses, law: str, sigma: Levels | None = None) -> N
     return c.extended(
         NonGaussianity,
         indicator=indicator.reshape(shape),
-        quadrature=np.abs(coarse - c.value.ravel()).reshape(shape),
+        quadrature=np.abs(coarse - whole).reshape(shape),
         losses=losses,
         law=law,
     )
@@ -113,6 +113,31 @@ def divergence_bound(losses: Losses, law: str, sigma: Levels | None = None) -> N
 def _excess(losses: Losses, law: str) -> np.ndarray:
     """(loss_law - loss_net) / u^2 [G, N], the integrand over log u."""
     return (losses.of(law) - losses.network) / losses.sigma[:, None] ** 2
+
+
+def _nats(losses: Losses, law: str, at: np.ndarray) -> np.ndarray:
+    """The integral from levels [A] up for every image, [A, N].
+
+    Any upper end gives a bound, for what is left out is a divergence of a step and not negative. Where the network is
+    worse than the law an end at the top loses nats: each half of the images chooses the end for the other half,
+    where leaving out all above gains more than two errors. An end at the level itself is none: there the integral is
+    negative, and says that the network is worse than the law.
+    """
+    values = integral_above(_excess(losses, law), losses.sigma, at=at)
+    tails = integral_above(_excess(losses, law), losses.sigma)  # [G, N]
+    half = np.arange(losses.images) % 2
+    for chooses in (0, 1):
+        some = tails[:, half == chooses]
+        if some.shape[1] < FEW:
+            continue
+        mean, error = some.mean(1), some.std(1, ddof=1) / math.sqrt(some.shape[1])
+        lost = np.where(mean + 2 * error < 0, mean, 0.0)
+        for i, u in enumerate(at):
+            above = np.flatnonzero(losses.sigma >= u * (1 - 1e-9))
+            j = int(above[np.argmin(lost[above])])
+            if lost[j] < 0 and losses.sigma[j] > u * (1 + 1e-9):
+                values[i, half != chooses] -= tails[j, half != chooses]
+    return values
 
 
 @renamed()
@@ -142,13 +167,15 @@ def non_gaussianity(
         labels: class [N] of every image, only for a class-conditional network.
         seed: of the noise, the same at every level.
         top: where the integral ends; by default 20 times the data's largest standard deviation, at most the
-            network's highest level. Above it the law is taken for exact.
+            network's highest level. Above it the law is taken for exact. It ends earlier where the network is worse
+            than the law above, as other images say.
         spacing: largest step of the integral in log sigma; the network is asked once an image and step.
         run: as for `loss_curve`.
 
     Returns:
         A `NonGaussianity`: ``value`` with a 95 % interval ``low``, ``high`` over images, ``indicator``, ``quadrature``;
-        its ``time()`` is the level where it passes 0.1 nat. Negative where the network is worse than the law.
+        its ``time()`` is the level where it passes 0.1 nat. Negative where the network is worse than the
+        law right above.
 
     Raises:
         InputError: as for `loss_curve`, and for a top below the levels.

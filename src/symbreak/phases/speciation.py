@@ -103,7 +103,8 @@ def speciation_time(
         `Moments.population`), with a jackknife interval; no level, with a reason, where it is at most 1 (spectral).
         Of an eigenvalue that is not told from noise the least level is given, and bounds. Free entropy:
         a `SpeciationTime`, whose ``classes`` hold one time for each class that x is drawn from and whose
-        own level is the largest of them, where the first class stands out. With three and more classes
+        own level is the largest of them, where the first class stands out (read from other draws than those that
+        choose the class, where the draws do not tell which it is). With three and more classes
         each is set against the mixture of the others, by Monte Carlo, with jackknife intervals.
 
     Raises:
@@ -143,17 +144,19 @@ def _free_entropy(law: Mixture, scale: float, samples: int, seed: int) -> Specia
     size = math.sqrt(variance)
     if not size > 0:
         raise InputError("all components are one point; expected classes that differ.")
-    times = []
+    times, left_out = [], []
     names = range(law.components) if law.classes is None else law.classes.unique().tolist()
     for k, name in enumerate(names):
         ends: tuple[float | None, float | None, float | None] = (None, None, None)
+        rows: np.ndarray | None = None
         reason: str | None = f"E[L] stays below Std[L] for class {name} at every level"
         if law.class_weights[k] == 0:
             reason = f"class {name} has weight 0"
         elif law.components == 2:
             ends = (_outermost(_pair(law, int(member[:, k].nonzero()[0])), size), None, None)
         else:
-            ends = _against_rest(law, member[:, k], size, max(samples // len(names), 100), seed)
+            ends, rows = _against_rest(law, member[:, k], size, max(samples // len(names), 100), seed)
+        left_out.append(rows)
         level, low, high = (None if e is None else NoiseLevel(e * scale) for e in ends)
         reason = reason if level is None else None
         kind = "" if level is None else "exact" if low is None else "draws only"
@@ -161,7 +164,35 @@ def _free_entropy(law: Mixture, scale: float, samples: int, seed: int) -> Specia
             CriticalTime(level, low, high, criterion="free-entropy", source=FREE_ENTROPY, reason=reason, interval=kind)
         )
     first = max(times, key=lambda c: -1.0 if c.sigma is None else c.sigma)
-    return SpeciationTime(**vars(first), classes=tuple(times))
+    noisy = [(time, rows) for time, rows in zip(times, left_out) if rows is not None]
+    return SpeciationTime(**vars(_first_of(first, noisy, scale)), classes=tuple(times))
+
+
+def _first_of(first: CriticalTime, noisy: list[tuple[CriticalTime, np.ndarray]], scale: float) -> CriticalTime:
+    """The level of the first class, from draws that did not choose which class that is.
+
+    The largest of several noisy levels is too large. Each group of draws reads the level of the class that is the first
+    one without the group, by the jackknife's pseudo-values. The interval is that of a maximum: its lower end is the
+    first class's at 5 % over the number of classes that may be the first, its upper end the largest of theirs.
+
+    Args:
+        noisy: the time of each class, and log sigma with each of the groups of draws left out [groups].
+    """
+    if first.low is None:
+        return first
+    some = [(c, rows) for c, rows in noisy if c.high is not None and c.high.sigma >= first.low.sigma]
+    if len(some) < 2:
+        return first
+    rows = np.array([left_out for _, left_out in some])
+    groups, log_scale = rows.shape[1], math.log(scale)
+    pseudo = groups * rows.mean(1, keepdims=True) - (groups - 1) * rows
+    top = next(left_out for c, left_out in some if c.sigma == first.sigma)
+    low = jackknife(math.log(first.sigma or 0.0), top, confidence=1 - 0.05 / len(some))[0]
+    high = max(math.log(c.high.sigma) for c, _ in some if c.high)
+    level = log_scale + float(pseudo[rows.argmax(0), np.arange(groups)].mean())
+    at, below, above = (NoiseLevel(math.exp(v)) for v in (min(max(level, low), high), low, high))
+    reason = f"one of {len(some)} classes whose levels the draws do not tell apart"
+    return replace(first, level=at, low=below, high=above, reason=reason)
 
 
 def _outermost(excess: Callable[[float], float], size: float, points: int = 120) -> float | None:
@@ -216,8 +247,8 @@ def _pair(law: Mixture, k: int) -> Callable[[float], float]:
 
 def _against_rest(
     law: Mixture, inside: torch.Tensor, size: float, samples: int, seed: int, groups: int = 10
-) -> tuple[float | None, float | None, float | None]:
-    """sigma where E[L] = Std[L] for L = log p(x | c) - log p(x | not c), and its jackknife interval.
+) -> tuple[tuple[float | None, float | None, float | None], np.ndarray | None]:
+    """sigma where E[L] = Std[L] for L = log p(x | c) - log p(x | not c), its jackknife interval, and the left-out logs.
 
     Args:
         inside: components of the class c, a mask [K].
@@ -242,13 +273,13 @@ def _against_rest(
 
     root = _outermost(lambda s: excess(odds(s)), size, points=48)  # draws are dear
     if root is None:
-        return None, None, None
+        return (None, None, None), None
     h = 0.02
     slope = (excess(odds(root * math.exp(h))) - excess(odds(root * math.exp(-h)))) / (2 * h)
     at, part = odds(root), np.arange(sum(len(c) for c, _ in draws)) % groups
     moved = np.array([-excess(at[part != g]) / slope for g in range(groups)])
     low, high = jackknife(0.0, moved)
-    return root, root * math.exp(low), root * math.exp(high)
+    return (root, root * math.exp(low), root * math.exp(high)), math.log(root) + moved
 
 
 def cloning_probability(
