@@ -451,7 +451,7 @@ def test_interrupted_studies_leave_no_half_written_record(tmp_path, sent, code):
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "goes on from what is finished" in err
+    assert "continues from what is finished" in err
     assert "Traceback" not in err
     assert [p.name for p in out.iterdir()] == ["cells.json"]
     json.loads((out / "cells.json").read_text())

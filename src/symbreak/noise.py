@@ -205,7 +205,7 @@ def _cosine_alpha_bar(steps: int = 1000) -> np.ndarray:
 
 
 def _quarter_log(name: str, low: float, high: float, alpha: float | None) -> Schedule:
-    """Networks that are told c_noise = log(sigma) / 4 as their time, as EDM's are (arXiv:2206.00364, table 1)."""
+    """Networks whose time is c_noise = log(sigma) / 4, as in EDM (arXiv:2206.00364, table 1)."""
     if not 0 < low < high:
         raise ValueError(f"the schedule {name} runs from sigma {low:g} to {high:g}; expected 0 < low < high.")
 
@@ -285,7 +285,7 @@ def schedule(source: Any = "ddpm-linear") -> Schedule:
 
 
 def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
-    """A random generator of its own for every key of integers >= 0: no global state, no order of use.
+    """A separate random generator for every key of integers >= 0: no global state, no order of use.
 
     Trailing zeros do not tell keys apart, so use keys of one length.
 

@@ -419,7 +419,7 @@ def train(
     machine: Machine = Machine(),
     as_json: Json = False,
 ) -> None:
-    """Train a small diffusers UNet2DModel; goes on from its checkpoint when called again."""
+    """Train a small diffusers UNet2DModel; continues from its checkpoint when called again."""
     from symbreak.networks.train import Recipe, train_network
 
     settings = Recipe() if recipe is None else Recipe.load(recipe)
@@ -537,5 +537,5 @@ def main(argv: list[str] | None = None) -> None:
             raise
         fail(1, f"symbreak: the machine failed: another process of this run ended ({str(error)[:160]}).")
     if code in (130, 143):
-        fail(code, "symbreak: interrupted; the same command goes on from what is finished.")
+        fail(code, "symbreak: interrupted; the same command continues from what is finished.")
     raise SystemExit(code if isinstance(code, int) else 0)

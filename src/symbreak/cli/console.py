@@ -65,7 +65,7 @@ def say(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> None:
 
 
 def say_record(record: Record, out: Path | None, as_json: bool, value: dict[str, Any] | None = None) -> None:
-    """A record's tables, and its report where a folder was asked for.
+    """A record's tables, and its report if a folder was requested.
 
     Args:
         value: the JSON object; by default the record.

@@ -183,7 +183,7 @@ class Machine:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Beginning:
-    """Where sampling begins, and how it goes on."""
+    """Where sampling begins, and how it continues."""
 
     start: Annotated[str, option(None, START)] = "none"
     at: Annotated[

@@ -22,7 +22,7 @@ class HeldOut:
         train: the images to fit with.
         test: the held-out images; none where none were to be kept back.
         how: ``"passed"``, ``"other half of the digits"``, ``"kept back"`` or ``"none"``.
-        share, seed: of the data that was kept back, and of its choice; ``None`` for images of their own.
+        share, seed: of the data that was kept back, and of its choice; ``None`` for other images.
     """
 
     train: Images
@@ -61,8 +61,8 @@ def held_out(
 ) -> HeldOut:
     """Images to fit with and held-out images, by one rule.
 
-    Images that are passed are taken. The digits have a half of their own that is never fitted to, of which the classes
-    in ``data`` are taken. From other data a share is kept back: the same for the same seed, and of every class.
+    Images that are passed are taken. For the digits it is their other half, which is never fitted to, of the classes in
+    ``data``. From other data a share is kept back: the same for the same seed, and of every class.
 
     Args:
         data: images to fit or train with.

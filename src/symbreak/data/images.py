@@ -52,7 +52,7 @@ class Images:
     shape: tuple[int, int, int]
     count: int
     _items: Callable[[int], Iterator[Item]] = field(repr=False)  # the items from a position on
-    _content: Callable[[], str] = field(repr=False)  # hash of the source, asked for on all processes at once
+    _content: Callable[[], str] = field(repr=False)  # hash of the source, computed on all processes at once
     _name_of: Callable[[int], str] = field(default="image {}".format, repr=False)
     labels: torch.Tensor | None = None
     classes: tuple[str, ...] = ()
@@ -127,10 +127,10 @@ class Images:
         return out
 
     def shards(self, run: Run | None = None, multiple: int = 1) -> Shards:
-        """The images as rows to be asked for, of which every process reads and holds a part.
+        """The images as rows read on demand, of which every process reads and holds a part.
 
         Args:
-            run: its memory holds them, its folder those that do not fit; told how many have been read.
+            run: its memory holds them, its folder those that do not fit; its progress counts the images read.
             multiple: parts begin at multiples of it.
         """
         run, (part, _, _) = run or Run(), own_rows(self, multiple)

@@ -332,7 +332,7 @@ def _from_numpy(path: Path, value_range: Range | None) -> Images:
 
 
 def _mapped(path: Path, info: zipfile.ZipInfo | None) -> np.ndarray | None:
-    """A large array of an .npz that is stored as it is, as a memory map, whose checksum nobody reads.
+    """A large array of an .npz that is stored as it is, as a memory map, whose checksum is not checked.
 
     ``None`` where it is small, compressed or pickled.
     """

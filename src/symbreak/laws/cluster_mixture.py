@@ -288,7 +288,7 @@ def _groups(
     for name, count in zip(names.tolist(), counts.tolist()):
         if count < 2:
             raise InputError(f"class {name} has {count} sample; at least 2 are needed. Drop it.")
-        # Clusters are shared out by size, rounded so that their sum is what was asked for.
+        # Clusters are shared out by size, rounded so that their sum is the requested number.
         spare = wanted - len(names)
         k = 1 + round(spare * (before + count) / len(a)) - round(spare * before / len(a))
         k = max(1, min(k, count // 2))

@@ -265,7 +265,7 @@ class FlowPath:
     def __init__(self, sigma: float, sigma_from: float | None, c: float, steps: int) -> None:
         self.start, self.end = math.inf if sigma_from is None else float(sigma_from), float(sigma)
         if not (self.end > 0 and self.start > 0):
-            raise InputError(f"the flow was asked for from sigma {self.start:g} to {self.end:g}; expected levels > 0.")
+            raise InputError(f"the flow goes from sigma {self.start:g} to {self.end:g}; expected levels > 0.")
         if steps < 1:
             raise InputError(f"{steps} steps; expected at least 1.")
         self.c, self.steps = c if c > 0 else self.end, steps

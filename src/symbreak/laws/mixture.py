@@ -288,7 +288,7 @@ class Mixture(ExactLaw):
     def membership(self) -> torch.Tensor:
         """Which component belongs to which class, in the order of their numbers: [K, C] of 0 and 1, float64.
 
-        Without classes every component is a class of its own.
+        Without classes every component is a class.
         """
         k = self.components
         code = torch.arange(k) if self.classes is None else self.classes.unique(return_inverse=True)[1]

@@ -3,7 +3,7 @@
 |x - y|^2 = |x|^2 - 2 (x.y - |y|^2 / 2) from float32 products of the centred data, which lose at most
 n u (|x||y| + |y|^2 / 2) of the term in brackets (n = d + 8 operations of unit roundoff u; Higham, *Accuracy and
 Stability of Numerical Algorithms*, section 3.1). The leading candidates are ranked by exact float64 differences.
-Where a point left out could still be nearer within that bound, the query is asked again with float64 products and
+Where a point left out could still be nearer within that bound, the query is repeated with float64 products and
 every point that its bound leaves open. So distances and order are those of differences in float64 (of equal
 distances the lower index comes first), whatever the size of the blocks.
 """
@@ -72,7 +72,7 @@ def neighbours(
     tags = (None, None) if classes is None else classes
     count, total, size = len(queries), len(among), QUERIES
     whole = isinstance(queries, torch.Tensor) and isinstance(among, torch.Tensor)
-    asked_here = total  # points that this rank asks
+    searched_here = total  # points that this rank searches
     ready: list[Search] | None
     if whole:
         ready = [Search(among, k, block, memory, same=same, classes=tags[1])]  # type: ignore[arg-type]
@@ -80,9 +80,9 @@ def neighbours(
         among = Shards.of(among) if isinstance(among, torch.Tensor) else among
         size = max(1, min(QUERIES, memory // (64 * math.prod(queries.shape[1:]))))
         pieces = partial(searches, among, k, block, memory, same, tags[1])
-        asked_here = among.last - among.first
+        searched_here = among.last - among.first
         # Else pieces are read again for every part, which costs little beside thousands of products with each.
-        ready = list(pieces()) if 4 * asked_here * among.row_bytes <= memory else None
+        ready = list(pieces()) if 4 * searched_here * among.row_bytes <= memory else None
 
     def nearest(x: torch.Tensor, index: torch.Tensor, part: int) -> Pairs:
         """The nearest of this rank's points; a ``part`` of so many queries is at an end with these."""
@@ -93,7 +93,7 @@ def neighbours(
                 new = search.ask(x[some], index[some], None if tags[0] is None else tags[0][index[some]])
                 d[some], j[some] = _ranked(torch.cat([d[some], new[0]], 1), torch.cat([j[some], new[1]], 1), k)
                 done += len(some) * (search.last - search.first)
-                run.tell(min(count - 1, int(index[0]) + part * done // (len(index) * asked_here)), count)
+                run.tell(min(count - 1, int(index[0]) + part * done // (len(index) * searched_here)), count)
             del search  # its points go before the next ones come
         return d, j
 

@@ -6,7 +6,7 @@ The square of the noise cancels exactly, and with A = |y_mu - y_nu|^2 / 2 and B 
 are -(A / sigma + B) / sigma: the two products Y Y^T and Z Y^T, formed block by block, serve every level, and a
 level costs one exponential a pair. Exponents never pass g^2 / 2 for a standard normal g (at A = sigma^2 g^2 / 2),
 so no maximum has to be taken away; they are cut at -80, below which only slow denormals are left. Queries that have
-hardly any weight above the cut are summed again in float64 with their maximum taken away, where log S is asked for
+hardly any weight above the cut are summed again in float64 with their maximum taken away, where log S is needed
 (``tails``) and not only log(1 + S).
 
 Float32 products lose about 1e-7 of |y|^2 and |z| |y|; levels at which that could move an exponent by more than
@@ -134,7 +134,7 @@ def overlaps(
     Raises:
         InputError: for fewer than 2 queries.
 
-    Ranks share the blocks of queries, or ask every query of their own `SharedPoints` and add the sums
+    Ranks share the blocks of queries, or compute every query against their own `SharedPoints` and add the sums
     (`symbreak.runtime.ranks`).
     """
     if queries < 2:

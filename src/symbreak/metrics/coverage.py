@@ -4,7 +4,7 @@ Precision is the share of samples that lie within the real data's neighbourhoods
 images that lie within the samples' (Kynkäänniemi et al., arXiv:1904.06991); a neighbourhood reaches to a
 point's k-th nearest neighbour in its own set. Density and coverage (Naeem et al., arXiv:2002.09797, the authors'
 ``prdc``) and the Vendi score (Friedman & Dieng, arXiv:2210.02410, the authors' ``vendi-score``) come from optional
-packages. All depend on the counts, which are therefore said.
+packages. All depend on the counts, which the results therefore name.
 """
 
 from __future__ import annotations

@@ -297,7 +297,7 @@ def features(extract: Extractor | Function, batches: Images | torch.Tensor | Ite
 
 
 def feature_shards(extract: Extractor | Function, images: Images | Shards, run: Run) -> Shards:
-    """Features [N, F] float64 of images as rows to be asked for, of which every rank makes and holds a part.
+    """Features [N, F] float64 of images as rows read on demand, of which every rank computes and holds a part.
 
     Args:
         extract: the extractor.

@@ -116,7 +116,7 @@ class Dinov2(Extractor):
     Raises:
         InputError: without transformers, or where the folder holds no such network.
 
-    Source: Oquab et al., arXiv:2304.07193; as a ruler: Stein et al., arXiv:2306.04675.
+    Source: Oquab et al., arXiv:2304.07193; as features for distances: Stein et al., arXiv:2306.04675.
     """
 
     resize = "8 bits, RGB, bicubic (antialiased) to 224 x 224, ImageNet normalisation"

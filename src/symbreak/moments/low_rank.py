@@ -49,7 +49,7 @@ Batches = Iterable[torch.Tensor | np.ndarray]  # of shape [B, *S]; `Images`, a l
 FORMAT = "symbreak.low-rank-moments"
 STORED = ("count", "mean", "variances", "vectors", "eigenvalues", "residuals", "dropped")  # in a file
 OVERSAMPLING = 10
-PROBES = 50  # fewer make S cheap to find and dear to certify: 1 / c is 42 at 10, 3.5 at 50, 2.3 at 100
+PROBES = 50  # fewer make S cheap to find and expensive to certify: 1 / c is 42 at 10, 3.5 at 50, 2.3 at 100
 FAILURE = 1e-6
 BLOCK = 2**26  # float32 numbers of one block of rows
 COLUMNS = 2**16  # columns of a block multiplied at a time
@@ -96,7 +96,7 @@ def population(values: np.ndarray, trace: float, dim: int, count: int, k: int) -
     Args:
         values: leading eigenvalues [K] of the sample covariance, falling; the others are taken for equal.
         trace, dim, count: of the covariance, and of the samples.
-        k: how many of them are asked about, at most K.
+        k: how many of them are judged, at most K.
 
     Source: Bai & Ding 2012, arXiv:1203.1123 (eigenvalues); Johnstone 2001, doi:10.1214/aos/1009210544 (edge).
     """
@@ -380,7 +380,7 @@ def at_most(k: int | None, most: int) -> int:
     """How many eigenvalues: k, all by default, no more than there are."""
     k = most if k is None else min(int(k), most)
     if k < 1:
-        raise InputError(f"{k} eigenvalues asked for; expected at least 1.")
+        raise InputError(f"{k} eigenvalues requested; expected at least 1.")
     return k
 
 

@@ -557,7 +557,7 @@ def grouped(batches: Batches, group: np.ndarray, shared: bool = False) -> list[M
     Args:
         batches: as of `Moments.fit`, rows in the order of ``group``.
         group: [n] the group 0 .. G - 1 of every row; rows of a negative group belong to none.
-        shared: whether every rank brings rows of its own; the moments are of all of them.
+        shared: whether every rank brings its own rows; the moments are of all of them.
 
     Returns:
         G moments, each without parts to leave out; memory is G times d^2. Rows may all be equal: samples collapse.
@@ -609,7 +609,7 @@ def mode_images(moments: Moments | LowRankMoments, modes: int = 8) -> torch.Tens
     [[0.0, 1.0]]
     """
     if int(modes) != modes or modes < 1:
-        raise InputError(f"{modes} modes asked for; expected a whole number of at least 1.")
+        raise InputError(f"{modes} modes requested; expected a whole number of at least 1.")
     if isinstance(moments, LowRankMoments):
         columns = moments.vectors[:, :modes].double()
     else:

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 Batches: TypeAlias = torch.Tensor | np.ndarray | Iterable[torch.Tensor]  # images [N, *S], `Images` or batches
-CHUNK = 64  # states of one call: a fixed size, so that results do not depend on how many are asked about
+CHUNK = 64  # states of one call: a fixed size, so that results do not depend on how many states come
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class Denoiser(Protocol):
 
     Attributes:
         shape: sample shape S.
-        sigma_range: levels it can be asked at; outside it raises ValueError.
+        sigma_range: levels at which it can be evaluated; outside it raises ValueError.
     """
 
     shape: tuple[int, ...]
@@ -101,7 +101,7 @@ def images_for(denoiser: Denoiser, data: Batches, sigma: np.ndarray, least: int 
     Args:
         denoiser: a `Denoiser`.
         data: a tensor or array [N, *S], an `Images` or batches.
-        sigma: levels it will be asked at.
+        sigma: levels at which it will be evaluated.
         least: smallest number of images.
 
     Raises:

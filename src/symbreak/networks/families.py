@@ -7,7 +7,7 @@ VE state x = x_0 + sigma eps and gives E[x_0 | x]. With state = alpha x:
     EDM: D = c_skip x + c_out F(c_in x, log(sigma) / 4)        flow matching: D = state - s v, s = std
 
 (Salimans & Ho, arXiv:2202.00512; Karras et al., arXiv:2206.00364; Lipman et al., arXiv:2210.02747).
-Between a network's discrete steps t is interpolated in log sigma and the network asked at fractional t.
+Between a network's discrete steps t is interpolated in log sigma and the network evaluated at fractional t.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ _SIGNAL = 2.0**-24  # alpha-bar that diffusers gives a last step of zero signal
 
 
 def continuous(config: Mapping[str, object]) -> bool:
-    """Whether a network's time is log(sigma) / 4, as EulerDiscreteScheduler says it."""
+    """Whether a network's time is log(sigma) / 4, as in EulerDiscreteScheduler."""
     return config.get("timestep_type") == "continuous" and config.get("prediction_type") == "v_prediction"
 
 

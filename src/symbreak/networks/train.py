@@ -3,7 +3,7 @@
     loss = E | eps_theta(alpha_t x_0 + sigma_t eps, t) - eps |^2,  t uniform over the DDPM steps
 
 (Ho, Jain, Abbeel 2020, arXiv:2006.11239). Every step draws from generators keyed by (seed, step),
-so a run that was interrupted goes on from its checkpoint and ends with the bits of one that was not.
+so an interrupted run continues from its checkpoint and ends with the bits of one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def train_network(
 ) -> Values:
     """Train a network on ``data`` and save a `diffusers.DDPMPipeline` folder.
 
-    Called again with the same arguments after an interruption it goes on from the checkpoint in
+    Called again with the same arguments after an interruption it continues from the checkpoint in
     ``out``; called after the end it returns the result at once. Several processes read and hold a part of the images
     each, share every batch and add their gradients; dropout draws from a generator a process, so that a run is the
     same bits on the same number of processes.

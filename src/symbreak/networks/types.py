@@ -1,7 +1,7 @@
-"""What is asked of diffusers' networks, schedulers and pipelines.
+"""What symbreak uses of the networks, schedulers and pipelines of diffusers.
 
-Its classes differ in what their methods take and give: what all of them share is said here, and whatever else they have
-can be asked of them, too.
+Its classes differ in what their methods take and return. These protocols declare what all of them share; other
+attributes can be used, too.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class Branches:
     """Trunks of a law or denoiser, and the trajectories that begin on them at some levels.
 
     The grid is even in the network's own time where it has a schedule, else in log sigma; of its levels the nearest
-    ones are moved to those asked about, so that more of these take more steps only where they lie closer than the
+    ones are moved to the requested ones, so that more of these take more steps only where they lie closer than the
     steps.
 
     Args:
@@ -182,7 +182,7 @@ class Branches:
         """The arrays of all blocks of trajectories, joined along their second axis.
 
         Args:
-            run: `Run`; its progress is told in states denoised.
+            run: `Run`; its progress counts denoised states.
             name: of the experiment, which with the number of a block is the key of that block's generator.
             total: trajectories.
             make: (which trajectories, generator, tell) -> arrays.
@@ -225,7 +225,7 @@ class Branches:
             return str(agreed(answers))
 
     def classifier(self, classify: Classify | None) -> Classify:
-        """The function that was given, or a mixture's likeliest class.
+        """The function that was passed, or the likeliest class of a mixture.
 
         Raises:
             InputError: for a law or network without classes.

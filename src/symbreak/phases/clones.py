@@ -88,10 +88,10 @@ def clones(
         pairs: number of trunks; each pair is an independent trajectory and its clones.
         steps: network evaluations on one way down. 40 of them read the crossing of exact mixtures 1.5 to 3 % high in
             sigma, 200 of them under 1 %.
-        seeds: every block of pairs draws from a generator of its own, keyed by this and the block's number.
+        seeds: every block of pairs draws from its own generator, keyed by this and the number of the block.
         clusters: number of classes to find in the trunks' final images, by k-means in their leading 32
             principal components, instead of classify. All final images, (1 + G) pairs of them, are then held in
-            memory as float32. The interval takes the clusters as given.
+            memory as float32. The interval takes the clusters as fixed.
         paths: `Paths`: where the trajectories begin and end, their precision, resamples of the pairs.
         run: finished blocks of pairs, and progress in states denoised of all.
 

@@ -99,7 +99,7 @@ def nearest_flips(
         law_or_denoiser: a law (its own states at the first level), or a denoiser (pure noise).
         data: the training points.
         trajectories: N.
-        steps: G levels, even in log sigma; the denoiser is asked once at each.
+        steps: G levels, even in log sigma; the denoiser is evaluated once at each.
         sigma_start, sigma_end: first and last level; by default the denoiser's own ends, or for a law 30 times and a
             hundredth of the spread of the data.
         seeds: every block of 64 trajectories draws from a generator keyed by this and its number.

@@ -842,14 +842,14 @@ def _both_ways(
     new: list[Track] = []
     for track in pieces(system, [*back, *up]):
         lowest = min(track.points)
-        # Through the fold of a ring the march goes on along its other side.
+        # Through the fold of a ring the march continues along its other side.
         if not _one_continuum(system, track.points[lowest], lowest, _known([*tracks, *new], lowest)):
             new.append(track)
     return new
 
 
 def _on_grid(track: Track, grid: np.ndarray) -> Branch:
-    """A track at the levels asked for, as states of its frame."""
+    """A track at the requested levels, as states of its frame."""
     system, continuum = track.system, 0
     points, values = np.full((len(grid), system.dim), math.nan), np.full(len(grid), math.nan)
     for i in np.argsort(-grid, kind="stable"):

@@ -12,7 +12,7 @@ their standardised form has the same law whatever their covariance.
 
 Data that are not Gaussian are so at no level (Cramer 1936: if x_0 + sigma eps is Gaussian, x_0 is). A test only says
 whether n samples see it, and the level of the first rejection falls with fewer samples. What the departure costs is
-said in nats (`symbreak.phases.non_gaussianity`), and the caller may put that beside.
+measured in nats by `symbreak.phases.non_gaussianity`, which the caller may put beside.
 """
 
 from __future__ import annotations
@@ -371,7 +371,7 @@ def _states(
     def noised(u: float) -> torch.Tensor:
         if u == 0:
             return clean
-        # Levels draw noise of their own, so that chance does not repeat itself from level to level.
+        # Every level draws its own noise, so that chance does not repeat itself from level to level.
         g = generator(seed, 51, place[u])
         return clean + u * torch.randn(clean.shape, generator=g, dtype=torch.float64)
 

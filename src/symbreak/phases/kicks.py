@@ -1,4 +1,4 @@
-"""Kicks: a trajectory is kicked at sigma and goes on with the same noise. How far does the kick carry?
+"""Kicks: a trajectory is kicked at sigma and continues with the same noise. How far does the kick carry?
 
 Kicked trajectories take plain steps, as one that has just begun has no past to extrapolate from.
 

@@ -55,9 +55,9 @@ class Losses:
         network: |x_0 - D|^2 [G, N].
         laws: the same of every law, by name.
         apart: |D - D_law|^2 [G, N] of every law.
-        spread: |D - centre|^2 [G, N], the centre being the images' mean unless one was given.
+        spread: |D - centre|^2 [G, N], the centre being the mean of the images unless one was passed.
         state: |x - x_0|^2 [G, N], the error of the noised image itself.
-        through: |A (x_0 - D)|^2 [G, N] of the network (key ``None``) and the laws, where a map A was given.
+        through: |A (x_0 - D)|^2 [G, N] of the network (key ``None``) and the laws, where a map A was passed.
     """
 
     sigma: np.ndarray
@@ -248,7 +248,7 @@ def entropic_levels(losses: Losses, n: int) -> np.ndarray:
         n: number of levels, at least 2.
 
     Raises:
-        InputError: for fewer than 2 levels, asked for or measured.
+        InputError: for fewer than 2 levels, requested or measured.
 
     Source: Stancevic, Handke, Ambrogioni, arXiv:2504.13612.
     """

@@ -51,7 +51,7 @@ class Check(Result):
 
     Attributes:
         name: what was looked at.
-        holds: whether it holds; ``None`` where that cannot be said.
+        holds: whether it holds; ``None`` where that cannot be decided.
         value: the number measured, NaN where there is none.
         expected: the number it is held against.
         sentence: both in words.
@@ -125,7 +125,7 @@ def reversion(
 
         rho(s) = E (x_s - m_s).(x_T - m_T) / sqrt(E|x_s - m_s|^2 E|x_T - m_T|^2)
 
-    under the reverse SDE, on levels even in log sigma, the levels asked for among them.
+    under the reverse SDE, on levels even in log sigma, the requested levels among them.
 
     Args:
         law_or_denoiser: a law, or a denoiser d(x, sigma).

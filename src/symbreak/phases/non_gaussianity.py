@@ -169,7 +169,7 @@ def non_gaussianity(
         top: where the integral ends; by default 20 times the data's largest standard deviation, at most the
             network's highest level. Above it the law is taken for exact. It ends earlier where the network is worse
             than the law above, as other images say.
-        spacing: largest step of the integral in log sigma; the network is asked once an image and step.
+        spacing: largest step of the integral in log sigma; the network is evaluated once an image and step.
         run: as for `loss_curve`.
 
     Returns:

@@ -73,7 +73,7 @@ class Wells:
 
     Attributes:
         depth: a minimum counts from this depth on, in the units of u. The stationary density of the reverse SDE is
-            exp(-2 u): 0.01 is two per cent of it. At least ten quadrature errors are asked for.
+            exp(-2 u): 0.01 is two per cent of it. It is at least ten quadrature errors.
         tolerance: of the line integral, relative; by default 1e-8 for a law and 1e-4 for a denoiser.
     """
 
@@ -95,7 +95,7 @@ class Arc:
         threshold: depth from which a minimum counts.
         states: of the two trajectories [G, 2, *S] in the frame named.
         ends: their final images [2, *S].
-        seeds: of their noise, ``None`` where the noise was given.
+        seeds: of their noise, ``None`` where the noise was passed.
         critical: where one well becomes two (criterion ``"arc"``), bracketed by two levels.
         flow, frame: of which flow.
     """

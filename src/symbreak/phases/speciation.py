@@ -101,7 +101,7 @@ def speciation_time(
     Returns:
         A `CriticalTime`. Spectral and signal-to-noise: the eigenvalue is the law's, which samples spread out (see
         `Moments.population`), with a jackknife interval; no level, with a reason, where it is at most 1 (spectral).
-        Of an eigenvalue that is not told from noise the least level is given, and bounds. Free entropy:
+        For an eigenvalue that cannot be told from noise the answer is the least level, with bounds. Free entropy:
         a `SpeciationTime`, whose ``classes`` hold one time for each class that x is drawn from and whose
         own level is the largest of them, where the first class stands out (read from other draws than those that
         choose the class, where the draws do not tell which it is). With three and more classes
@@ -271,7 +271,7 @@ def _against_rest(
         spread = float(values.std(ddof=1))
         return float(values.mean()) / spread - 1.0 if spread > 0 else -1.0
 
-    root = _outermost(lambda s: excess(odds(s)), size, points=48)  # draws are dear
+    root = _outermost(lambda s: excess(odds(s)), size, points=48)  # draws are expensive
     if root is None:
         return (None, None, None), None
     h = 0.02

@@ -59,7 +59,7 @@ WARN_NONLINEAR = 0.5
 
 
 class _Measured(Law, Protocol):
-    """A law that says its moments."""
+    """A law with known moments."""
 
     @property
     def moments(self) -> Moments | LowRankMoments: ...
@@ -425,7 +425,7 @@ def _along(world: Law, noise: torch.Tensor, levels: set[float], end: float) -> d
 
 
 def _is_stochastic(start: LateStart, unet: Network, state: torch.Tensor, seed: int) -> bool:
-    """Whether the sampler draws noise of its own."""
+    """Whether the sampler draws noise."""
     if "generator" not in inspect.signature(start.scheduler.step).parameters:
         return False
     return not torch.equal(_run(start, unet, state, seed), _run(start, unet, state, seed + 1))

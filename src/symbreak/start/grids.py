@@ -94,7 +94,7 @@ def standard_starts(scheduler: Scheduler, steps: int, skip: bool = False) -> dic
 
 
 def steps_for(scheduler: Scheduler, calls: int, name: str | None = None) -> int:
-    """num_inference_steps that cost a number of network evaluations, asked of the scheduler itself.
+    """num_inference_steps that cost a number of network evaluations, counted on the scheduler itself.
 
     Args:
         scheduler: any diffusers scheduler.

@@ -56,7 +56,7 @@ class LateStart:
         level: the level where it begins, in the frame of the scheduler's states.
         law: the law the start is drawn from; ``None`` is the standard start from white noise.
         steps: num_inference_steps.
-        asked: the level asked for; ``level`` is what the scheduler offers.
+        asked: the requested level; ``level`` is what the scheduler offers.
         full: the scheduler before it was cut.
         notes: one line each on what was rounded or is outside the theory.
         choice: why it was chosen, where ``at="auto"`` did.
@@ -164,7 +164,7 @@ class LateStart:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file: the law, and as JSON the uncut scheduler, the level asked for and the steps.
+        """Write one safetensors file: the law, and as JSON the uncut scheduler, the requested level and the steps.
 
         Of a ``choice`` its sentence is kept, in ``notes``, not its curves.
 

@@ -213,7 +213,7 @@ def evaluated(
 
 
 class _Images:
-    """The images that `generate` was asked for, checked, and made a part at a time."""
+    """The images of a call of `generate`: checked, and made a part at a time."""
 
     def __init__(
         self,
@@ -411,7 +411,7 @@ def write_images(
     micro_batch: int = 64,
     run: Run | None = None,
 ) -> int:
-    """One PNG a seed, ``00000007.png``, and ``sample.json`` with what decides the images; goes on where it ended.
+    """One PNG a seed, ``00000007.png``, and ``sample.json`` with what decides them; an interrupted call continues.
 
     Args:
         unet, start, seeds, micro_batch: see `generate`.

@@ -5,7 +5,7 @@
                  of duplicates d_1 / d_2 would be 1, and every copy of them would be missed
     nearer       share of samples nearer to training than to held-out images, 1/2 without copying
 
-Held-out images are asked the same as the samples: they say what to expect of images that nobody copied.
+Held-out images are measured like the samples: they show what to expect of images that were not copied.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class _Side:
-    """Images that are asked about, or asked: as pixels, as rows of the features, and by their bytes."""
+    """Images that are searched for, or searched among: as pixels, as rows of the features, and by their bytes."""
 
     pixels: Shards
     rows: Shards

@@ -58,7 +58,7 @@ def diagnose(
         modes: rungs of the ladder, and pictures of modes.
         moments: of the data, where they are already fitted.
         holdout: images for losses and U-turns that neither laws nor network have seen; by default the other half of
-            the digits, else a fifth of ``data`` is kept back from the laws. A network may know those: it is said.
+            the digits, else a fifth of ``data`` is kept back. A network may have seen those; the notes say so.
         classify: images [B, C, H, W] -> classes [B] or logits [B, K]; by default a small classifier is trained
             on the labels.
         clusters: classes are this many k-means clusters, of the data for the laws and of the network's own images;

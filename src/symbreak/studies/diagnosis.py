@@ -1,4 +1,4 @@
-"""A diagnosis while it is made: what is asked about, and what was measured so far, as plain values for its record."""
+"""A diagnosis while it is made: its data and network, and what was measured so far, as plain values for its record."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ class Effort:
 
 @dataclass
 class Diagnosis:
-    """What is asked about, and what was measured so far.
+    """The data and the network of a diagnosis, and what was measured so far.
 
     Attributes:
-        data: all images; ``train`` are those that the laws are fitted to, ``test`` those they are asked about.
+        data: all images; ``train`` are those that the laws are fitted to, ``test`` those they are measured on.
         effort, seed, run: how much to spend, the seed of all noise, folder, memory and progress.
         steps: the schedule whose steps the second axis shows.
         scale: largest standard deviation of the data, the unit of levels.

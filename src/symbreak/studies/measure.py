@@ -1,8 +1,8 @@
 """One way of measuring for all starts that are compared: the same network, seeds, features and reference.
 
-start -> images of the reporting seeds -> features -> Fréchet distance over repeats, and what else is asked of the
-images. Choices (a spacing, a level) are made on seeds of their own. Every number is computed once: with a folder an
-interrupted call goes on.
+start -> images of the reporting seeds -> features -> Fréchet distance over repeats, and other measures of the
+images. Choices (a spacing, a level) are made on other seeds. Every number is computed once: with a folder an
+interrupted call continues.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Comparison:
         """Level, cost and ``distance`` of a start on the reporting seeds, and what ``more(images, features)`` says.
 
         Args:
-            unet: a network of its own, which ``key`` has to name.
+            unet: another network than the pipeline's; ``key`` must name it.
         """
 
         def make() -> Values:

@@ -71,7 +71,7 @@ def train_point_network(
         points: data [n, d].
         seed: of initial weights and draws.
         steps, batch, width, lr: optimizer steps, pairs a step, hidden units, peak learning rate.
-        run: told of the steps.
+        run: its progress counts the steps.
 
     Returns:
         The network in float64 (so that its Jacobians are exact) and the settings and losses of the run.

@@ -159,7 +159,7 @@ def sensitivity(
         measure: the features, and how many images of every start; the same seeds everywhere.
         starts: by name, anything with ``.transport``; by default the fitted Gaussian and white noise.
         marks: critical levels to place on the curves.
-        run: its folder gets ``record.json`` and, while it runs, finished cells: an interrupted call goes on.
+        run: its folder gets ``record.json`` and, while it runs, finished cells: an interrupted call continues.
 
     Returns:
         A `Record` of kind ``"sensitivity"``: a row a sampler and number of calls, with the standard start (spacing
@@ -194,7 +194,7 @@ def sensitivity(
             cells = {}
             for sigma in sigmas:
                 cell = comparison.cell(late_start(full, law, steps, at=NoiseLevel(float(sigma)), check=False))
-                cells[cell["sigma"]] = cell  # a grid may offer one level for two that were asked for
+                cells[cell["sigma"]] = cell  # a grid may offer one level for two requested ones
                 run.tell(done := done + 1, total)
             at, values = np.array(list(cells)), np.array([cell["distance"]["values"] for cell in cells.values()])
             flat = flat_range(at, values)

@@ -267,7 +267,7 @@ def explore_world(name: str, train: bool = False, seed: int = 0, *, run: Run | N
         train: also train a small network on the same data (two-deltas only) and put it through the same
             functions.
         seed: of trajectories and of the network.
-        run: told of the stages.
+        run: its progress names the stages.
 
     Returns:
         A `Record` of kind ``"world"``: ``potential``, ``branches``, ``trajectories``, ``critical``,
@@ -314,7 +314,7 @@ def explore_world(name: str, train: bool = False, seed: int = 0, *, run: Run | N
 
 @contextmanager
 def _stage(run: Run, name: str) -> Iterator[Run]:
-    """The run under a stage of that name, which is told as it begins."""
+    """The run under a stage of that name, which is reported as it begins."""
     with run.timed(name) as part:
         part.tell(0, 1)
         yield part
