@@ -341,6 +341,27 @@ def test_a_law_that_memorizes_is_caught_and_one_that_does_not_is_not():
             assert content["comparison"]["p_value"] < 1e-4
 
 
+@pytest.mark.parametrize("change", ["flip", "shift", "paler", "all"])
+def test_copies_with_changes_are_found(change):
+    train, held = images("digits"), images("digits:held-out").tensor()
+    x = train.tensor()[::3]
+    if change in ("flip", "all"):
+        x = x.flip(-1)
+    if change in ("shift", "all"):
+        x = torch.nn.functional.pad(x, (2, 0, 0, 2), value=-1.0)[..., 2:, :-2]  # two to the right, two up
+    if change in ("paler", "all"):
+        x = 0.9 * x + 0.1
+    mixed = torch.cat([x, held[::3][: len(x)]])
+    record = audit(train, mixed, holdout=images("digits:held-out").take(np.arange(1, 899, 3), "others"))
+    assert record.content["verdict"]["kind"] == "copies"
+    changed = record.content["transformed"]
+    # all copies but the few whose shift left the figure behind; of images nobody copied hardly any
+    assert 0.45 < changed["samples"]["share"] < 0.56
+    assert changed["held_out"]["share"] < 0.05
+    right = [one["index"][1] == 3 * one["index"][0] for one in changed["samples"]["listed"]]
+    assert np.mean(right) > 0.95
+
+
 def test_held_out_images_that_are_not_held_out_are_named():
     data, held = images("digits").subset(100), images("digits:held-out").tensor()[:30]
     leaky = images(((torch.cat([data.tensor()[:7], held]) + 1) / 2).numpy())

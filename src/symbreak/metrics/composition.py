@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.intervals import entropy_interval, share_interval
+from symbreak.intervals import DRAWS_A_CLASS, entropy_interval, proportion
 from symbreak.laws.class_posterior import class_of
 from symbreak.metrics.extractors import BATCH, device_of
 from symbreak.runtime.files import InputError
-from symbreak.runtime.plain import Values
+from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.ranks import from_each, own_rows
 from symbreak.runtime.run import padded_blocks
 
@@ -75,7 +75,7 @@ def composition(
 
     Returns:
         One dictionary an attribute: ``attribute``; ``rows`` of ``class``, ``train`` and ``samples`` (count, share and
-        its Wilson interval); ``entropy`` of both columns (`entropy_interval`) and the largest possible.
+        its Clopper-Pearson interval); ``entropy`` of both columns (`entropy_interval`) and the largest possible.
     """
     tables = []
     for attribute, left in train.items():
@@ -94,7 +94,7 @@ def composition(
             {
                 "attribute": attribute,
                 "rows": rows,
-                "entropy": {side: entropy_interval(n) for side, n in columns.items()} | {"largest": math.log2(k)},
+                "entropy": {side: _entropy(n) for side, n in columns.items()} | {"largest": math.log2(k)},
                 "counts": {side: int(n.sum()) for side, n in columns.items()},
             }
         )
@@ -102,5 +102,14 @@ def composition(
 
 
 def _share(hits: int, count: int) -> Values:
-    low, high = share_interval(hits, count)
-    return {"count": hits, "share": hits / count, "share_low": low, "share_high": high}
+    share = proportion(hits, count)
+    return {"count": hits, "share": share["share"], "share_low": share["low"], "share_high": share["high"]}
+
+
+def _entropy(counts: np.ndarray) -> Values:
+    """An entropy with its interval, or why it has none."""
+    entropy: Values = plain(entropy_interval(counts))
+    if entropy["low"] is None:
+        few = f"{counts.sum():,} images of {len(counts):,} classes; an interval needs {DRAWS_A_CLASS} a class"
+        entropy["reason"] = f"{few}. The entropy of classes that hardly occur is not seen."
+    return entropy

@@ -21,13 +21,14 @@ import torch
 from symbreak.intervals import jackknife, mean_interval, proportion
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
-from symbreak.runtime.plain import Values
+from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.run import renamed
 
 __all__ = ["density_coverage", "precision_recall", "vendi_score"]
 
 BLOCK = 1024
 BLOCKS = 10  # of a jackknife
+FEW = 20  # rows a part below which coverage's interval covers less than 90 %
 DENSE_ROWS = 2000  # prdc forms whole matrices of distances
 
 
@@ -40,7 +41,7 @@ def precision_recall(samples: torch.Tensor, real: torch.Tensor, k: int = 3, seed
     nothing, so they hold at least the Clopper-Pearson interval of the points given the neighbourhoods.
 
     Args:
-        samples, real: features of more than k rows each; for an interval 2 (k + 1) of them, else the ends are NaN.
+        samples, real: features of more than k rows each; for an interval 2 (k + 1) of them, else the ends are ``None``.
         k: the neighbour that a neighbourhood reaches to.
         seed: of the blocks.
 
@@ -67,7 +68,8 @@ def precision_recall(samples: torch.Tensor, real: torch.Tensor, k: int = 3, seed
             low, high = jackknife(value, without_points, inside[:, 1:].mean(0).numpy())
             low, high = min(max(0.0, low), given["low"]), max(min(1.0, high), given["high"])
         out |= {name: value, f"{name}_low": low, f"{name}_high": high}
-    return {**out, "k": k, "blocks": blocks, "samples": len(samples), "reference": len(real)}
+    values: Values = plain({**out, "k": k, "blocks": blocks, "samples": len(samples), "reference": len(real)})
+    return values
 
 
 def _covered(points: torch.Tensor, by: torch.Tensor, sizes: list[int], k: int) -> torch.Tensor:
@@ -104,7 +106,8 @@ def density_coverage(samples: torch.Tensor, real: torch.Tensor, k: int = 5, repe
     """Density and coverage of features [N, F] against real ones [M, F], by the authors' package ``prdc``.
 
     Both sets are cut into ``repeats`` disjoint random parts of one size, at most 2,000 rows (the package forms whole
-    matrices of distances); the mean over the parts has a Student-t interval.
+    matrices of distances); the mean over the parts has a Student-t interval, from 20 rows a part on; below,
+    ``None`` and the ``reason``.
 
     Raises:
         InputError: without ``prdc``, or with k or fewer rows a part.
@@ -129,6 +132,9 @@ def density_coverage(samples: torch.Tensor, real: torch.Tensor, k: int = 5, repe
         mean, low, high = mean_interval(column)
         most = 1.0 if name == "coverage" else math.inf  # a share
         out |= {name: mean, f"{name}_low": max(0.0, low), f"{name}_high": min(most, high)}
+    if size < FEW:
+        said = f"{size} images a part; an interval needs {FEW}: of fewer, the parts' values are too far from normal."
+        out |= {"density_low": None, "density_high": None, "coverage_low": None, "coverage_high": None, "reason": said}
     return {**out, "k": k, "repeats": repeats, "samples": size, "reference": size}
 
 

@@ -24,6 +24,7 @@ DEGREE = 3
 SUBSETS, SUBSET_SIZE = 100, 1000
 BLOCKS = 10
 TILE = 1024
+FEW = 40  # rows below which the interval covers less than 90 % of skewed worlds
 
 
 @renamed(found="samples=...")
@@ -39,8 +40,9 @@ def kid(
     """Squared maximum mean discrepancy of features [N, F] and real ones [M, F].
 
     ``value`` is the estimate from all rows; its interval is a jackknife that leaves one of ``blocks`` random blocks of
-    both sets out at a time. ``subsets_mean`` and ``subsets_std`` are the customary numbers, of random subsets of
-    ``subset_size`` rows (or of all, where there are fewer); the subsets overlap, so their spread is no standard error.
+    both sets out at a time (``None``, with the ``reason``, below 40 rows of either). ``subsets_mean`` and
+    ``subsets_std`` are the customary numbers, of random subsets of ``subset_size`` rows (or of all, where there are
+    fewer); the subsets overlap, so their spread is no standard error.
 
     Args:
         samples, real: features, at least 2 rows a block; kernels are formed once, in tiles of 1,024 x 1,024.
@@ -79,12 +81,14 @@ def kid(
     n = np.array(counts, dtype=np.float64)
     value = _mmd(xx, yy, xy, n)
     left_out = np.array([_mmd(*_without(xx, yy, xy, n, b)) for b in range(blocks)])
-    low, high = jackknife(value, left_out)
+    ends: Values = dict(zip(("low", "high"), jackknife(value, left_out)))
+    if min(len(x), len(y)) < FEW:
+        said = f"{len(x)} samples and {len(y)} real images; an interval needs {FEW} of each: the kernel is cubic."
+        ends = {"low": None, "high": None, "reason": said}
     draws = (of_x + of_y) / (size * (size - 1)) - 2 * of_xy / size**2
     return {
         "value": value,
-        "low": low,
-        "high": high,
+        **ends,
         "blocks": blocks,
         "subsets": subsets,
         "subset_size": size,

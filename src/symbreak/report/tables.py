@@ -256,6 +256,11 @@ def _audit(record: Record, content: Values) -> tuple[dict[str, Table], list[str]
             share = measured(m["share"], m["low"], m["high"], ".2%")
             middle = (measured(q[1], q[0], q[2]) for q in (m["nearest"], m["ratio"]))
             table.add(name, number(m["of"], ","), number(m["count"], ","), share, number(m["exact"], ","), *middle)
+    for key, name in (("samples", "samples"), ("held_out", "held-out images")):
+        if (m := content.get("transformed", {}).get(key)) is not None:  # records of before have none
+            share = measured(m["share"], m["low"], m["high"], ".2%")
+            said = f"{name}, flipped, shifted or paler"
+            table.add(said, number(m["of"], ","), number(m["count"], ","), share, *[number(None)] * 3)
     if table.rows:
         tables["memorized"] = table
     if compared is not None:

@@ -3,6 +3,7 @@
     duplicates   equal pixels, and near ones: within a tenth of the scale of the training images' own neighbours
     memorized    d_1 / d_2 < 1/3, d_2 to the nearest training image that is no duplicate of the first: beside a pair
                  of duplicates d_1 / d_2 would be 1, and every copy of them would be missed
+    transformed  the same for copies that are flipped, shifted by up to two pixels, paler or of less contrast
     nearer       share of samples nearer to training than to held-out images, 1/2 without copying
 
 Held-out images are measured like the samples: they show what to expect of images that were not copied.
@@ -10,6 +11,7 @@ Held-out images are measured like the samples: they show what to expect of image
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ from symbreak.laws.nearest_neighbours import neighbours
 from symbreak.metrics.extractors import BATCH, Extractor
 from symbreak.metrics.features import Features, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train
+from symbreak.metrics.transformed import nearest_transformed, transformations
 from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
 from symbreak.networks.loading import refuse_conditional, weights_hash
@@ -44,6 +47,7 @@ __all__ = ["Sampling", "audit"]
 BINS = 40
 SHOWN = 24  # pairs drawn
 LISTED = 100  # duplicate groups listed
+TRANSFORMED_COST = 1e12  # differences formed for changed copies: some minutes; fewer images are asked where it is more
 LEAST = 10  # references a side for the comparison with held-out images
 Pairs = tuple[torch.Tensor, torch.Tensor]  # distances [N, 2] to the two nearest, and which they are
 
@@ -305,6 +309,11 @@ class _Comparison:
                     d, j = apart(side.rows, points, group, title, part)
                 nearest[title] = d, torch.from_numpy(first)[j]
                 memorized[title] = self.memorized(d, side)
+        with run.timed("transformed") as part:
+            changed = {
+                title: None if side is None else self.transformed(side, first, group, title, part)
+                for title, side in (("samples", new), ("held_out", unseen if new is not None else None))
+            }
         compared = None
         if new is not None and unseen is not None:
             with run.timed("train or held-out") as part:
@@ -322,6 +331,7 @@ class _Comparison:
         return {
             "duplicates": twins,
             "memorized": memorized,
+            "transformed": changed,
             "comparison": compared,
             "histograms": _histograms(nearest),
             "pairs": [] if new is None else self.pairs(nearest["samples"], new, title_of),
@@ -358,6 +368,37 @@ class _Comparison:
             "exact": sum(one in copies for one in side.digests),
             "nearest": _quantiles(d[:, 0]),
             "ratio": _quantiles(ratio),
+        }
+
+    def transformed(self, side: _Side, first: np.ndarray, group: np.ndarray, title: str, run: Run) -> Values:
+        """How many of a side's images are copies after a flip, a shift, or a change of brightness, by their pixels.
+
+        Samples that are equal in every pixel, or memorized as they are, count, too.
+        """
+        known = self.known.pixels.take(first)
+        changes = transformations(known.shape)
+        cost = len(changes) * math.prod(known.shape)
+        order = torch.randperm(len(side), generator=generator(self.seed, 67))[
+            : max(LEAST, int(TRANSFORMED_COST / cost))
+        ]
+        index = order.sort().values
+        some = side.pixels.take(index.numpy())
+        ratio, image, which = nearest_transformed(some, known, group, name=f"changed-{title}", run=run.share(1 / 4))
+        copies = (ratio < self.threshold).nonzero()[:, 0]
+        listed = copies[ratio[copies].argsort(stable=True)][:LISTED].tolist()
+        return {
+            **proportion(len(copies), len(some)),
+            "shift": max(abs(down) for _, down, _ in changes),
+            "searches": len(changes),
+            "listed": [
+                {
+                    "index": [int(index[i]), int(first[image[i]])],
+                    "nearest": self.train.name_of(int(first[image[i]])),
+                    "ratio": float(ratio[i]),
+                    **dict(zip(("flipped", "down", "right"), changes[int(which[i])])),
+                }
+                for i in listed
+            ],
         }
 
     def nearer(self, new: _Side, unseen: _Side, first: np.ndarray, run: Run) -> Values | None:
@@ -468,10 +509,24 @@ def _verdict(content: Values) -> Values:
     beside = f"{share}, against {unseen['share']:.2%} of {unseen['of']:,} held-out images"
     if samples["low"] > unseen["high"]:
         return {"kind": "copies", "sentence": f"It copies: {beside}, beyond both intervals."}
+    changed, expected = content["transformed"]["samples"], content["transformed"]["held_out"]
+    if changed["low"] > expected["high"]:
+        return {
+            "kind": "copies",
+            "sentence": f"It copies with changes: flipped, shifted by up to {changed['shift']} pixels or paler, "
+            f"{changed['share']:.2%} of {changed['of']:,} samples have d1/d2 < {content['threshold']:.3g}, "
+            f"against {expected['share']:.2%} of {expected['of']:,} held-out images, beyond both intervals. As "
+            f"they are, {beside}.",
+        }
     if compared is not None and compared["p_value"] < 0.01:
         return {
             "kind": "leans",
             "sentence": f"It leans on its training images: {compared['share']:.1%} of the samples lie nearer to "
             f"training than to held-out images, where 50 % are expected. It does not copy them by d1/d2: {beside}.",
         }
-    return {"kind": "none", "sentence": f"No sign of copying at these counts: {beside}."}
+    return {
+        "kind": "none",
+        "sentence": f"No sign of copying at these counts: {beside}. Flipped, shifted by up to {changed['shift']} "
+        f"pixels or paler: {changed['share']:.2%} of {changed['of']:,}, against {expected['share']:.2%}. Copies that "
+        "are turned, rescaled, cut out or recoloured are not looked for.",
+    }
