@@ -124,6 +124,6 @@ def test_pipelines_load_from_folders_without_pickles(tmp_path):
     (tmp_path / "p" / "model_index.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         load_pipeline(tmp_path / "p")
-    (tmp_path / "p" / "model_index.json").write_text("{}")
+    (tmp_path / "p" / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     with pytest.raises(InputError, match="no unet and scheduler"):
         load_pipeline(tmp_path / "p")

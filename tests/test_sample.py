@@ -1,3 +1,5 @@
+import math
+
 import diffusers
 import pytest
 import torch
@@ -5,13 +7,13 @@ import torch
 from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import as_unet
+from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.loading import load_pipeline
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
-from symbreak.start.fit import late_start
+from symbreak.start.fit import fit_start, late_start
 from symbreak.start.late_start import standard_start
 from symbreak.start.sample import generate, parse_seeds, write_images
 from tests.worlds import gaussian_law
@@ -105,3 +107,122 @@ def test_images_are_written_once(pipe, law, tmp_path):
     assert sorted(p.name for p in tmp_path.glob("*.png")) == [f"{s:08d}.png" for s in range(5)]
     with pytest.raises(InputError, match="other settings: micro_batch"):
         write_images(pipe.unet, start, range(3), tmp_path, micro_batch=4)
+
+
+class Diverged(torch.nn.Module):
+    """A network whose answers turn to NaN below a level."""
+
+    def __init__(self, inner, below=1e9):
+        super().__init__()
+        self.inner, self.config, self.below = inner, inner.config, below
+
+    def forward(self, x, t, return_dict=True, **_):
+        out = self.inner(x, t, return_dict=False)[0]
+        return (torch.where(t.reshape(-1, 1, 1, 1) < self.below, math.nan, out),)
+
+
+def test_nan_is_an_error_that_names_step_and_level_and_nothing_is_written(tmp_path):
+    base = scheduler("dpm++2m")
+    unet = as_unet(gaussian_law(), base)
+    start = standard_start(base, 4)  # at steps 999, 749, 500, 250
+    first = r"step 1 of 4 of DPMSolverMultistepScheduler, sigma 157\.4: the network's answer"
+    with pytest.raises(InputError, match=first):
+        generate(Diverged(unet), start, [0])
+    with pytest.raises(InputError, match=r"step 4 of 4 .*the network's answer holds NaN"):
+        generate(Diverged(unet, below=300), start, [0])
+    assert bool(torch.isfinite(generate(Diverged(unet, below=100), start, [0])).all())
+    with pytest.raises(InputError, match="step 4 of 4"):
+        write_images(Diverged(unet, below=300), start, [0], tmp_path / "out", {"any": 1})
+    assert not list((tmp_path / "out").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("base", "steps"),
+    [
+        (diffusers.DDPMScheduler(variance_type="fixed_large_log"), 10),
+        (diffusers.UniPCMultistepScheduler(solver_type="bh1", beta_schedule="squaredcos_cap_v2"), 10),
+        (diffusers.DDIMScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing"), 10),
+        (diffusers.DPMSolverMultistepScheduler(timestep_spacing="leading"), 999),
+    ],
+    ids=["fixed_large_log", "bh1", "epsilon at no signal", "too many steps"],
+)
+def test_a_sampler_gives_numbers_or_one_line(base, steps):
+    unet = as_unet(gaussian_law(), scheduler("ddim", like=base))
+    said = ""
+    try:
+        x = generate(unet, standard_start(base, steps), [0, 1])
+    except InputError as error:
+        said, x = str(error), torch.zeros(1)
+    assert bool(torch.isfinite(x).all())
+    assert not said or ("step " in said and "\n" not in said)
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim", "dpm++2m"])
+def test_twice_the_output_channels(name, variance):
+    """Networks that learned a variance, with samplers that use it and those that do not."""
+    like = diffusers.DDPMScheduler(variance_type=variance, clip_sample=False)
+    unet = as_unet(gaussian_law(), like)
+
+    class Learned(torch.nn.Module):
+        config = unet.config
+
+        def forward(self, x, t, return_dict=True, **_):
+            out = unet(x, t, return_dict=False)[0]
+            return (torch.cat([out, 0 * out], 1),)
+
+    base = scheduler(name, like=like)
+    x = generate(Learned(), standard_start(base, 5), [0, 1])
+    assert tuple(x.shape) == (2, 1, 2, 2)
+    if variance == "fixed_small":
+        assert torch.equal(x, generate(unet, standard_start(base, 5), [0, 1]))
+
+
+@pytest.mark.parametrize("size", [None, "big", 0, (2,), 2.5])
+def test_networks_that_do_not_say_their_size(size):
+    unet = as_unet(gaussian_law(), scheduler("ddim"))
+    unet.config = type(unet.config)(dict(unet.config) | {"sample_size": size})
+    base = scheduler("ddim")
+    for ask in (lambda: generate(unet, standard_start(base, 2), [0]), lambda: denoiser(unet, base)):
+        with pytest.raises(InputError, match="expected whole numbers above 0"):
+            ask()
+
+
+def test_a_size_that_the_network_cannot_halve_and_one_row_of_a_condition():
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    small = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, **blocks}
+    odd = diffusers.UNet2DModel(sample_size=7, in_channels=1, out_channels=1, **small)
+    with pytest.raises(InputError, match=r"the network cannot take states of shape \(64, 1, 7, 7\)"):
+        generate(odd, standard_start(scheduler("ddim"), 2), [0])
+    text = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    small |= {"block_out_channels": (8,), **text}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, cross_attention_dim=4, **small
+    ).eval()
+    row = torch.randn(1, 3, 4, generator=torch.Generator().manual_seed(0))
+    start = standard_start(scheduler("ddim"), 2)
+    one = generate(unet, start, [0, 1, 2], micro_batch=3, encoder_hidden_states=row)
+    three = row.expand(3, 3, 4)
+    torch.testing.assert_close(one, generate(unet, start, [0, 1, 2], micro_batch=3, encoder_hidden_states=three))
+    d = denoiser(unet, scheduler("ddim"), encoder_hidden_states=row)
+    x = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(d(x, 1.0), d.bind(encoder_hidden_states=three)(x, 1.0))
+
+
+class Edm(torch.nn.Module):
+    """A network in the manner of EDM: a denoiser of its own, without a config."""
+
+    img_channels, img_resolution, sigma_min, sigma_max = 1, 2, 0.002, 80.0
+
+    def forward(self, x, sigma):
+        return gaussian_law().denoise(x.double(), sigma.double()).to(x)
+
+
+def test_edm_networks_are_told_how_to_pose():
+    start = standard_start(scheduler("edm-euler"), 40)
+    base = scheduler("edm-euler")
+    for ask in (lambda: generate(Edm(), start, [0]), lambda: fit_start(images("digits"), Edm(), base)):
+        with pytest.raises(InputError, match=r"sb\.as_unet\(sb\.denoiser\(network\), sb\.scheduler\('edm-euler'\)\)"):
+            ask()
+    x = generate(as_unet(denoiser(Edm()), base), start, range(8), clamp=False)
+    torch.testing.assert_close(x, generate(as_unet(gaussian_law(), base), start, range(8), clamp=False))

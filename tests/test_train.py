@@ -9,7 +9,7 @@ from symbreak.moments.one_pass import Moments
 from symbreak.networks.families import denoiser
 from symbreak.networks.loading import load_pipeline
 from symbreak.networks.train import Recipe, train_network
-from symbreak.runtime.files import InputError
+from symbreak.runtime.files import InputError, read_tensors
 from symbreak.runtime.run import Run
 
 SMALL = Recipe(channels=(8, 16), steps=30, batch=32, warmup=5, dropout=0.1)
@@ -38,6 +38,40 @@ def test_interrupted_training_ends_with_the_same_bits(tmp_path):
     assert train_network(data, tmp_path / "a", SMALL) == whole  # done: nothing is trained again
     with pytest.raises(InputError, match="other settings"):
         train_network(data, tmp_path / "a", Recipe(steps=3))
+
+
+def test_a_training_that_diverges_stops_and_keeps_its_last_good_state(tmp_path):
+    wild = Recipe(channels=(8, 8), steps=40, batch=8, warmup=0, lr=1e6, weight_decay=1e3)
+    with pytest.raises(InputError, match=r"training diverged.*nothing was written\. Lower the recipe's lr"):
+        train_network(images("digits"), tmp_path / "a", wild)
+    assert not list((tmp_path / "a").glob("*"))
+    with pytest.raises(InputError, match=r"the last good state is in .*checkpoint\.safetensors"):
+        train_network(images("digits"), tmp_path / "b", wild, checkpoint_seconds=0.0)
+    tensors, _ = read_tensors(tmp_path / "b" / "checkpoint.safetensors")
+    assert all(bool(torch.isfinite(v).all()) for v in tensors.values())
+    assert not (tmp_path / "b" / "unet").exists()
+
+
+@pytest.mark.parametrize("name", ["unet/mine.txt", "scheduler/mine.txt", "model_index.json", ".stage/mine.txt"])
+def test_what_others_wrote_stays(tmp_path, name):
+    recipe = Recipe(channels=(8, 8), steps=2, batch=8)
+    other = tmp_path / "proj" / name
+    other.parent.mkdir(parents=True)
+    other.write_text("mine")
+    with pytest.raises(InputError, match="of another pipeline, which stay"):
+        train_network(images("digits"), tmp_path / "proj", recipe)
+    assert other.read_text() == "mine"
+    if name == ".stage/mine.txt":
+        return
+
+    def meanwhile(stage, done, total):  # while it trains, a folder of the same name appears
+        target = tmp_path / "late" / name
+        target.parent.mkdir(exist_ok=True, parents=True)
+        target.write_text("mine")
+
+    with pytest.raises(InputError, match="is not of this training, and is not replaced"):
+        train_network(images("digits"), tmp_path / "late", recipe, run=Run(progress=meanwhile))
+    assert (tmp_path / "late" / name).read_text() == "mine"
 
 
 def test_training_touches_no_global_generator(tmp_path):

@@ -13,7 +13,7 @@ Between a network's discrete steps t is interpolated in log sigma and the networ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,6 +72,52 @@ def _columns(levels: Sequence[NoiseLevel], x: torch.Tensor) -> tuple[torch.Tenso
     return alpha, sigma
 
 
+def sample_shape(unet: Network) -> tuple[int, int, int]:
+    """The shape (C, H, W) of a network's samples.
+
+    Raises:
+        InputError: where its config does not say it.
+    """
+    config: Any = getattr(unet, "config", None)
+    if not hasattr(config, "in_channels"):
+        raise InputError(
+            f"{type(unet).__name__} is no network of diffusers: it has no config. A network that is a denoiser "
+            "already, as EDM's, poses as one: sb.as_unet(sb.denoiser(network), sb.scheduler('edm-euler'))."
+        )
+    size, channels = getattr(config, "sample_size", None), config.in_channels
+    sides: Any = (size, size) if isinstance(size, int) else size
+    whole = isinstance(sides, list | tuple) and len(sides) == 2 and all(type(n) is int and n > 0 for n in sides)
+    if not whole or type(channels) is not int or channels < 1:
+        raise InputError(
+            f"the network's config says sample_size={size!r} and in_channels={channels!r}; expected whole numbers "
+            "above 0. Set them, as in unet.register_to_config(sample_size=32)."
+        )
+    return channels, int(sides[0]), int(sides[1])
+
+
+def answer(unet: Network, x: torch.Tensor, t: torch.Tensor, condition: Mapping[str, object]) -> torch.Tensor:
+    """What a network makes of its states [B, *S] at times [B], in its own precision, answered in the dtype of x.
+
+    Args:
+        unet: the network.
+        x: states [B, *S] as the network sees them.
+        t: times [B].
+        condition: of the network; one row of a condition stands for every state.
+
+    Raises:
+        InputError: for states or a condition that the network cannot take.
+    """
+    weight = next(iter(unet.parameters()), x)
+    try:
+        out = unet(x.to(weight), t.to(weight.device), **_at(weight.device, condition, len(x)), return_dict=False)[0]
+    except (InputError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, TypeError, ValueError) as error:
+        what = " ".join(str(error).split())[:160]
+        raise InputError(f"the network cannot take states of shape {tuple(x.shape)}: {what}") from error
+    return out.to(x)
+
+
 class NetworkDenoiser:
     """A diffusers network as a `Denoiser`; see `denoiser`."""
 
@@ -79,9 +125,7 @@ class NetworkDenoiser:
         self.unet, self.scheduler, self.condition = unet, scheduler, condition
         self.says = Parametrization(scheduler)
         self.schedule, self.prediction = self.says.schedule, self.says.prediction
-        size = unet.config.sample_size
-        h, w = (size, size) if isinstance(size, int) else tuple(size)
-        self.shape: tuple[int, ...] = (int(unet.config.in_channels), int(h), int(w))
+        self.shape: tuple[int, ...] = sample_shape(unet)
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -103,8 +147,7 @@ class NetworkDenoiser:
             # Where a step is meant exactly, the network is evaluated exactly there.
             t = torch.where((t - t.round()).abs() < 1e-6, t.round(), t)
         weight = next(iter(self.unet.parameters()), x)
-        seen, condition = (alpha * x / self.says.divisor(s)).to(weight), _at(weight.device, self.condition)
-        out = self.unet(seen, t.to(weight), **condition, return_dict=False)[0].to(x)
+        out = answer(self.unet, alpha * x / self.says.divisor(s), t.to(weight), self.condition)
         skip, scale = self.says.coefficients(alpha, s)
         return skip * x + scale * out[:, : self.shape[0]]  # learned-variance networks append variance channels
 
@@ -143,7 +186,7 @@ class SigmaDenoiser:
         weights = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
         weight = next(iter(weights), x)
         each = s.clamp(low, high).expand(len(x)) if len(s) == 1 else s.clamp(low, high)
-        out = self.model(x.to(weight), each.to(weight), **_at(weight.device, self.condition))
+        out = self.model(x.to(weight), each.to(weight), **_at(weight.device, self.condition, len(x)))
         if not isinstance(out, torch.Tensor) or out.shape != x.shape:
             came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise InputError(
@@ -153,9 +196,17 @@ class SigmaDenoiser:
         return out.to(x)
 
 
-def _at(device: torch.device, condition: dict[str, object]) -> dict[str, object]:
-    """A condition whose tensors lie where the network does."""
-    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in condition.items()}
+def _at(device: torch.device, condition: Mapping[str, object], rows: int) -> dict[str, Any]:
+    """A condition whose tensors lie where the network does; a single row of one stands for all rows."""
+    placed: dict[str, Any] = {}
+    for name, value in condition.items():
+        if isinstance(value, torch.Tensor):
+            value = value.to(device)
+            value = value.expand(rows, *value.shape[1:]) if value.ndim and len(value) == 1 else value
+        elif isinstance(value, Mapping):
+            value = _at(device, value, rows)
+        placed[name] = value
+    return placed
 
 
 def denoiser(

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
+import sys
 from importlib import resources
 from pathlib import Path
 
 import diffusers
 import torch
 
+from symbreak.networks.foreign import check_pipeline, from_hub, stored_numbers, variant_of
 from symbreak.networks.types import Network, Pipeline
 from symbreak.noise import schedule
 from symbreak.runtime.files import InputError
@@ -65,48 +67,77 @@ def usable(device: str | torch.device) -> torch.device:
 def _loaded(source: str | Path) -> diffusers.DiffusionPipeline:
     if str(source) == "digits":
         source = str(resources.files("symbreak") / "weights" / "digits")
-    path = Path(source).expanduser()
-    if path.exists():
-        index = path / "model_index.json"
-        if not index.is_file():
-            raise InputError(
-                f"{source} is no diffusers pipeline: it has no model_index.json. Save one with save_pretrained."
-            )
-        try:
-            parts = json.loads(index.read_text(encoding="utf-8"))
-        except ValueError:
-            raise InputError(f"{index} is not JSON. Save the pipeline again with save_pretrained.") from None
-        if isinstance(parts, dict) and parts.get("_class_name") == "LateStartPipeline":
-            raise InputError(f"{source} holds a late start. Load it with sb.LateStartPipeline.from_pretrained.")
-        if not isinstance(parts, dict) or not {"unet", "scheduler"} <= set(parts):
-            raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
-    elif str(source).count("/") != 1 or path.parent.exists():
+    folder = Path(source).expanduser()
+    if folder.exists():
+        if not (folder / "model_index.json").is_file():
+            raise InputError(_no_pipeline(source, folder))
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or folder.parent.exists():
         raise InputError(f"{source} does not exist. Pass digits, a diffusers folder or a hub id owner/name.")
-    bars = diffusers.utils.logging.is_progress_bar_enabled()
-    diffusers.utils.logging.disable_progress_bar()  # two components need no bar between our own lines
+    else:
+        folder = from_hub(str(source), lambda line: sys.stderr.write(line + "\n"))
+    parts = check_pipeline(folder)
+    if parts["_class_name"] == "LateStartPipeline":
+        raise InputError(f"{source} holds a late start. Load it with sb.LateStartPipeline.from_pretrained.")
+    if not {"unet", "scheduler"} <= set(parts):
+        raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
+    variant = variant_of(folder / "unet")
+    numbers = stored_numbers(folder / "unet", variant)
+    logs = diffusers.utils.logging
+    bars, verbosity = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()  # two components need no bar between our own lines
+    logs.set_verbosity(logs.CRITICAL)  # what it would say of the weights is an error below
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), use_safetensors=True)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            str(folder), use_safetensors=True, local_files_only=True, variant=variant
+        )
     except Exception as error:
         what = " ".join(str(error).split())[:160]
         raise InputError(
             f"{source} cannot be loaded as a diffusers pipeline ({type(error).__name__}: {what})."
         ) from None
     finally:
+        logs.set_verbosity(verbosity)
         if bars:
-            diffusers.utils.logging.enable_progress_bar()
+            logs.enable_progress_bar()
     if not hasattr(pipe, "unet") or not hasattr(pipe, "scheduler"):
         raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
     try:
         schedule(pipe.scheduler)
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, TypeError, ValueError) as error:
         raise InputError(f"the scheduler of {source} cannot be used: {error}") from None
+    _check_weights(pipe.unet, numbers, source)
     pipe.unet.eval()
     return pipe
+
+
+def _no_pipeline(source: str | Path, folder: Path) -> str:
+    """What to pass instead of a folder without an index."""
+    if (folder / "config.json").is_file():
+        above = folder.resolve().parent
+        whole = f"Pass its pipeline, {above}" if (above / "model_index.json").is_file() else "Pass a pipeline folder"
+        return f"{source} holds a network alone, without its scheduler. {whole}."
+    return f"{source} is no diffusers pipeline: it has no model_index.json. Save one with save_pretrained."
+
+
+def _check_weights(unet: torch.nn.Module, stored: int, source: str | Path) -> None:
+    """A network with weights that no file holds, which diffusers makes up, or that are no numbers raises an error."""
+    weights = unet.state_dict()
+    needed = sum(v.numel() for v in weights.values())
+    if stored < needed or any(v.is_meta for v in weights.values()):
+        raise InputError(f"the network of {source} has {needed:,} weights, its files hold {stored:,}. Save it again.")
+    bad = next((k for k, v in weights.items() if not bool(torch.isfinite(v).all())), None)
+    if bad is not None:
+        raise InputError(f"the weights {bad} of {source} hold NaN or infinity: a diverged or damaged network.")
 
 
 def refuse_conditional(pipe: Pipeline, source: str) -> None:
     """The command line and studies have no conditions to give: one clear line instead of a crash inside."""
     config = pipe.unet.config
+    if getattr(pipe, "vae", None) is not None or getattr(pipe, "vqvae", None) is not None:
+        raise InputError(
+            f"the network of {source} works on latents, which are no images. Use start.latents(noise) with its own "
+            "pipeline, whose autoencoder decodes them."
+        )
     if config.get("num_class_embeds") or config.get("class_embed_type") or config.get("cross_attention_dim"):
         raise InputError(
             f"the network of {source} needs a condition (class or text). Use sb.generate(..., labels=...) or "

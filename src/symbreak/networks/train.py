@@ -27,6 +27,7 @@ from symbreak.noise import generator
 from symbreak.runtime.files import (
     InputError,
     damaged,
+    file_hash,
     output_folder,
     read_json,
     read_tensors,
@@ -160,7 +161,8 @@ def train_network(
         The content of ``training.json``: recipe, data, parameters, losses, seconds.
 
     Raises:
-        InputError: where the images do not fit the recipe or ``out`` holds another run.
+        InputError: where the images do not fit the recipe, ``out`` holds another run or files that training did not
+            write, or a loss or a weight is no number any more; the last good checkpoint is then left.
     """
     run = run or Run()
     recipe = recipe or Recipe()
@@ -180,6 +182,7 @@ def train_network(
         if rank_of()[0] == 0:
             checkpoint.unlink(missing_ok=True)  # a run that was killed at its very end leaves it
         return result
+    _check_free(out, checkpoint)
     rank, ranks = rank_of()
     if recipe.batch < ranks:
         raise InputError(f"a batch of {recipe.batch} images for {ranks} processes; expected at least one image each.")
@@ -190,6 +193,7 @@ def train_network(
         training.unet.compile()
     training.resume(checkpoint, identity)
     training.go_on(images, checkpoint, identity, checkpoint_seconds, run.named("steps"))
+    training.save(checkpoint, identity)  # by which what is put beside it now is known as ours, if this is interrupted
     if rank == 0:
         with _staging(out) as stage:
             DDPMPipeline(unet=training.averaged(), scheduler=_noising()).save_pretrained(stage, safe_serialization=True)
@@ -253,20 +257,34 @@ class _Training:
                     order = torch.randperm(len(images), generator=generator(recipe.seed, 1, epoch))
                 first = step % per_epoch * recipe.batch
                 loss = self._gradients(images.at(order[first : first + recipe.batch]), step)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise self._diverged(f"the loss of step {step + 1} is {value}", checkpoint)
                 whole = False
                 self.optimizer.step()
                 self.average.step(self.parameters)
-                self.losses.append(loss.item())
+                self.losses.append(value)
                 whole = True
                 if (step + 1) % 10 == 0 or step + 1 == recipe.steps:
                     run.tell(step + 1, recipe.steps)
-                if time.monotonic() - saved > every:
+                if time.monotonic() - saved > every and self.finite():
                     self.save(checkpoint, identity)
                     saved = time.monotonic()
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
-            if whole:  # in the middle of an update only the last checkpoint is consistent
+            if whole and self.finite():  # in the middle of an update only the last checkpoint is consistent
                 self.save(checkpoint, identity)
             raise
+        if not self.finite():
+            raise self._diverged("the network has weights that are no numbers", checkpoint)
+
+    def finite(self) -> bool:
+        """Whether all weights and their averages are numbers."""
+        weights = (*self.parameters, *self.average.shadow_params)
+        return all(bool(torch.isfinite(p).all()) for p in weights)
+
+    def _diverged(self, what: str, checkpoint: Path) -> InputError:
+        left = f"the last good state is in {checkpoint}" if checkpoint.exists() else "nothing was written"
+        return InputError(f"training diverged: {what} at lr {self.recipe.lr:g}; {left}. Lower the recipe's lr.")
 
     def _gradients(self, clean: torch.Tensor, step: int) -> torch.Tensor:
         """The loss of a step, its gradients in the parameters and its learning rate in the optimizer."""
@@ -344,16 +362,32 @@ def _shared(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.T
 
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
-    """A neighbour folder that replaces its parts in ``out`` only when everything is written."""
+    """A neighbour folder whose parts go into ``out`` when everything is written; what is there is never replaced."""
     stage = out / ".stage"
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     try:
         yield stage
-        for part in stage.iterdir():
-            target = out / part.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            part.rename(target)
+        parts = [(part, out / part.name) for part in stage.iterdir()]
+        for part, target in parts:
+            if target.exists() and _content(part) != _content(target):
+                raise InputError(f"{target} is not of this training, and is not replaced. Move it, or delete it.")
+        for part, target in parts:
+            if not target.exists():
+                part.rename(target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def _content(path: Path) -> dict[str, str]:
+    """Digests of a file, or of all files of a folder."""
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return {str(p.relative_to(path)): file_hash(p) for p in files}
+
+
+def _check_free(out: Path, checkpoint: Path) -> None:
+    """A folder with parts of a pipeline and without a checkpoint of ours is somebody else's, and stays as it is."""
+    names = ("model_index.json", "unet", "scheduler", ".stage")
+    there = agreed(lambda: [] if checkpoint.exists() else [name for name in names if (out / name).exists()])
+    if there:
+        raise InputError(f"{out} holds {', '.join(there)} of another pipeline, which stay. Choose another --out.")

@@ -41,7 +41,7 @@ from symbreak.runtime.ranks import agreed
 from symbreak.start.cut_schedule import schedule_of
 from symbreak.start.grids import grids, standard_starts
 from symbreak.start.late_start import LateStart, cut
-from symbreak.start.sample import run_sampler
+from symbreak.start.sample import StepError, run_sampler
 
 __all__ = ["Candidate", "Choice", "LossGap", "choose", "loss_gaps"]
 
@@ -251,9 +251,7 @@ def _run(start: LateStart, unet: Network, state: torch.Tensor, seed: int) -> tor
     with torch.inference_mode():
         try:
             state = run_sampler(start, state, lambda x, t: unet(x, t, return_dict=False)[0], generator(seed, 23))
-        except InputError:
-            raise
-        except (AssertionError, IndexError, ValueError):
+        except StepError:
             return torch.full_like(state, math.nan)  # more steps than diffusers can make: this start is none
     return state.clone()
 

@@ -20,6 +20,7 @@ from symbreak.laws.law import Law, Transports
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Batches, Denoiser, Denoises
 from symbreak.networks.families import denoiser as adapted
+from symbreak.networks.families import sample_shape
 from symbreak.networks.types import Network, Scheduler
 from symbreak.noise import NoiseLevel, Schedule
 from symbreak.phases.speciation import speciation_time
@@ -195,6 +196,7 @@ def fit_start(
             raise InputError(f"{name}={str(value)!r} is a name; expected images. Pass sb.images({str(value)!r}).")
     if not isinstance(data, Images):
         raise InputError(f"data of the type {type(data).__name__}; expected images. Pass sb.images(...).")
+    sample_shape(unet)  # what is no network of diffusers ends here
     if unet.config.get("cross_attention_dim"):
         raise InputError("the network needs a text condition. Use late_start with sb.denoiser(unet, ..., **condition).")
     network = adapted(unet, scheduler)

@@ -22,6 +22,7 @@ import torch
 from symbreak.laws.law import Transports
 from symbreak.laws.saving import law_from_tensors, law_tensors
 from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, as_denoiser
+from symbreak.networks.foreign import check_settings
 from symbreak.networks.types import Scheduler
 from symbreak.noise import NoiseLevel, schedule
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
@@ -216,6 +217,7 @@ class LateStart:
             known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
             if not known:
                 raise InputError(f"{path} names the scheduler {name}, which diffusers does not have. Update diffusers.")
+            check_settings(about["scheduler"], path)  # of a text diffusers would ask the hub
             full = kind.from_config(about["scheduler"])
             level = NoiseLevel(*tensors["asked"].tolist())
             if about["law"]:

@@ -6,7 +6,6 @@ as flow matching's, are no part of a scheduler's config. ``DiffusionPipeline.fro
 class; ``LateStartPipeline.from_pretrained`` does.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from PIL import Image
 
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.law import fresh
+from symbreak.networks.foreign import check_pipeline
 from symbreak.networks.types import Scheduler
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values
@@ -187,17 +187,13 @@ class LateStartPipeline(DiffusionPipeline):
         Raises:
             InputError: for a folder that is missing, has no start, or was saved by a newer version.
         """
-        index = Path(folder) / "model_index.json"
-        if not index.is_file():
+        if not (Path(folder) / "model_index.json").is_file():
             raise InputError(f"{folder} is no folder of LateStartPipeline.save_pretrained: it has no model_index.json.")
-        try:
-            name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-        except (ValueError, TypeError, KeyError):
-            raise InputError(f"{index} is no index of a diffusers pipeline. Save the pipeline again.") from None
+        name = check_pipeline(folder)["_class_name"]
         if name != cls.__name__:
             raise InputError(f"{folder} holds a {name}, no {cls.__name__}. Load it with sb.load_pipeline.")
         start = LateStart.load(Path(folder) / START)
-        options = {"use_safetensors": True, **kwargs}
+        options = {"use_safetensors": True, **kwargs, "local_files_only": True}
         try:
             pipe = super().from_pretrained(str(folder), start=start, scheduler=start.scheduler, **options)
         except InputError:

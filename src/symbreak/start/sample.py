@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from PIL import Image
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.saving import law_hash
 from symbreak.networks.denoiser import fingerprint
-from symbreak.networks.families import denoiser
+from symbreak.networks.families import answer, denoiser, sample_shape
 from symbreak.networks.loading import weights_hash
 from symbreak.networks.types import Network
 from symbreak.noise import generator as seeded
+from symbreak.noise import schedule
 from symbreak.runtime.files import InputError, digest, output_folder, read_json, write_json, write_whole
 from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.ranks import agreed, alone, map_over_ranks, rank_of, shares
@@ -72,9 +74,7 @@ def check_shape(unet: Network, start: LateStart, micro_batch: int) -> tuple[int,
     """The shape (C, H, W) of an image; a start whose law has another one raises an error."""
     if micro_batch < 1:
         raise InputError(f"a micro-batch of {micro_batch}; expected at least 1.")
-    size = unet.config.sample_size
-    h, w = (size, size) if isinstance(size, int) else tuple(size)
-    shape = (int(unet.config.in_channels), int(h), int(w))
+    shape = sample_shape(unet)
     if start.law is not None and tuple(start.law.shape) != shape:
         raise InputError(
             f"the start's law has the shape {tuple(start.law.shape)}, the network {shape}. Fit it on such data."
@@ -135,16 +135,43 @@ def run_sampler(
     # A list of generators: every image draws its own noise, whoever runs beside it.
     extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     scales = hasattr(scheduler, "scale_model_input")  # flow-matching schedulers do not scale
+    learned = str(scheduler.config.get("variance_type", "")).startswith("learned")
     for i, t in enumerate(scheduler.timesteps):
         out = network(scheduler.scale_model_input(state, t) if scales else state, t)
-        if out.shape[1] == 2 * shape[1] and type(scheduler).__name__ != "DDPMScheduler":
+        if out.shape[1] == 2 * shape[1] and not (learned and type(scheduler).__name__ == "DDPMScheduler"):
             out = out[:, : shape[1]]  # only DDPM steps know what to do with a learned variance
-        state = scheduler.step(out, t, state, return_dict=False, **extra)[0]
+        _check_finite(out, "the network's answer", start, i)
+        try:
+            state = scheduler.step(out, t, state, return_dict=False, **extra)[0]
+        except (AssertionError, IndexError, NotImplementedError, ValueError) as error:
+            what = " ".join(str(error).split())[:120] or type(error).__name__
+            raise StepError(f"{_step(start, i)}: diffusers cannot make it ({what}). Use another sampler.") from error
         if each is not None:
             state = each(i, t, state)
         if state.shape != shape:
             raise InputError(f"a step gave states of {tuple(state.shape)}; expected {tuple(shape)}.")
+        _check_finite(state, "the state after it", start, i)
     return state
+
+
+class StepError(InputError):
+    """A step that cannot be made, or leads to NaN."""
+
+
+def _step(start: LateStart, i: int) -> str:
+    """Which step of a start, and its level."""
+    t, name = float(start.scheduler.timesteps[i]), type(start.scheduler).__name__
+    with suppress(ValueError):
+        return f"step {i + 1} of {start.calls} of {name}, sigma {schedule(start.full).level(t).sigma:.4g}"
+    return f"step {i + 1} of {start.calls} of {name}, time {t:g}"
+
+
+def _check_finite(x: torch.Tensor, what: str, start: LateStart, i: int) -> None:
+    if not bool(torch.isfinite(x).all()):
+        raise StepError(
+            f"{_step(start, i)}: {what} holds NaN or infinity. The network has diverged, or this sampler does not fit "
+            "it: try ddim."
+        )
 
 
 def padded(
@@ -205,11 +232,8 @@ def evaluated(
     unet: Network, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor | None, condition: dict[str, object]
 ) -> torch.Tensor:
     """One evaluation of a diffusers network at time t, in the dtype of its weights, answered in that of x."""
-    weight = next(iter(unet.parameters()), x)
     classes = {} if labels is None else {"class_labels": labels}
-    time = t.to(x.device).expand(len(x))
-    out: torch.Tensor = unet(x.to(weight.dtype), time, return_dict=False, **condition, **classes)[0]
-    return out.to(x.dtype)
+    return answer(unet, x, t.to(x.device).expand(len(x)), {**condition, **classes})
 
 
 class _Images:
@@ -439,6 +463,7 @@ def write_images(
         raise InputError(
             f"{folder} holds images made with other settings: {', '.join(other)}{why}. Choose another --out."
         )
+    fresh = not info.exists()
     write_json(info, settings)  # before any process writes an image
     missing = agreed(lambda: [s for s in seeds if not (folder / f"{s:08d}.png").exists()])
     if not missing:
@@ -457,5 +482,10 @@ def write_images(
     def tell(batches: int, _: int) -> None:
         run.tell(min(batches * micro_batch, len(missing)), len(missing))
 
-    map_over_ranks(range(0, len(missing), micro_batch), made, tell)
+    try:
+        map_over_ranks(range(0, len(missing), micro_batch), made, tell)
+    except StepError:
+        if fresh and not list(folder.glob("*.png")):
+            info.unlink(missing_ok=True)  # nothing is left of images that cannot be made
+        raise
     return len(missing)
