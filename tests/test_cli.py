@@ -169,23 +169,28 @@ def test_without_arguments_there_is_help(capsys):
 
 
 FLAGS = {
-    "audit": "--classes --compile --data --device --features --holdout --json --limit --memory --model --near --out "
-    "--pad --precision --range --sampler --samples --samples-range --seed --seeds --skip-bad --steps --threshold "
-    "--weights --weights-sha256",
-    "evaluate": "--at --cache --classes --classify --compile --data --device --features --holdout --json --memory "
-    "--model --no-cache --out --pad --precision --range --reference --repeats --rows --sampler --samples "
-    "--samples-range --seed --seeds --skip-bad --start --steps --weights --weights-sha256",
-    "fit": "--classes --clusters --compile --data --device --holdout --json --memory --model --out --pad --precision "
-    "--range --rank --sampler --skip-bad --start --steps",
-    "phases": "--branches --classes --classify --clusters --compile --data --device --holdout --json --limit --memory "
-    "--model --out --pad --pairs --precision --quick --range --seed --skip-bad --steps",
+    "audit": "--classes --compile --crop --data --device --features --holdout --json --labels --layout --limit "
+    "--memory --mode --model --near --out --pad --precision --range --sampler --samples --samples-range "
+    "--seed --seeds --size --skip-bad --split --steps --threshold --weights --weights-sha256",
+    "evaluate": "--at --cache --classes --classify --compile --crop --data --device --features --holdout --json "
+    "--labels --layout --memory --mode --model --no-cache --out --pad --precision --range --reference "
+    "--repeats --rows --sampler --samples --samples-range --seed --seeds --size --skip-bad --split "
+    "--start --steps --weights --weights-sha256",
+    "fit": "--classes --clusters --compile --crop --data --device --holdout --json --labels --layout --memory "
+    "--mode --model --out --pad --precision --range --rank --sampler --size --skip-bad --split --start "
+    "--steps",
+    "phases": "--branches --classes --classify --clusters --compile --crop --data --device --holdout --json "
+    "--labels --layout --limit --memory --mode --model --out --pad --pairs --precision --quick --range "
+    "--seed --size --skip-bad --split --steps",
     "report": "--json --out",
-    "sample": "--at --classes --clusters --compile --data --device --holdout --json --micro-batch --model --out --pad "
-    "--precision --range --sampler --seeds --skip-bad --start --steps",
-    "study": "--calls --classes --compile --data --device --features --holdout --json --memory --model --out --pad "
-    "--precision --quick --range --repeats --samplers --samples --skip-bad",
-    "train": "--classes --compile --data --device --json --limit --memory --out --pad --precision --range --recipe "
-    "--skip-bad --steps",
+    "sample": "--at --classes --clusters --compile --crop --data --device --holdout --json --labels --layout "
+    "--micro-batch --mode --model --out --pad --precision --range --sampler --seeds --size --skip-bad "
+    "--split --start --steps",
+    "study": "--calls --classes --compile --crop --data --device --features --holdout --json --labels --layout "
+    "--memory --mode --model --out --pad --precision --quick --range --repeats --samplers --samples "
+    "--size --skip-bad --split",
+    "train": "--classes --compile --crop --data --device --json --labels --layout --limit --memory --mode --out "
+    "--pad --precision --range --recipe --size --skip-bad --split --steps",
     "world": "--json --out --seed --train",
 }
 
@@ -281,7 +286,7 @@ def test_skip_bad_counts(capsys, tmp_path):
     )
     assert code == 0
     assert json.loads(out)["count"] == 60
-    assert "left out 1 unusable" in err
+    assert "1 unusable images are left out" in err
 
 
 @pytest.mark.parametrize(

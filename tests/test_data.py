@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-import symbreak.data.readers
-from symbreak.data.readers import _mapped, images
+import symbreak.data.arrays
+from symbreak.data.arrays import _mapped
+from symbreak.data.readers import images
 from symbreak.runtime.files import InputError
 
 
@@ -99,7 +100,7 @@ def test_an_array_in_an_archive_is_mapped_and_not_read(tmp_path, monkeypatch):
             return _mapped(tmp_path / f"{name}.npz", archive.getinfo("images.npy"))
 
     assert mapped("small") is None  # numpy checks it
-    monkeypatch.setattr(symbreak.data.readers, "PART_BYTES", 10)
+    monkeypatch.setattr(symbreak.data.arrays, "PART_BYTES", 10)
     raw = np.random.default_rng(0).integers(0, 256, (6, 5, 4), np.uint8)
     for name, array in (("c", raw), ("f", np.asfortranarray(raw)), ("wide", raw / 255.0)):
         np.savez(tmp_path / f"{name}.npz", labels=np.arange(6), images=array)
@@ -197,7 +198,7 @@ def test_truncated_images_are_named(folder):
 
 
 def test_a_picture_of_too_many_pixels_is_no_way_in(folder, monkeypatch):
-    monkeypatch.setattr("symbreak.data.readers.MAX_PIXELS", 20)
+    monkeypatch.setattr("symbreak.data.pictures.MAX_PIXELS", 20)
     with pytest.raises(InputError, match="no readable image"):
         images(folder)
 
@@ -244,12 +245,6 @@ def test_bad_values(tmp_path):
         images(np.zeros((3, 4, 4)), classes=["a"])
     with pytest.raises(InputError, match="leaves one part empty"):
         images("digits").split(1.0)
-
-
-def test_mixed_channels(folder):
-    picture(mode="RGB").save(folder / "dog" / "9.png")
-    with pytest.raises(InputError, match="has 3 channels, not 1"):
-        images(folder).tensor()
 
 
 def test_a_subset_is_even_and_fixed():

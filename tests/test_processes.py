@@ -577,8 +577,8 @@ def _counted(out, train, arguments):
 
     import symbreak.data.readers
 
-    read, real = set(), symbreak.data.readers._attempt
-    symbreak.data.readers._attempt = lambda data: read.add(data) or real(data)
+    read, real = set(), symbreak.data.readers.attempt
+    symbreak.data.readers.attempt = lambda data: read.add(data) or real(data)
     try:
         main(arguments)
     finally:

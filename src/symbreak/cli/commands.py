@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from symbreak.cli.console import err, fail, running, say, say_record
+from symbreak.cli.console import err, fail, note, running, say, say_record
 from symbreak.cli.options import (
     CLASSIFIERS,
     MICRO,
@@ -34,7 +34,6 @@ from symbreak.cli.options import (
     Sha256,
     Weights,
     flag,
-    limits,
     memory_size,
     option,
     required,
@@ -87,13 +86,11 @@ def study(
         samples,
         repeats,
         features=features,
-        value_range=limits(reading.value_range),
-        skip_bad=reading.skip_bad,
-        classes=None if reading.classes is None else tuple(reading.classes.split(",")),
-        pad=reading.pad,
+        **reading.options(),
     )
     with running(out, memory_size(memory)) as work:
         record = run(settings.smoke() if quick else settings, machine.load(model), work)
+    note(data, *record.content["data"]["notes"])
     say_record(record, out, as_json, {**record.to_dict(), "report": str(out / "report.html")})
 
 
@@ -190,7 +187,7 @@ def fit(
         moments = Moments.fit(images, rank=rank, run=work)
     moments.save(out)
     value, lines = _about_moments(moments, rank)
-    value |= {"out": str(out), "skipped": list(images.skipped)}
+    value |= {"out": str(out), "skipped": list(images.skipped), "notes": list(images.notes)}
     say(as_json, value, lambda: _print(*lines, f"moments: {out}"))
 
 

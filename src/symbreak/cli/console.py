@@ -16,6 +16,18 @@ if TYPE_CHECKING:
     from symbreak.runtime.run import Run
 
 err = Console(stderr=True)
+_notes: list[str] = []  # to be told once there is something to show: an error prints one line only
+
+
+def note(source: str, *texts: str) -> None:
+    """What reading decided, a line each on stderr before the first bar or the result; nothing before an error."""
+    _notes.extend(f"{source}: {text}" for text in texts)
+
+
+def _tell_notes() -> None:
+    for text in dict.fromkeys(_notes):
+        err.print(text, markup=False, highlight=False, soft_wrap=True)
+    _notes.clear()
 
 
 @contextmanager
@@ -39,7 +51,8 @@ def running(out: Path | None, memory: int | None = None) -> Iterator[Run]:
 
     def tell(stage: str, done: int, total: int) -> None:
         if not tasks:
-            progress.start()  # not before there is something to show: an error prints one line only
+            _tell_notes()
+            progress.start()  # not before there is something to show
         if stage not in tasks:
             tasks[stage] = progress.add_task(stage, total=total)
         progress.update(tasks[stage], completed=done, total=total)
@@ -58,6 +71,7 @@ def say(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> None:
 
     if rank_of()[0]:
         return
+    _tell_notes()
     if as_json:
         sys.stdout.write(json.dumps(plain(value), sort_keys=True) + "\n")
     else:
@@ -82,6 +96,7 @@ def say_record(record: Record, out: Path | None, as_json: bool, value: dict[str,
 
 def fail(code: int, line: str) -> NoReturn:
     """Leave with one line on stderr."""
+    _notes.clear()
     sys.stderr.write(" ".join(line.split()) + "\n")
     sys.stderr.flush()
     raise SystemExit(code)

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from symbreak.cli.console import err
+from symbreak.cli.console import err, note
 from symbreak.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -120,27 +120,41 @@ class Reading:
     skip_bad: Annotated[bool, flag(None, "leave unusable images out and count them")] = False
     classes: Annotated[str | None, option(None, "keep only these classes, such as cat,dog")] = None
     pad: Annotated[int | None, option(None, "pad images with black to N x N pixels")] = None
+    size: Annotated[int | None, option(None, "resize images to N x N pixels, after --crop")] = None
+    crop: Annotated[str | None, option(None, "center (the largest square in the middle) or the pixels of its side")] = (
+        None
+    )
+    mode: Annotated[str | None, option(None, "RGB or L (grey); default: RGB where pictures are in colour")] = None
+    labels: Annotated[str | None, option(None, "label column, or columns, of a table, such as Smiling; or none")] = None
+    split: Annotated[str | None, option(None, "of data with splits, such as test (default: train)")] = None
+    layout: Annotated[str | None, option(None, "of arrays: NHWC, NCHW or NHW, where the shape does not tell")] = None
+
+    def options(self) -> Values:
+        """The options as `images` takes them."""
+        return {
+            "value_range": limits(self.value_range),
+            "skip_bad": self.skip_bad,
+            "classes": None if self.classes is None else tuple(self.classes.split(",")),
+            "pad": self.pad,
+            "size": self.size,
+            "crop": self.crop,
+            "mode": self.mode,
+            "labels": self.labels,
+            "split": self.split,
+            "layout": self.layout,
+        }
 
     def open(self, source: str, limit: int | None = None) -> Images:
-        """The images that a source names."""
+        """The images that a source names; what reading decided is told on stderr."""
         from symbreak.data.readers import images
 
-        names = None if self.classes is None else self.classes.split(",")
-        data = images(
-            source,
-            value_range=limits(self.value_range),
-            skip_bad=self.skip_bad,
-            classes=names,
-            pad=self.pad,
-            limit=limit,
-        )
-        if data.skipped:
-            err.print(f"left out {len(data.skipped)} unusable images (first: {data.skipped[0]})", markup=False)
+        data = images(source, **self.options(), limit=limit)
+        note(data.name, *data.notes)
         return data
 
     def open_if(self, source: str | None) -> Images | None:
-        """The images that a source names, if one is named."""
-        return None if source is None else self.open(source)
+        """The held-out images that a source names, if one is named; a split is that of the data."""
+        return None if source is None else replace(self, split=None).open(source)
 
 
 @Parameter(name="*")

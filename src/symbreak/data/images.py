@@ -21,14 +21,19 @@ from symbreak.runtime.ranks import from_each, own_rows, shares, summed
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
 
-__all__ = ["BLOCK_BYTES", "Images", "Item", "Raw", "describe"]
+__all__ = ["BLOCK_BYTES", "BYTES", "Images", "Item", "Raw", "Unfit", "describe"]
 
 BLOCK_BYTES = 32 * 2**20
+BYTES = (0.0, 255.0)  # range of 8-bit values
 SPLIT_SEED = 20231  # the digits are split once, for everybody
 
 # One item: how to load its raw [C, H, W] array (or the error in its place).
 Raw = np.ndarray | Exception
 Item = Callable[[], Raw]
+
+
+class Unfit(ValueError):
+    """An image that can be read, but not brought into the shape that was wanted; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Images:
         labels: int64 tensor [N] or ``None``.
         classes: class names, one a label value.
         skipped: names and faults of the images left out with ``skip_bad``.
+        remarks: what opening decided; `notes` adds what reading decides.
     """
 
     name: str
@@ -63,6 +69,8 @@ class Images:
     pad: int | None = None
     skipped: tuple[str, ...] = field(default=(), repr=False)
     history: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = field(default=(), repr=False)
+    _looked: Callable[[], tuple[str, ...]] = field(default=tuple, repr=False)  # at every picture of the source
     _index: np.ndarray | None = field(default=None, repr=False)  # positions in the source, of a selection
 
     def __len__(self) -> int:
@@ -70,6 +78,17 @@ class Images:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         yield from map(self.scaled, self.blocks())
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was decided in reading the source, a sentence each; headers of pictures are read once for it."""
+        left = [f"{len(self.skipped):,} unusable images are left out (first: {first})." for first in self.skipped[:1]]
+        return (*self.remarks, *self._looked(), *left)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The raw values that stand for black and white."""
+        return -self.scale - self.offset, self.scale - self.offset
 
     def scaled(self, raw: np.ndarray) -> torch.Tensor:
         """Raw values as float32 in [-1, 1]."""
@@ -208,14 +227,15 @@ class Images:
         """
         if self.labels is None or self.classes == classes:
             return self
-        unknown = [c for c in self.classes if c not in classes]
+        unknown = [self.classes[i] for i in self.labels.unique().tolist() if self.classes[i] not in classes]
         if unknown:
             raise InputError(f"the held-out images have a class {unknown[0]!r} that the data do not have. Drop it.")
-        return replace(
-            self, labels=torch.tensor([classes.index(c) for c in self.classes])[self.labels], classes=classes
-        )
+        numbers = torch.tensor([classes.index(c) if c in classes else -1 for c in self.classes])
+        return replace(self, labels=numbers[self.labels], classes=classes)
 
     def _fault(self, raw: Raw) -> str | None:
+        if isinstance(raw, Unfit):
+            return str(raw)
         if isinstance(raw, Exception):
             return f"cannot be read ({type(raw).__name__}: {str(raw)[:80]})"
         c, h, w = raw.shape
@@ -225,12 +245,12 @@ class Images:
             return f"is {h} x {w}, larger than the padding to {self.pad} x {self.pad}"
         if c != self.shape[0]:
             return f"has {c} channel{'s' * (c != 1)}, not {self.shape[0]}"
-        if not self.integer:
+        low, high = self.range
+        if not (self.integer and (low, high) == BYTES):
             if not np.isfinite(raw).all():
                 return "holds NaN or infinity"
             x = (raw + self.offset) / self.scale
             if x.min() < -1 - 1e-4 or x.max() > 1 + 1e-4:
-                low, high = -self.scale - self.offset, self.scale - self.offset
                 return f"has values {raw.min():g} .. {raw.max():g}, outside the range {low:g} .. {high:g}"
         return None
 
@@ -238,6 +258,10 @@ class Images:
         """Count the unusable images before failing, so that the message is useful at once."""
         bad = sum(self._fault(load()) is not None for _, load in self._selected())
         advice = "Repair or remove them, or pass --skip-bad."
+        if fault.startswith("is ") and " not " in fault:
+            advice = "Pass --size N (with --crop center for the middle), or --skip-bad."
+        if "channel" in fault:
+            advice = "Pass --mode RGB or --mode L, or --skip-bad."
         if "outside the range" in fault:
             advice = "Pass the true range with --range LOW,HIGH (of samples: --samples-range)."
         return InputError(
@@ -249,7 +273,7 @@ class Images:
             return raw
         _, h, w = raw.shape
         top, left = (self.pad - h) // 2, (self.pad - w) // 2
-        black = 0 if self.integer else -self.scale - self.offset
+        black = self.range[0]
         return np.pad(raw, ((0, 0), (top, self.pad - h - top), (left, self.pad - w - left)), constant_values=black)
 
 
@@ -265,4 +289,5 @@ def describe(data: Images) -> Values:
         "class_counts": labels,
         "selection": list(data.history),
         "skipped": list(data.skipped)[:100],
+        "notes": list(data.notes),
     }

@@ -41,7 +41,7 @@ class Empirical(ExactLaw):
     """The empirical law of a data set.
 
     Args:
-        points: [N, *S], N >= 1; float32 and float64 data are kept as they are.
+        points: [N, *S], N >= 1, or images; float32 and float64 data are kept as they are.
         memory: bytes of working memory for products with all points, beside a centred float32 copy of them where that
             takes at most four times as much; results do not depend on it.
 
@@ -54,7 +54,8 @@ class Empirical(ExactLaw):
     """
 
     def __init__(self, points: ArrayLike, memory: int = 2**28) -> None:
-        data = torch.as_tensor(points).detach().cpu()
+        whole = getattr(points, "tensor", None)  # of images, which are a stream
+        data = torch.as_tensor(points if whole is None else whole()).detach().cpu()
         if data.dtype not in (torch.float32, torch.float64):
             data = data.double()
         if data.ndim < 2 or data.numel() == 0:

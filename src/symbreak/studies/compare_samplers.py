@@ -60,7 +60,8 @@ class Study:
         samples: images a cell, split into ``repeats``.
         selection: images for choosing spacing and level.
         sweep: start levels tried, as multiples of the speciation sigma.
-        value_range, skip_bad, classes, pad: how the data are opened, see `images`.
+        value_range, skip_bad, classes, pad, size, crop, mode, labels, split, layout: how the data are opened, see
+            `images`.
         features: extractor name; ``None`` takes the bundled one for the digits, else pixels.
         micro_batch: fixed size of every network evaluation.
         reference_calls: NFE of a standard DDIM run that is measured for comparison; 0 leaves it out.
@@ -84,6 +85,12 @@ class Study:
     micro_batch: int = 200
     reference_calls: int = 100
     quick: bool = False
+    size: int | None = None
+    crop: int | str | None = None
+    mode: str | None = None
+    labels: str | None = None
+    split: str | None = None
+    layout: str | None = None
 
     def smoke(self) -> Study:
         """The same study, small enough for a minute."""
@@ -184,9 +191,10 @@ def _prepared(
     """
     if study.samples < 2 * study.repeats or study.repeats < 1:
         raise InputError(f"{study.samples} samples in {study.repeats} repeats; expected at least 2 samples a repeat.")
-    options: Values = {k: getattr(study, k) for k in ("value_range", "skip_bad", "classes", "pad")}
+    names = ("value_range", "skip_bad", "classes", "pad", "size", "crop", "mode", "labels", "layout")
+    options: Values = {name: getattr(study, name) for name in names}
     holdout = None if study.holdout is None else images(study.holdout, **options)
-    everything = images(study.data, **options)
+    everything = images(study.data, **options, split=study.split)
     parts = held_out(everything, holdout, share=0.5)
     train = parts.train
     pipe = load_pipeline(study.model) if pipeline is None else pipeline
