@@ -58,7 +58,7 @@ def main() -> None:
     ]
     for row in content["rows"]:
         cells = " | ".join(cell(row[k]["distance"]) for k in ("standard", "spectral", "best", "noised"))
-        said = verdict(row["standard"]["distance"], row["best"]["distance"])[0]
+        said = verdict(row["standard"]["distance"], row["best"]["distance"], row.get("gain"))[0]
         table.append(f"| {row['sampler']} | {row['calls']} | {cells} | {said} |")
     note = "*noised data*: training images noised to the level of the column before, the most any law could give there."
     page = ["# The digits study", "", "Written by `make docs` from the record of `make demo`."]

@@ -7,6 +7,7 @@ import pytest
 from symbreak.data.readers import images
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
+from symbreak.report.tables import tables
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
 from symbreak.studies.compare_samplers import Study, run
@@ -54,6 +55,17 @@ def test_the_record_holds_the_whole_table(record):
     assert record.content["reference"]["calls"] == 4
     # three calls from white noise are hopeless, three from the fitted law are not
     assert rows[0]["spectral"]["distance"]["mean"] < rows[0]["standard"]["distance"]["mean"]
+
+
+def test_the_table_has_its_cells_counts_and_the_difference_on_the_same_seeds(record):
+    table = tables(record)[0]["starts"]
+    cell = record.content["rows"][0]["standard"]["distance"]
+    assert f"{cell['samples']} images x {cell['repeats']} repeats" in table.title
+    assert "for comparison" in " ".join(table.notes).lower() or record.content["reference"] is None
+    for row in record.content["rows"]:
+        gap, gain = [row[k]["distance"]["mean"] for k in ("standard", "best")], row["gain"]
+        assert gain["value"] == pytest.approx(gap[0] - gap[1])
+        assert gain["low"] < gain["value"] < gain["high"]
 
 
 def test_an_interrupted_study_ends_with_the_same_record(record, tmp_path):

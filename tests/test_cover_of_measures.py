@@ -42,7 +42,9 @@ def cover(one, truth=None):
     with np.errstate(all="ignore"):
         rows = np.array([one(torch.Generator().manual_seed(seed)) for seed in range(WORLDS)], dtype=float)
     truth = rows[:, 0].mean() if truth is None else truth
-    return int(((rows[:, 1] <= truth + 1e-12) & (truth <= rows[:, 2] + 1e-12)).sum())
+    count = int(((rows[:, 1] <= truth + 1e-12) & (truth <= rows[:, 2] + 1e-12)).sum())
+    print(f"cover {count} of {WORLDS}")  # noqa: T201, for the table of docs/uncertainty.md: pytest -m slow -rP
+    return count
 
 
 def ends(values, key):

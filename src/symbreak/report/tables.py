@@ -97,13 +97,20 @@ def span(critical: Values, key: str, form: str = ".3g") -> Cell:
     return measured("none" if critical["level"] is None else level, low, high, form)
 
 
-def verdict(standard: Values, late: Values) -> tuple[str, str]:
-    """A sentence on late against standard start, and ``"win"``, ``"lose"`` or ``"tie"`` by their intervals."""
+def verdict(standard: Values, late: Values, gain: Values | None = None) -> tuple[str, str]:
+    """A sentence on late against standard start, and ``"win"``, ``"lose"`` or ``"tie"``.
+
+    By the interval of the difference on the same seeds and reference, or, without it, by whether the intervals overlap.
+    """
     ratio = standard["mean"] / late["mean"] if late["mean"] > 0 else float("inf")
-    known = None not in (standard["low"], standard["high"], late["low"], late["high"])
-    if known and late["high"] < standard["low"]:
+    if gain is not None and gain["low"] is not None:
+        better, worse = gain["low"] > 0, gain["high"] < 0
+    else:
+        known = None not in (standard["low"], standard["high"], late["low"], late["high"])
+        better, worse = (known and a["high"] < b["low"] for a, b in ((late, standard), (standard, late)))
+    if better:
         return f"{ratio:.2g} times nearer", "win"
-    if known and late["low"] > standard["high"]:
+    if worse:
         return f"loses: {1 / ratio:.2g} times farther", "lose"
     return f"within the intervals ({ratio:.2f})", "tie"
 
@@ -140,7 +147,7 @@ def _study(record: Record, content: Values) -> tuple[dict[str, Table], list[str]
         cells = [_distance(row["standard"]["distance"], row["standard"]["spacing"])]
         for key in ("spectral", "best", "noised"):
             cells.append(_distance(row[key]["distance"], f"sigma {row[key]['level']['sigma']:.3g}"))
-        said, kind = verdict(row["standard"]["distance"], row["best"]["distance"])
+        said, kind = verdict(row["standard"]["distance"], row["best"]["distance"], row.get("gain"))
         table.add(row["sampler"], number(row["calls"]), *cells, Cell(said, kind=kind))
     kinds = [row[-1].kind for row in table.rows]
     table.notes = [

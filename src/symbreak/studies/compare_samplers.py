@@ -20,6 +20,7 @@ from symbreak.data.images import Images, describe
 from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.metrics import extractor, floor
+from symbreak.metrics.frechet import difference
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import statistics
 from symbreak.moments.one_pass import Moments
@@ -32,7 +33,7 @@ from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
-from symbreak.runtime.plain import Values, versions
+from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
@@ -242,7 +243,8 @@ def _table(study: Study, plans: list[_Plan], comparison: Comparison) -> list[Val
             for f, v in swept.items()
         ]
         steps = plan.late[1.0].steps
-        more = {"sweep": sweep, "spacings": spacings}
+        gain = difference(columns["standard"]["distance"], columns["best"]["distance"])
+        more = {"sweep": sweep, "spacings": spacings, "gain": plain(dict(zip(("value", "low", "high"), gain)))}
         rows.append({"sampler": plan.sampler, "calls": plan.calls, "steps": steps, **columns, **more})
         table.tell(len(rows), len(plans))
     return rows

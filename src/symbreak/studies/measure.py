@@ -102,9 +102,10 @@ class Comparison:
         """Images [N, C, H, W] of a start, or from training images noised to its level."""
         clean = None
         if noised:
-            clean = self.train.at(
-                torch.randint(len(self.train), (len(seeds),), generator=generator(self.stream, seeds[0]))
-            )
+            # Without replacement, as the floor draws: every image once before any comes again.
+            source, count = generator(self.stream, seeds[0]), len(self.train)
+            rounds = [torch.randperm(count, generator=source) for _ in range(-(-len(seeds) // count))]
+            clean = self.train.at(torch.cat(rounds)[: len(seeds)])
         return generate(unet or self.unet, start, seeds, micro_batch=self.micro_batch, clean=clean)
 
     def cell(
