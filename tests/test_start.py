@@ -1,5 +1,6 @@
 import math
 import warnings
+from functools import partial
 from itertools import pairwise
 
 import diffusers
@@ -9,6 +10,9 @@ import torch
 from symbreak.critical import CriticalTime
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
+from symbreak.networks.denoiser import score
+from symbreak.networks.families import as_unet, denoiser
+from symbreak.networks.guidance import guided
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.phases.speciation import ladder, speciation_time
@@ -166,3 +170,19 @@ def test_diffusers_classes_named_in_messages_exist():
     from symbreak.start.cut_schedule import SUPPORTED
 
     assert all(hasattr(diffusers, name) for name in SUPPORTED)
+
+
+def test_a_start_prints_in_two_lines():
+    start = late_start(scheduler("dpm++2m"), gaussian_law(), 3, at=NoiseLevel(3.0), check=False)
+    assert len(repr(start).splitlines()) == 2
+    assert repr(start).startswith("LateStart(DPMSolverMultistepScheduler, 3 steps, from sigma 3")
+
+
+def test_a_level_stands_wherever_a_sigma_does():
+    law, level = gaussian_law(), NoiseLevel(2.0)
+    x = torch.randn(3, *law.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    base = scheduler("ddim")
+    network = denoiser(as_unet(law, base), base)
+    for ask in (law.denoise, law.score, law.transport, network, guided(network, law, 2.0), partial(score, law)):
+        assert torch.equal(ask(x, level), ask(x, 2.0))
+    assert float(level) == 2.0

@@ -75,6 +75,9 @@ class NoiseLevel:
         """The VP level with log-SNR = -2 log sigma."""
         return cls(math.exp(-0.5 * log_snr))
 
+    def __float__(self) -> float:
+        return self.sigma
+
     @property
     def std(self) -> float:
         """Standard deviation of the noise in the state, alpha sigma."""
@@ -170,6 +173,11 @@ class Schedule:
     def sigma_range(self) -> tuple[float, float]:
         """Smallest and largest sigma of the schedule."""
         return self._level(self.t_min).sigma, self._level(self.t_max).sigma
+
+
+def sigma_of(level: Any) -> Any:
+    """The sigma of a level; numbers and tensors are sigmas already."""
+    return level.sigma if isinstance(level, NoiseLevel) else level
 
 
 def _table(name: str, alphas_cumprod: np.ndarray) -> Schedule:

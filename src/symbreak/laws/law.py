@@ -24,7 +24,7 @@ from typing import Protocol, TypeGuard, runtime_checkable
 
 import torch
 
-from symbreak.noise import generator
+from symbreak.noise import generator, sigma_of
 from symbreak.runtime.files import InputError
 
 __all__ = [
@@ -186,7 +186,7 @@ def level(sigma: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: where sigma is not positive, or neither one number nor one a sample.
     """
-    s = torch.as_tensor(sigma, dtype=torch.float64, device=x.device)
+    s = torch.as_tensor(sigma_of(sigma), dtype=torch.float64, device=x.device)
     if s.ndim > 1 or (s.ndim == 1 and len(s) not in (1, len(x))):
         raise InputError(f"sigma of shape {tuple(s.shape)} for a batch of {len(x)}; expected a number or [{len(x)}].")
     try:

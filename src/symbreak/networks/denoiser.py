@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import numpy as np
 import torch
 
-from symbreak.noise import generator
+from symbreak.noise import generator, sigma_of
 from symbreak.runtime.files import InputError, digest
 from symbreak.runtime.ranks import agreed
 from symbreak.runtime.run import Run
@@ -173,6 +173,6 @@ def fingerprints(run: Run, *sources: Denoises | Denoiser) -> list[str]:
 
 def score(law_or_denoiser: Denoises | Denoiser, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
     """Gradient of the noised log density at VE states x, [B, *S]: (D(x, sigma) - x) / sigma^2."""
-    s = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    s = torch.as_tensor(sigma_of(sigma), dtype=x.dtype, device=x.device)
     s = s.reshape(-1, *[1] * (x.ndim - 1)) if s.ndim else s
     return (as_denoiser(law_or_denoiser)(x, sigma) - x) / (s * s)

@@ -23,7 +23,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser
 from symbreak.networks.samplers import kind_of
 from symbreak.networks.types import Network, Scheduler
-from symbreak.noise import NoiseLevel, schedule
+from symbreak.noise import NoiseLevel, schedule, sigma_of
 from symbreak.runtime.files import InputError
 
 __all__ = ["NetworkDenoiser", "SigmaDenoiser", "as_unet", "denoiser"]
@@ -138,7 +138,7 @@ class NetworkDenoiser:
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         _check_shape(x, self.shape)
-        sigmas = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1)
+        sigmas = torch.as_tensor(sigma_of(sigma), dtype=torch.float64).reshape(-1)
         times = torch.tensor([self.schedule.time(float(s)) for s in sigmas], dtype=torch.float64)
         alpha, _ = _columns([self.schedule.level(float(t)) for t in times], x)
         s = sigmas.to(x).reshape(alpha.shape)  # as it came: time and back rounds
@@ -175,7 +175,7 @@ class SigmaDenoiser:
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         _check_shape(x, self.shape)
-        s = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1)
+        s = torch.as_tensor(sigma_of(sigma), dtype=torch.float64, device=x.device).reshape(-1)
         low, high = self.sigma_range
         # Their own grids are float32: the ends of the range may differ by its rounding.
         if not (s.numel() and low * (1 - 1e-6) <= float(s.min()) and float(s.max()) <= high * (1 + 1e-6)):

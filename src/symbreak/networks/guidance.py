@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser
+from symbreak.noise import sigma_of
 from symbreak.runtime.errors import InputError
 
 __all__ = ["Guided", "guided"]
@@ -37,7 +38,9 @@ class Guided:
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         with_condition: torch.Tensor = self.conditional(x, sigma)
-        costs = [self.evaluations(s) for s in torch.as_tensor(sigma, dtype=torch.float64).reshape(-1).tolist()]
+        costs = [
+            self.evaluations(s) for s in torch.as_tensor(sigma_of(sigma), dtype=torch.float64).reshape(-1).tolist()
+        ]
         if 2 not in costs:
             return with_condition
         without = self.unconditional(x, sigma)

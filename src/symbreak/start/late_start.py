@@ -24,7 +24,7 @@ from symbreak.laws.saving import law_from_tensors, law_tensors
 from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, as_denoiser
 from symbreak.networks.foreign import check_settings
 from symbreak.networks.types import Scheduler
-from symbreak.noise import NoiseLevel, schedule
+from symbreak.noise import NoiseLevel, schedule, sigma_of
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
 from symbreak.runtime.plain import Values
 from symbreak.start.cut_schedule import (
@@ -48,7 +48,7 @@ class LateStartWarning(UserWarning):
     """A late start is legal but outside the range where theory vouches for it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LateStart:
     """A ready scheduler and the state that its first step expects.
 
@@ -71,6 +71,11 @@ class LateStart:
     full: Scheduler
     notes: tuple[str, ...] = field(default=())
     choice: Any | None = None
+
+    def __repr__(self) -> str:
+        begins = f"sigma {self.level.sigma:.4g} with {self.calls} network evaluations"
+        law = "white noise" if self.law is None else repr(self.law)
+        return f"LateStart({type(self.scheduler).__name__}, {self.steps} steps, from {begins},\n          law={law})"
 
     @property
     def calls(self) -> int:
@@ -276,7 +281,7 @@ class _Hybrid:
         return float(self.below.sigma_range[0]), math.inf
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        s = torch.as_tensor(sigma, dtype=torch.float64, device=x.device).reshape(-1)
+        s = torch.as_tensor(sigma_of(sigma), dtype=torch.float64, device=x.device).reshape(-1)
         # A grid kept in float32 may begin a hair above the level that it was made of.
         inside = s <= self.sigma * (1 + 1e-6)
         if bool(inside.all()):
