@@ -64,9 +64,9 @@ def precision_recall(samples: torch.Tensor, real: torch.Tensor, k: int = 3, seed
         if blocks > 1:
             groups = torch.stack([part.sum() for part in inside[:, 0].split(sizes)]).numpy()
             without_points = (hits - groups) / (count - np.array(sizes))
-            given = proportion(hits, count)
+            exact = proportion(hits, count)
             low, high = jackknife(value, without_points, inside[:, 1:].mean(0).numpy())
-            low, high = min(max(0.0, low), given["low"]), max(min(1.0, high), given["high"])
+            low, high = min(max(0.0, low), exact["low"]), max(min(1.0, high), exact["high"])
         out |= {name: value, f"{name}_low": low, f"{name}_high": high}
     values: Values = plain({**out, "k": k, "blocks": blocks, "samples": len(samples), "reference": len(real)})
     return values

@@ -61,8 +61,8 @@ def nearest_transformed(
     for number, (flip, down, right) in sorted(enumerate(known), key=lambda one: one[1][1:]):
         if rows is None or not flip:  # the training images' windows serve both
             rows = feature_shards(FromFunction(partial(_window, flip=False, down=-down, right=-right), "w"), train, run)
-        asked = feature_shards(FromFunction(partial(_window, flip=flip, down=down, right=right), "w"), samples, run)
-        d, j = apart(asked, rows, group, f"{name}-{number}", run)
+        queries = feature_shards(FromFunction(partial(_window, flip=flip, down=down, right=right), "w"), samples, run)
+        d, j = apart(queries, rows, group, f"{name}-{number}", run)
         ratio = d[:, 0] / d[:, 1].clamp_min(1e-12)
         better = ratio < best
         best, image, which = (

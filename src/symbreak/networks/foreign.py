@@ -94,8 +94,8 @@ def _check_component(name: str, entry: object, index: Path) -> None:
     if len(entry) != 2 or not all(v is None or (isinstance(v, str) and v.isidentifier()) for v in entry):
         raise InputError(f"{index} names {str(entry)[:60]} as {name}; expected a library and a class, as names.")
     library, class_name = entry
-    own = library is not None and (Path(diffusers.__file__).parent / "pipelines" / library).is_dir()
-    if library is not None and library not in LIBRARIES and not own:
+    in_diffusers = library is not None and (Path(diffusers.__file__).parent / "pipelines" / library).is_dir()
+    if library is not None and library not in LIBRARIES and not in_diffusers:
         raise InputError(
             f"{index} takes {name} from the library {library}, which symbreak does not import; expected "
             f"{' or '.join(LIBRARIES)}."

@@ -329,8 +329,8 @@ class _Evaluation:
         held_out = None if self.holdout is None else picked(self.holdout, 1)
         if held_out is None or everything is data:
             return nearest_summary(picked(self.samples, 0), everything, held_out, run)
-        found = nearest_summary(picked(self.samples, 0), everything, None, run)
-        return {**found, "held_out": nearest_summary(held_out, data, None, run)["samples"]}
+        nearest = nearest_summary(picked(self.samples, 0), everything, None, run)
+        return {**nearest, "held_out": nearest_summary(held_out, data, None, run)["samples"]}
 
 
 def _spelled(classify: Features | None) -> str | None:
