@@ -490,7 +490,13 @@ def test_size_and_crop(tmp_path):
         ({"crop": 21}, "a crop of 21 pixels, but the first image .* is 30 x 20"),
         ({"crop": "middle"}, "expected center or a number"),
         ({"crop": 0}, "expected center or a number"),
+        ({"crop": 6.5}, "expected center or a number"),
+        ({"crop": (6, 6)}, "expected center or a number"),
         ({"size": 0}, "size of 0 pixels"),
+        ({"size": "64"}, "size of '64' pixels; expected one whole number"),
+        ({"size": (6, 6)}, "expected one whole number"),
+        ({"pad": 6.5}, "padding to 6.5 pixels"),
+        ({"value_range": "0,1"}, "expected two numbers"),
         ({"mode": "CMYK"}, "expected RGB or L"),
         ({"sise": 8}, "no option 'sise'. Expected size"),
     ):
@@ -509,6 +515,24 @@ def test_arrays_are_resized_like_pictures():
     steps[:, 4:] = 1
     x = sb.images(steps, size=31).tensor()
     assert (x.min(), x.max()) == (-1, 1)  # no overshoot beyond the image's own range
+
+
+def test_parquet_files_without_pictures_or_rows(tmp_path):
+    """Rows without a picture are counted, files with nothing but paths are one line."""
+    cells = [{"bytes": encoded(picture(i)), "path": None} for i in range(3)]
+    pq.write_table(pa.table({"image": [cells[0], None, *cells[1:]], "label": [0, 1, 0, 1]}), tmp_path / "x.parquet")
+    with pytest.raises(InputError, match=r"1 of 4 images .* row 1 cannot be read .*no bytes"):
+        sb.images(tmp_path / "x.parquet").tensor()
+    assert sb.images(tmp_path / "x.parquet", skip_bad=True).labels.tolist() == [0, 0, 1]
+    for columns, match in (
+        ({"image": [{"bytes": None, "path": "x.png"}] * 4}, "paths of pictures"),
+        ({"image": pa.array([], pa.binary())}, "holds 0 images"),
+        ({"left": cells, "right": cells}, "expected 'image' with encoded bytes"),
+        ({"image": cells, "label": [2**40, 1, 2]}, "class numbers below"),
+    ):
+        pq.write_table(pa.table(columns), tmp_path / "y.parquet")
+        with pytest.raises(InputError, match=match):
+            sb.images(tmp_path / "y.parquet")
 
 
 # Limits

@@ -222,7 +222,10 @@ def check_range(value_range: Range) -> Range:
     Raises:
         InputError: where it is empty or endless.
     """
-    low, high = map(float, value_range)
+    try:
+        low, high = map(float, value_range)
+    except (TypeError, ValueError):
+        raise InputError(f"value_range {value_range!r}; expected two numbers, (low, high).") from None
     if not (math.isfinite(high - low) and (high - low) / 2 > 0):
         raise InputError(f"--range {low:g},{high:g} is empty or endless; expected LOW,HIGH with LOW < HIGH.")
     return low, high

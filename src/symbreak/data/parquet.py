@@ -62,6 +62,10 @@ class Shards:
         """The column of encoded pictures."""
         fit = [name for name in self.schema.names if _holds_pictures(self._type(name))]
         named = [name for name in IMAGE_COLUMNS if name in fit]
+        if not fit and any(str(self._type(name)).startswith("struct") for name in self.schema.names):
+            raise InputError(
+                f"{self.name} holds paths of pictures, not the pictures. Pass the folder that they are in."
+            )
         if not named and len(fit) != 1:
             raise InputError(
                 f"{self.name} has the columns {', '.join(self.schema.names[:8])}; expected 'image' with encoded bytes "

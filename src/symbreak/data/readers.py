@@ -110,8 +110,8 @@ def images(source: Source, **options: Unpack[Options]) -> Images:
     if mode is not None and mode not in ("RGB", "L"):
         raise InputError(f"mode {mode!r}; expected RGB or L (grey).")
     for name, value in (("padding to", pad), ("size of", options.get("size"))):
-        if value is not None and not 0 < value <= LARGEST:
-            raise InputError(f"{name} {value} pixels; expected a size between the image's own and {LARGEST}.")
+        if value is not None and not (isinstance(value, int | np.integer) and 0 < value <= LARGEST):
+            raise InputError(f"{name} {value!r} pixels; expected one whole number, at most {LARGEST}.")
     opened = _opened(source, options)
     opened = shaped(opened, options.get("size"), options.get("crop"), mode)
     if (classes := options.get("classes")) is not None:

@@ -33,10 +33,10 @@ def shaped(images: Images, size: int | None, crop: int | str | None, mode: str |
     """
     if isinstance(crop, str) and crop.isdecimal():
         crop = int(crop)
-    if (isinstance(crop, str) and crop != "center") or (isinstance(crop, int) and crop < 1):
+    if not (crop in (None, "center") or (isinstance(crop, int | np.integer) and crop > 0)):
         raise InputError(f"crop {crop!r}; expected center or a number of pixels.")
     c, h, w = images.shape
-    if isinstance(crop, int) and crop > min(h, w):
+    if crop is not None and not isinstance(crop, str) and crop > min(h, w):
         raise InputError(f"a crop of {crop} pixels, but the first image of {images.name} is {h} x {w}. Crop less.")
     if (size, crop, mode) == (None, None, None) or ((size, crop) == (None, None) and not told and mode is None):
         return images
