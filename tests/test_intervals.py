@@ -216,3 +216,25 @@ def test_the_first_class_is_covered(radii, right):
     law = Mixture.from_parameters(means, 1.0)
     times = [speciation_time(law, "free-entropy", samples=5000, seed=seed) for seed in range(100)]
     assert sum(t.low.sigma < right < t.high.sigma for t in times) >= 90
+
+
+@pytest.mark.parametrize("steps", [10, 40])
+def test_few_steps_of_clones_are_in_the_interval(steps):
+    """+-4, variance 1: few steps read the crossing high; the bootstrap alone left it out, and said nothing."""
+    law = Mixture.from_parameters([[-4.0], [4.0]], 1.0)
+    right, found = cloning_time(law).sigma, 0
+    for seed in range(3):
+        time = clones(law, np.geomspace(1, 16, 9), pairs=800, steps=steps, seeds=seed).crossing
+        assert "steps there are a factor" in time.reason
+        found += time.low.sigma < right < time.high.sigma
+    assert found >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [10, 20, 40])
+def test_the_crossing_of_clones_is_covered(steps):
+    law = Mixture.from_parameters([[-4.0], [4.0]], 1.0)
+    right = cloning_time(law).sigma
+    sigma = np.geomspace(1, 16, 9)
+    times = [clones(law, sigma, pairs=1000, steps=steps, seeds=seed).crossing for seed in range(100)]
+    assert sum(t.low.sigma < right < t.high.sigma for t in times) >= 90
