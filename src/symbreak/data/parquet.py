@@ -23,7 +23,7 @@ __all__ = ["Shards"]
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 UNPACKED = 2**28  # bytes that a row group may always unpack to, and ...
 RATIO = 100  # ... times its packed size
-BATCH_BYTES = 2**29  # that a batch of rows may take at most, however often its dictionary repeats a value
+BATCH_BYTES = 2**27  # that a batch of rows may take at most, however often its dictionary repeats a value
 
 
 class Shards:
