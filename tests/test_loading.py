@@ -13,10 +13,12 @@ from contextlib import suppress
 
 import diffusers
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from symbreak.cli.commands import main
 from symbreak.laws import Gaussian
 from symbreak.laws.saving import load_law, save_law
 from symbreak.networks.foreign import from_hub
@@ -230,6 +232,31 @@ def test_a_start_whose_scheduler_is_no_mapping(saved, tmp_path, value):
     write_tensors(tmp_path / "s", tensors, metadata | {"start": json.dumps(about)})
     with guarded(), pytest.raises(InputError, match="expected names and values"):
         LateStart.load(tmp_path / "s")
+
+
+def test_an_output_that_is_an_input_or_another_record_is_refused(saved, tmp_path, capsys):
+    data, record = tmp_path / "d.npy", shutil.copytree(saved / "record", tmp_path / "r")
+    np.save(data, np.zeros((20, 8, 8), np.uint8))
+    before = {p: p.read_bytes() for p in (data, record / "record.json")}
+    for line, why in (
+        (["fit", "--data", data, "--out", data], "is an input, too (data)"),
+        (["report", record, "--out", record / "record.json"], "is an input, too (record)"),
+        (["report", record / "record.json", "--out", record / "record.json"], "is an input, too (record)"),
+        (["phases", "--data", "digits", "--out", record], "of the kind evaluation, which phases does not replace"),
+        (["study", "--out", record], "of the kind evaluation, which study"),
+        (["audit", "--data", "digits", "--out", record], "of the kind evaluation, which audit"),
+        (["train", "--data", "digits", "--out", record], "of the kind evaluation, which train"),
+        (["sample", "--out", record], "of the kind evaluation, which sample"),
+        (["world", "two-deltas", "--out", record / "record.json"], "of the kind evaluation, which world"),
+        (["sample", "--model", saved / "pipeline", "--out", saved / "pipeline"], "is an input, too (model)"),
+        (["evaluate", "--data", tmp_path, "--samples", data, "--out", tmp_path], "is an input, too (data)"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main([str(word) for word in line])
+        said = capsys.readouterr().err
+        assert (left.value.code, said.count("\n")) == (2, 1), said
+        assert why in said
+    assert {p: p.read_bytes() for p in before} == before
 
 
 HOSTILE = [

@@ -489,6 +489,36 @@ def _page(target: Path, name: str) -> Path:
     return target
 
 
+KINDS = {"study": "study", "phases": "phases", "evaluate": "evaluation", "audit": "audit"}  # of a command's record
+
+
+def _check_out(command: str, arguments: dict[str, Any]) -> None:
+    """An output that is an input, or that holds another command's record, raises an error before anything is done."""
+    out = arguments.get("out")
+    if out is None or not Path(out).exists():
+        return
+    inputs = {k: v for k, v in arguments.items() if k != "out" and isinstance(v, str | Path)}
+    inputs["start"] = getattr(arguments.get("beginning"), "start", "")
+    place = Path(out).resolve()
+    for name, value in inputs.items():
+        if str(value) not in ("digits", "") and place in (
+            Path(value).resolve(),
+            (Path(value) / "record.json").resolve(),
+        ):
+            raise InputError(f"--out {out} is an input, too ({name}). Choose another --out.")
+    record = place if place.is_file() else place / "record.json"
+    if record.name != "record.json" or not record.is_file() or (command == "report" and place.is_dir()):
+        return
+    from symbreak.runtime.files import read_json
+
+    content = read_json(record)
+    kind = content.get("kind") if isinstance(content, dict) else None
+    if kind != KINDS.get(command):
+        raise InputError(
+            f"{record} is a record of the kind {kind}, which {command} does not replace. Choose another --out."
+        )
+
+
 def _called(arguments: list[str]) -> None:
     """Read the arguments, then run the command, on all processes that a launcher started."""
     command, bound, _ = app.parse_args(arguments or ["--help"], exit_on_error=False, print_error=False)
@@ -497,6 +527,7 @@ def _called(arguments: list[str]) -> None:
         return
     from symbreak.runtime.ranks import joined
 
+    _check_out(command.__name__, bound.arguments)
     with joined() as (rank, _):
         err.quiet = rank > 0  # one process speaks for all
         command(*bound.args, **bound.kwargs)
