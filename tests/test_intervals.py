@@ -11,7 +11,7 @@ from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
 from symbreak.phases.class_entropy import class_entropy, class_entropy_bound
 from symbreak.phases.clones import clones
-from symbreak.phases.non_gaussianity import non_gaussianity
+from symbreak.phases.non_gaussianity import fitting_error, non_gaussianity
 from symbreak.phases.speciation import cloning_probability, cloning_time, ladder, speciation_time
 from symbreak.runtime.errors import InputError
 
@@ -238,3 +238,16 @@ def test_the_crossing_of_clones_is_covered(steps):
     sigma = np.geomspace(1, 16, 9)
     times = [clones(law, sigma, pairs=1000, steps=steps, seeds=seed).crossing for seed in range(100)]
     assert sum(t.low.sigma < right < t.high.sigma for t in times) >= 90
+
+
+def test_fitting_a_gaussian_costs_nats():
+    """Unit variance, d = 64, n = 898: what refits cost by the exact divergence of Gaussians."""
+    costs = []
+    for seed in range(5):
+        m = gaussian(898, np.ones(64), seed)
+        fitted, s2 = m.cov + 1.6**2 * torch.eye(64), 1 + 1.6**2
+        mean = float((m.mean**2).sum() / s2)
+        ratio = torch.linalg.eigvalsh(fitted) / s2
+        costs.append(0.5 * (float((1 / ratio - 1 + ratio.log()).sum()) + mean))
+    assert fitting_error(np.ones(64), 898, np.array([1.6]))[0] == pytest.approx(np.mean(costs), rel=0.1)
+    assert np.mean(costs) == pytest.approx(0.1, abs=0.02)

@@ -23,7 +23,7 @@ from symbreak.phases.losses import Losses, between, integral_above, loss_curve, 
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Run, renamed
 
-__all__ = ["NonGaussianity", "divergence_bound", "non_gaussianity"]
+__all__ = ["NonGaussianity", "divergence_bound", "fitting_error", "non_gaussianity"]
 
 TOP = 20.0  # integrals end at this multiple of the data's largest standard deviation
 SPACING = 0.25  # largest step of an integral in log sigma
@@ -138,6 +138,18 @@ def _nats(losses: Losses, law: str, at: np.ndarray) -> np.ndarray:
             if lost[j] < 0 and losses.sigma[j] > u * (1 + 1e-9):
                 values[i, half != chooses] -= tails[j, half != chooses]
     return values
+
+
+def fitting_error(eigenvalues: np.ndarray, count: int, sigma: np.ndarray) -> np.ndarray:
+    """Nats [G] that a Gaussian costs for being fitted to n samples, were the data Gaussian: no departure from it.
+
+        E KL = 1/(4 n) [(sum_i r_i)^2 + sum_i r_i^2 + 2 sum_i r_i]        r_i = lambda_i / (lambda_i + sigma^2)
+
+    Source: derived, to first order in 1/n.
+    """
+    r = eigenvalues / (eigenvalues + np.asarray(sigma)[:, None] ** 2)
+    out: np.ndarray = (r.sum(1) ** 2 + (r * r).sum(1) + 2 * r.sum(1)) / (4 * count)
+    return out
 
 
 @renamed()

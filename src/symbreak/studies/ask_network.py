@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from symbreak.phases.kicks import Opportunity, opportunity
 from symbreak.phases.losses import entropy_rate, loss_curve
 from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
 from symbreak.phases.network_stability import network_stability
-from symbreak.phases.non_gaussianity import divergence_bound
+from symbreak.phases.non_gaussianity import divergence_bound, fitting_error
 from symbreak.phases.potential import arc_potential
 from symbreak.phases.speciation import speciation_time
 from symbreak.phases.u_turns import u_turns
@@ -162,7 +162,18 @@ def _losses(d: Diagnosis, network: NetworkDenoiser, laws: Laws, images: torch.Te
             d.draw("loss", law, law, losses.law(law))
             bound = divergence_bound(losses, law)
             d.draw("information", f"network against {law}", law, bound)
-            d.add("non-Gaussianity" if law == "Gaussian" else "distance from the mixture", "network", bound.time())
+            time = bound.time()
+            if law == "Gaussian":
+                nats = fitting_error(laws.gaussian.eigenvalues.numpy(), laws.gaussian.moments.count, levels)
+                d.draw("information", "fitting the Gaussian alone", law, Curve(levels, nats, nats, nats), ":")
+                alone = crossing(levels, nats, 0.1)
+                if alone is not None:
+                    said = (
+                        f"fitting it to {laws.gaussian.moments.count:,} images alone costs 0.1 nat at sigma {alone:.4g}"
+                    )
+                    time = replace(time, reason="; ".join(filter(None, (time.reason, said))))
+                    d.notes.append(f"Non-Gaussianity: {said}.")
+            d.add("non-Gaussianity" if law == "Gaussian" else "distance from the mixture", "network", time)
         empirical = loss_curve(laws.empirical, images, levels, seed=d.seed).mmse
         d.draw("loss", f"{len(laws.empirical):,} training images", "data", empirical)
     return losses.sigma
