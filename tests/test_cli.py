@@ -451,12 +451,13 @@ def test_interrupted_studies_leave_no_half_written_record(tmp_path, sent, code):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
-    while not (out / "cells.json").exists() and time.monotonic() < deadline and process.poll() is None:
+    while not list(out.glob("blocks-*/cells.json")) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert "continues from what is finished" in err
     assert "Traceback" not in err
-    assert [p.name for p in out.iterdir()] == ["cells.json"]
-    json.loads((out / "cells.json").read_text())
+    (stored,) = out.iterdir()  # the lock is gone
+    assert sorted(p.name for p in stored.iterdir()) == ["cells.json", "identity.json"]
+    json.loads((stored / "cells.json").read_text())

@@ -80,16 +80,18 @@ def test_an_interrupted_study_ends_with_the_same_record(record, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(TINY, run=Run(tmp_path, progress=stop))
     assert not (tmp_path / "record.json").exists()
-    kept = json.loads((tmp_path / "cells.json").read_text())["cells"]
+    (cells,) = tmp_path.glob("blocks-*/cells.json")
+    kept = json.loads(cells.read_text())["cells"]
     assert len(kept) > 5
     resumed = run(TINY, run=Run(tmp_path))
     assert without_timings(resumed) == without_timings(record)
-    assert not (tmp_path / "cells.json").exists()
+    assert not list(tmp_path.glob("blocks-*"))
     assert without_timings(Record.load(tmp_path)) == without_timings(record)
 
 
 def test_cells_of_another_study_are_not_taken(record, tmp_path):
-    (tmp_path / "cells.json").write_text(json.dumps({"identity": "other", "cells": {"choose/ddim/3/leading": 1e9}}))
+    other = Run(tmp_path).identified({"kind": "study", "samples": 7})
+    other.value("choose/ddim/3/leading", lambda: 1e9)
     assert without_timings(run(TINY, run=Run(tmp_path))) == without_timings(record)
 
 

@@ -350,9 +350,10 @@ def test_statistics_are_the_same_from_the_cache_and_whatever_the_batches(tmp_pat
     file = next(tmp_path.iterdir())
     before = file.stat().st_mtime_ns
     calls = []
-    extract.register_forward_hook(lambda *_: calls.append(1))
+    extract.register_forward_hook(lambda _, x, __: calls.append(len(x[0])))
     again = statistics(extract, images("digits"), groups=4, rows=50, cache=tmp_path)
-    assert not calls
+    assert max(calls) < 10  # it answers to the few fixed images that tell extractors apart
+    calls.clear()
     assert file.stat().st_mtime_ns == before
     plain = statistics(extract, images("digits", batch_size=500), groups=4, rows=50)
     assert calls

@@ -64,7 +64,7 @@ COMMANDS = {
 }
 KILLED = ["fit", "sample", "evaluate", "train", "study"]
 SIGNALS = [signal.SIGKILL] * 3 + [signal.SIGTERM, signal.SIGINT]
-WHILE_IT_RUNS = re.compile(r"(blocks-.*/.*|cells\.json|checkpoint\.safetensors|\.stage/.*|.*\.part)")
+WHILE_IT_RUNS = re.compile(r"(blocks-.*/.*|\.lock|checkpoint\.safetensors|\.stage/.*|.*\.part)")
 CHECKPOINT_SECONDS = 0.15
 
 

@@ -693,7 +693,7 @@ def _survives(out):
 def test_a_dead_rank_ends_the_others_and_costs_its_own_block_only(tmp_path):
     codes = on_ranks(_survives, tmp_path / "out", wait=60)
     assert codes == [1, 9]
-    kept = sorted(p.name for p in (tmp_path / "out").glob("blocks-*/*"))
+    kept = sorted(p.name for p in (tmp_path / "out").glob("blocks-*/*.safetensors"))
     assert kept == [f"b-{i}.safetensors" for i in (0, 1, 2, 4)]
 
 

@@ -8,6 +8,10 @@ from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run, renamed
 
 
+def folders(path):
+    return sorted(path.glob("blocks-*"))
+
+
 def test_parts_go_on_where_they_were(tmp_path):
     made, seen = [], []
 
@@ -39,9 +43,9 @@ def test_parts_go_on_where_they_were(tmp_path):
     assert made == [5, 6, 7] * 2 + [6]
     run.close()
     other = Run(tmp_path).identified({"run": 2})
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(folders(tmp_path)) == 1
     other.close()
-    assert not list(tmp_path.iterdir())
+    assert not folders(tmp_path)
     # Nothing is stored without a folder.
     for _ in range(2):
         Run().parts("squares", [8], make)
@@ -62,16 +66,20 @@ def test_values_belong_to_one_run_and_are_made_once(tmp_path):
     for _ in range(2):
         assert first.value("a", lambda: make({"x": (1, 2)})) == {"x": (1, 2)}
     assert run(1).value("a", lambda: make("fresh")) == {"x": [1, 2]}
-    assert [p.name for p in tmp_path.iterdir()] == ["cells.json"]
+    (stored,) = folders(tmp_path)
+    assert sorted(p.name for p in stored.iterdir()) == ["cells.json", "identity.json"]
     # A run that asks for no value leaves the file of another one alone.
     run(2).close()
     assert run(1).value("a", lambda: make("fresh")) == {"x": [1, 2]}
     assert run(2).value("a", lambda: make("other")) == "other"
-    (tmp_path / "cells.json").write_text("damaged")
+    # A file of which a letter changed is made again.
+    (other,) = (p for p in folders(tmp_path) if p != stored)
+    (other / "cells.json").write_text((other / "cells.json").read_text().replace("other", "otter"))
     again = run(2)
     assert again.value("a", lambda: make("again")) == "again"
     again.close()
-    assert not list(tmp_path.iterdir())
+    first.close()
+    assert not folders(tmp_path)
     # Without a folder a value is still made once.
     loose = Run()
     assert [loose.value("a", lambda: make("loose")) for _ in range(2)] == ["loose"] * 2
@@ -111,7 +119,7 @@ def test_a_part_is_found_again_for_its_own_settings_and_identity_only(tmp_path):
     Run(tmp_path).identified({"seed": 2}).part("a", make, 1, torch.zeros(2))
     assert len(made) == 4
     run.close()
-    assert len(list(tmp_path.iterdir())) == 1  # of the other identity
+    assert len(folders(tmp_path)) == 1  # of the other identity
 
 
 def test_arguments_of_the_old_spelling_name_the_new_one():

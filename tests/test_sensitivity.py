@@ -114,7 +114,8 @@ def test_an_interrupted_run_ends_with_the_same_record(record, world, tmp_path):
     args = {"holdout": held, "starts": {"law": LAW, "white noise": WhiteNoise(train.shape)}}
     with pytest.raises(KeyboardInterrupt):
         sensitivity(train, pipe, run=Run(tmp_path, progress=stop), **args, **TOP)
-    assert len(json.loads((tmp_path / "cells.json").read_text())["cells"]) >= 4
+    (cells,) = tmp_path.glob("blocks-*/cells.json")
+    assert len(json.loads(cells.read_text())["cells"]) >= 4
     found = sensitivity(train, pipe, run=Run(tmp_path), **args, **TOP)
     assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
     kept, again = (

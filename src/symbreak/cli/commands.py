@@ -11,12 +11,13 @@ import signal
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from symbreak.cli.console import err, fail, note, running, say, say_record
+from symbreak.cli.console import err, fail, holds, note, running, say, say_record
 from symbreak.cli.options import (
     CLASSIFIERS,
     MICRO,
@@ -38,7 +39,7 @@ from symbreak.cli.options import (
     option,
     required,
 )
-from symbreak.runtime.errors import InputError
+from symbreak.runtime.errors import InputError, visible
 
 app = App(
     name="symbreak",
@@ -165,7 +166,7 @@ def fit(
 ) -> None:
     """Mean and covariance of a data set in one pass; with --start, a start for a network, ready to sample with."""
     from symbreak.moments.one_pass import Moments
-    from symbreak.runtime.files import output_folder
+    from symbreak.runtime.files import try_writing
 
     if out.is_dir():
         raise InputError(f"{out} is a folder; expected a file name such as {out / 'moments.safetensors'}.")
@@ -173,7 +174,7 @@ def fit(
         raise InputError("--model, --sampler, --steps, --holdout and --clusters belong to a start. Add --start.")
     if start and (rank, memory) != (None, None):
         raise InputError("--rank and --memory are for moments; a start decides on the rank itself. Leave them out.")
-    output_folder(out.parent)
+    try_writing(out.parent)
     if start:
         pipe = machine.load(required(model, "--model"))
         beginning = Beginning(sampler=sampler, steps=steps)
@@ -218,7 +219,7 @@ def _about_moments(moments: Any, rank: int | None) -> tuple[dict[str, Any], list
 
 
 def _print(*lines: str) -> None:
-    sys.stdout.write("\n".join(lines) + "\n")
+    sys.stdout.write(visible("\n".join(lines)) + "\n")
 
 
 @app.command(
@@ -240,23 +241,21 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Sample images, one a seed, from white noise or from a late start."""
-    from symbreak.runtime.files import output_folder
     from symbreak.start.sample import decisive, parse_seeds, write_images
 
-    output_folder(out)
     wanted, auto = parse_seeds(seeds), beginning.start == "auto"
     if not auto and (data, holdout, clusters, reading) != (None, None, None, Reading()):
         raise InputError("--data and its options, --holdout and --clusters belong to --start auto. Add it.")
     beginning.check()
     source = required(data, "--data") if auto else ""
-    pipe = machine.load(model)
-    begin = (
-        beginning.fit(pipe, reading.open(source), reading.open_if(holdout), clusters, steps=5)
-        if auto
-        else beginning.plan(pipe, steps=5)
-    )
-    settings = decisive(pipe.unet, begin, micro_batch, beginning.names(model, machine))
-    with running(None) as work:
+    with running(out) as work:
+        pipe = machine.load(model)
+        begin = (
+            beginning.fit(pipe, reading.open(source), reading.open_if(holdout), clusters, steps=5)
+            if auto
+            else beginning.plan(pipe, steps=5)
+        )
+        settings = decisive(pipe.unet, begin, micro_batch, beginning.names(model, machine))
         made = write_images(pipe.unet, begin, wanted, out, settings, micro_batch=micro_batch, run=work)
     value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": made}
     say(as_json, value, lambda: _print(begin.explain(), f"{made} of {len(wanted)} images made: {out}"))
@@ -446,13 +445,13 @@ def world(
 ) -> None:
     """Draw a world where everything is known: potential, fixed points, trajectories, critical times."""
     from symbreak.report.tables import show
-    from symbreak.runtime.files import output_folder
+    from symbreak.runtime.files import try_writing
     from symbreak.runtime.run import Run
     from symbreak.studies.worlds import check_world, draw_world
 
     check_world(name, train, seed)
     target = _page(Path(f"build/world-{name}.html") if out is None else out, "world.html")
-    output_folder(target.parent)
+    try_writing(target.parent)
     with err.status(name) as status:
         run = Run(progress=lambda stage, *_: status.update(f"{name}: {stage}"))
         record = draw_world(name, target, train, seed, run=run)
@@ -521,6 +520,10 @@ def _check_out(command: str, arguments: dict[str, Any]) -> None:
 
 def _called(arguments: list[str]) -> None:
     """Read the arguments, then run the command, on all processes that a launcher started."""
+    for before, value in pairwise(["", *arguments]):
+        name, equals, rest = value.partition("=")
+        if not value or (name.startswith("--") and equals and not rest):  # a shell variable that is not set
+            raise InputError(f"{name or before or 'an argument'} came with nothing behind it; expected a value.")
     command, bound, _ = app.parse_args(arguments or ["--help"], exit_on_error=False, print_error=False)
     if command.__module__ != __name__:  # help or version, which need no library
         command(*bound.args, **bound.kwargs)
@@ -530,7 +533,13 @@ def _called(arguments: list[str]) -> None:
     _check_out(command.__name__, bound.arguments)
     with joined() as (rank, _):
         err.quiet = rank > 0  # one process speaks for all
-        command(*bound.args, **bound.kwargs)
+        try:
+            command(*bound.args, **bound.kwargs)
+        finally:
+            from symbreak.runtime.lock import release_all
+
+            holds.clear()
+            release_all()
 
 
 def main(argv: list[str] | None = None) -> None:

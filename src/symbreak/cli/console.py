@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.console import Console
 
+from symbreak.runtime.errors import visible
+
 if TYPE_CHECKING:
     from symbreak.report.record import Record
+    from symbreak.runtime.lock import Hold
     from symbreak.runtime.run import Run
 
 err = Console(stderr=True)
+holds: list[Hold] = []  # folders that are this command's until it ends
 _notes: list[str] = []  # to be told once there is something to show: an error prints one line only
 
 
@@ -32,7 +36,10 @@ def _tell_notes() -> None:
 
 @contextmanager
 def running(out: Path | None, memory: int | None = None) -> Iterator[Run]:
-    """A `Run` with a folder and a budget that draws bars on stderr, of the first process only."""
+    """A `Run` with a folder and a budget that draws bars on stderr, of the first process only.
+
+    The folder is this command's alone until it ends, for the report follows.
+    """
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -42,9 +49,12 @@ def running(out: Path | None, memory: int | None = None) -> Iterator[Run]:
         TimeRemainingColumn,
     )
 
+    from symbreak.runtime.lock import Hold
     from symbreak.runtime.ranks import rank_of
     from symbreak.runtime.run import Run
 
+    if out is not None:
+        holds.append(Hold(out))
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, disable=rank_of()[0] > 0)
     tasks: dict[str, Any] = {}
@@ -97,6 +107,6 @@ def say_record(record: Record, out: Path | None, as_json: bool, value: dict[str,
 def fail(code: int, line: str) -> NoReturn:
     """Leave with one line on stderr."""
     _notes.clear()
-    sys.stderr.write(" ".join(line.split()) + "\n")
+    sys.stderr.write(visible(" ".join(line.split())) + "\n")
     sys.stderr.flush()
     raise SystemExit(code)

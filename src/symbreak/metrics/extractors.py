@@ -9,8 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from symbreak.networks.loading import usable, weights_hash
+from symbreak.networks.loading import usable
 from symbreak.runtime.files import InputError
+from symbreak.runtime.identity import Identity, fixed_images, of_callable, weights_hash
 
 __all__ = ["BATCH", "Extractor", "FromFunction", "Function", "device_of"]
 
@@ -63,13 +64,34 @@ class Extractor(ABC):
     def to_dict(self) -> dict[str, str | float | None]:
         """Name, resize, identity (``None`` where the weights are not known) and accuracy, as plain values.
 
-        Two extractors of one name, resize and identity give an image the same features: cached statistics rest on it.
-        A function may hold anything, so it has no identity unless it brings one.
+        A function may hold anything: what decides its features is `decides`.
         """
         inner = getattr(self, "function", self)
         identity = weights_hash(inner) if self.identity is None and isinstance(inner, nn.Module) else self.identity
         accuracy = None if math.isnan(self.accuracy) else self.accuracy
         return {"name": self.name, "resize": self.resize, "identity": identity, "held_out_accuracy": accuracy}
+
+    def decides(self, shape: tuple[int, ...]) -> Identity | None:
+        """What decides the features of images [C, H, W]: weights, resize, code, and answers to fixed images.
+
+        ``None`` where two calls do not answer the same: then nothing it made may be used again.
+        """
+        network = _network(self)
+        asked = of_callable(self, fixed_images(shape), self.device)
+        if asked is None:
+            return None
+        weights = None if network is None else weights_hash(network)
+        return {**asked, "resize": self.resize, "identity": self.identity, "weights": weights}
+
+    def sketch(self, shape: tuple[int, ...]) -> list[float]:
+        """Features of fixed images, clean and noised, on a few random axes: equal everywhere but for rounding."""
+        x = fixed_images(shape)
+        g = torch.Generator().manual_seed(99)
+        noise = torch.randn(x.shape, generator=g)
+        with torch.inference_mode():
+            f = torch.cat([self((x + s * noise).to(self.device)).double().cpu() for s in (0.0, 0.3, 1.0)])
+        axes = torch.randn(f.shape[1], 4, generator=g, dtype=torch.float64) / math.sqrt(f.shape[1])
+        return [float(f"{v:.9g}") for v in (f @ axes).flatten().tolist()]
 
 
 class FromFunction(Extractor):

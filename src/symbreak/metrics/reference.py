@@ -7,12 +7,11 @@ recall, ...). Statistics are cached by content: the images' fingerprint, the ext
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,11 @@ from symbreak.metrics.extractors import Extractor, Function
 from symbreak.metrics.features import feature_blocks
 from symbreak.moments.one_pass import Moments, grouped
 from symbreak.noise import generator
-from symbreak.runtime.files import InputError, damaged, output_folder, read_tensors, write_tensors
+from symbreak.runtime.errors import note
+from symbreak.runtime.files import InputError, damaged, digest, output_folder, read_tensors, try_writing, write_tensors
+from symbreak.runtime.identity import identity_of, of_data
 from symbreak.runtime.plain import Values
-from symbreak.runtime.ranks import from_each, map_over_ranks, own_rows
+from symbreak.runtime.ranks import agreed, from_each, map_over_ranks, own_rows
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
 
@@ -99,7 +100,9 @@ def _cached(path: Path) -> dict[str, np.ndarray]:
     try:
         tensors, metadata = read_tensors(path)
         _from_tensors(tensors, metadata, path)
-    except InputError:
+    except InputError as error:
+        if path.exists():
+            note(f"{error} The statistics are computed anew.")
         return {}
     return {k: v.numpy() for k, v in tensors.items()}
 
@@ -137,7 +140,8 @@ def statistics(
         groups: random groups; their sizes differ by one at most.
         rows: feature rows to keep, at most.
         seed: of groups and rows.
-        cache: folder to keep the result in, by content; extractors without an identity are not cached.
+        cache: folder to keep the result in, by content, see `Extractor.decides`; one that cannot be written, or holds
+            a damaged file, costs time and a note on stderr.
         run: whom to tell of the images done.
 
     Returns:
@@ -158,23 +162,61 @@ def statistics(
         "fingerprint": images.fingerprint() if isinstance(images, Images) else None,
         "seed": seed,
     }
-    path = None
-    if cache is not None and origin["identity"] is not None and origin["fingerprint"] is not None:
-        # The name does not decide the content; torch and its threads decide the last bits.
-        key = {k: v for k, v in origin.items() if k != "data"}
-        key |= {} if extract.device.type == "cpu" else {"device": extract.device.type}
-        key |= {"groups": groups, "rows": rows, "torch": torch.__version__, "threads": torch.get_num_threads()}
-        path = cache / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]}.safetensors"
+    path = None if cache is None else _place(cache, extract, images, origin, groups, rows)
+    if path is not None:
         cached = map_over_ranks([path], _cached)[0]
         if cached:
             tensors = {k: torch.from_numpy(v) for k, v in cached.items()}
             return _from_tensors(tensors, {**FILE, "origin": json.dumps(origin)}, path)
     tensors, metadata = _tensors(_measured(extract, images, groups, rows, origin, run))
     if path is not None:
-        output_folder(path.parent)
-        write_tensors(path, tensors, metadata)
+        _keep(path, tensors, metadata)
     # Through the file's content on both ways, so that a cached result has the same last bits.
     return _from_tensors(tensors, metadata, "the statistics")
+
+
+def _place(
+    cache: Path, extract: Extractor, images: Images | Shards | torch.Tensor, origin: Values, groups: int, rows: int
+) -> Path | None:
+    """The file of cached statistics; ``None`` where nothing identifies them, or nothing can be written there."""
+    if not isinstance(images, Images):
+        return None
+    decides = extract.decides(images.shape)
+    if decides is None:
+        note(f"the features of {extract.name} are not cached: they differ from call to call.")
+        return None
+    key = identity_of(
+        "statistics",
+        data=of_data(images),
+        features=decides,
+        device=extract.device.type,
+        groups=groups,
+        rows=rows,
+        seed=origin["seed"],
+    )
+    wrong = agreed(partial(_not_writable, cache))
+    if wrong:
+        note(f"nothing is cached: {wrong}")
+        return None
+    text = agreed(lambda: json.dumps(key, sort_keys=True))  # answers may differ in the last bits between machines
+    return cache / f"{digest(text)}.safetensors"
+
+
+def _not_writable(cache: Path) -> str:
+    """Why nothing can be written to a cache, "" where it can."""
+    try:
+        try_writing(cache)
+    except (InputError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _keep(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write statistics to the cache; where that fails they are computed again the next time."""
+    try:
+        write_tensors(path, tensors, metadata)
+    except OSError as error:
+        note(f"nothing is cached: {error}")
 
 
 def _measured(

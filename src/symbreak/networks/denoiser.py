@@ -8,7 +8,6 @@ are adapted to one (`symbreak.networks.families.denoiser`). x is a VE state [B, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -17,6 +16,7 @@ import torch
 
 from symbreak.noise import generator, sigma_of
 from symbreak.runtime.files import InputError, digest
+from symbreak.runtime.identity import Identity, of_device, of_scheduler, weights_hash
 from symbreak.runtime.ranks import agreed
 from symbreak.runtime.run import Run
 
@@ -30,6 +30,7 @@ __all__ = [
     "fingerprint",
     "fingerprints",
     "images_for",
+    "of_network",
     "score",
 ]
 
@@ -155,12 +156,29 @@ def ask(
 
 
 def fingerprint(denoiser: Denoiser) -> str:
-    """A digest of what a denoiser answers to fixed states: names and weights do not tell all of them apart."""
+    """A digest of what a denoiser answers to fixed states: names and weights do not tell all of them apart.
+
+    At a low, a middle and a high level of its range.
+    """
     low, high = denoiser.sigma_range
-    sigma = math.sqrt(max(low, 1e-3) * min(high, 1e3))
+    low, high = max(low, 1e-3), min(high, 1e3)
     x = torch.randn(4, *denoiser.shape, generator=generator(0, 97))
     with torch.inference_mode():
-        return digest(ask(denoiser, sigma * x, sigma))
+        return digest(*(ask(denoiser, s * x, s) for s in (low**w * high ** (1 - w) for w in (0.8, 0.5, 0.2))))
+
+
+def of_network(denoiser: Any, scheduler: Any) -> Identity:
+    """What decides the answers of a network: weights, device, answers, and all settings of its scheduler.
+
+    Names and paths do not count. The answers are the first process's: machines may differ in the last bits.
+    """
+    unet = denoiser.unet
+    return {
+        "weights": weights_hash(unet),
+        "answers": agreed(lambda: fingerprint(denoiser)),
+        "device": of_device(unet),
+        "scheduler": of_scheduler(scheduler),
+    }
 
 
 def fingerprints(run: Run, *sources: Denoises | Denoiser) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import sys
 from importlib import resources
@@ -12,9 +11,10 @@ import diffusers
 import torch
 
 from symbreak.networks.foreign import check_pipeline, from_hub, stored_numbers, variant_of
-from symbreak.networks.types import Network, Pipeline
+from symbreak.networks.types import Pipeline
 from symbreak.noise import schedule
 from symbreak.runtime.files import InputError
+from symbreak.runtime.identity import weights_hash
 
 __all__ = ["load_pipeline", "refuse_conditional", "usable", "weights_hash"]
 
@@ -143,11 +143,3 @@ def refuse_conditional(pipe: Pipeline, source: str) -> None:
             f"the network of {source} needs a condition (class or text). Use sb.generate(..., labels=...) or "
             "start.latents(noise) with its own pipeline."
         )
-
-
-def weights_hash(unet: Network | torch.nn.Module) -> str:
-    """SHA-256 of all weights, first 16 hex digits."""
-    digest = hashlib.sha256()
-    for name, value in sorted(unet.state_dict().items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().float().numpy().tobytes())
-    return digest.hexdigest()[:16]

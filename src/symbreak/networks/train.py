@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,16 +25,10 @@ from diffusers.training_utils import EMAModel
 from symbreak.data.images import Images
 from symbreak.networks.loading import usable
 from symbreak.noise import generator
-from symbreak.runtime.files import (
-    InputError,
-    damaged,
-    file_hash,
-    output_folder,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-)
+from symbreak.runtime.errors import note
+from symbreak.runtime.files import InputError, damaged, file_hash, read_json, read_tensors, write_json, write_tensors
+from symbreak.runtime.identity import Identity, differences, identity_of, of_data
+from symbreak.runtime.lock import locked
 from symbreak.runtime.plain import Values
 from symbreak.runtime.ranks import agreed, rank_of, summed
 from symbreak.runtime.rows import Shards
@@ -41,6 +36,13 @@ from symbreak.runtime.run import Run, renamed
 
 __all__ = ["Recipe", "train_network"]
 
+PARTS = (  # of a pipeline: without one of them it cannot be loaded
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+)
+MACHINE = ("ranks", "threads", "device")  # of which a network that is finished is independent
 LARGEST = 8192  # channels, layers: beyond what any machine trains
 
 
@@ -169,45 +171,100 @@ def train_network(
     recipe.check()
     if precision not in ("fp32", "bf16"):
         raise InputError(f"precision {precision!r} for training; expected fp32 or bf16, which needs no scaled loss.")
-    out = output_folder(out)
-    identity: Values = {"recipe": asdict(recipe), "data": data.name, "fingerprint": data.fingerprint()}
-    identity["recipe"]["channels"] = list(recipe.channels)
-    identity |= {} if precision == "fp32" else {"precision": precision}  # runs of before it was a choice were fp32
-    done, checkpoint = out / "training.json", out / "checkpoint.safetensors"
-    if agreed(done.exists):
-        result = read_json(done)
-        same = isinstance(result, dict) and {k: result.get(k) for k in identity} == identity
-        if not same or result.get("precision", "fp32") != precision:
-            raise InputError(f"{out} holds a network trained with other settings. Choose another --out.")
-        if rank_of()[0] == 0:
-            checkpoint.unlink(missing_ok=True)  # a run that was killed at its very end leaves it
-        return result
-    _check_free(out, checkpoint)
+    out, ranks = Path(out), rank_of()[1]
+    place = usable(device)
+    with locked(out):
+        of = of_data(data)
+        about: Values = {"recipe": asdict(recipe), "data": data.name, "fingerprint": of["content"]}
+        about["recipe"]["channels"] = list(recipe.channels)
+        about |= {} if precision == "fp32" else {"precision": precision}  # runs of before it was a choice were fp32
+        decides = identity_of(
+            "training",
+            recipe=asdict(recipe),
+            data=of,
+            precision=precision,
+            compiled=compiled,
+            device=place.type,
+            ranks=ranks,
+        )
+        if agreed((out / "training.json").exists):
+            return _finished(out, about, decides)
+        return _trained(data, out, recipe, about, decides, checkpoint_seconds, place, run)
+
+
+def _finished(out: Path, about: Values, decides: Identity) -> Values:
+    """What a training that has ended wrote, checked.
+
+    Raises:
+        InputError: where it had other settings, or files of the network are missing or changed.
+    """
+    result = read_json(out / "training.json")
+    result = result if isinstance(result, dict) else {}
+    before = result.get("identity")
+    if before is None:  # of an older symbreak: what it wrote decides
+        before = {**about, "precision": "fp32", **result}
+        same = {k: before.get(k) for k in (*about, "precision") if k != "data"}
+        now = {"precision": "fp32", **{k: v for k, v in about.items() if k != "data"}}
+        by, other = differences(same, now), ""
+    else:
+        here = {k for k in {*before, *decides} if k in MACHINE or k.startswith("versions.")}
+        by = differences(before, decides, sorted(here))
+        other = differences({k: before.get(k) for k in here}, {k: decides.get(k) for k in here})
+    if by:
+        raise InputError(f"{out} holds a network trained with other settings: {by}. Choose another --out.")
+    for name, sha in (result.get("files") or dict.fromkeys(PARTS)).items():
+        path = out / name
+        if not path.is_file() or (sha is not None and agreed(partial(file_hash, path)) != sha):
+            what = "was changed" if path.is_file() else "is missing"
+            raise InputError(
+                f"{out} holds a finished training, but {path} {what}. Remove the folder, or choose another --out."
+            )
+    if other:
+        note(f"{out} was trained with other {other} than are here; it is used as it is.")
+    if rank_of()[0] == 0:
+        (out / "checkpoint.safetensors").unlink(missing_ok=True)  # a run that was killed at its very end leaves it
+    return result
+
+
+def _trained(
+    data: Images,
+    out: Path,
+    recipe: Recipe,
+    about: Values,
+    decides: Identity,
+    checkpoint_seconds: float,
+    place: torch.device,
+    run: Run,
+) -> Values:
+    """Train, from the checkpoint where there is one, and save the network."""
     rank, ranks = rank_of()
+    checkpoint = out / "checkpoint.safetensors"
+    _check_free(out, checkpoint)
     if recipe.batch < ranks:
         raise InputError(f"a batch of {recipe.batch} images for {ranks} processes; expected at least one image each.")
-    place = usable(device)
     images = data.shards(Run(out, run.memory, run.progress).named("images"))
-    training = _Training(recipe, data.shape, place, precision)
-    if compiled:
+    training = _Training(recipe, data.shape, place, decides["precision"])
+    if decides["compiled"]:
         training.unet.compile()
-    training.resume(checkpoint, identity)
-    training.go_on(images, checkpoint, identity, checkpoint_seconds, run.named("steps"))
-    training.save(checkpoint, identity)  # by which what is put beside it now is known as ours, if this is interrupted
+    training.resume(checkpoint, decides)
+    training.go_on(images, checkpoint, decides, checkpoint_seconds, run.named("steps"))
+    training.save(checkpoint, decides)  # by which what is put beside it now is known as ours, if this is interrupted
     if rank == 0:
         with _staging(out) as stage:
             DDPMPipeline(unet=training.averaged(), scheduler=_noising()).save_pretrained(stage, safe_serialization=True)
     losses = training.losses
     stride = max(1, len(losses) // 100)
     result = {
-        **identity,
+        **about,
         "images": len(images),
         "parameters": sum(p.numel() for p in training.parameters),
         "loss": [sum(losses[i : i + stride]) / len(losses[i : i + stride]) for i in range(0, len(losses), stride)],
         "seconds": round(training.seconds, 1),
         "torch": torch.__version__,
+        "identity": decides,
+        "files": agreed(lambda: {name: file_hash(out / name) for name in PARTS}),
     }
-    write_json(done, result)
+    write_json(out / "training.json", result)
     if rank == 0:
         checkpoint.unlink(missing_ok=True)
     return result
@@ -244,7 +301,7 @@ class _Training:
         self.average.copy_to(self.parameters)
         return self.unet.eval().to("cpu")
 
-    def go_on(self, images: Shards, checkpoint: Path, identity: Values, every: float, run: Run) -> None:
+    def go_on(self, images: Shards, checkpoint: Path, identity: Identity, every: float, run: Run) -> None:
         """Steps up to the last one, with a checkpoint every so many seconds and where the run is interrupted."""
         recipe, saved = self.recipe, time.monotonic()
         per_epoch = max(1, len(images) // recipe.batch)
@@ -315,7 +372,7 @@ class _Training:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         return loss
 
-    def save(self, path: Path, identity: Values) -> None:
+    def save(self, path: Path, identity: Identity) -> None:
         """Write a checkpoint."""
         tensors = {f"model.{k}": v for k, v in self.unet.state_dict().items()}
         tensors |= {f"ema.{i}": v for i, v in enumerate(self.average.shadow_params)}
@@ -325,13 +382,15 @@ class _Training:
         tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
         write_tensors(path, tensors, {"identity": json.dumps(identity, sort_keys=True)})
 
-    def resume(self, path: Path, identity: Values) -> None:
+    def resume(self, path: Path, identity: Identity) -> None:
         """Put everything back as a checkpoint says, where there is one."""
         if not path.exists():
             return
         tensors, metadata = read_tensors(path)
-        if metadata.get("identity") != json.dumps(identity, sort_keys=True):
-            raise InputError(f"{path} belongs to a run with other settings. Choose another --out or delete it.")
+        with damaged(path, "a checkpoint"):
+            by = differences(json.loads(metadata["identity"]), identity)
+        if by:
+            raise InputError(f"{path} belongs to a run with other settings: {by}. Choose another --out or delete it.")
         with damaged(path, "a checkpoint"):
             self.unet.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
             for i, shadow in enumerate(self.average.shadow_params):

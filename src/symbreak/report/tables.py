@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from symbreak.report.record import Record
+from symbreak.runtime.errors import visible
 from symbreak.runtime.plain import Values, plain
 
 __all__ = ["Cell", "Table", "measured", "number", "out_console", "show", "span", "tables", "verdict", "world_rows"]
@@ -360,11 +361,11 @@ def show(record: Record, path: Path | None = None) -> None:
             for name, kind in columns:
                 drawn.add_column(escape(name), justify="right" if kind == "numbers" else "left")
             for row in table.rows:
-                drawn.add_row(*(escape(str(cell)) for cell in row[: len(columns)]))
+                drawn.add_row(*(escape(visible(str(cell))) for cell in row[: len(columns)]))
             out_console.print(drawn)
         for note in table.notes:
-            out_console.print(note, markup=False, highlight=False)
+            out_console.print(visible(note), markup=False, highlight=False)
     for sentence in said:
-        out_console.print(sentence, markup=False, highlight=False)
+        out_console.print(visible(sentence), markup=False, highlight=False)
     if path is not None:
-        sys.stdout.write(f"report: {path}\n")
+        sys.stdout.write(visible(f"report: {path}\n"))

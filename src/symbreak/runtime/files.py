@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from symbreak.runtime.errors import InputError
+from symbreak.runtime.errors import InputError, note
 
 if TYPE_CHECKING:  # what needs no tensors goes without torch, whose import takes a second
     import torch
@@ -28,9 +29,12 @@ __all__ = [
     "file_hash",
     "left_to_another",
     "nameless_file",
+    "not_made_here",
+    "not_written",
     "output_folder",
     "read_json",
     "read_tensors",
+    "try_writing",
     "write_json",
     "write_tensors",
     "write_whole",
@@ -39,6 +43,10 @@ __all__ = [
 
 PART = re.compile(r"\..+\.(\d+)-([0-9a-f]{8})\.part")  # of a file being written: its process, its machine
 DAY = 86_400.0
+OURS = ("sample.json", "record.json", "training.json")  # in a folder that symbreak wrote
+FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+LONGEST = 200  # bytes of a file's name that are part of a temporary one
+DIGEST = "digest"  # of tensors and metadata, in the metadata of a file of ours
 _left: ContextVar[bool] = ContextVar("left", default=False)
 
 
@@ -78,7 +86,9 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     if _left.get():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}-{_machine()}.part")
+    # A name may have 255 bytes, of which ours take some.
+    name = path.name if len(os.fsencode(path.name)) < LONGEST else f"{zlib.crc32(os.fsencode(path.name)):08x}"
+    beside = path.with_name(f".{name}.{os.getpid()}-{_machine()}.part")
     try:
         write(beside)
         with beside.open("rb") as stream:
@@ -149,15 +159,20 @@ def write_tensors(
     from safetensors.torch import save_file
 
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    about = {**(metadata or {}), DIGEST: _content(whole, dict(metadata or {}))}
 
     def write(beside: Path) -> None:
-        save_file(whole, beside, metadata=dict(metadata or {}))
+        save_file(whole, beside, metadata=about)
         _sort_metadata(beside)
 
     try:
         return write_whole(path, write)
     except SafetensorError as error:  # its own name for a full disk
         raise OSError(f"{path} cannot be written ({str(error)[:160]})") from None
+
+
+def _content(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    return digest(sorted(metadata.items()), *(part for pair in sorted(tensors.items()) for part in pair))
 
 
 def _sort_metadata(path: Path) -> None:
@@ -173,16 +188,21 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; anything else is one line of `InputError`."""
+    """Tensors and metadata of a safetensors file; anything else, or a changed bit, is one line of `InputError`."""
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist. Expected a .safetensors file.")
     try:
         with safe_open(str(path), framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+            metadata = dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is no safetensors file ({str(error)[:80]}).") from None
+    written = metadata.pop(DIGEST, None)  # other people's files, and those of before, have none
+    if written is not None and written != _content(tensors, metadata):
+        raise InputError(f"{path} is damaged: it holds other bits than were written. Make it again, or copy it again.")
+    return tensors, metadata
 
 
 def digest(*parts: Any) -> str:
@@ -221,3 +241,45 @@ def output_folder(path: str | Path) -> Path:
     if path.is_dir():
         _clear(path)
     return path
+
+
+def not_made_here(root: Path, files: list[Path]) -> list[Path]:
+    """Files below a folder without those in folders that symbreak wrote into: results are no data. A note says so."""
+    ours: dict[Path, bool] = {root: False}  # what was asked for by its name is meant
+
+    def made(folder: Path) -> bool:
+        if folder not in ours:
+            ours[folder] = made(folder.parent) or any((folder / name).exists() for name in OURS)
+        return ours[folder]
+
+    rest = [file for file in files if not made(file.parent)]
+    if len(rest) < len(files):
+        folders = sorted({str(f.parent.relative_to(root)) for f in files if made(f.parent)})
+        some = ", ".join(folders[:3]) + (" and others" if len(folders) > 3 else "")
+        note(f"{root}: {len(files) - len(rest):,} images in {some} are left out: symbreak made them.")
+    return rest
+
+
+def try_writing(folder: str | Path) -> None:
+    """Write where a folder is or will be, and leave no trace: what cannot be written is known before any work.
+
+    Raises:
+        InputError: where it is not allowed.
+        OSError: where the disk is full.
+    """
+    place = output_folder(folder)
+    while not place.exists():
+        place = place.parent
+    try:
+        with nameless_file(place) as file:
+            file.write(bytes(4096))
+            file.flush()
+    except OSError as error:
+        raise not_written(folder, error) from None
+
+
+def not_written(folder: str | Path, error: OSError) -> Exception:
+    """The error for a folder that cannot be written: the machine's where its disk is full, else the user's."""
+    if error.errno in FULL:
+        return OSError(error.errno, f"{folder} cannot be written ({error.strerror})")
+    return InputError(f"{folder} cannot be written ({error.strerror or error}). Choose another folder.")

@@ -6,11 +6,10 @@ After an interruption the same call with the same folder continues and ends with
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -19,7 +18,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from symbreak.runtime.errors import note
 from symbreak.runtime.files import InputError, digest, output_folder, read_json, read_tensors, write_json, write_tensors
+from symbreak.runtime.identity import Identity, differences, identity_of
+from symbreak.runtime.lock import Hold
 from symbreak.runtime.plain import plain
 from symbreak.runtime.ranks import Arrays, agreed, map_over_ranks, rank_of
 
@@ -56,7 +58,8 @@ class Run:
         self.memory, self.progress = memory, progress
         self.stage = ""
         self.timings: dict[str, float] = {}
-        self._parts = _Parts(self.folder, {})
+        self._hold: Hold | None = None
+        self._parts = _Parts(self.folder, {} if folder is None else identity_of("part"))
 
     def _view(self, **changed: Any) -> Run:
         view = copy.copy(self)
@@ -74,6 +77,14 @@ class Run:
     def unstored(self) -> Run:
         """This run without stored parts: for work whose inputs have no key."""
         return self._view(_parts=_Parts(None, {}))
+
+    def taken(self) -> Run:
+        """This run with its folder to itself, as long as somebody knows it: before any work, see `Hold`.
+
+        Raises:
+            InputError: where another process works in the folder, or nothing can be written there.
+        """
+        return self if self.folder is None else self._view(_hold=Hold(self.folder))
 
     def named(self, stage: str) -> Run:
         """This run with a name for its progress, unless a caller has set one."""
@@ -95,9 +106,22 @@ class Run:
         if self.progress is not None:
             self.progress(self.stage, done, total)
 
-    def identified(self, identity: dict[str, Any]) -> Run:
-        """This run with timings from zero, and parts that belong to ``identity``: plain values that decide them all."""
-        return self._view(_parts=_Parts(self.folder, identity), timings={})
+    def identified(self, decides: Mapping[str, Any]) -> Run:
+        """This run with timings from zero and parts of an identity: all that decides them, see `identity_of`.
+
+        What is no identity yet becomes one, with this machine's versions and threads.
+
+        From here on its folder is locked, until it is closed or nobody knows it any more. A note says where the folder
+        has parts of other settings, which are left alone, and by what they differ.
+
+        Raises:
+            InputError: where another process works in the folder, or nothing can be written there.
+        """
+        hold = None if self.folder is None else Hold(self.folder)
+        whole = dict(decides)
+        if "versions.symbreak" not in whole:
+            whole = identity_of(str(whole.pop("kind", "run")), **whole)
+        return self._view(_parts=_Parts(self.folder, whole, hold), timings={})
 
     def _key(self, key: str, settings: tuple[object, ...]) -> str:
         """The name of a part with a digest of its settings; without a folder nothing is digested."""
@@ -189,21 +213,43 @@ def _stored(path: Path) -> Arrays:
     """A finished part; nothing if it is missing or damaged, and then it is computed again."""
     try:
         return {k: v.numpy() for k, v in read_tensors(path)[0].items()}
-    except InputError:
+    except InputError as error:
+        if path.exists():
+            note(str(error))
         return {}
 
 
 class _Parts:
-    """Finished parts of one identity: arrays, a file each, and plain values, all of them in ``cells.json``."""
+    """Finished parts of one identity in a folder of their own: arrays, a file each, and plain values in a table."""
 
-    def __init__(self, folder: Path | None, identity: dict[str, Any]) -> None:
-        self.folder = self.path = self.identity = None
+    def __init__(self, folder: Path | None, decides: Identity, hold: Hold | None = None) -> None:
+        self.folder: Path | None = None
+        self.identity, self.hold = decides, hold
         self.values: dict[str, Any] | None = None  # not read before the first one is needed
         if folder is not None:
-            text = json.dumps(plain(identity), sort_keys=True)
-            # Networks may differ in the last bits between machines: the identity is that of the first rank.
-            self.identity = agreed(hashlib.sha256(text.encode()).hexdigest)
-            self.folder, self.path = folder / f"blocks-{self.identity[:16]}", folder / "cells.json"
+            # Networks may differ in the last bits between machines: the first one's says whose parts these are.
+            self.identity = agreed(lambda: json.loads(json.dumps(plain(decides))))
+            self.folder = folder / f"blocks-{digest(json.dumps(self.identity, sort_keys=True))}"
+            if hold is not None:
+                agreed(lambda: self._others(folder))
+
+    def _others(self, folder: Path) -> None:
+        """Say where there are parts of the same kind, but of another identity."""
+        if self.folder is None or self.folder.exists():
+            return
+        for path in sorted(folder.glob("blocks-*/identity.json")):
+            try:
+                other = read_json(path)
+            except InputError:
+                continue
+            if isinstance(other, dict) and other.get("kind") == self.identity.get("kind"):
+                by = differences(other, self.identity)
+                note(f"{path.parent} belongs to a run with other settings, and is not used: {by}.")
+
+    def _claim(self) -> None:
+        """Write whose parts these are, before the first of them."""
+        if self.folder is not None and not (self.folder / "identity.json").exists():
+            write_json(self.folder / "identity.json", self.identity)
 
     def part(self, key: str, make: Callable[[], Arrays]) -> Arrays:
         if self.folder is None:
@@ -212,6 +258,7 @@ class _Parts:
         arrays = map_over_ranks([path], _stored)[0]
         if not arrays:
             arrays = _first(make())
+            self._claim()
             write_tensors(path, {k: torch.from_numpy(np.array(v)) for k, v in arrays.items()})
         return arrays
 
@@ -221,22 +268,32 @@ class _Parts:
         if key not in self.values:
             made = make()
             self.values[key] = agreed(lambda: made)
-            if self.path is not None:
-                write_json(self.path, {"identity": self.identity, "cells": plain(self.values)})
+            if self.folder is not None:
+                self._claim()
+                cells = plain(self.values)
+                write_json(self.folder / "cells.json", {"digest": _text(cells), "cells": cells})
         return self.values[key]
 
     def _read(self) -> dict[str, Any]:
-        """The values of this identity; those of another one, or of a damaged file, are not used."""
-        try:
-            raw = read_json(self.path) if self.path is not None else None
-        except InputError:
+        """The finished values; a damaged file holds none."""
+        path = None if self.folder is None else self.folder / "cells.json"
+        if path is None or not path.exists():
             return {}
-        return dict(raw.get("cells", {})) if isinstance(raw, dict) and raw.get("identity") == self.identity else {}
+        try:
+            raw = read_json(path)
+        except InputError:
+            raw = None
+        if isinstance(raw, dict) and isinstance(raw.get("cells"), dict) and raw.get("digest") == _text(raw["cells"]):
+            return dict(raw["cells"])
+        note(f"{path} is damaged, and is made again.")
+        return {}
 
     def close(self) -> None:
-        if rank_of()[0]:
-            return
-        if self.path is not None and self.values is not None:
-            self.path.unlink(missing_ok=True)
-        if self.folder is not None and self.folder.exists():
+        if rank_of()[0] == 0 and self.folder is not None and self.folder.exists():
             shutil.rmtree(self.folder)
+        if self.hold is not None:
+            self.hold.release()
+
+
+def _text(cells: object) -> str:
+    return digest(json.dumps(cells, sort_keys=True))

@@ -19,16 +19,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.saving import law_hash
-from symbreak.networks.denoiser import fingerprint
+from symbreak.networks.denoiser import of_network
 from symbreak.networks.families import answer, denoiser, sample_shape
-from symbreak.networks.loading import weights_hash
 from symbreak.networks.types import Network
 from symbreak.noise import generator as seeded
 from symbreak.noise import schedule
-from symbreak.runtime.files import InputError, digest, output_folder, read_json, write_json, write_whole
+from symbreak.runtime.files import InputError, digest, read_json, write_json, write_whole
+from symbreak.runtime.identity import differences, identity_of, of_scheduler, weights_hash
+from symbreak.runtime.lock import locked
 from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.ranks import agreed, alone, map_over_ranks, rank_of, shares
 from symbreak.runtime.rows import Shards
@@ -38,6 +40,8 @@ from symbreak.start.late_start import LateStart
 __all__ = ["decisive", "generate", "generate_shards", "parse_seeds", "run_sampler", "write_images"]
 
 BLOCK = 256  # images of a finished part, about
+MARK = "symbreak"  # key of the text in a PNG that says what decided it
+SPELLED = ("model", "start")  # names, which decide nothing
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -300,8 +304,9 @@ class _Images:
             # What the law and the network make of fixed noise tells them apart, with their condition and precision.
             state = start(noise.to(self.device, precision(self.unet)), y)
             answer = evaluated(self.unet, state, torch.as_tensor(start.scheduler.timesteps[0]), y, self.condition)
-            inputs = [v for v in (self.labels, self.clean) if v is not None]
-            scheduler = start.full.to_json_string(), start.steps, start.level
+            inputs = [v for v in (self.labels, self.clean, *self.condition.values()) if isinstance(v, torch.Tensor)]
+            settings = {**of_scheduler(start.full), "times": torch.as_tensor(start.scheduler.timesteps)}
+            scheduler = weights_hash(self.unet), identity_of("images", **settings), start.steps, start.level
             return digest(state, answer, *inputs, *scheduler, self.micro_batch, self.clamp, self.seeds)
 
         return f"images-{agreed(digested)}"
@@ -406,20 +411,36 @@ def decisive(unet: Network, start: LateStart, micro_batch: int, more: Values | N
         start: the start.
         micro_batch: fixed size of every network evaluation.
         more: what the caller knows of the network and the start: names, precision, whether it is compiled.
+
+    Returns:
+        With ``identity``: all of it that decides, of which what the network and the start are called is no part.
     """
+    network = denoiser(unet, start.full)
+    of = of_network(network, start.full)
+    law = None if start.law is None else law_hash(start.law)
+    decides = identity_of(
+        "images",
+        **of,
+        law=law,
+        level=[start.level.sigma, start.level.alpha],
+        steps=start.steps,
+        times=torch.as_tensor(start.scheduler.timesteps),
+        micro_batch=micro_batch,
+        **{k: v for k, v in (more or {}).items() if k not in SPELLED},
+    )
     settings: Values = plain(
         {
             **(more or {}),
-            # The network's answers to fixed states, the first process's for all.
-            "probe": agreed(lambda: fingerprint(denoiser(unet, start.full))),
-            "weights": weights_hash(unet),
+            "probe": of["answers"],  # to fixed states
+            "weights": of["weights"],
             "scheduler": json.loads(start.full.to_json_string()),
-            "law": None if start.law is None else law_hash(start.law),
+            "law": law,
             "micro_batch": micro_batch,
-            "device": next(iter(unet.parameters())).device.type,
+            "device": of["device"].partition(" ")[0],
             "steps": start.steps,
             "calls": start.calls,
             "level": start.level.to_dict(),
+            "identity": decides,
         }
     )
     return settings
@@ -450,42 +471,88 @@ def write_images(
         InputError: as `generate`; and where the folder holds images made with other settings, which are named.
     """
     run = (run or Run()).named("images")
-    check(unet, start, seeds, micro_batch)
+    shape = check(unet, start, seeds, micro_batch)
     settings = decisive(unet, start, micro_batch) if settings is None else settings
-    folder = output_folder(folder)
+    folder = Path(folder)
     info = folder / "sample.json"
-    before = read_json(info) if info.exists() else settings
-    if before != settings:
-        old = before if isinstance(before, dict) else {}
-        other = sorted(k for k in settings.keys() | old.keys() if old.get(k) != settings.get(k))
-        # The network's answers to fixed states: their last bits are those of a machine and a number of threads.
-        why = " (probe: another number of threads, OMP_NUM_THREADS, or another machine)" if other == ["probe"] else ""
-        raise InputError(
-            f"{folder} holds images made with other settings: {', '.join(other)}{why}. Choose another --out."
-        )
     fresh = not info.exists()
-    write_json(info, settings)  # before any process writes an image
-    missing = agreed(lambda: [s for s in seeds if not (folder / f"{s:08d}.png").exists()])
-    if not missing:
-        return 0
-    run.tell(0, len(missing))
+    with locked(folder):
+        missing = agreed(lambda: _missing(folder, seeds, settings, shape))
+        write_json(info, settings)  # before any process writes an image
+        if not missing:
+            return 0
+        run.tell(0, len(missing))
+        mark = PngInfo()
+        mark.add_text(MARK, _mark(settings))
 
-    def made(first: int) -> Arrays:
-        some = missing[first : first + micro_batch]
-        x = generate(unet, start, some, micro_batch=micro_batch)
-        pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-        for seed, image in zip(some, pixels):
-            picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-            write_whole(folder / f"{seed:08d}.png", partial(picture.save, format="PNG"))
-        return {}
+        def made(first: int) -> Arrays:
+            some = missing[first : first + micro_batch]
+            x = generate(unet, start, some, micro_batch=micro_batch)
+            pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            for seed, image in zip(some, pixels):
+                picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+                write_whole(folder / f"{seed:08d}.png", partial(picture.save, format="PNG", pnginfo=mark))
+            return {}
 
-    def tell(batches: int, _: int) -> None:
-        run.tell(min(batches * micro_batch, len(missing)), len(missing))
+        def tell(batches: int, _: int) -> None:
+            run.tell(min(batches * micro_batch, len(missing)), len(missing))
 
-    try:
-        map_over_ranks(range(0, len(missing), micro_batch), made, tell)
-    except StepError:
-        if fresh and not list(folder.glob("*.png")):
-            info.unlink(missing_ok=True)  # nothing is left of images that cannot be made
-        raise
+        try:
+            map_over_ranks(range(0, len(missing), micro_batch), made, tell)
+        except StepError:
+            if fresh and not list(folder.glob("*.png")):
+                info.unlink(missing_ok=True)  # nothing is left of images that cannot be made
+            raise
     return len(missing)
+
+
+def _mark(settings: Values) -> str:
+    return digest(json.dumps(settings.get("identity"), sort_keys=True))
+
+
+def _missing(folder: Path, seeds: Sequence[int], settings: Values, shape: tuple[int, int, int]) -> list[int]:
+    """Seeds whose images are still to be made.
+
+    Raises:
+        InputError: where the folder holds images of other settings, or a file in an image's place that is none of ours.
+    """
+    info = folder / "sample.json"
+    before = read_json(info) if info.exists() else None
+    if before is not None:
+        old = before.get("identity", before) if isinstance(before, dict) else {}
+        names = differences(old or {"kind": "unknown"}, settings.get("identity", settings))
+        # The network's answers to fixed states: their last bits are those of a machine and a number of threads.
+        why = " (the network's answers: another machine)" if names == "answers" else ""
+        if names:
+            raise InputError(f"{folder} holds images made with other settings: {names}{why}. Choose another --out.")
+    mark, missing = _mark(settings), []
+    for seed in seeds:
+        path = folder / f"{seed:08d}.png"
+        fault = _fault(path, mark if before is not None else None, shape)
+        if fault is None:
+            continue
+        if fault:
+            raise InputError(f"{path} {fault}. Move it away, or choose another --out.")
+        missing.append(int(seed))
+    return missing
+
+
+def _fault(path: Path, mark: str | None, shape: tuple[int, int, int]) -> str | None:
+    """Why a file is not the image that belongs there; "" where there is none, ``None`` for the image itself."""
+    try:
+        if not path.stat().st_size:
+            return ""  # nothing is lost with it
+    except FileNotFoundError:
+        return ""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            size, bands = (picture.height, picture.width), len(picture.getbands())
+            whose = picture.info.get(MARK)
+            picture.load()
+    except Exception as error:  # Pillow raises a dozen types for a broken file
+        return f"is no image that can be read ({type(error).__name__})"
+    if mark is None or whose is None:
+        return "was not made here"
+    if whose != mark:
+        return "was made with other settings"
+    return None if (size, bands) == (shape[1:], shape[0]) else f"is {size[0]} x {size[1]}, not {shape[1]} x {shape[2]}"

@@ -34,11 +34,12 @@ from symbreak.networks.types import Pipeline
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
+from symbreak.runtime.identity import identity_of, of_data
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.late_start import standard_start
-from symbreak.start.sample import generate_shards
+from symbreak.start.sample import decisive, generate_shards
 from symbreak.studies.diagnosis import png_row
 from symbreak.studies.evaluate import checked
 
@@ -48,6 +49,7 @@ BINS = 40
 SHOWN = 24  # pairs drawn
 LISTED = 100  # duplicate groups listed
 TRANSFORMED_COST = 1e12  # differences formed for changed copies: some minutes; fewer images are asked where it is more
+MICRO = 64  # states of one network evaluation
 LEAST = 10  # references a side for the comparison with held-out images
 Pairs = tuple[torch.Tensor, torch.Tensor]  # distances [N, 2] to the two nearest, and which they are
 
@@ -140,7 +142,7 @@ def audit(
     Source: threshold of Bonnaire et al., arXiv:2505.17638; data-copying test kin to Meehan et al.,
         arXiv:2004.05675.
     """
-    run = run or Run()
+    run = (run or Run()).taken()
     _check(train, samples, model, threshold, near, seed)
     packages = versions(torch.get_num_threads())
     parts = held_out(train, holdout, share=0)
@@ -161,7 +163,7 @@ def audit(
             samples = samples.float()
         source = checked(samples, train)
     if model is not None:
-        made, drawn, source = _sampled(train, model, sampling, run, packages)
+        made, drawn, source = _sampled(train, model, sampling, run)
     with run.timed("features") as part:
         room, eight_bit = part.share(1 / 12), train.integer  # three sides, of images and features
         known = _side(train, eight_bit, extract, room)
@@ -179,7 +181,14 @@ def audit(
         "seed": seed,
     }
     rows = [side.features for side in (known, new, unseen) if side is not None]
-    run = run.identified({**settings, "versions": packages, "rows": rows})
+    decides = {
+        "data": of_data(train),
+        "holdout": of_data(others),
+        "samples": None if new is None else digest(new.digests),
+        "features": rows,
+        **{k: settings[k] for k in ("threshold", "near", "seed")},
+    }
+    run = run.identified(identity_of("audit", **decides))
     comparison = _Comparison(train, known, new, unseen, threshold, near, seed, run.share(1 / 2), notes)
     content = {
         "data": describe(train),
@@ -237,9 +246,7 @@ def _side(source: Images | Shards, eight_bit: bool, extract: Extractor, run: Run
     return _Side(x, rows, digests, digest(rows.digests()))
 
 
-def _sampled(
-    train: Images, model: Pipeline, sampling: Sampling, run: Run, packages: dict[str, str]
-) -> tuple[Values, Run, Shards]:
+def _sampled(train: Images, model: Pipeline, sampling: Sampling, run: Run) -> tuple[Values, Run, Shards]:
     """What the samples are, the run that keeps finished ones, and the samples."""
     refuse_conditional(model, "the network")
     network, seeds = denoiser(model.unet, model.scheduler), sampling.list()
@@ -261,9 +268,10 @@ def _sampled(
         "calls": begin.calls,
         "seeds": f"{seeds[0]}-{seeds[-1]}" if whole else ",".join(map(str, seeds)),
     }
-    run = run.identified({**made, "all": seeds, "versions": packages})
+    decides = decisive(model.unet, begin, MICRO)["identity"]
+    run = run.identified({**decides, "kind": "samples of an audit", "seeds": seeds})
     with run.timed("samples") as part:  # three sides, of images and features
-        x = generate_shards(model.unet, begin, seeds, run=part.share(1 / 12))
+        x = generate_shards(model.unet, begin, seeds, micro_batch=MICRO, run=part.share(1 / 12))
     return made, run, x
 
 

@@ -24,7 +24,7 @@ from symbreak.metrics.frechet import difference
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import statistics
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import fingerprint
+from symbreak.networks.denoiser import of_network
 from symbreak.networks.families import NetworkDenoiser
 from symbreak.networks.loading import load_pipeline, refuse_conditional, weights_hash
 from symbreak.networks.samplers import scheduler
@@ -33,6 +33,7 @@ from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
+from symbreak.runtime.identity import identity_of, of_data, unrepeatable
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.fit import late_start
@@ -45,6 +46,7 @@ from symbreak.studies.measure import SELECTION_SEED, Comparison
 __all__ = ["SAMPLERS", "Study", "run"]
 
 SAMPLERS = ("ddpm", "ddim", "pndm", "dpm++2m", "dpm++2m-karras")
+SPELLED = ("data", "model", "holdout", "features", "value_range", "skip_bad", "classes", "pad")  # content counts
 GRID = 10  # images of a sample grid
 PHASES = ("schedule", "eigenvalues", "eigenvalues_low", "eigenvalues_high", "speciation", "ladder", "total_variance")
 
@@ -125,7 +127,7 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
     """
     if isinstance(pipeline, str | Path):
         raise InputError(f"run(study, {str(pipeline)!r}) is now run(study, run=sb.Run({str(pipeline)!r})).")
-    run = run or Run()
+    run = (run or Run()).taken()
     with run.timed("all"):
         everything, parts, pipe, plans, phases = _prepared(study, pipeline, run)
         train, test = parts.train, parts.test
@@ -140,8 +142,14 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
             }
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
         weights, packages = weights_hash(pipe.unet), versions(torch.get_num_threads())
-        whole = [settings, train.fingerprint(), test.fingerprint(), weights, fingerprint(network), packages]
-        run = run.identified({"study": whole})
+        decides = {
+            "data": of_data(train),
+            "holdout": of_data(test),
+            "network": of_network(network, pipe.scheduler),
+            "features": {"name": extract.name, **(extract.decides(train.shape) or unrepeatable(extract.name))},
+            **{k: v for k, v in settings.items() if k not in SPELLED},
+        }
+        run = run.identified(identity_of("study", **decides))
         x, real_images = (d.shards(run.share(1 / 4).named("images")) for d in (train, test))
         reported, choosing = range(study.samples), range(SELECTION_SEED, SELECTION_SEED + study.selection)
         comparison = Comparison(

@@ -17,8 +17,9 @@ import torch
 from symbreak.data.held_out import held_out
 from symbreak.data.images import Images
 from symbreak.laws.class_posterior import class_of
+from symbreak.metrics.extractors import device_of
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import fingerprint
+from symbreak.networks.denoiser import of_network
 from symbreak.networks.families import NetworkDenoiser
 from symbreak.networks.loading import refuse_conditional, weights_hash
 from symbreak.networks.types import Pipeline
@@ -27,6 +28,7 @@ from symbreak.phases.branches import Classify
 from symbreak.report.record import Record
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.files import digest
+from symbreak.runtime.identity import Identity, identity_of, of_callable, of_data
 from symbreak.runtime.plain import plain, versions
 from symbreak.runtime.run import Run, renamed
 from symbreak.studies.ask_data import class_laws, collapse, law_losses, laws_of, spectrum, told_apart
@@ -76,7 +78,7 @@ def diagnose(
     Raises:
         InputError: for data, networks, labels and classifiers that do not fit each other.
     """
-    effort, run = effort or Effort(), run or Run()
+    effort, run = effort or Effort(), (run or Run()).taken()
     effort.check()
     network = None if model is None else _network(model, data)
     if clusters is not None and not 2 <= clusters <= len(data) // 4:
@@ -105,8 +107,16 @@ def diagnose(
         **plain(asdict(effort)),
     }
     packages = versions(torch.get_num_threads())
-    probes = _probes(network, classify, parts.test)
-    run = run.identified({**settings, "versions": packages, "probes": probes})
+    decides = {
+        "data": of_data(data),
+        "holdout": of_data(holdout),
+        "network": None if network is None or model is None else of_network(network, model.scheduler),
+        "classify": None if classify is None else _classifier(classify, parts.test),
+        "moments": None if moments is None else digest(*(v for _, v in sorted(moments.tensors()[0].items()))),
+        **{k: settings[k] for k in ("clusters", "modes", "seed", "memory")},
+        "effort": asdict(effort),
+    }
+    run = run.identified(identity_of("phases", **decides))
     steps = schedule("ddpm-linear" if model is None else model.scheduler)
     d = Diagnosis(data, parts.train, parts.test, effort, seed, run, steps)
     d.notes.append(f"Losses and U-turns: {parts.note}")
@@ -150,14 +160,20 @@ def _network(model: Pipeline, data: Images) -> NetworkDenoiser:
     return network
 
 
-def _probes(network: NetworkDenoiser | None, classify: Classify | None, test: Images) -> list[str]:
-    """Digests of what network and classifier answer to fixed images: names and weights do not tell all of them apart.
+def _classifier(classify: Classify, test: Images) -> Identity:
+    """What tells a classifier from another: its raw answers to images, clean and noised, beside code and weights.
 
-    A classifier that gives NaN or a wrong shape raises its error here, before any work.
+    Raises:
+        InputError: for a classifier that gives NaN or a wrong shape, or does not answer the same twice.
     """
-    probes = [] if network is None else [fingerprint(network)]
-    if classify is not None:
-        some, _ = some_images(test, 64, 0)
-        with torch.inference_mode():
-            probes.append(digest(class_of(getattr(classify, "logits", classify), some)))
-    return probes
+    some, _ = some_images(test, 64, 0)
+    function = getattr(classify, "logits", classify)
+    with torch.inference_mode():
+        class_of(function, some)
+    decides = of_callable(function, some, device_of(function))
+    if decides is None:
+        raise InputError(
+            f"the classifier {name_of(classify)} does not answer the same images twice in the same way; expected one "
+            "without noise of its own. Put it in eval mode."
+        )
+    return decides

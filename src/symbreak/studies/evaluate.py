@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from symbreak.data.held_out import HeldOut, held_out
 from symbreak.data.images import Images, describe
 from symbreak.metrics.composition import CLASSES, class_counts, composition
 from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
-from symbreak.metrics.extractors import BATCH, Extractor
+from symbreak.metrics.extractors import BATCH, Extractor, FromFunction
 from symbreak.metrics.features import Features, NamedExtractor, chosen
 from symbreak.metrics.features import features as feature_rows
 from symbreak.metrics.frechet import extrapolated, group_distance
@@ -25,7 +25,7 @@ from symbreak.metrics.reference import ROWS, Statistics, cache_folder, load_stat
 from symbreak.networks.types import Network
 from symbreak.noise import generator
 from symbreak.report.record import Record
-from symbreak.runtime.files import InputError, digest
+from symbreak.runtime.files import InputError, digest, try_writing
 from symbreak.runtime.plain import Values, versions
 from symbreak.runtime.ranks import agreed, from_each
 from symbreak.runtime.rows import Shards
@@ -110,8 +110,10 @@ def evaluate(
     Raises:
         InputError: where sizes or ranges differ, images hold NaN, or statistics come from another extractor.
     """
-    run = run or Run()
+    run = (run or Run()).taken()
     saved = load_statistics(reference) if reference is not None and agreed(Path(reference).exists) else None
+    if reference is not None and saved is None:
+        try_writing(Path(reference).parent)
     everything, parts = data, _halves(data, holdout, saved, reference)
     if parts is not None:
         data, holdout = parts.train, parts.test
@@ -133,7 +135,7 @@ def evaluate(
         )
     rows = _rows_that_fit(subset.rows, extract, data, repeats, run, notes)
     if saved is not None:
-        _same_extractor(saved, extract, reference)
+        _same_extractor(saved, extract, reference, data.shape)
     store = cache_folder() if cache is True else None if cache is False else Path(cache)
     with run.timed("held-out images") as part:
         real = saved
@@ -142,7 +144,7 @@ def evaluate(
             groups = max(1, min(REFERENCE_PARTS, len(against) // 2))
             real = statistics(extract, against, groups=groups, rows=rows, seed=subset.seed, cache=store, run=part)
             if reference is not None:
-                real.save(reference)
+                replace(real, origin={**real.origin, "answers": extract.sketch(data.shape)}).save(reference)
     with run.timed("samples") as part:
         made = statistics(extract, samples, groups=repeats, rows=rows, seed=subset.seed, run=part)
     if len(real.groups) == 1:
@@ -151,7 +153,7 @@ def evaluate(
             "this reference, and its bias stays in. Make it again without --reference FILE, or under another name."
         )
     work = _Evaluation(extract, samples, everything, data, holdout, made, real, subset.seed, store, run, notes)
-    about = real.origin if parts is None else parts.to_dict()
+    about = {k: v for k, v in real.origin.items() if k != "answers"} if parts is None else parts.to_dict()
     content = {"data": describe(data), "held_out": about, **work.content(judge, rows)}
     if run.folder is not None:
         settings = {
@@ -191,9 +193,9 @@ def evaluate_network(
     Returns:
         As `evaluate`.
     """
-    run = run or Run()
-    made = {**decisive(unet, start, micro_batch), "seeds": list(seeds), **(identity or {})}
-    sampling = run.identified({**made, "versions": versions(torch.get_num_threads())})
+    run = (run or Run()).taken()
+    made = decisive(unet, start, micro_batch, identity)["identity"]
+    sampling = run.identified({**made, "kind": "samples", "seeds": [int(s) for s in seeds]})
     images = generate_shards(unet, start, seeds, micro_batch=micro_batch, run=sampling.share(1 / 4))
     content = evaluate(images, data, holdout, run=run if run.memory is None else run.share(3 / 4), **measuring)
     sampling.close()
@@ -419,14 +421,23 @@ def _rows_that_fit(rows: int, extract: Extractor, data: Images, repeats: int, ru
     return int(min(rows, room))
 
 
-def _same_extractor(saved: Statistics, extract: Extractor, path: str | Path | None) -> None:
+def _same_extractor(saved: Statistics, extract: Extractor, path: str | Path | None, shape: tuple[int, ...]) -> None:
     about = extract.to_dict()
     theirs = [saved.origin[k] for k in ("extractor", "resize", "identity")]
     ours = [about[k] for k in ("name", "resize", "identity")]
-    if theirs != ours:
+    answers = saved.origin.get("answers")
+    other = ""
+    if answers is None and isinstance(extract, FromFunction):
+        other = ", but says nothing of what that function answers"
+    elif answers is not None:
+        now = np.array(extract.sketch(shape)) if theirs[1:] == ours[1:] else np.zeros(0)
+        # Machines differ in rounding, 1e-5 of the largest after some layers; other weights in the first digits.
+        if len(now) != len(answers) or np.abs(now - answers).max() > 1e-3 * np.abs(now).max():
+            other = ", whose answers to fixed images are others now"
+    if (answers is None and theirs != ours) or theirs[1:] != ours[1:] or other:
         read, here = (f"{n} (resize: {r}; weights: {i or 'unknown'})" for n, r, i in (theirs, ours))
         raise InputError(
-            f"{path} holds statistics in {read}, but this evaluation is in {here}. Pass the --features it was "
+            f"{path} holds statistics in {read}{other}, but this evaluation is in {here}. Pass the --features it was "
             "made with, or another --reference."
         )
 

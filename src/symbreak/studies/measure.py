@@ -21,13 +21,14 @@ from symbreak.metrics.composition import class_entropy
 from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.memorization import Different, different, nearest_summary
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import fingerprint
+from symbreak.networks.denoiser import fingerprint, of_network
 from symbreak.networks.families import denoiser
 from symbreak.networks.loading import weights_hash
 from symbreak.networks.types import Network, Pipeline
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
+from symbreak.runtime.identity import identity_of, of_data, unrepeatable
 from symbreak.runtime.plain import Values, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
@@ -186,6 +187,7 @@ def compared(
     for name, images in (("the data", data), ("the held-out images", holdout)):
         if images.shape != tuple(network.shape):
             raise InputError(f"{name} are {images.shape}, the network makes {tuple(network.shape)}. Resize them.")
+    run = run.taken()
     real, samples = features(measure.extract, holdout), measure.samples
     settings = {
         "data": data.fingerprint(),
@@ -194,6 +196,16 @@ def compared(
         "answer": fingerprint(network),
         "extractor": measure.extract.name,
         "features": digest(real[:16]),
+        "samples": samples,
+        "repeats": measure.repeats,
+        "micro_batch": measure.micro_batch,
+    }
+    decided = measure.extract.decides(data.shape) or unrepeatable(measure.extract.name)
+    decides = {
+        "data": of_data(data),
+        "holdout": of_data(holdout),
+        "network": of_network(network, pipeline.scheduler),
+        "features": {"name": measure.extract.name, "held_out": real, **decided},
         "samples": samples,
         "repeats": measure.repeats,
         "micro_batch": measure.micro_batch,
@@ -207,7 +219,7 @@ def compared(
         range(SELECTION_SEED, SELECTION_SEED + samples),
         measure.repeats,
         measure.micro_batch,
-        run.identified({**settings, "versions": versions(torch.get_num_threads())}),
+        run.identified(identity_of("cells", **decides)),
         real,
     )
     return comparison, settings

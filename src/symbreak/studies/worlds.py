@@ -278,7 +278,7 @@ def explore_world(name: str, train: bool = False, seed: int = 0, *, run: Run | N
     """
     check_world(name, train, seed)
     settings = {"world": name, "train": train, "seed": seed}
-    run = (run or Run()).identified(settings)
+    run = (run or Run()).identified({"kind": "world", **settings})
     with _stage(run, "law"):
         world = WORLDS[name]()
         levels = _levels(world)
