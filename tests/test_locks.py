@@ -203,10 +203,6 @@ def test_what_symbreak_wrote_is_not_data(tmp_path, capsys):
     after = sb.images(tmp_path / "d")
     assert after.classes == before.classes == ("a", "b")
     assert after.fingerprint() == before.fingerprint()
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "made" in said
-    assert "8 images" in said
     assert len(sb.images(tmp_path / "d" / "made")) == 8  # asked for by name they are
 
 

@@ -28,7 +28,7 @@ from symbreak.data.parquet import Shards
 from symbreak.data.pictures import Encoded, attempt, is_colour, what_is_decided
 from symbreak.data.shape import shaped
 from symbreak.runtime.errors import InputError
-from symbreak.runtime.files import file_hash, not_made_here
+from symbreak.runtime.files import file_hash
 from symbreak.runtime.ranks import agreed, map_over_ranks
 
 if TYPE_CHECKING:
@@ -285,8 +285,7 @@ def _pictures(
 
 
 def _from_folder(path: Path, places: list[Path], notes: tuple[str, ...]) -> Images:
-    files = not_made_here(path, [path / place for place in places])
-    places = [file.relative_to(path) for file in files]
+    files = [path / place for place in places]
     classes = tuple(sorted({p.parts[0] for p in places if len(p.parts) > 1}))
     if classes and any(len(p.parts) == 1 for p in places):  # an image beside the classes has none
         alone = sum(len(p.parts) == 1 for p in places)

@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from symbreak.runtime.errors import InputError, note
+from symbreak.runtime.errors import InputError
 
 if TYPE_CHECKING:  # what needs no tensors goes without torch, whose import takes a second
     import torch
@@ -29,7 +29,6 @@ __all__ = [
     "file_hash",
     "left_to_another",
     "nameless_file",
-    "not_made_here",
     "not_written",
     "output_folder",
     "read_json",
@@ -43,7 +42,6 @@ __all__ = [
 
 PART = re.compile(r"\..+\.(\d+)-([0-9a-f]{8})\.part")  # of a file being written: its process, its machine
 DAY = 86_400.0
-OURS = ("sample.json", "record.json", "training.json")  # in a folder that symbreak wrote
 FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 LONGEST = 200  # bytes of a file's name that are part of a temporary one
 DIGEST = "digest"  # of tensors and metadata, in the metadata of a file of ours
@@ -241,23 +239,6 @@ def output_folder(path: str | Path) -> Path:
     if path.is_dir():
         _clear(path)
     return path
-
-
-def not_made_here(root: Path, files: list[Path]) -> list[Path]:
-    """Files below a folder without those in folders that symbreak wrote into: results are no data. A note says so."""
-    ours: dict[Path, bool] = {root: False}  # what was asked for by its name is meant
-
-    def made(folder: Path) -> bool:
-        if folder not in ours:
-            ours[folder] = made(folder.parent) or any((folder / name).exists() for name in OURS)
-        return ours[folder]
-
-    rest = [file for file in files if not made(file.parent)]
-    if len(rest) < len(files):
-        folders = sorted({str(f.parent.relative_to(root)) for f in files if made(f.parent)})
-        some = ", ".join(folders[:3]) + (" and others" if len(folders) > 3 else "")
-        note(f"{root}: {len(files) - len(rest):,} images in {some} are left out: symbreak made them.")
-    return rest
 
 
 def try_writing(folder: str | Path) -> None:
