@@ -156,7 +156,9 @@ def test_one_repeat_has_no_interval_and_still_ends(capsys, tmp_path):
 def test_a_law_of_another_shape_writes_nothing(capsys, tmp_path):
     np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 255, (20, 16, 16), dtype=np.uint8))
     symbreak(capsys, "fit", "--data", tmp_path / "x.npy", "--out", tmp_path / "m.safetensors")
-    code, _, err = symbreak(capsys, "sample", "--start", tmp_path / "m.safetensors", "--out", tmp_path / "o")
+    code, _, err = symbreak(
+        capsys, "sample", "--start", tmp_path / "m.safetensors", "--at", "400", "--out", tmp_path / "o"
+    )
     assert (code, err.count("\n")) == (2, 1)
     assert "Fit it on such data" in err
     assert not (tmp_path / "o").exists()
