@@ -8,7 +8,7 @@ LONGEST = 1000  # characters of an error
 
 
 def visible(text: str) -> str:
-    """Text for a terminal: of what may come from a file's name, characters that would steer it are escaped.
+    r"""Text for a terminal: of what may come from a file's name, characters that would steer it are escaped.
 
     >>> visible("a\x1b[31m")
     'a\\x1b[31m'
