@@ -50,6 +50,10 @@ SHOWN = 24  # pairs drawn
 LISTED = 100  # duplicate groups listed
 TRANSFORMED_COST = 1e12  # differences formed for changed copies: some minutes; fewer images are asked where it is more
 MICRO = 64  # states of one network evaluation
+NO_OTHERS = (
+    "No held-out images, so nothing says what d1/d2 is to be expected of images that nobody copied. Pass --holdout "
+    "with images of the same source that the network has not seen."
+)
 LEAST = 10  # references a side for the comparison with held-out images
 Pairs = tuple[torch.Tensor, torch.Tensor]  # distances [N, 2] to the two nearest, and which they are
 
@@ -147,12 +151,7 @@ def audit(
     packages = versions(torch.get_num_threads())
     parts = held_out(train, holdout, share=0)
     others = parts.test if len(parts.test) else None
-    notes = [] if holdout is not None else [parts.note]
-    if others is None:
-        notes = [
-            "No held-out images, so nothing says what d1/d2 is to be expected of images that nobody copied. Pass "
-            "--holdout with images of the same source that the network has not seen."
-        ]
+    notes = [NO_OTHERS] if others is None else [] if holdout is not None else [parts.note]
     extract = chosen(features, "pixels", train, run.share(1 / 2))
     made: Values | None = None
     drawn: Run | None = None

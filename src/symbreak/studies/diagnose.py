@@ -38,6 +38,9 @@ from symbreak.studies.diagnosis import Diagnosis, Effort, some_images
 __all__ = ["Effort", "diagnose"]
 
 
+NO_CLASSES = "No two classes of at least 2 images by the labels: no criterion of classes. Pass --clusters K for some."
+
+
 @renamed()
 def diagnose(
     data: Images,
@@ -125,9 +128,7 @@ def diagnose(
         reader = class_reader(d, classify, clusters)
         clusters = reader.clusters
     elif clusters is None and not told_apart(d.train):
-        d.notes.append(
-            "No two classes of at least 2 images by the labels: no criterion of classes. Pass --clusters K for some."
-        )
+        d.notes.append(NO_CLASSES)
     laws = laws_of(d, moments, clusters)
     class_laws(d, laws)
     if network is None:
