@@ -14,11 +14,15 @@ from contextlib import suppress
 import diffusers
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from symbreak.cli.commands import main
+from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.laws.saving import load_law, save_law
 from symbreak.networks.foreign import from_hub
@@ -58,6 +62,17 @@ def saved(tmp_path_factory):
     save_law(law, root / "law.safetensors")
     content = {"title": "t", "tables": [{"columns": ["a"], "rows": [[1.0]]}], "notes": ["n"], "level": 1.5}
     Record("evaluation", {"seed": 0}, content).save(root / "record")
+    x = np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
+    (root / "pictures" / "a").mkdir(parents=True)
+    encoded = []
+    for i, ending in enumerate(["png", "jpg", "gif", "tiff", "webp", "bmp"] * 2):
+        path = root / "pictures" / "a" / f"{i}.{ending}"
+        Image.fromarray(x[i]).save(path)
+        encoded.append({"bytes": path.read_bytes(), "path": None})
+    np.save(root / "a.npy", x)
+    np.savez_compressed(root / "a.npz", images=x, labels=np.arange(12) % 3)
+    labels = pa.array(list(range(12)))
+    pq.write_table(pa.table({"image": encoded, "label": labels}), root / "a.parquet")
     return root
 
 
@@ -308,17 +323,23 @@ def use(name, path):
         start(torch.zeros(1, *SHAPE))
     elif name == "law.safetensors":
         load_law(path).denoise(torch.zeros(1, *SHAPE, dtype=torch.float64), 1.0)
-    else:
+    elif name == "record":
         Record.load(path)
+    else:
+        images(path).tensor()
 
 
-def hostile(saved, tmp_path, seeds):
+MODELS = ("pipeline", "pipeline", "start.safetensors", "law.safetensors", "record")
+DATA = ("pictures", "pictures", "a.npy", "a.npz", "a.parquet")
+
+
+def hostile(saved, tmp_path, seeds, names=MODELS):
     """Mutated files, one a seed; what they do beside one line of `InputError` or a plain result."""
     before, wrong, lines = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, [], 0
     for seed in seeds:
         draw = random.Random(seed)
-        name = draw.choice(["pipeline", "pipeline", "start.safetensors", "law.safetensors", "record"])
-        target = tmp_path / str(seed)
+        name = draw.choice(names)
+        target = tmp_path / f"{seed}{(saved / name).suffix}"
         if (saved / name).is_dir():
             shutil.copytree(saved / name, target)
             files = sorted(p for p in target.rglob("*") if p.is_file())
@@ -338,7 +359,7 @@ def hostile(saved, tmp_path, seeds):
             wrong.append((seed, name, path.name, repr(error)[:200]))
         shutil.rmtree(target) if target.is_dir() else target.unlink()
     assert not wrong, wrong
-    assert lines > len(seeds) // 3
+    assert lines > len(seeds) // 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: one GB
 
 
@@ -346,6 +367,11 @@ def test_hostile_files(saved, tmp_path):
     hostile(saved, tmp_path, range(60))
 
 
+def test_hostile_data(saved, tmp_path):
+    hostile(saved, tmp_path, range(60), DATA)
+
+
 @pytest.mark.slow
-def test_many_hostile_files(saved, tmp_path):
-    hostile(saved, tmp_path, range(100, 600))
+@pytest.mark.parametrize("names", [MODELS, DATA], ids=["models", "data"])
+def test_many_hostile_files(saved, tmp_path, names):
+    hostile(saved, tmp_path, range(100, 600), names)
