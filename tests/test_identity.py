@@ -327,11 +327,11 @@ CHANGES = {
         f"version of {package}": (version(package), list(COMMANDS), f"versions.{package}")
         for package in ("symbreak", "torch", "diffusers", "numpy", "scikit-learn")
     },
-    # Samples rest on the sampler's own settings, studies on all of the network's.
+    # Samples, and an audit of them, rest on the settings that the sampler (DDIM) takes, studies on all of the network's.
     **{
         f"option {k}": (
             option(k, v),
-            [c for c in NETWORK if k in DDIM or c not in ("sample", "evaluate")],
+            [c for c in NETWORK if k in DDIM or c not in ("sample", "evaluate", "audit of a network")],
             f"scheduler.{k}",
         )
         for k, v in OPTIONS.items()
