@@ -327,7 +327,7 @@ CHANGES = {
         f"version of {package}": (version(package), list(COMMANDS), f"versions.{package}")
         for package in ("symbreak", "torch", "diffusers", "numpy", "scikit-learn")
     },
-    # Samples, and an audit of them, rest on the settings that the sampler (DDIM) takes, studies on all of the network's.
+    # Samples, and an audit of them, rest on what their sampler (DDIM) takes, studies on all settings of the network.
     **{
         f"option {k}": (
             option(k, v),
