@@ -38,7 +38,8 @@ def main() -> None:
     how = (
         f"Fréchet distance in the 64 features of `{ground['extractor']}` (held-out accuracy "
         f"{content['extractor']['held_out_accuracy']:.1%}) to the {ground['reference']} held-out digits; mean of "
-        f"{first['repeats']} repeats of {first['samples']} images with its 95 % Student-t interval, at equal "
+        f"{first['repeats']} repeats of {first['samples']} images with its 95 % interval (jackknife over "
+        "repeats and reference), at equal "
         "NFE. The spacing of the standard start and the level of the late start were chosen on other seeds."
     )
     facts = [
