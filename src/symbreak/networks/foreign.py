@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import diffusers
@@ -163,15 +163,11 @@ def stored_numbers(folder: Path, variant: str | None) -> int:
                     shapes = [file.get_slice(key).get_shape() for key in file.keys()]  # noqa: SIM118
             except (SafetensorError, OSError, ValueError) as error:
                 raise InputError(f"{path} is no safetensors file ({str(error)[:80]}).") from None
-            for shape in shapes:
-                number = 1
-                for n in shape:
-                    number *= n
-                total += number
+            total += sum(map(math.prod, shapes))
     return total
 
 
-def from_hub(source: str, say: object = None) -> Path:
+def from_hub(source: str, say: Callable[[str], object] | None = None) -> Path:
     """A pipeline of the Hugging Face hub as a folder: from the local cache without a request, else downloaded.
 
     Args:
@@ -190,7 +186,7 @@ def from_hub(source: str, say: object = None) -> Path:
         pass  # not in the cache, or only a part of it
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         raise InputError(f"{source} is no folder here, and HF_HUB_OFFLINE forbids to ask the hub. Check the path.")
-    if callable(say):
+    if say is not None:
         say(f"{source} is no folder here; asking the Hugging Face hub for it")
     try:
         index = huggingface_hub.hf_hub_download(source, "model_index.json")
