@@ -633,3 +633,21 @@ def test_the_spectrum_of_faces(tmp_path, capsys):
             ]
         )
     assert json.loads(capsys.readouterr().out)["shape"] == [3, 64, 64]
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_nobody_asks_the_hub_for_data_without_a_word(tmp_path, monkeypatch, capsys, offline):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    said = []
+
+    def asked(*_, **__):
+        said.append(capsys.readouterr().err)
+        raise ConnectionError("nobody is there")
+
+    monkeypatch.setattr("datasets.load_dataset", asked)
+    with pytest.raises(InputError, match="is no file here, and the hub gave no such data set"):
+        sb.images("owner/no-such-data")
+    assert said == [
+        "" if offline else "symbreak: note: owner/no-such-data is no file here; asking the Hugging Face hub for it\n"
+    ]

@@ -27,7 +27,7 @@ from symbreak.data.labels import Classes, classes_of, from_columns, labelled
 from symbreak.data.parquet import Shards
 from symbreak.data.pictures import Encoded, attempt, is_colour, what_is_decided
 from symbreak.data.shape import shaped
-from symbreak.runtime.errors import InputError
+from symbreak.runtime.errors import InputError, note
 from symbreak.runtime.files import file_hash
 from symbreak.runtime.ranks import agreed, map_over_ranks
 
@@ -342,7 +342,10 @@ def _from_parquet(name: str, paths: list[Path], columns: Sequence[str] | None, n
 
 def _from_hub(source: str, split: str | None, columns: Sequence[str] | None) -> Images:
     import datasets
+    from huggingface_hub import constants
 
+    if not constants.HF_HUB_OFFLINE:  # with it, `datasets` looks into its own cache only
+        note(f"{source} is no file here; asking the Hugging Face hub for it")
     try:
         data = datasets.load_dataset(source, split=split or "train")
     except Exception as error:
