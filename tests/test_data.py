@@ -258,3 +258,14 @@ def test_a_subset_is_even_and_fixed():
     assert few.fingerprint() != digits.fingerprint()
     with pytest.raises(InputError, match="a subset of 899 images of 898 in digits; expected 2 to 898"):
         images("digits", limit=899)
+
+
+def test_the_fingerprint_knows_the_labels_by_which_images_were_picked():
+    x = np.random.default_rng(0).integers(0, 256, (40, 4, 4), dtype=np.uint8)
+    first, other = np.arange(40) % 2, np.arange(40) // 20
+    for pick in ({"classes": ["1"]}, {"limit": 10}, {}):
+        a, b = (images(x, labels=labels, **pick) for labels in (first, other))
+        assert a.fingerprint() != b.fingerprint()
+        assert a.fingerprint() == images(x, labels=first.tolist(), **pick).fingerprint()
+    # Labels that a file holds are part of its content: nothing is added.
+    assert images("digits").history == ("split 0.5 first 20231",)

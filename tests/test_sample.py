@@ -226,3 +226,27 @@ def test_edm_networks_are_told_how_to_pose():
             ask()
     x = generate(as_unet(denoiser(Edm()), base), start, range(8), clamp=False)
     torch.testing.assert_close(x, generate(as_unet(gaussian_law(), base), start, range(8), clamp=False))
+
+
+def test_stored_images_belong_to_the_law_of_every_class(tmp_path):
+    from symbreak.laws import Mixture
+
+    x = torch.randn(200, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(200) % 2
+    moved = x.clone()
+    moved[y == 1] += 0.5
+    laws = [Mixture.fit([v], labels=y) for v in (x, moved)]
+    base = scheduler("ddim", clip_sample=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = diffusers.UNet2DModel(
+            sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8, 8), norm_num_groups=4,
+            layers_per_block=1, num_class_embeds=2, down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
+        )  # fmt: skip
+    labels, made = torch.tensor([0, 1, 1, 1]), []
+    for law in laws:  # the class of the first label has the same law in both
+        start = late_start(base, law, 2, at=NoiseLevel(1.0), check=False)
+        made.append(generate(network, start, range(4), labels, run=Run(tmp_path), clamp=False))
+    assert torch.equal(made[0][0], made[1][0])
+    assert not torch.equal(made[0][1:], made[1][1:])

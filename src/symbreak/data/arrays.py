@@ -8,7 +8,7 @@ import os
 import struct
 import zipfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +144,7 @@ def from_array(
         count,
         _items=lambda start: (partial(load, i) for i in range(start, count)),
         # the same numbers in another range are other images
-        _content=lambda: f"{content() if content else _array_hash(array)} {low} {high}",
+        _content=cache(lambda: f"{content() if content else _array_hash(array)} {low} {high}"),
         scale=(high - low) / 2,
         offset=-(high + low) / 2,
         integer=integer,

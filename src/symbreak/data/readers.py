@@ -28,7 +28,7 @@ from symbreak.data.parquet import Shards
 from symbreak.data.pictures import Encoded, attempt, is_colour, what_is_decided
 from symbreak.data.shape import shaped
 from symbreak.runtime.errors import InputError, note
-from symbreak.runtime.files import file_hash
+from symbreak.runtime.files import digest, file_hash
 from symbreak.runtime.ranks import agreed, map_over_ranks
 
 if TYPE_CHECKING:
@@ -160,7 +160,11 @@ def _opened(source: Source, options: Options) -> Images:
             raise InputError(
                 f"labels of shape {values.shape} for {len(opened):,} images of {opened.name}; expected one an image."
             )
-        opened = labelled(opened, classes_of(opened.name, values))
+        classes = classes_of(opened.name, values)
+        opened = labelled(opened, classes)
+        columns = (digest(torch.from_numpy(classes.codes), classes.names),)
+    if columns:  # splits, subsets and classes are picked by these labels, of which the pictures' content says nothing
+        opened = replace(opened, history=(*opened.history, f"labels {','.join(columns)}"))
     return opened
 
 
@@ -275,7 +279,7 @@ def _pictures(
         raw = load()
         if not isinstance(raw, Exception):
             looked = cache(partial(what_is_decided, encoded, count, colour, name_of))
-            first = Images(name, raw.shape, count, items, content, name_of, remarks=notes, _looked=looked)
+            first = Images(name, raw.shape, count, items, cache(content), name_of, remarks=notes, _looked=looked)
             return shaped(first, None, None, "RGB", told=False) if colour else first
         fault = fault or raw
     raise InputError(

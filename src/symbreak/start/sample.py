@@ -304,10 +304,13 @@ class _Images:
             # What the law and the network make of fixed noise tells them apart, with their condition and precision.
             state = start(noise.to(self.device, precision(self.unet)), y)
             answer = evaluated(self.unet, state, torch.as_tensor(start.scheduler.timesteps[0]), y, self.condition)
+            law = None
+            with suppress(InputError):  # a law that no file holds is told by its states alone
+                law = None if start.law is None else law_hash(start.law)
             inputs = [v for v in (self.labels, self.clean, *self.condition.values()) if isinstance(v, torch.Tensor)]
             settings = {**of_scheduler(start.full), "times": torch.as_tensor(start.scheduler.timesteps)}
             scheduler = weights_hash(self.unet), identity_of("images", **settings), start.steps, start.level
-            return digest(state, answer, *inputs, *scheduler, self.micro_batch, self.clamp, self.seeds)
+            return digest(state, answer, law, *inputs, *scheduler, self.micro_batch, self.clamp, self.seeds)
 
         return f"images-{agreed(digested)}"
 
