@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from symbreak.cli.console import err, fail, holds, note, running, say, say_record
+from symbreak.cli.console import err, fail, note, running, say, say_record
 from symbreak.cli.options import (
     CLASSIFIERS,
     MICRO,
@@ -538,7 +538,6 @@ def _called(arguments: list[str]) -> None:
         finally:
             from symbreak.runtime.lock import release_all
 
-            holds.clear()
             release_all()
 
 

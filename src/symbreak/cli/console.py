@@ -15,11 +15,9 @@ from symbreak.runtime.errors import visible
 
 if TYPE_CHECKING:
     from symbreak.report.record import Record
-    from symbreak.runtime.lock import Hold
     from symbreak.runtime.run import Run
 
 err = Console(stderr=True)
-holds: list[Hold] = []  # folders that are this command's until it ends
 _notes: list[str] = []  # to be told once there is something to show: an error prints one line only
 
 
@@ -38,7 +36,7 @@ def _tell_notes() -> None:
 def running(out: Path | None, memory: int | None = None) -> Iterator[Run]:
     """A `Run` with a folder and a budget that draws bars on stderr, of the first process only.
 
-    The folder is this command's alone until it ends, for the report follows.
+    The folder is this command's alone as long as it knows the run: the report follows.
     """
     from rich.progress import (
         BarColumn,
@@ -49,12 +47,9 @@ def running(out: Path | None, memory: int | None = None) -> Iterator[Run]:
         TimeRemainingColumn,
     )
 
-    from symbreak.runtime.lock import Hold
     from symbreak.runtime.ranks import rank_of
     from symbreak.runtime.run import Run
 
-    if out is not None:
-        holds.append(Hold(out))
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, disable=rank_of()[0] > 0)
     tasks: dict[str, Any] = {}
@@ -68,7 +63,7 @@ def running(out: Path | None, memory: int | None = None) -> Iterator[Run]:
         progress.update(tasks[stage], completed=done, total=total)
 
     try:
-        yield Run(out, memory, tell)
+        yield Run(out, memory, tell).taken()
     finally:
         if tasks:
             progress.stop()

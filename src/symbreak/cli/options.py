@@ -218,22 +218,10 @@ class Beginning:
             raise InputError(
                 f"--at {self.at} came with --start {self.start}, which has no level to give. Leave one of them out."
             )
-        if self.start not in ("none", "auto"):
-            self.file_hash()
-
-    def file_hash(self) -> str:
-        """Digest of the start's file.
-
-        Raises:
-            InputError: where it is none.
-        """
-        from symbreak.runtime.files import file_hash
-
         path = Path(self.start)
-        if not path.is_file():
+        if self.start not in ("none", "auto") and not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise InputError(f"{path} {what}; expected a file of `symbreak fit`, auto or none.")
-        return file_hash(path)[:16]
 
     def plan(self, pipe: Pipeline, steps: int) -> LateStart:
         """The start that the options name, for a network."""
@@ -244,7 +232,6 @@ class Beginning:
         from symbreak.start.fit import late_start
         from symbreak.start.late_start import LateStart, LateStartWarning, check_same_network, standard_start
 
-        self.check()
         number = steps if self.steps is None else self.steps
         base = self.scheduler(pipe)
         if self.start == "none":
@@ -281,7 +268,9 @@ class Beginning:
 
     def names(self, model: str, machine: Machine) -> Values:
         """What the options say of network and start, for the record of what decides an image."""
-        start = self.start if self.start in ("none", "auto") else self.file_hash()
+        from symbreak.runtime.files import file_hash
+
+        start = self.start if self.start in ("none", "auto") else file_hash(self.start)[:16]
         return {"model": model, "start": start, "precision": machine.precision, "compiled": machine.compiled}
 
 

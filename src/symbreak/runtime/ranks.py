@@ -74,29 +74,26 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def joined(environment: dict[str, str] | None = None) -> Iterator[tuple[int, int]]:
+def joined() -> Iterator[tuple[int, int]]:
     """`over_ranks` for a process that a launcher started: joins the group that the environment names, and leaves it.
 
-    Args:
-        environment: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and LOCAL_RANK as torchrun sets them; by default
-            those of this process. Without them there is one rank.
+    RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and LOCAL_RANK are as torchrun sets them; without them there is one rank.
 
     Yields:
         Rank and number of ranks.
     """
-    variables = os.environ if environment is None else environment
-    if int(variables.get("WORLD_SIZE", "1")) < 2 or "RANK" not in variables or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or "RANK" not in os.environ or dist.is_initialized():
         with over_ranks() as place:
             yield place
         return
     if torch.cuda.is_available():
-        here = int(variables.get("LOCAL_WORLD_SIZE", "1"))
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if here > torch.cuda.device_count():
             raise InputError(
                 f"{here} processes for {torch.cuda.device_count()} GPUs; expected one each. Start fewer, or hide the "
                 "GPUs with CUDA_VISIBLE_DEVICES= to use the CPU."
             )
-        torch.cuda.set_device(int(variables.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         backend = "nccl"
     else:
         backend = "gloo"
