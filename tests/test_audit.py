@@ -362,6 +362,32 @@ def test_copies_with_changes_are_found(change):
     assert np.mean(right) > 0.95
 
 
+@pytest.mark.parametrize("near", [0.1, 0.0])
+def test_paler_copies_are_found_beside_a_paler_twin_of_every_training_image(near):
+    """At mean 0 and norm 1 an image and its twin are one point: they are no second nearest of each other."""
+    x, held = images("digits").tensor()[:200], images("digits:held-out").tensor()
+    twins = images(((torch.cat([x, 0.9 * x + 0.05]) + 1) / 2).numpy())
+    mixed = torch.cat([0.8 * x[:20] + 0.1, held[:80]])
+    content = audit(
+        twins, mixed, holdout=images("digits:held-out").take(np.arange(100, 300), "others"), near=near
+    ).content
+    changed = content["transformed"]
+    assert {one["index"][0] for one in changed["samples"]["listed"]} == set(range(20))
+    assert all(one["index"][1] % 200 == one["index"][0] for one in changed["samples"]["listed"])
+    assert changed["held_out"]["count"] == 0
+    assert content["duplicates"]["deduplicated"] == 400  # of the images as they are they are two
+    assert content["verdict"]["kind"] == "copies"
+
+
+def test_training_images_of_one_pattern_have_no_changed_copies(tmp_path):
+    """Flat images: what is left without brightness and contrast is nothing."""
+    grey = np.arange(20, 140, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 8), np.uint8)
+    record = audit(images(grey[::2]), images(grey[1:60:4]), holdout=images(grey[1::2]))
+    assert record.content["transformed"] == {"samples": None, "held_out": None}
+    assert "the same up to brightness" in record.content["notes"][-1]
+    write_report(record, tmp_path / "report.html")
+
+
 def test_held_out_images_that_are_not_held_out_are_named():
     data, held = images("digits").subset(100), images("digits:held-out").tensor()[:30]
     leaky = images(((torch.cat([data.tensor()[:7], held]) + 1) / 2).numpy())

@@ -159,7 +159,9 @@ def nearest_summary(
 # Duplicates
 
 
-def groups(points: Rows, near: float = NEAR, run: Run | None = None) -> tuple[np.ndarray, float, float]:
+def groups(
+    points: Rows, near: float = NEAR, run: Run | None = None, *, name: str = "train", least: float = 0.0
+) -> tuple[np.ndarray, float, float]:
     """Near duplicates among different points: all that a chain of pairs |x - y| <= radius joins.
 
         radius = near * median_i |x_i - its eighth neighbour|
@@ -171,6 +173,8 @@ def groups(points: Rows, near: float = NEAR, run: Run | None = None) -> tuple[np
         points: [M, *S] or `Shards`, exact duplicates taken out, M >= 2.
         near: fraction of the scale, 0 for none but equal points.
         run: memory to work in (256 MiB by default), finished parts, whom to tell.
+        name: begins the keys of finished parts.
+        least: radius at least, where equal points differ by rounding.
 
     Returns:
         The group [M] of every point (0, 1, ... by first appearance), the radius and the scale.
@@ -178,9 +182,9 @@ def groups(points: Rows, near: float = NEAR, run: Run | None = None) -> tuple[np
     run = run or Run()
     memory = max(2**20, run.bytes(default=2**28))
     k = min(EIGHTH, len(points) - 1)
-    d, j = neighbours(points, None, k, name="train", run=run)
+    d, j = neighbours(points, None, k, name=name, run=run)
     scale = float(d[:, -1].median())
-    radius = near * scale
+    radius = max(near * scale, least)
     rows, columns = (d <= radius).nonzero(as_tuple=True)
     first, second = [rows], [j[rows, columns]]
     full = (d[:, -1] <= radius).nonzero()[:, 0]  # these may have more neighbours within the radius

@@ -11,13 +11,14 @@ import torch
 
 from symbreak.metrics.extractors import FromFunction
 from symbreak.metrics.features import feature_shards
-from symbreak.metrics.memorization import apart
+from symbreak.metrics.memorization import NEAR, apart, groups
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
 
-__all__ = ["SHIFT", "nearest_transformed", "transformations"]
+__all__ = ["SHIFT", "alike", "nearest_transformed", "transformations"]
 
 SHIFT = 2
+ROUNDING = 1e-5  # of windows, which have norm 1: single-precision images that differ in brightness and contrast alone
 Transformation = tuple[bool, int, int]  # flipped left to right; shifted down, to the right
 
 
@@ -36,6 +37,21 @@ def _window(x: torch.Tensor, flip: bool, down: int, right: int) -> torch.Tensor:
     return rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-6)
 
 
+def alike(train: Shards, near: float = NEAR, run: Run | None = None) -> np.ndarray:
+    """The group [M] of every training image among near duplicates where brightness and contrast do not count.
+
+    The rule is that of `groups`, applied to the images at mean 0 and norm 1, as they are searched among: images that
+    differ in brightness or contrast alone are one point there, beside which d_1 / d_2 would be rounding over rounding.
+
+    Args:
+        train: different images [M, C, H, W].
+        near, run: see `groups`.
+    """
+    run = run or Run()
+    rows = feature_shards(FromFunction(partial(_window, flip=False, down=0, right=0), "w"), train, run)
+    return groups(rows, near, run, name="alike", least=ROUNDING)[0]
+
+
 def nearest_transformed(
     samples: Shards, train: Shards, group: np.ndarray, *, name: str, run: Run, shift: int = SHIFT
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -46,7 +62,7 @@ def nearest_transformed(
 
     Args:
         samples, train: images [N, C, H, W] and [M, C, H, W], the latter different.
-        group: [M] of near duplicates, see `groups`.
+        group: [M] of near duplicates, see `alike`.
         name: begins the keys of finished parts.
         run: memory, finished parts, progress.
         shift: pixels, at most.

@@ -25,7 +25,7 @@ from symbreak.laws.nearest_neighbours import neighbours
 from symbreak.metrics.extractors import BATCH, Extractor
 from symbreak.metrics.features import Features, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train
-from symbreak.metrics.transformed import nearest_transformed, transformations
+from symbreak.metrics.transformed import alike, nearest_transformed, transformations
 from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
 from symbreak.networks.loading import refuse_conditional, weights_hash
@@ -317,10 +317,17 @@ class _Comparison:
                 nearest[title] = d, torch.from_numpy(first)[j]
                 memorized[title] = self.memorized(d, side)
         with run.timed("transformed") as part:
-            changed = {
-                title: None if side is None else self.transformed(side, first, group, title, part)
-                for title, side in (("samples", new), ("held_out", unseen if new is not None else None))
-            }
+            changed: Values = {"samples": None, "held_out": None}
+            same = None if new is None else alike(known.pixels.take(first), self.near, part.share(1 / 4))
+            if same is not None and same.max() == 0:
+                self.notes.append(
+                    f"No search for changed copies: all images of {self.train.name} are the same up to brightness and "
+                    "contrast."
+                )
+            elif same is not None:
+                for title, side in (("samples", new), ("held_out", unseen)):
+                    if side is not None:
+                        changed[title] = self.transformed(side, first, same, title, part)
         compared = None
         if new is not None and unseen is not None:
             with run.timed("train or held-out") as part:
@@ -517,7 +524,7 @@ def _verdict(content: Values) -> Values:
     if samples["low"] > unseen["high"]:
         return {"kind": "copies", "sentence": f"It copies: {beside}, beyond both intervals."}
     changed, expected = content["transformed"]["samples"], content["transformed"]["held_out"]
-    if changed["low"] > expected["high"]:
+    if changed is not None and changed["low"] > expected["high"]:
         return {
             "kind": "copies",
             "sentence": f"It copies with changes: flipped, shifted by up to {changed['shift']} pixels or paler, "
@@ -531,9 +538,16 @@ def _verdict(content: Values) -> Values:
             "sentence": f"It leans on its training images: {compared['share']:.1%} of the samples lie nearer to "
             f"training than to held-out images, where 50 % are expected. It does not copy them by d1/d2: {beside}.",
         }
+    paler = (
+        ""
+        if changed is None
+        else (
+            f" Flipped, shifted by up to {changed['shift']} pixels or paler: {changed['share']:.2%} of "
+            f"{changed['of']:,}, against {expected['share']:.2%}."
+        )
+    )
     return {
         "kind": "none",
-        "sentence": f"No sign of copying at these counts: {beside}. Flipped, shifted by up to {changed['shift']} "
-        f"pixels or paler: {changed['share']:.2%} of {changed['of']:,}, against {expected['share']:.2%}. Copies that "
-        "are turned, rescaled, cut out or recoloured are not looked for.",
+        "sentence": f"No sign of copying at these counts: {beside}.{paler} Copies that are turned, rescaled, cut out "
+        "or recoloured are not looked for.",
     }
