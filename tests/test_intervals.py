@@ -1,19 +1,21 @@
 """What a number claims: right values of awkward inputs, and intervals that say what they are."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from symbreak.laws import Mixture, Sphere
-from symbreak.moments.one_pass import Moments
+from symbreak.laws import Gaussian, Mixture, Sphere
+from symbreak.moments.one_pass import Moments, grouped
 from symbreak.noise import generator
 from symbreak.phases.class_entropy import class_entropy, class_entropy_bound
 from symbreak.phases.clones import clones
 from symbreak.phases.non_gaussianity import fitting_error, non_gaussianity
 from symbreak.phases.speciation import cloning_probability, cloning_time, ladder, speciation_time
 from symbreak.runtime.errors import InputError
+from symbreak.runtime.run import Run
 
 
 def two_of_two() -> Mixture:
@@ -113,6 +115,61 @@ def test_a_sketch_knows_how_many_samples_it_had():
     assert modes.hidden.tolist() == [False, True]
     assert modes.values[0] == pytest.approx(60, rel=0.25)  # two errors of an eigenvalue of 300 samples, 8 % each
     assert modes.values[1] == pytest.approx(1.0, rel=0.02)
+
+
+def test_samples_are_known_as_samples_whatever_is_made_of_them(tmp_path):
+    """30 rows of 400 variances .8, whose largest sample eigenvalue is 18: no way shows it as a mode."""
+    x = 0.8**0.5 * torch.randn(30, 400, generator=generator(0))
+    full, one = Moments.fit([x]), Moments.fit([x], parts=1)
+    whole, some = Moments.fit([x], rank=40), Moments.fit([x], rank=10)
+    ways = {
+        "parts": full,
+        "one part": one,
+        "sketch": some,
+        "sketch of the whole range": whole,
+        "truncated": full.truncate(10),
+        "truncated sketch": whole.truncate(10),
+        "law of low rank": Gaussian(full, rank=10).moments,
+        "merged": Moments.fit([x[:15]]).merge(Moments.fit([x[15:]], parts=1)),
+        "grouped": grouped([x], np.zeros(30, int))[0],
+        "joined": Moments.joined(grouped([x], np.arange(30) % 2)),
+        "without a part": full.without_each()[0],
+        "little memory": Moments.fit([x], run=Run(memory=9_500_000)),
+        "low frequencies": Gaussian.low_frequency([x.reshape(30, 20, 20)], 4).moments,
+    }
+    assert len(ways["little memory"]._parts) == 1
+    ways |= {f"{name}, from a file": Moments.load(m.save(tmp_path / name)) for name, m in ways.items()}
+    for name, m in ways.items():
+        modes = m.population(3)
+        assert m.sampled, name
+        assert modes.hidden.all(), name
+        assert modes.values[0] == pytest.approx(0.8, rel=0.05), name
+        assert speciation_time(m).level is None, name
+    exact = Moments(30, full.mean, full.cov)
+    for m in (exact, exact.truncate(10), exact.merge(exact), Mixture([full, one]).moments):
+        assert not m.sampled
+        assert not Moments.load(m.save(tmp_path / "exact")).sampled
+        assert m.population(1).values[0] > 17
+
+
+def test_files_that_do_not_say_it_are_of_samples_where_they_hold_a_trace(tmp_path):
+    x = torch.randn(30, 40, generator=generator(0))
+    old = {}
+    for name, m in {
+        "parts": Moments.fit([x]),
+        "one part": Moments.fit([x], parts=1),
+        "sketch": Moments.fit([x], rank=5),
+        "sketch of the whole range": Moments.fit([x], rank=30),
+    }.items():
+        tensors, about = m.tensors()
+        old[name] = Moments.from_tensors("old", tensors, {k: v for k, v in about.items() if k != "sampled"}).sampled
+    assert old == {"parts": True, "one part": False, "sketch": True, "sketch of the whole range": False}
+
+
+def test_eigenvalues_of_few_samples_are_numbers():
+    for n, d, options in itertools.product((2, 3, 5), (1, 3, 300), ({}, {"parts": 1}, {"rank": 1}, {"rank": 20})):
+        x = torch.randn(n, d, generator=generator(n, d))
+        assert np.isfinite(Moments.fit([x], **options).population(10).values).all()
 
 
 @pytest.mark.slow

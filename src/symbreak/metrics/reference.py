@@ -87,7 +87,7 @@ def _from_tensors(tensors: dict[str, torch.Tensor], metadata: dict[str, str], pa
         raise InputError(f"{path} was written by another version of symbreak. Remove it, and it is made again.")
     with damaged(path, "a set of statistics"):
         parts, rows = [tensors[k] for k in ("counts", "means", "covs")], tensors["rows"].double()
-        groups = tuple(Moments(int(n), mean, cov) for n, mean, cov in zip(*parts))
+        groups = tuple(Moments(int(n), mean, cov, sampled=True) for n, mean, cov in zip(*parts))
         origin = json.loads(metadata["origin"])
         whole = groups and len({len(p) for p in parts}) == 1 and rows.shape[1:] == groups[0].shape
         if not whole or not bool(torch.isfinite(rows).all()) or ORIGIN - set(origin):

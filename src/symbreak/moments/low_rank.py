@@ -107,7 +107,7 @@ def population(values: np.ndarray, trace: float, dim: int, count: int, k: int) -
         rest = np.append(np.delete(values, i), np.full(max(others, 0), mean))
         rest = rest[rest > 0]
         gaps = value - rest
-        out[i] = value / (1 + float((rest / gaps).sum()) / n) if (gaps != 0).all() else value
+        out[i] = value / (1 + float((rest / gaps).sum()) / n) if value > 0 and (gaps != 0).all() else value
         if not 0 < out[i] <= 1.5 * value:  # two that all but coincide
             out[i] = value
         left, p = n - i, dim - i
@@ -222,6 +222,7 @@ class LowRankMoments:
         largest_dropped: upper bound of the top eigenvalue of C in the complement of the vectors.
         squares_dropped: upper bound of the sum of squared eigenvalues there.
         failure: probability that one of the two bounds is wrong; 0 where they were computed.
+        sampled: whether they were measured on n samples, not given as a law's own.
         shape: S.
     """
 
@@ -234,6 +235,7 @@ class LowRankMoments:
     largest_dropped: float
     squares_dropped: float
     failure: float
+    sampled: bool = False
 
     def __post_init__(self) -> None:
         for name in ("mean", "variances", "vectors", "eigenvalues", "residuals"):
@@ -296,9 +298,9 @@ class LowRankMoments:
         return Spectrum(self.eigenvalues[:k].numpy().copy(), np.full(k, math.nan), np.full(k, math.nan))
 
     def population(self, k: int) -> Population:
-        """The k largest eigenvalues of the law behind the samples of a sketch, without intervals; as they are else."""
+        """The k largest eigenvalues of the law behind samples, without intervals; as they are where not ``sampled``."""
         k = at_most(k, self.rank)
-        if not self.failure:
+        if not self.sampled:
             return Population(**vars(self.spectrum(k)), hidden=np.zeros(k, bool))
         return population(self.eigenvalues.numpy(), self.trace, self.dim, self.count, k)
 
@@ -346,7 +348,7 @@ class LowRankMoments:
         """Everything, and the format: the content of a file."""
         dropped = torch.tensor([self.largest_dropped, self.squares_dropped, self.failure], dtype=torch.float64)
         tensors = {name: torch.as_tensor(getattr(self, name)) for name in STORED[:-1]}
-        return tensors | {"dropped": dropped}, {"format": FORMAT, "version": "1"}
+        return tensors | {"dropped": dropped}, {"format": FORMAT, "version": "1", "sampled": str(self.sampled)}
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file; `Moments.load` reads it."""
@@ -370,7 +372,9 @@ class LowRankMoments:
             if bool((tensors["eigenvalues"] < 0).any()):
                 raise InputError(f"{path} holds a negative variance; expected eigenvalues >= 0. Fit it again.")
             count, mean, variances, vectors, eigenvalues, residuals, dropped = (tensors[name] for name in STORED)
-            return cls(int(count), mean, variances, vectors, eigenvalues, residuals, *dropped.tolist())
+            largest, squares, failure = dropped.tolist()
+            sampled = known_sampled(metadata, failure > 0)
+            return cls(int(count), mean, variances, vectors, eigenvalues, residuals, largest, squares, failure, sampled)
 
     def __repr__(self) -> str:
         return f"LowRankMoments(count={self.count}, shape={self.shape}, rank={self.rank})"
@@ -405,6 +409,11 @@ def known_file(
         raise InputError(f"{path} holds no {what}. Expected a file that {writer} wrote.")
     if metadata.get("version") != "1":
         raise InputError(f"{path} was written by a newer symbreak (format {metadata.get('version')}). Update it.")
+
+
+def known_sampled(metadata: dict[str, str], trace: bool) -> bool:
+    """Whether moments of a file were measured on samples; older files do not say it and may hold a trace of it."""
+    return metadata.get("sampled", str(trace)) == "True"
 
 
 # Walking over the data
@@ -640,7 +649,8 @@ def _rayleigh_ritz(
         largest = min(largest, max(0.0, float(variances.sum() - values[:rank].sum())))
     mean, variances = mean.reshape(rows.shape), variances.reshape(rows.shape)
     residuals.sqrt_()
-    return LowRankMoments(walk.count, mean, variances, vectors, values[:rank], residuals, largest, squares, failure)
+    values = values[:rank]
+    return LowRankMoments(walk.count, mean, variances, vectors, values, residuals, largest, squares, failure, True)
 
 
 def _mean_and_variances(rows: _Rows, walk: _Walk) -> tuple[torch.Tensor, torch.Tensor]:

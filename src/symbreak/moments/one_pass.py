@@ -38,6 +38,7 @@ from symbreak.moments.low_rank import (
     Spectrum,
     at_most,
     known_file,
+    known_sampled,
     population,
     sketch_moments,
     whole_rank,
@@ -96,6 +97,7 @@ class Moments:
         count: number of rows n.
         mean: array or tensor of the data's shape [*S].
         cov: covariance [d, d], d the number of elements of S, divided by n - 1.
+        sampled: whether they were measured on n samples, as those of `fit` are, not given as a law's own.
 
     Raises:
         InputError: for wrong shapes, NaN, or a covariance that is not symmetric.
@@ -105,7 +107,7 @@ class Moments:
     (2, [1.0, 1.0], [[2.0, 0.0], [0.0, 0.0]])
     """
 
-    def __init__(self, count: int, mean: ArrayLike, cov: ArrayLike) -> None:
+    def __init__(self, count: int, mean: ArrayLike, cov: ArrayLike, sampled: bool = False) -> None:
         mu = np.asarray(torch.as_tensor(mean).detach().cpu(), dtype=np.float64)
         c = np.asarray(torch.as_tensor(cov).detach().cpu(), dtype=np.float64)
         if c.shape != (mu.size, mu.size):
@@ -118,12 +120,13 @@ class Moments:
             raise InputError("the mean holds NaN or infinity; expected finite numbers.")
         c = symmetric(c, "the covariance")
         self.shape: tuple[int, ...] = mu.shape
+        self.sampled = sampled
         self._parts = [_Part(int(count), mu.reshape(-1), c * (count - 1))]
 
     @classmethod
-    def _from_parts(cls, shape: tuple[int, ...], parts: list[_Part]) -> Moments:
+    def _from_parts(cls, shape: tuple[int, ...], parts: list[_Part], sampled: bool) -> Moments:
         self = cls.__new__(cls)
-        self.shape = tuple(shape)
+        self.shape, self.sampled = tuple(shape), sampled
         self._parts = parts
         return self
 
@@ -232,7 +235,7 @@ class Moments:
         Source: the leave-one-part-out jackknife; parts are random disjoint subsets of the rows.
         """
         k = at_most(k, self.dim)
-        values = self._top(self._total, k) if "eigh" not in self.__dict__ else self.eigh[0].numpy()[:k]
+        values = self._values(k)
         low, high = np.full(k, math.nan), np.full(k, math.nan)
         left_out = self._left_out(k)
         for i in range(0 if left_out is None else min(k, left_out.shape[1])):
@@ -245,15 +248,18 @@ class Moments:
     def population(self, k: int) -> Population:
         """The k largest eigenvalues of the law behind the rows, with jackknife intervals on the log scale.
 
-        Moments that were not fitted here, with no parts to leave out, are taken for those of a law: as they are.
+        Moments without parts to leave out have no such intervals. Those that are not ``sampled`` are taken as they are.
         """
         k = at_most(k, self.dim)
-        known = self.dim if self.dim <= 256 else max(k, 32)
-        left_out = self._left_out(known)
-        if left_out is None or self.count < 4:
+        if not self.sampled:
             return Population(**vars(self.spectrum(k)), hidden=np.zeros(k, bool))
-        trace, parts = float(np.trace(self._total.scatter)) / (self.count - 1), len(left_out)
-        out = population(self._top(self._total, known), trace, self.dim, self.count, k)
+        known = self.dim if self.dim <= 256 else max(k, 32)
+        trace = float(np.trace(self._total.scatter)) / (self.count - 1)
+        out = population(self._values(known), trace, self.dim, self.count, k)
+        left_out = self._left_out(known)
+        if left_out is None:
+            return out
+        parts = len(left_out)
         some = max(3, round(self.count * (1 - 1 / parts)))
         share = left_out.sum(1) / max(float(left_out.sum(1).mean()), 1e-300)
         others = [population(v, trace * float(f), self.dim, some, k).values for v, f in zip(left_out, share)]
@@ -263,6 +269,9 @@ class Moments:
                 a, b = jackknife(math.log(out.values[i]), np.log(column))
                 out.low[i], out.high[i] = math.exp(a), math.exp(b)
         return out
+
+    def _values(self, k: int) -> np.ndarray:
+        return self._top(self._total, k) if "eigh" not in self.__dict__ else self.eigh[0].numpy()[:k]
 
     def _left_out(self, k: int) -> np.ndarray | None:
         """Top k eigenvalues with each part left out, [parts, k]."""
@@ -283,13 +292,14 @@ class Moments:
     @classmethod
     def joined(cls, groups: Sequence[Moments]) -> Moments:
         """Moments of the rows of all groups, each of which is a part."""
-        return cls._from_parts(groups[0].shape, [g._total for g in groups])
+        return cls._from_parts(groups[0].shape, [g._total for g in groups], any(g.sampled for g in groups))
 
     def without_each(self) -> list[Moments]:
         """Moments without each part in turn, for a jackknife; none where there is one part only."""
         parts = self._parts if len(self._parts) > 1 else []
         rest = [[p for i, p in enumerate(parts) if i != leave] for leave in range(len(parts))]
-        return [self._from_parts(self.shape, [_together(some)]) for some in rest if sum(p.count for p in some) > 1]
+        rest = [some for some in rest if sum(p.count for p in some) > 1]
+        return [self._from_parts(self.shape, [_together(some)], self.sampled) for some in rest]
 
     def leading_vectors(self, k: int) -> torch.Tensor:
         """Eigenvectors of the k largest eigenvalues in columns [d, k], their signs undefined."""
@@ -326,6 +336,7 @@ class Moments:
             float(rest[0]) if len(rest) else 0.0,
             float((rest**2).sum()),
             0.0,
+            self.sampled,
         )
 
     def merge(self, other: Moments) -> Moments:
@@ -336,9 +347,9 @@ class Moments:
         """
         if self.shape != other.shape:
             raise InputError(f"moments of shape {self.shape} and {other.shape} cannot be merged.")
-        if len(self._parts) == len(other._parts):
-            return self._from_parts(self.shape, [a.merge(b) for a, b in zip(self._parts, other._parts)])
-        return self._from_parts(self.shape, [self._total.merge(other._total)])
+        same = len(self._parts) == len(other._parts)
+        pairs = zip(self._parts, other._parts) if same else [(self._total, other._total)]
+        return self._from_parts(self.shape, [a.merge(b) for a, b in pairs], self.sampled or other.sampled)
 
     def tensors(self) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         """Count, mean, covariance and what the intervals need, and the format: the content of a file."""
@@ -351,7 +362,7 @@ class Moments:
             left_out = self._left_out(min(32, self.dim))
             if left_out is not None:
                 tensors["left_out"] = torch.from_numpy(left_out)
-        return tensors, {"format": "symbreak.moments", "version": "1"}
+        return tensors, {"format": "symbreak.moments", "version": "1", "sampled": str(self.sampled)}
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file."""
@@ -371,7 +382,8 @@ class Moments:
             return LowRankMoments.from_tensors(path, tensors, metadata)
         known_file(path, tensors, metadata, "symbreak.moments", ("count", "mean", "cov"), "moments", "`symbreak fit`")
         with damaged(path, "a set of moments"):
-            self = cls(int(tensors["count"]), tensors["mean"], tensors["cov"])
+            sampled = known_sampled(metadata, not tensors.keys().isdisjoint({"parts.count", "left_out"}))
+            self = cls(int(tensors["count"]), tensors["mean"], tensors["cov"], sampled)
             if "parts.count" in tensors:
                 counts, means, scatters = (tensors[f"parts.{k}"].numpy() for k in ("count", "mean", "scatter"))
                 d, fit = self.dim, counts.min() >= 1 and counts.sum() == self.count
@@ -544,7 +556,7 @@ class _Sums:
             if scale != 1.0:
                 scatter /= scale**2  # raw -> x = (raw + offset) / scale
             parts.append(_Part(n, (mean + self.shift + offset) / scale, scatter.numpy()))
-        result = cls._from_parts(self.shape, parts)
+        result = cls._from_parts(self.shape, parts, sampled=True)
         constant = not any(p.scatter.diagonal().any() for p in parts)
         if not equal and constant and all(np.array_equal(p.mean, parts[0].mean) for p in parts):
             raise InputError(f"all {self.rows:,} samples are equal; their law has no spread to learn from.")
