@@ -15,7 +15,7 @@ from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
 from symbreak.phases.bifurcation import bifurcation
-from symbreak.phases.fixed_points import fixed_points
+from symbreak.phases.fixed_points import System, fixed_points, march
 from symbreak.phases.potential import drift, potential
 from symbreak.runtime.files import InputError
 
@@ -182,6 +182,14 @@ def test_a_pitchfork_has_its_wells_at_the_centres_level():
     # A sphere's wells are a ring: neutral along itself.
     ring = bifurcation(Sphere(3, 1.0), criterion="wells")
     assert ring.level.alpha == pytest.approx(0.8489753942583, abs=1e-9)
+
+
+def test_a_march_above_the_dense_size_looks_at_no_eigenvalues(monkeypatch):
+    system, lam = System(Sphere(3, 1.0), "sde", "vp"), math.log(0.3)
+    w = system.newton(np.array([0.9, 0.0, 0.0]) * system.scale, lam)
+    system.dense = False
+    monkeypatch.setattr(System, "leading", None)
+    assert next(march(system, w, lam, -1, lam - 1.0, lam)).still is None
 
 
 def test_wells_that_are_always_or_never_there():

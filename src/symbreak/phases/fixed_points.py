@@ -451,7 +451,7 @@ def march(
 ) -> Iterator[Point]:
     """Points along a branch from (w, lam) until lam leaves [low, high]; sign 1 sets out upwards in lam."""
     still = None
-    if system.continuum(w, lam)[0] and system.dense:
+    if system.dense and system.continuum(w, lam)[0]:
         # A ring or sphere of fixed points: the march keeps to its side of it.
         values, vectors = system.leading(w, lam, system.dim)
         still = vectors[np.abs(values - 1.0) < system.neutral]
