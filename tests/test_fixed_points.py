@@ -184,6 +184,14 @@ def test_a_pitchfork_has_its_wells_at_the_centres_level():
     assert ring.level.alpha == pytest.approx(0.8489753942583, abs=1e-9)
 
 
+def test_a_march_along_a_ring_stays_to_its_last_point():
+    system, lam = System(Sphere(3, 1.0), "sde", "vp"), math.log(0.3)
+    w = system.newton(np.array([0.9, 0.0, 0.0]) * system.scale, lam)
+    points = list(march(system, w, lam, -1, lam - 1.0, lam))
+    assert points[-1].lam == lam - 1.0  # a step beyond it, put back
+    assert all(p.still.shape == (2, 3) for p in points)
+
+
 def test_a_march_above_the_dense_size_looks_at_no_eigenvalues(monkeypatch):
     system, lam = System(Sphere(3, 1.0), "sde", "vp"), math.log(0.3)
     w = system.newton(np.array([0.9, 0.0, 0.0]) * system.scale, lam)

@@ -478,7 +478,7 @@ def march(
             share = (end - p.lam) / (q.lam - p.lam)
             last = system.newton(p.w + share * (q.w - p.w), end)
             if last is not None:
-                yield Point(last, end, q.tw, q.tl)
+                yield Point(last, end, q.tw, q.tl, still)
             return
         p = q
         yield p
