@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.critical import passing
+from symbreak.critical import CriticalTime, passing
 from symbreak.laws import Empirical, Mixture
 from symbreak.networks.denoiser import as_denoiser
 from symbreak.networks.families import as_unet, denoiser
@@ -14,7 +14,7 @@ from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases import branches, kicks
 from symbreak.phases.branches import Paths
-from symbreak.phases.clones import clones
+from symbreak.phases.clones import _with_steps, clones
 from symbreak.phases.kicks import opportunity
 from symbreak.phases.speciation import cloning_probability, cloning_time
 from symbreak.phases.u_turns import u_turns
@@ -104,6 +104,19 @@ def test_a_noisy_tail_does_not_move_the_crossing():
     assert found[0] == pytest.approx(math.log(2) + math.log(2) * 0.2 / 0.36)
     assert found[1] == math.inf
     assert found[2] == -math.inf
+
+
+@pytest.mark.parametrize("sigma", [15.0, 7.95, 4.05, 3.95, 1.5])
+def test_the_lower_end_holds_half_a_step_of_the_grid_beside_a_level_put_in(sigma):
+    time = CriticalTime(NoiseLevel(sigma), NoiseLevel(0.9 * sigma), NoiseLevel(1.1 * sigma))
+    for grid in (
+        [16.0, 8.0, 7.9, 4.1, 4.0, 2.0, 1.0],
+        [16.0, 8.0, 4.0, 2.0, 1.0],
+        [16.0, 8.0, 7.9, 4.1, 4.0, 3.9, 1.95, 1],
+    ):
+        found = _with_steps(time, np.array(grid))
+        assert found.low.sigma == pytest.approx(0.9 * sigma / 2**0.5, rel=0.03)
+        assert found.high == time.high
 
 
 def test_no_crossing_says_which_levels_to_try():

@@ -190,7 +190,8 @@ def _with_steps(time: CriticalTime, grid: np.ndarray) -> CriticalTime:
     if time.sigma is None:
         return time
     i = int(np.clip(np.searchsorted(-grid, -time.sigma), 1, len(grid) - 1))
-    step = float(grid[i - 1] / grid[i])
+    ratios = grid[:-1] / grid[1:]
+    step = float(ratios[max(i - 2, 0) : i + 1].max())  # a level put in beside the crossing leaves a sliver there
     low = None if time.low is None else NoiseLevel(time.low.sigma / step**0.5)
     reason = f"{time.reason}; steps there are a factor {step:.3g}: it may read high by half of one, which low holds"
     return replace(time, low=low, reason=reason)
