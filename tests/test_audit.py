@@ -15,7 +15,7 @@ from symbreak.intervals import proportion
 from symbreak.laws import Empirical, Gaussian
 from symbreak.laws import nearest_neighbours as neighbours_module
 from symbreak.laws.nearest_neighbours import neighbours
-from symbreak.metrics import memorization
+from symbreak.metrics import memorization, transformed
 from symbreak.metrics.memorization import apart, groups, nearer_to_train
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.families import as_unet
@@ -377,6 +377,23 @@ def test_paler_copies_are_found_beside_a_paler_twin_of_every_training_image(near
     assert changed["held_out"]["count"] == 0
     assert content["duplicates"]["deduplicated"] == 400  # of the images as they are they are two
     assert content["verdict"]["kind"] == "copies"
+
+
+def test_the_search_for_changed_copies_is_made_once_and_its_progress_rises(monkeypatch):
+    """Samples and held-out images, flipped and not, are one search for each of 25 shifts."""
+    asked, told = [], []
+    real = transformed.apart
+    monkeypatch.setattr(transformed, "apart", lambda q, *a: asked.append(len(q)) or real(q, *a))
+    run = Run(progress=lambda stage, done, total: told.append((done, total)) if stage == "transformed" else None)
+    held = images("digits:held-out")
+    both = audit(images("digits").subset(100), held.tensor()[:30].flip(-1), holdout=held.subset(50), run=run).content
+    assert asked == [2 * (30 + 50)] * 25
+    done, total = zip(*told)
+    assert list(done) == sorted(done)
+    assert set(total) == {100 + 25 * 160}
+    assert done[-1] == total[-1]
+    alone = audit(images("digits").subset(100), held.subset(50), holdout=held.subset(50)).content["transformed"]
+    assert both["transformed"]["held_out"] == alone["samples"] == alone["held_out"]
 
 
 def test_training_images_of_one_pattern_have_no_changed_copies(tmp_path):

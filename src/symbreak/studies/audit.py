@@ -12,7 +12,7 @@ Held-out images are measured like the samples: they show what to expect of image
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from symbreak.laws.nearest_neighbours import neighbours
 from symbreak.metrics.extractors import BATCH, Extractor
 from symbreak.metrics.features import Features, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train
-from symbreak.metrics.transformed import alike, nearest_transformed, transformations
+from symbreak.metrics.transformed import nearest_transformed, transformations
 from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
 from symbreak.networks.loading import refuse_conditional, weights_hash
@@ -317,17 +317,8 @@ class _Comparison:
                 nearest[title] = d, torch.from_numpy(first)[j]
                 memorized[title] = self.memorized(d, side)
         with run.timed("transformed") as part:
-            changed: Values = {"samples": None, "held_out": None}
-            same = None if new is None else alike(known.pixels.take(first), self.near, part.share(1 / 4))
-            if same is not None and same.max() == 0:
-                self.notes.append(
-                    f"No search for changed copies: all images of {self.train.name} are the same up to brightness and "
-                    "contrast."
-                )
-            elif same is not None:
-                for title, side in (("samples", new), ("held_out", unseen)):
-                    if side is not None:
-                        changed[title] = self.transformed(side, first, same, title, part)
+            sides = {} if new is None else {"samples": new} if unseen is None else {"samples": new, "held_out": unseen}
+            changed = {"samples": None, "held_out": None, **self.transformed(sides, first, part)}
         compared = None
         if new is not None and unseen is not None:
             with run.timed("train or held-out") as part:
@@ -384,36 +375,45 @@ class _Comparison:
             "ratio": _quantiles(ratio),
         }
 
-    def transformed(self, side: _Side, first: np.ndarray, group: np.ndarray, title: str, run: Run) -> Values:
-        """How many of a side's images are copies after a flip, a shift, or a change of brightness, by their pixels.
+    def transformed(self, sides: Mapping[str, _Side], first: np.ndarray, run: Run) -> Values:
+        """How many of every side's images are copies after a flip, a shift, or a change of brightness, by their pixels.
 
-        Samples that are equal in every pixel, or memorized as they are, count, too.
+        Images that are equal in every pixel, or memorized as they are, count, too.
         """
         known = self.known.pixels.take(first)
         changes = transformations(known.shape)
-        cost = len(changes) * math.prod(known.shape)
-        order = torch.randperm(len(side), generator=generator(self.seed, 67))[
-            : max(LEAST, int(TRANSFORMED_COST / cost))
-        ]
-        index = order.sort().values
-        some = side.pixels.take(index.numpy())
-        ratio, image, which = nearest_transformed(some, known, group, name=f"changed-{title}", run=run.share(1 / 4))
-        copies = (ratio < self.threshold).nonzero()[:, 0]
-        listed = copies[ratio[copies].argsort(stable=True)][:LISTED].tolist()
-        return {
-            **proportion(len(copies), len(some)),
-            "shift": max(abs(down) for _, down, _ in changes),
-            "searches": len(changes),
-            "listed": [
-                {
-                    "index": [int(index[i]), int(first[image[i]])],
-                    "nearest": self.train.name_of(int(first[image[i]])),
-                    "ratio": float(ratio[i]),
-                    **dict(zip(("flipped", "down", "right"), changes[int(which[i])])),
-                }
-                for i in listed
-            ],
+        most = max(LEAST, int(TRANSFORMED_COST / (len(changes) * math.prod(known.shape))))
+        index = {
+            title: torch.randperm(len(side), generator=generator(self.seed, 67))[:most].sort().values
+            for title, side in sides.items()
         }
+        some = [side.pixels.take(index[title].numpy()) for title, side in sides.items()]
+        nearest = nearest_transformed(some, known, self.near, run) if some else []
+        if nearest is None:
+            self.notes.append(
+                f"No search for changed copies: all images of {self.train.name} are the same up to brightness and "
+                "contrast."
+            )
+            return {}
+        out = {}
+        for title, (ratio, image, which) in zip(sides, nearest):
+            copies = (ratio < self.threshold).nonzero()[:, 0]
+            listed = copies[ratio[copies].argsort(stable=True)][:LISTED].tolist()
+            out[title] = {
+                **proportion(len(copies), len(ratio)),
+                "shift": max(abs(down) for _, down, _ in changes),
+                "searches": len(changes),
+                "listed": [
+                    {
+                        "index": [int(index[title][i]), int(first[image[i]])],
+                        "nearest": self.train.name_of(int(first[image[i]])),
+                        "ratio": float(ratio[i]),
+                        **dict(zip(("flipped", "down", "right"), changes[int(which[i])])),
+                    }
+                    for i in listed
+                ],
+            }
+        return out
 
     def nearer(self, new: _Side, unseen: _Side, first: np.ndarray, run: Run) -> Values | None:
         """Nearest of equally many training and held-out images, all different and none in both."""
