@@ -20,8 +20,10 @@ from symbreak.metrics.pretrained import INCEPTION_SHA256, Dinov2
 from symbreak.metrics.reference import load_statistics, statistics
 from symbreak.moments.one_pass import Moments, grouped
 from symbreak.noise import generator
+from symbreak.report import figures
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
+from symbreak.report.tables import tables
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import padded_blocks
 from symbreak.studies.audit import audit
@@ -530,6 +532,31 @@ def test_too_few_samples_are_measured_and_said():
     assert few["extrapolated"] is None
     assert few["density_coverage"] is None
     assert sum("Not measured" in n for n in few["notes"]) >= 1
+
+
+def test_a_report_says_whose_bias_is_removed(tmp_path, monkeypatch):
+    content = evaluate(noised_digits(60), images("digits"), images("digits:held-out"))
+    whole = content["extrapolated"]
+    alone = {**whole, "value": whole["samples_only"], "parts": 1}
+    for beyond, name, reference, said in (
+        (whole, "infinitely many on both sides", "infinite", "8 parts of the reference"),
+        (alone, "infinitely many samples", "899", "its bias stays in"),
+    ):
+        record = Record("evaluation", {}, {**content, "extrapolated": beyond}, {}, {})
+        rows = {str(row[0].text): row for row in tables(record)[0]["numbers"].rows}
+        cells = [cell.text for cell in rows[f"Fréchet distance, {name}"]]
+        assert cells[2:4] == ["infinite", reference]
+        text = " ".join(write_report(record, tmp_path / "page.html").read_text(encoding="utf-8").split())
+        assert said in text
+        assert "Clopper-Pearson" in text
+    with monkeypatch.context() as patch:
+        patch.setattr(figures, "svg", lambda figure: figure)
+        line = figures.line_figure(content["distance"], whole).axes[0].lines[0]
+    # through the points measured, whose reference is the same: not to the value without the reference's bias
+    n = whole["counts"][0]
+    (x0, x1), (y0, y1) = line.get_xdata(), line.get_ydata()
+    assert y0 + (y1 - y0) * (1 / n - x0) / (x1 - x0) == pytest.approx(whole["distances"][0], rel=1e-9)
+    assert abs(whole["value"] - y0) > 0.01 * y0
 
 
 def symbreak(capsys, *argv):

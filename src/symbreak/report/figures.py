@@ -217,13 +217,15 @@ def _steps(ax: Axes, edges: list[float], counts: list[int], color: str, label: s
 
 
 def line_figure(d: Values, beyond: Values) -> str:
-    """The distance at the counts measured and the line to infinitely many samples."""
+    """The distance at the counts measured, the line to infinitely many samples, and the value of infinitely many."""
     figure, (ax,) = _figure(6.5, 3.2)
     n, left_out = beyond["counts"]
-    ax.plot([0, 1 / left_out], [beyond["value"], beyond["distances"][1]], color=COLORS[0], linewidth=1, linestyle="--")
+    end = beyond.get("samples_only", beyond["value"])  # the value where the reference's bias stays in
+    ax.plot([0, 1 / left_out], [end, beyond["distances"][1]], color=COLORS[0], linewidth=1, linestyle="--")
     ax.plot([1 / n, 1 / left_out], beyond["distances"], "o", color=COLORS[0], label="all samples; one part left out")
     ends = [[beyond["value"] - beyond["low"]], [beyond["high"] - beyond["value"]]]
-    ax.errorbar([0], [beyond["value"]], yerr=ends, fmt="s", color=COLORS[1], capsize=3, label="infinitely many, 95 %")
+    label = "infinitely many on both sides, 95 %" if beyond.get("parts", 1) > 1 else "infinitely many samples, 95 %"
+    ax.errorbar([0], [beyond["value"]], yerr=ends, fmt="s", color=COLORS[1], capsize=3, label=label)
     ax.plot([1 / d["samples"]], [d["mean"]], "^", color=COLORS[2], label="mean of the repeats")
     ax.set(xlabel="1 / number of samples", ylabel=d["name"])
     ax.legend(fontsize=8, frameon=False)

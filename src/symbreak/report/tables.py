@@ -202,7 +202,14 @@ def _evaluation(record: Record, content: Values) -> tuple[dict[str, Table], list
     add(f"{d['name']}, all samples", {**d, "samples": d["count"]}, "pooled", "interval: spread, not bias")
     add(f"{d['name']}, mean of {d['repeats']} repeats", d, "mean", ends="")
     if beyond is not None:
-        add(f"{d['name']}, infinitely many samples", {**beyond, "samples": "infinite"}, "value", ends="")
+        both = beyond.get("parts", 1) > 1  # one part of the reference keeps its bias
+        counts = {"samples": "infinite", "reference": "infinite" if both else beyond["reference"]}
+        add(
+            f"{d['name']}, infinitely many {'on both sides' if both else 'samples'}",
+            {**beyond, **counts},
+            "value",
+            ends="",
+        )
     if floor is not None:
         add("floor: training images, all", {**floor, "samples": floor["count"]}, "pooled")
         said = "what nothing real beats at this count"
