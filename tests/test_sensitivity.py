@@ -10,17 +10,20 @@ from scipy import stats
 
 from symbreak.critical import CriticalTime
 from symbreak.data.readers import images
+from symbreak.intervals import entropy_interval
 from symbreak.laws import Gaussian
 from symbreak.laws.simple import Ball, PowerMap, WhiteNoise, diagonal, isotropic, power_coefficients
-from symbreak.metrics import extractor
+from symbreak.metrics import extractor, features
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.families import as_unet
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
+from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
+from symbreak.studies import measure
 from symbreak.studies.compare_starts import NOISED, candidate_starts, compare_starts
-from symbreak.studies.measure import Measure
+from symbreak.studies.measure import Comparison, Measure
 from symbreak.studies.sensitivity import flat_range, knee, sensitivity
 from tests.worlds import gaussian_moments
 
@@ -125,8 +128,14 @@ def test_an_interrupted_run_ends_with_the_same_record(record, world, tmp_path):
     assert json.dumps(kept, sort_keys=True) == json.dumps(again, sort_keys=True)
 
 
-def test_starts_compared(world, tmp_path):
+def test_starts_compared(world, tmp_path, monkeypatch):
     train, held, pipe = world
+    looked_for = []
+    real = measure.nearest_summary
+    monkeypatch.setattr(measure, "nearest_summary", lambda x, *a: looked_for.append(x) or real(x, *a))
+    read = []
+    whole = type(held).shards
+    monkeypatch.setattr(type(held), "shards", lambda self, *a: read.append(self.name) or whole(self, *a))
     moments = Moments.fit(train)
     starts = {"white noise": WhiteNoise(train.shape), "diagonal": diagonal(moments), "full": Gaussian(moments)}
     found = compare_starts(
@@ -143,6 +152,32 @@ def test_starts_compared(world, tmp_path):
     assert {r["calls"] for r in rows.values()} == {8}
     assert rows["full"]["entropy"] is None  # pixels do not classify
     assert found.content["real"]["images"] == 400
+    # no training image is looked for among the training images, and of the held-out ones not all are read for that
+    known = {one.numpy().tobytes() for one in train.tensor()}
+    assert not any(one.numpy().tobytes() in known for x in looked_for for one in x)
+    assert [len(x) for x in looked_for] == [400] * 5 + [measure.NEAREST]
+    assert read == [train.name]
+
+
+def test_the_measures_of_images_beside_the_distance_have_intervals():
+    """The first 1,000 held-out images are all the same: what is compared with is a random part."""
+    data, extract = images("digits"), extractor("digits-classifier")
+    x, held = images("digits:held-out").tensor(), data.tensor()
+    f = features(extract, held)
+    real = torch.cat([f[:1].repeat(measure.NEIGHBOURS, 1), f, f, f])
+    comparison = Comparison(None, extract, None, Shards.of(held), (), (), 1, 1, Run(), real)
+    found = comparison.quality(x, features(extract, x))
+    assert found["precision"] > 0.3
+    for name in ("precision", "recall", "entropy", "nearest", "memorized"):
+        assert found[f"{name}_low"] <= found[name] <= found[f"{name}_high"]
+        assert found[f"{name}_low"] < found[f"{name}_high"]
+    counts = np.bincount(extract.logits(x).argmax(1).numpy(), minlength=10)
+    assert found["entropy"] == entropy_interval(counts)["value"]
+    few = comparison.quality(x[:100], features(extract, x[:100]))
+    assert few["entropy_low"] is None  # below 20 a class
+    assert few["entropy"] > entropy_interval(np.bincount(extract.logits(x[:100]).argmax(1).numpy()))["plug_in"]
+    other = comparison.quality(x[:100], features(extract, x[:100]), held[:100])
+    assert (other["nearest"], other["memorized"]) == (0.0, 1.0)
 
 
 def test_flat_range_and_knee_by_hand():

@@ -66,7 +66,7 @@ def different(train: Rows | Images, run: Run | None = None) -> Different:
     """The different images of a training set, and the scale of their near duplicates.
 
     The radius is that of `groups`, a tenth of the median distance to the eighth neighbour; of more than 1,000 images a
-    a random 1,000 are queried, so that this costs no search of all among all.
+    random 1,000 are queried, so that this costs no search of all among all.
 
     Raises:
         InputError: where fewer than two images differ.

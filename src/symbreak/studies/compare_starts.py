@@ -1,7 +1,7 @@
 """Which law is the right start? Many starts at the same levels, sampler and number of network evaluations.
 
 From white noise to the noised data themselves, on the same seeds. Distances are Fréchet distances in named features to
-held-out images; intervals are Student t over repeats.
+held-out images; their intervals are jackknives over the repeats and parts of the reference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.laws.law import Transports
 from symbreak.laws.simple import Ball, PowerMap, WhiteNoise, diagonal, isotropic
 from symbreak.metrics import features
-from symbreak.metrics.memorization import nearest_summary
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline
@@ -89,8 +88,8 @@ def compare_starts(
 
     Returns:
         A `Record` of kind ``"starts"``: a row a start, level and number of calls, with distance, precision, recall,
-        class entropy in bits (where the extractor classifies) and nearest training images; the standard starts; and the
-        same of real images.
+        class entropy in bits (where the extractor classifies) and nearest training images, each with its interval; the
+        standard starts; and the same of real images: training images, but held-out ones for the nearest.
 
     Raises:
         InputError: as `sensitivity`.
@@ -115,15 +114,10 @@ def compare_starts(
                 rows.append({"start": name, "calls": n, "asked": sigma, **cell})
                 run.tell(done := done + 1, total)
     # Training images stand for samples, held-out images for what is near without having been copied.
-    order = torch.randperm(len(data), generator=generator(63, 0))[: len(comparison.seeds)]
-    x = comparison.train.at(order)
-    first = torch.arange(min(NEAREST, len(holdout)))
-    near = nearest_summary(holdout.shards().at(first), comparison.known, None, comparison.run)["samples"]
-    real = {
-        **quality(x, features(measure.extract, x)),
-        "nearest": near["median_nearest"],
-        "memorized": near["memorized"],
-    }
+    order, others = (torch.randperm(len(y), generator=generator(63, i)) for i, y in enumerate((data, holdout)))
+    x = comparison.train.at(order[: len(comparison.seeds)])
+    unseen = holdout.take(others[:NEAREST].numpy(), "some").tensor()
+    real = quality(x, features(measure.extract, x), unseen)
     settings |= {"sampler": sampler, "calls": list(calls), "levels": sigmas.tolist(), "starts": list(laws)}
     content = {"rows": rows, "standard": standard, "about": {k: repr(v) for k, v in laws.items()}}
     return recorded("starts", comparison, data, holdout, settings, {**content, "real": {**real, "images": len(x)}})

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 
 from symbreak.data.images import Images, describe
+from symbreak.intervals import entropy_interval
 from symbreak.metrics import Extractor, distance, features, floor
-from symbreak.metrics.composition import class_entropy
+from symbreak.metrics.composition import CLASSES, class_counts
 from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.memorization import Different, different, nearest_summary
 from symbreak.moments.one_pass import Moments
@@ -29,7 +30,7 @@ from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
 from symbreak.runtime.identity import identity_of, of_data, unrepeatable
-from symbreak.runtime.plain import Values, versions
+from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
 from symbreak.start.late_start import LateStart
@@ -74,7 +75,7 @@ class Comparison:
         choosing: seeds of the images that choose.
         micro_batch: fixed size of every network evaluation.
         run: where finished numbers are kept, under an identity that decides them.
-        real: features of the held-out images, for precision and recall.
+        real: features of the held-out images, for precision and recall, of which a random part is compared.
         stream: of the random numbers that pick training images to noise.
         searched: the images among which copies are looked for, where they are more than ``train``.
     """
@@ -150,25 +151,34 @@ class Comparison:
             scores[name] = self.score(start) if twin is None else scores[twin]
         return min(scores, key=scores.__getitem__), scores
 
-    def quality(self, x: torch.Tensor, f: torch.Tensor) -> Values:
-        """Precision, recall, class entropy (where the extractor classifies), nearest training images, copies."""
+    def quality(self, x: torch.Tensor, f: torch.Tensor, copies: torch.Tensor | None = None) -> Values:
+        """Precision, recall, class entropy in bits (where the extractor classifies), nearest training images, copies.
+
+        Each with the ends of its 95 % interval, ``_low`` and ``_high``, ``None`` where it has none.
+
+        Args:
+            x, f: images, and their features.
+            copies: images whose nearest training images are looked for; by default x.
+        """
         if self.real is None:
             raise InputError("a comparison without features of the held-out images has no precision and recall.")
-        near = nearest_summary(x[:NEAREST], self.known, None, self.run)["samples"]
-        both = precision_recall(f[:NEIGHBOURS], self.real[:NEIGHBOURS])
-        entropy = None
+        # Held-out images may come class after class.
+        some = torch.randperm(len(self.real), generator=generator(65, 0))[:NEIGHBOURS].sort().values
+        near = nearest_summary((x if copies is None else copies)[:NEAREST], self.known, None, self.run)["samples"]
+        both = precision_recall(f[:NEIGHBOURS], self.real[some])
         logits = getattr(self.extract, "logits", None)
-        if logits is not None:
-            with torch.inference_mode():
-                scores = torch.cat([logits(part) for part in x.split(500)])
-            entropy = class_entropy(scores.argmax(1), scores.shape[1])
-        return {
-            "precision": both["precision"],
-            "recall": both["recall"],
-            "entropy": entropy,
-            "nearest": near["median_nearest"],
-            "memorized": near["memorized"],
-        }
+        entropy = {} if logits is None else entropy_interval(class_counts(logits, x)[CLASSES])
+        measures = (
+            ("precision", both, "precision", "precision_"),
+            ("recall", both, "recall", "recall_"),
+            ("entropy", entropy, "value", ""),
+            ("nearest", near, "median_nearest", "median_nearest_"),
+            ("memorized", near, "memorized", "memorized_"),
+        )
+        out: Values = {}
+        for name, values, key, ends in measures:
+            out |= {name: values.get(key), **{f"{name}_{k}": values.get(ends + k) for k in ("low", "high")}}
+        return dict(plain(out))
 
 
 def compared(

@@ -2,8 +2,9 @@
 
 For every sampler and number of network evaluations: from a fitted law and from plain white noise (the degradation curve
 of arXiv:2305.19693), beside the standard start. All starts share their seeds, so that differences between them are
-sharper than either number. Distances are Fréchet distances in named features to held-out images; intervals are
-Student t over repeats.
+sharper than either number. Distances are Fréchet distances in named features to held-out images; their intervals are
+jackknives over the repeats and parts of the reference. `flat_range` and `knee` compare levels at one reference: with
+Student's t over the repeats.
 """
 
 from __future__ import annotations
