@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 
 import symbreak as sb
 from symbreak.metrics.features import accuracy, load_classifier, save_classifier, train_classifier
-from symbreak.networks.loading import weights_hash
 from symbreak.runtime.files import write_json
+from symbreak.runtime.identity import weights_hash
 from symbreak.runtime.plain import plain, versions
 
 STEPS = (999, 800, 700, 650, 600, 550, 500, 450, 400, 350, 300, 250, 200, 150, 100)

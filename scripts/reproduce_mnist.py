@@ -30,8 +30,8 @@ from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.features import accuracy, features, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.frechet import distance
 from symbreak.metrics.memorization import different, nearest_summary
-from symbreak.networks.loading import weights_hash
 from symbreak.runtime.files import write_json, write_whole
+from symbreak.runtime.identity import weights_hash
 from symbreak.start.grids import steps_for
 
 ROOT = Path(__file__).parents[1]

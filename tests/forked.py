@@ -54,7 +54,7 @@ def run(task, ear, mouth):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(task.get("environment", {}))
     if "checkpoint_seconds" in task:
-        from symbreak.networks.train import train_network
+        from symbreak.start.train import train_network
 
         train_network.__wrapped__.__kwdefaults__["checkpoint_seconds"] = task["checkpoint_seconds"]
     if "fall_at" in task:
@@ -93,7 +93,7 @@ def serve():
     import symbreak
     from symbreak.cli.commands import main  # noqa: F401
     from symbreak.metrics import extractor
-    from symbreak.networks.loading import load_pipeline
+    from symbreak.start.loading import load_pipeline
 
     torch.set_num_threads(1)
     for name in symbreak.__all__:

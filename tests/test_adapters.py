@@ -4,10 +4,10 @@ import torch
 
 from symbreak.networks.denoiser import as_denoiser, score
 from symbreak.networks.families import as_unet, denoiser
-from symbreak.networks.loading import load_pipeline
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.files import InputError
+from symbreak.start.loading import load_pipeline
 from tests.worlds import gaussian_law
 
 KINDS = [

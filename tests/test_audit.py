@@ -19,7 +19,6 @@ from symbreak.metrics import memorization, transformed
 from symbreak.metrics.memorization import apart, groups, nearer_to_train
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.families import as_unet
-from symbreak.networks.loading import load_pipeline
 from symbreak.networks.samplers import scheduler
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
@@ -27,6 +26,7 @@ from symbreak.runtime.files import InputError
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
 from symbreak.start import sample
+from symbreak.start.loading import load_pipeline
 from symbreak.studies.audit import Sampling, audit
 
 

@@ -13,13 +13,13 @@ from symbreak.laws import Gaussian, Mixture, PrincipalMixture
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import as_denoiser
 from symbreak.networks.families import as_unet, denoiser
-from symbreak.networks.loading import load_pipeline
 from symbreak.networks.samplers import SAMPLERS, scheduler
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 from symbreak.start.choose import loss_gaps
 from symbreak.start.fit import candidate_laws, fit_start, late_start
 from symbreak.start.late_start import LateStartWarning
+from symbreak.start.loading import load_pipeline
 from symbreak.start.sample import generate
 from tests.worlds import gaussian_law, two_deltas
 

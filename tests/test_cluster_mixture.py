@@ -9,11 +9,11 @@ from symbreak.laws.cluster_mixture import _signs
 from symbreak.laws.clusters import coordinates
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.loading import load_pipeline
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
 from symbreak.start.fit import late_start
+from symbreak.start.loading import load_pipeline
 from symbreak.start.sample import generate
 from tests.worlds import gaussian_moments
 

@@ -10,13 +10,13 @@ import torch
 from symbreak.data.readers import images
 from symbreak.laws import Mixture
 from symbreak.networks.families import as_unet
-from symbreak.networks.loading import load_pipeline
 from symbreak.networks.samplers import scheduler
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.speciation import cloning_time, speciation_time
 from symbreak.report.html import write_report
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
+from symbreak.start.loading import load_pipeline
 from symbreak.studies.diagnose import Effort, diagnose
 
 TINY = Effort(pairs=64, steps=16, branches=8, turns=3, stability=3, losses=14, images=48, points=500)

@@ -44,11 +44,11 @@ from symbreak.metrics.features import load_classifier, save_classifier
 from symbreak.metrics.reference import load_statistics, statistics
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.samplers import scheduler
-from symbreak.networks.train import Recipe
 from symbreak.runtime.files import InputError, output_folder, read_tensors, write_json, write_tensors
 from symbreak.start.fit import late_start
 from symbreak.start.late_start import LateStart, standard_start
 from symbreak.start.sample import parse_seeds
+from symbreak.start.train import Recipe
 from tests.worlds import low_rank_mixture
 
 FIT = "fit --data IN/images --start --model digits --sampler dpm++2m --steps 1 --clusters 3 --out OUT/start.safetensors"

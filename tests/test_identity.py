@@ -25,13 +25,13 @@ from symbreak.metrics.extractors import FromFunction
 from symbreak.metrics.features import extractor
 from symbreak.metrics.reference import statistics
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.train import Recipe, train_network
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
 from symbreak.runtime.identity import answers, differences, fixed_images, identity_of, of_callable
 from symbreak.runtime.run import Run
 from symbreak.start.fit import late_start
 from symbreak.start.sample import decisive, write_images
+from symbreak.start.train import Recipe, train_network
 from symbreak.studies.compare_samplers import Study, run
 from symbreak.studies.compare_starts import compare_starts
 from symbreak.studies.evaluate import evaluate, evaluate_network

@@ -26,13 +26,13 @@ from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.laws.saving import load_law, save_law
 from symbreak.networks.foreign import from_hub
-from symbreak.networks.loading import load_pipeline, refuse_conditional
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
 from symbreak.start.fit import late_start
 from symbreak.start.late_start import LateStart, standard_start
+from symbreak.start.loading import load_pipeline, refuse_conditional
 from symbreak.start.pipeline import LateStartPipeline
 from symbreak.start.sample import generate
 from tests.guard import guarded

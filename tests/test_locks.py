@@ -121,7 +121,7 @@ def test_a_folder_that_cannot_be_written_is_noticed_first(tmp_path, monkeypatch,
         return real(path, flags, *rest, **more)
 
     loaded = []
-    monkeypatch.setattr("symbreak.networks.loading.load_pipeline", lambda *_, **__: loaded.append(1))
+    monkeypatch.setattr("symbreak.start.loading.load_pipeline", lambda *_, **__: loaded.append(1))
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", read_only)
         patch.setattr("tempfile._os.open", read_only)

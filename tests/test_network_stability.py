@@ -181,8 +181,8 @@ def test_the_asymmetry_of_a_known_matrix():
 
 def test_products_on_the_bundled_network():
     """Forward-mode products pass through attention and group norms, and agree with differences."""
-    from symbreak.networks.loading import load_pipeline
     from symbreak.phases.fixed_points import System
+    from symbreak.start.loading import load_pipeline
 
     pipe = load_pipeline("digits")
     d = denoiser(pipe.unet, pipe.scheduler)

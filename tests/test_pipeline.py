@@ -17,13 +17,13 @@ from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import as_denoiser
 from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.latents import Latents, encode
-from symbreak.networks.loading import load_pipeline
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
 from symbreak.start.fit import late_start
 from symbreak.start.grids import late_sigmas
 from symbreak.start.late_start import standard_start
+from symbreak.start.loading import load_pipeline
 from symbreak.start.pipeline import LateStartPipeline
 from symbreak.start.sample import generate
 from tests.worlds import gaussian_law

@@ -8,13 +8,13 @@ from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.families import as_unet, denoiser
-from symbreak.networks.loading import load_pipeline
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
 from symbreak.start.fit import fit_start, late_start
 from symbreak.start.late_start import standard_start
+from symbreak.start.loading import load_pipeline
 from symbreak.start.sample import generate, parse_seeds, write_images
 from tests.worlds import gaussian_law
 

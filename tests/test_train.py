@@ -7,10 +7,10 @@ from symbreak.data.readers import images
 from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.families import denoiser
-from symbreak.networks.loading import load_pipeline
-from symbreak.networks.train import Recipe, train_network
 from symbreak.runtime.files import InputError, read_tensors
 from symbreak.runtime.run import Run
+from symbreak.start.loading import load_pipeline
+from symbreak.start.train import Recipe, train_network
 
 SMALL = Recipe(channels=(8, 16), steps=30, batch=32, warmup=5, dropout=0.1)
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from symbreak.networks.families import as_unet, denoiser
     from symbreak.networks.guidance import guided
     from symbreak.networks.latents import encode
-    from symbreak.networks.loading import load_pipeline
     from symbreak.networks.samplers import scheduler
-    from symbreak.networks.train import Recipe, train_network
     from symbreak.noise import NoiseLevel, Schedule, schedule
     from symbreak.phases.bifurcation import bifurcation
     from symbreak.phases.branches import Paths
@@ -52,8 +50,10 @@ if TYPE_CHECKING:
     from symbreak.start.fit import candidate_laws, fit_start, late_start
     from symbreak.start.grids import late_sigmas
     from symbreak.start.late_start import LateStart, LateStartWarning, standard_start
+    from symbreak.start.loading import load_pipeline
     from symbreak.start.pipeline import LateStartPipeline
     from symbreak.start.sample import generate
+    from symbreak.start.train import Recipe, train_network
     from symbreak.studies.audit import Sampling, audit
     from symbreak.studies.compare_samplers import Study, run
     from symbreak.studies.compare_starts import compare_starts

@@ -416,7 +416,7 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a small diffusers UNet2DModel; continues from its checkpoint when called again."""
-    from symbreak.networks.train import Recipe, train_network
+    from symbreak.start.train import Recipe, train_network
 
     settings = Recipe() if recipe is None else Recipe.load(recipe)
     settings = settings if steps is None else replace(settings, steps=steps)

@@ -177,7 +177,7 @@ class Machine:
 
     def load(self, model: str) -> Pipeline:
         """The pipeline that a model names."""
-        from symbreak.networks.loading import load_pipeline, refuse_conditional
+        from symbreak.start.loading import load_pipeline, refuse_conditional
 
         pipe = load_pipeline(model, device=self.place(), precision=self.precision, compiled=self.compiled)
         refuse_conditional(pipe, model)

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from symbreak.networks.loading import usable
 from symbreak.runtime.files import InputError
 from symbreak.runtime.identity import Identity, fixed_images, of_callable, weights_hash
+from symbreak.runtime.ranks import usable
 
 __all__ = ["BATCH", "Extractor", "FromFunction", "Function", "device_of"]
 

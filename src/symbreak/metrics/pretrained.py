@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from symbreak.metrics.extractors import Extractor
-from symbreak.networks.loading import weights_hash
 from symbreak.runtime.files import InputError, file_hash, read_tensors
+from symbreak.runtime.identity import weights_hash
 
 __all__ = ["INCEPTION_SHA256", "Dinov2", "Inception"]
 

@@ -36,6 +36,7 @@ __all__ = [
     "rank_of",
     "shares",
     "summed",
+    "usable",
 ]
 
 Item = TypeVar("Item")
@@ -111,6 +112,20 @@ def lost(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in ("gloo", "nccl"))
+
+
+def usable(device: str | torch.device) -> torch.device:
+    """A device of this machine.
+
+    Raises:
+        InputError: for one that is not there.
+    """
+    try:
+        there = torch.device(device)
+        torch.zeros(1, device=there)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"no device {device} here ({str(error).splitlines()[0][:80]}). Pass cpu.") from None
+    return there
 
 
 def rank_of() -> tuple[int, int]:

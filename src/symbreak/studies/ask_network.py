@@ -15,7 +15,6 @@ from symbreak.laws import Empirical
 from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.families import NetworkDenoiser
-from symbreak.networks.loading import weights_hash
 from symbreak.phases.branches import Classify
 from symbreak.phases.class_entropy import class_entropy_bound
 from symbreak.phases.clones import Clones, clones
@@ -29,6 +28,7 @@ from symbreak.phases.potential import arc_potential
 from symbreak.phases.speciation import speciation_time
 from symbreak.phases.u_turns import u_turns
 from symbreak.runtime.errors import InputError
+from symbreak.runtime.identity import weights_hash
 from symbreak.runtime.plain import Values
 from symbreak.runtime.run import Run
 from symbreak.studies.ask_data import Laws, image_memory, law_memory, told_apart

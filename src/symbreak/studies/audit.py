@@ -28,17 +28,17 @@ from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer
 from symbreak.metrics.transformed import nearest_transformed, transformations
 from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
-from symbreak.networks.loading import refuse_conditional, weights_hash
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
-from symbreak.runtime.identity import identity_of, of_data
+from symbreak.runtime.identity import identity_of, of_data, weights_hash
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.late_start import standard_start
+from symbreak.start.loading import refuse_conditional
 from symbreak.start.sample import decisive, generate_shards
 from symbreak.studies.diagnosis import png_row
 from symbreak.studies.evaluate import checked

@@ -26,19 +26,19 @@ from symbreak.metrics.reference import statistics
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import of_network
 from symbreak.networks.families import NetworkDenoiser
-from symbreak.networks.loading import load_pipeline, refuse_conditional, weights_hash
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline, Scheduler
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
-from symbreak.runtime.identity import identity_of, of_data, unrepeatable
+from symbreak.runtime.identity import identity_of, of_data, unrepeatable, weights_hash
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
 from symbreak.start.late_start import LateStart, standard_start
+from symbreak.start.loading import load_pipeline, refuse_conditional
 from symbreak.studies.diagnosis import png_row, spectral_times
 from symbreak.studies.evaluate import REFERENCE_PARTS, default_extractor
 from symbreak.studies.measure import SELECTION_SEED, Comparison

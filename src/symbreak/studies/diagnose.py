@@ -21,16 +21,16 @@ from symbreak.metrics.extractors import device_of
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import of_network
 from symbreak.networks.families import NetworkDenoiser
-from symbreak.networks.loading import refuse_conditional, weights_hash
 from symbreak.networks.types import Pipeline
 from symbreak.noise import schedule
 from symbreak.phases.branches import Classify
 from symbreak.report.record import Record
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.files import digest
-from symbreak.runtime.identity import Identity, identity_of, of_callable, of_data
+from symbreak.runtime.identity import Identity, identity_of, of_callable, of_data, weights_hash
 from symbreak.runtime.plain import plain, versions
 from symbreak.runtime.run import Run, renamed
+from symbreak.start.loading import refuse_conditional
 from symbreak.studies.ask_data import class_laws, collapse, law_losses, laws_of, spectrum, told_apart
 from symbreak.studies.ask_network import ask_network, class_reader, name_of
 from symbreak.studies.diagnosis import Diagnosis, Effort, some_images

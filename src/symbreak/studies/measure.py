@@ -24,12 +24,11 @@ from symbreak.metrics.memorization import Different, different, nearest_summary
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import fingerprint, of_network
 from symbreak.networks.families import denoiser
-from symbreak.networks.loading import weights_hash
 from symbreak.networks.types import Network, Pipeline
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
-from symbreak.runtime.identity import identity_of, of_data, unrepeatable
+from symbreak.runtime.identity import identity_of, of_data, unrepeatable, weights_hash
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run

@@ -14,9 +14,9 @@ from symbreak.networks.foreign import check_pipeline, from_hub, stored_numbers, 
 from symbreak.networks.types import Pipeline
 from symbreak.noise import schedule
 from symbreak.runtime.files import InputError
-from symbreak.runtime.identity import weights_hash
+from symbreak.runtime.ranks import usable
 
-__all__ = ["load_pipeline", "refuse_conditional", "usable", "weights_hash"]
+__all__ = ["load_pipeline", "refuse_conditional"]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,20 +48,6 @@ def load_pipeline(
     if compiled:
         pipe.unet.compile()
     return pipe
-
-
-def usable(device: str | torch.device) -> torch.device:
-    """A device of this machine.
-
-    Raises:
-        InputError: for one that is not there.
-    """
-    try:
-        there = torch.device(device)
-        torch.zeros(1, device=there)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"no device {device} here ({str(error).splitlines()[0][:80]}). Pass cpu.") from None
-    return there
 
 
 def _loaded(source: str | Path) -> diffusers.DiffusionPipeline:

@@ -23,14 +23,13 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from symbreak.data.images import Images
-from symbreak.networks.loading import usable
 from symbreak.noise import generator
 from symbreak.runtime.errors import note
 from symbreak.runtime.files import InputError, damaged, file_hash, read_json, read_tensors, write_json, write_tensors
 from symbreak.runtime.identity import Identity, differences, identity_of, of_data
 from symbreak.runtime.lock import locked
 from symbreak.runtime.plain import Values
-from symbreak.runtime.ranks import agreed, rank_of, summed
+from symbreak.runtime.ranks import agreed, rank_of, summed, usable
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
 
