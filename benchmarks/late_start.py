@@ -313,9 +313,10 @@ def section(name, whole):
         "",
         f"{about['images']:,} training images, network of {about['network']:,} parameters. Fréchet distance in the "
         f"64 features of `{d['extractor']}` (accuracy {about['accuracy']:.1%}) to {d['reference']:,} held-out images: "
-        f"mean of {d['repeats']} repeats of {d['samples']} images with its 95 % Student-t interval; in brackets "
-        f"the distance of all {n:,} images at once. Spacings, levels and laws of the baselines and of the scan were "
-        f"selected on {about['selection']} images of other seeds. `auto` saw {about['choosing']} held-out images that "
+        f"mean of {d['repeats']} repeats of {d['samples']} images with its 95 % interval (jackknife over repeats and "
+        f"parts of the reference); in brackets the distance of all {n:,} images at once. Spacings, levels and laws of "
+        f"the baselines and of the scan were selected on {about['selection']} images of other seeds. `auto` saw "
+        f"{about['choosing']} held-out images that "
         "are not in the reference, and no image of the network. PNDM repeats a step and has no AFS. "
         f"Teleportation starts at {about.get('teleported', 'the level scanned for the Gaussian')}. "
         "The scan goes over laws and 8 levels on the sampler's own grid; *its choice* calls this grid own. "

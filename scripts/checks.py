@@ -272,7 +272,8 @@ def how(content: dict, settings: dict) -> str:
         f"{content['data']['count']:,} training images, network of {content['network']['parameters']:,} parameters. "
         f"Fréchet distance in the features of `{e['name']}` (held-out accuracy {e['held_out_accuracy']:.1%}) to "
         f"{d['reference']:,} held-out images: mean of {d['repeats']} repeats of {d['samples']} images with its 95 % "
-        "Student-t interval, the same seeds in every cell. Training images at the same counts score "
+        "interval (jackknife over repeats and parts of the reference), the same seeds in every cell. Training images "
+        "at the same counts score "
         f"{span_floor(content['floor'])}."
     )
 

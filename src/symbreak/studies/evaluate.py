@@ -83,8 +83,8 @@ def evaluate(
 ) -> Values:
     """How far samples are from held-out images, what they leave out, and whether they copy the training images.
 
-    Features are streamed: the Fréchet distances hold moments, (repeats + 10) x features^2 numbers. Kernel distance,
-    precision, recall and the rest hold the features of a random subset of each set.
+    Features are streamed: the Fréchet distances hold moments, about (3 repeats + 24) x features^2 numbers. Kernel
+    distance, precision, recall and the rest hold the features of a random subset of each set.
 
     Args:
         samples: images [N, C, H, W] in [-1, 1], `Images`, or `Shards` of such images.
