@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from symbreak.critical import CriticalTime, Curve
     from symbreak.data.images import Images
     from symbreak.data.readers import images
+    from symbreak.data.samples import samples
     from symbreak.laws import Empirical, Gaussian, Mixture, PrincipalMixture, Sphere
     from symbreak.laws.saving import load_law, save_law
     from symbreak.metrics.features import extractor

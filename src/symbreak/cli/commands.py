@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -40,6 +40,9 @@ from symbreak.cli.options import (
     required,
 )
 from symbreak.runtime.errors import InputError, visible
+
+if TYPE_CHECKING:
+    from symbreak.data.images import Images
 
 app = App(
     name="symbreak",
@@ -131,10 +134,11 @@ def phases(
     with running(out, memory_size(memory)) as work:
         pipe = machine.load_if(model)
         named = None if classify in (None, "classifier") else extractor(str(classify))
+        opened = reading.open(data, limit)
         record = diagnose(
-            reading.open(data, limit),
+            opened,
             pipe,
-            holdout=reading.open_if(holdout),
+            holdout=reading.open_if(holdout, opened),
             classify=getattr(named, "function", named),  # a callable may give classes, which are no features
             clusters=clusters,
             effort=replace(effort, **{k: v for k, v in sizes.items() if v is not None}),
@@ -178,7 +182,8 @@ def fit(
     if start:
         pipe = machine.load(required(model, "--model"))
         beginning = Beginning(sampler=sampler, steps=steps)
-        begin = beginning.fit(pipe, reading.open(data), reading.open_if(holdout), clusters, steps=5)
+        opened = reading.open(data)
+        begin = beginning.fit(pipe, opened, reading.open_if(holdout, opened), clusters, steps=5)
         begin.save(out)
         say(as_json, {"out": str(out), **begin.to_dict()}, lambda: _print(begin.explain(), f"start: {out}"))
         return
@@ -187,12 +192,12 @@ def fit(
     with running(None, memory_size(memory)) as work:
         moments = Moments.fit(images, rank=rank, run=work)
     moments.save(out)
-    value, lines = _about_moments(moments, rank)
+    value, lines = _about_moments(moments, rank, images)
     value |= {"out": str(out), "skipped": list(images.skipped), "notes": list(images.notes)}
     say(as_json, value, lambda: _print(*lines, f"moments: {out}"))
 
 
-def _about_moments(moments: Any, rank: int | None) -> tuple[dict[str, Any], list[str]]:
+def _about_moments(moments: Any, rank: int | None, data: Images) -> tuple[dict[str, Any], list[str]]:
     """What `fit` says of moments: plain values, and lines to read."""
     from symbreak.laws import Gaussian
     from symbreak.phases.speciation import speciation_time
@@ -205,12 +210,17 @@ def _about_moments(moments: Any, rank: int | None) -> tuple[dict[str, Any], list
         "speciation": critical.to_dict(),
     }
     lines = [
-        f"{moments.count:,} images of {' x '.join(map(str, moments.shape))}; leading eigenvalues "
+        f"{moments.count:,} {data.noun} of {' x '.join(map(str, moments.shape))}; leading eigenvalues "
         + ", ".join(f"{v:.4g}" for v in spectrum.values),
         "no spectral speciation level"
         if critical.sigma is None
         else f"spectral speciation at sigma {critical.sigma:.4g}",
     ]
+    if data.units is not None:
+        value["units"] = data.units.to_dict()
+        if critical.sigma is not None:
+            value["units"]["speciation"] = data.units.sigma(critical.sigma).tolist()
+            lines[-1] += f" in {data.units.spelled(critical.sigma)}"
     if rank is not None and critical.sigma is not None:
         certificate = Gaussian(moments).certificate(critical.sigma)
         value["certificate_nats"] = certificate.nats
@@ -250,11 +260,11 @@ def sample(
     source = required(data, "--data") if auto else ""
     with running(out) as work:
         pipe = machine.load(model)
-        begin = (
-            beginning.fit(pipe, reading.open(source), reading.open_if(holdout), clusters, steps=5)
-            if auto
-            else beginning.plan(pipe, steps=5)
-        )
+        if auto:
+            opened = reading.open(source)
+            begin = beginning.fit(pipe, opened, reading.open_if(holdout, opened), clusters, steps=5)
+        else:
+            begin = beginning.plan(pipe, steps=5)
         settings = decisive(pipe.unet, begin, micro_batch, beginning.names(model, machine))
         made = write_images(pipe.unet, begin, wanted, out, settings, micro_batch=micro_batch, run=work)
     value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": made}
@@ -322,7 +332,8 @@ def evaluate(
             "cache": cache,
             "run": work,
         }
-        train, held_out = reading.open(data), reading.open_if(holdout)
+        train = reading.open(data)
+        held_out = reading.open_if(holdout, train)
         if pipe is not None:
             begin, identity = beginning.plan(pipe, steps=10), beginning.names(str(model), machine)
             wanted = parse_seeds(seeds)
@@ -330,7 +341,7 @@ def evaluate(
                 pipe.unet, begin, wanted, train, held_out, micro_batch=MICRO, identity=identity, **measuring
             )
         else:
-            images = Reading(samples_range, reading.skip_bad).open(required(samples, "--samples"))
+            images = Reading(samples_range, reading.skip_bad).open(required(samples, "--samples"), like=train)
             content = measure(images, train, held_out, **measuring)
     # only the first process may read the record: it has written it
     record = Record("evaluation", {}, content) if out is None or rank_of()[0] else Record.load(out)
@@ -387,12 +398,13 @@ def audit(
         sampling["seeds"] = parse_seeds(seeds)
     with running(out, memory_size(memory)) as work:
         pipe = machine.load_if(model)
+        opened = reading.open(data, limit)
         record = measure(
-            reading.open(data, limit),
-            None if samples is None else Reading(samples_range, reading.skip_bad).open(samples),
+            opened,
+            None if samples is None else Reading(samples_range, reading.skip_bad).open(samples, like=opened),
             model=pipe,
             sampling=Sampling(**sampling),
-            holdout=reading.open_if(holdout),
+            holdout=reading.open_if(holdout, opened),
             features=NamedExtractor(features, weights, weights_sha256, machine.place()),
             threshold=threshold,
             **({} if near is None else {"near": near}),
@@ -421,8 +433,15 @@ def train(
     settings = Recipe() if recipe is None else Recipe.load(recipe)
     settings = settings if steps is None else replace(settings, steps=steps)
     with running(out, memory_size(memory)) as work:
+        opened = reading.open(data, limit)
+        if len(opened.shape) != 3:
+            raise InputError(
+                f"train makes networks for pictures, and {opened.name} holds samples of "
+                f"{' x '.join(map(str, opened.shape))}. Train your own, and pass sb.denoiser(model, shape=..., "
+                "sigma_range=...) to the Python functions."
+            )
         result = train_network(
-            reading.open(data, limit),
+            opened,
             out,
             settings,
             device=machine.place(),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from symbreak.runtime.plain import Values
     from symbreak.start.late_start import LateStart
 
-DATA = "digits, a folder of images (sub-folders are classes), a .parquet, .npz or .npy file, or a hub id"
+DATA = "digits, a folder of images (sub-folders are classes), a .parquet, .npz, .npy or .csv file, or a hub id"
 MODEL = "digits, a diffusers folder or a hub id"
 START = "a file of `symbreak fit` (moments, law or start), auto: fitted to --data and chosen, none: white noise"
 CLASSIFIERS = "digits-classifier, classifier (trained on the labels), FILE.safetensors, module:callable"
@@ -128,6 +128,7 @@ class Reading:
     labels: Annotated[str | None, option(None, "label column, or columns, of a table, such as Smiling; or none")] = None
     split: Annotated[str | None, option(None, "of data with splits, such as test (default: train)")] = None
     layout: Annotated[str | None, option(None, "of arrays: NHWC, NCHW or NHW, where the shape does not tell")] = None
+    scale: Annotated[str | None, option(None, "of values that are no pixels: standard, none, or MEAN,STD")] = None
 
     def options(self) -> Values:
         """The options as `images` takes them."""
@@ -142,19 +143,27 @@ class Reading:
             "labels": self.labels,
             "split": self.split,
             "layout": self.layout,
+            "scale": self.scale,
         }
 
-    def open(self, source: str, limit: int | None = None) -> Images:
-        """The images that a source names; what reading decided is told on stderr."""
-        from symbreak.data.readers import images
+    def open(self, source: str, limit: int | None = None, like: Images | None = None) -> Images:
+        """The samples that a source names; what reading decided is told on stderr.
 
-        data = images(source, **self.options(), limit=limit)
+        Args:
+            like: a data set in whose units samples that are no pictures are measured.
+        """
+        from symbreak.data.samples import opened
+
+        settings = self.options()
+        if like is not None and like.units is not None:
+            settings["scale"] = like
+        data = opened(source, **settings, limit=limit)
         note(data.name, *data.notes)
         return data
 
-    def open_if(self, source: str | None) -> Images | None:
-        """The held-out images that a source names, if one is named; a split is that of the data."""
-        return None if source is None else replace(self, split=None).open(source)
+    def open_if(self, source: str | None, data: Images) -> Images | None:
+        """The held-out samples that a source names, if one is named; a split is that of the data."""
+        return None if source is None else replace(self, split=None).open(source, like=data)
 
 
 @Parameter(name="*")

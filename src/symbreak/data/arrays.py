@@ -18,18 +18,27 @@ from symbreak.data.labels import classes_of, labelled
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.ranks import map_over_ranks
 
-__all__ = ["Range", "from_array", "from_file"]
+__all__ = ["Range", "from_array", "from_file", "load_array", "slabs"]
 
 PART_BYTES = 64 * 2**20  # a larger array of an archive is mapped instead of read
 UNPACKED = 2**28  # bytes that a packed array may always unpack to, and ...
 RATIO = 100  # ... times its packed size
 ROUNDING = 0.01  # part of the range by which resizing and rounding go beyond it
+KEYS = ("images", "x", "data", "arr_0", "x_train", "X", "samples")  # names of the array in an archive
+LABEL_KEYS = ("labels", "label", "y", "y_train", "target")
 Range = tuple[float, float]
 LAYOUTS = {"NHW": (0, None, 1, 2), "NCHW": (0, 1, 2, 3), "NHWC": (0, 3, 1, 2)}
 
 
 def from_file(path: Path, value_range: Range | None, layout: str | None, content: Callable[[], str]) -> Images:
-    """Images of a ``.npy`` or ``.npz`` file; nothing is unpickled, and what unpacks to far more is not read.
+    """Images of a ``.npy`` or ``.npz`` file, see `load_array`."""
+    return from_array(str(path), *load_array(path), value_range, layout, content)
+
+
+def load_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """The array of a ``.npy`` or ``.npz`` file, large ones mapped, and its labels where it has some.
+
+    Nothing is unpickled, and what unpacks to far more is not read.
 
     Raises:
         InputError: for a file that holds no plain array.
@@ -42,12 +51,12 @@ def from_file(path: Path, value_range: Range | None, layout: str | None, content
         else:
             with np.load(path, allow_pickle=False) as archive:
                 names = list(archive.files)
-                key = next((k for k in ("images", "x", "data", "arr_0", "x_train") if k in names), None)
+                key = next((k for k in KEYS if k in names), None)
                 if key is None:
                     raise InputError(f"{path} holds {', '.join(names[:8])}; expected an array named 'images'.")
                 array = _mapped(path, _members(archive).get(f"{key}.npy"))
                 array = _unpacked(path, archive, key) if array is None else array
-                tag = next((k for k in ("labels", "label", "y", "y_train") if k in names), None)
+                tag = next((k for k in LABEL_KEYS if k in names), None)
                 labels = None if tag is None else _unpacked(path, archive, tag)
         if not all(isinstance(a, (np.ndarray, type(None))) for a in (array, labels)):
             raise InputError(f"{path} holds no plain array. Expected a {path.suffix} file that numpy wrote.")
@@ -57,7 +66,7 @@ def from_file(path: Path, value_range: Range | None, layout: str | None, content
         pickled = "pickle" in str(error) or "Python objects" in str(error)
         what = "holds pickled objects, which are never loaded" if pickled else "cannot be read"
         raise InputError(f"{path} {what} ({type(error).__name__}). Expected a plain numeric array.") from None
-    return from_array(str(path), array, labels, value_range, layout, content)
+    return array, labels
 
 
 def _members(archive: np.lib.npyio.NpzFile) -> dict[str, zipfile.ZipInfo]:
@@ -231,7 +240,7 @@ def check_range(value_range: Range) -> Range:
     return low, high
 
 
-def _slabs(array: np.ndarray) -> list[slice]:
+def slabs(array: np.ndarray) -> list[slice]:
     """Pieces of an array small enough to look at one at a time (the array may be a memory map)."""
     step = max(1, BLOCK_BYTES // max(1, array[:1].nbytes))
     return [slice(start, start + step) for start in range(0, len(array), step)]
@@ -244,14 +253,14 @@ def _ends(array: np.ndarray) -> Range:
         values = np.asarray(array[part], np.float64)
         return {"ends": np.array([np.fmin.reduce(values, axis=None), np.fmax.reduce(values, axis=None)])}
 
-    table = np.stack([part["ends"] for part in map_over_ranks(_slabs(array), ends)])
+    table = np.stack([part["ends"] for part in map_over_ranks(slabs(array), ends)])
     return float(np.fmin.reduce(table[:, 0])), float(np.fmax.reduce(table[:, 1]))
 
 
 def _largest(array: np.ndarray) -> float:
     """The largest number; beyond 64 one is enough to tell 8-bit images, and no further is looked for."""
     largest = -math.inf
-    for part in _slabs(array):
+    for part in slabs(array):
         largest = max(largest, float(np.fmax.reduce(np.asarray(array[part]), axis=None)))
         if largest >= 64:
             break
@@ -260,6 +269,6 @@ def _largest(array: np.ndarray) -> float:
 
 def _array_hash(array: np.ndarray) -> str:
     digest = hashlib.sha256()
-    for part in _slabs(array):
+    for part in slabs(array):
         digest.update(np.asarray(array[part], dtype=np.float64).tobytes())
     return digest.hexdigest()

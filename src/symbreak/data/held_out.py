@@ -11,7 +11,7 @@ from symbreak.data.images import SPLIT_SEED, Images, describe
 from symbreak.data.readers import images
 from symbreak.runtime.errors import InputError
 
-__all__ = ["HeldOut", "held_out"]
+__all__ = ["HeldOut", "held_out", "same_units"]
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,31 @@ class HeldOut:
     def note(self) -> str:
         """What a reader must know of the held-out images."""
         if not len(self.test):
-            return "No held-out images."
-        source = f"images of {self.test.name}" if self.how == "passed" else "digits of the half that is never fitted to"
+            return f"No held-out {self.train.noun}."
+        source = (
+            f"{self.test.noun} of {self.test.name}"
+            if self.how == "passed"
+            else "digits of the half that is never fitted to"
+        )
         if self.how != "kept back":
-            return f"The held-out images are {len(self.test):,} {source}."
+            return f"The held-out {self.test.noun} are {len(self.test):,} {source}."
         return (
-            f"{len(self.test):,} images ({self.share:.0%} of {self.test.name}, evenly over the classes, seed "
+            f"{len(self.test):,} {self.test.noun} ({self.share:.0%} of {self.test.name}, evenly over the classes, seed "
             f"{self.seed}) are kept back from the fit. A network may have been trained on them; pass --holdout with "
-            "images it has not seen."
+            f"{self.test.noun} it has not seen."
         )
 
     def to_dict(self) -> dict[str, object]:
         """What a record says of the held-out images, see `describe`, and how they were chosen."""
         return {**describe(self.test), "how": self.how, "share": self.share, "seed": self.seed}
+
+
+def same_units(a: Images, b: Images) -> bool:
+    """Whether 1 means the same in two data sets."""
+    if a.units is None or b.units is None:
+        return a.units is b.units
+    mine, other = a.units.to_dict(), b.units.to_dict()
+    return all(mine[k] == other[k] for k in ("mean", "std"))
 
 
 def held_out(
@@ -83,7 +95,14 @@ def held_out(
     """
     if holdout is not None:
         if holdout.shape != data.shape:
-            raise InputError(f"the data are {data.shape}, the held-out images {holdout.shape}. Resize one of them.")
+            raise InputError(
+                f"the data are {data.shape}, the held-out {holdout.noun} {holdout.shape}. Resize one of them."
+            )
+        if not same_units(data, holdout):
+            raise InputError(
+                f"the held-out samples of {holdout.name} are scaled in another way than {data.name}. Open them with "
+                "sb.samples(..., scale=data), where data are the training samples."
+            )
         return HeldOut(data, holdout if data.labels is None else holdout.numbered(data.classes), "passed")
     if bundled and data.name == "digits" and data.history[:1] == images("digits").history:
         half = images("digits:held-out", pad=data.pad)
@@ -94,8 +113,8 @@ def held_out(
         return HeldOut(data, data.take(np.array([], np.int64), "none"), "none")
     if len(data) * share < fewest:
         raise InputError(
-            f"{data.name} has {len(data)} images, of which {share:.0%} would be kept back; expected at least "
-            f"{math.ceil(fewest / share)}. Pass more, or held-out images with --holdout."
+            f"{data.name} has {len(data)} {data.noun}, of which {share:.0%} would be kept back; expected at least "
+            f"{math.ceil(fewest / share)}. Pass more, or held-out {data.noun} with --holdout."
         )
     train, test = data.split(1 - share, seed)
     return HeldOut(train, test, "kept back", share, seed)

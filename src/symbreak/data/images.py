@@ -1,6 +1,7 @@
-"""A data set of equal-sized images: a stream of [B, C, H, W] float32 batches in [-1, 1], with its labels and names.
+"""A data set of samples of one shape: a stream of float32 batches [B, *S], with its labels and names.
 
-8-bit images are also served as bytes (`Images.blocks`), from which `Moments` computes exactly at float32 speed.
+Pictures [B, C, H, W] are in [-1, 1]. 8-bit ones are also served as bytes (`Images.blocks`), from which `Moments`
+computes exactly at float32 speed. Other samples (`Images.units` is set) are what `symbreak.data.samples` made of them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from symbreak.runtime.ranks import from_each, own_rows, shares, summed
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
 
-__all__ = ["BLOCK_BYTES", "BYTES", "Images", "Item", "Raw", "Unfit", "describe"]
+__all__ = ["BLOCK_BYTES", "BYTES", "Images", "Item", "Raw", "Unfit", "Units", "describe"]
 
 BLOCK_BYTES = 32 * 2**20
 BYTES = (0.0, 255.0)  # range of 8-bit values
@@ -36,26 +37,63 @@ class Unfit(ValueError):
     """An image that can be read, but not brought into the shape that was wanted; the text says why."""
 
 
+@dataclass(frozen=True, eq=False)
+class Units:
+    """The units of samples that are no pictures: x = (value - mean) / std, column by column.
+
+    Attributes:
+        columns: names of the columns of vectors [d], of the channels of anything else [C, ...].
+        text: what 1 means, such as "standard deviations of each column".
+        mean, std: float64 [columns]; ``None`` where the values are as they are.
+    """
+
+    columns: tuple[str, ...]
+    text: str = "the values as they are"
+    mean: np.ndarray | None = None
+    std: np.ndarray | None = None
+
+    def sigma(self, sigma: float) -> np.ndarray:
+        """A noise level in the units of every column, [columns]."""
+        return np.full(len(self.columns), float(sigma)) * (1.0 if self.std is None else self.std)
+
+    def spelled(self, sigma: float, most: int = 4) -> str:
+        """What a noise level is in the units of the columns, in words."""
+        if self.std is None:
+            return self.text
+        each = [f"{c} {v:.3g}" for c, v in zip(self.columns[:most], self.sigma(sigma))]
+        return f"{self.text} ({', '.join(each)}{', ...' if len(self.columns) > most else ''})"
+
+    def along(self, values: np.ndarray, like: Sequence[int]) -> np.ndarray:
+        """Numbers of the columns beside samples of a shape [*S]."""
+        return values.reshape(-1, *[1] * (len(like) - 1))
+
+    def to_dict(self) -> Values:
+        """Plain values, for records."""
+        numbers = {k: None if v is None else v.tolist() for k, v in (("mean", self.mean), ("std", self.std))}
+        return {"text": self.text, "columns": list(self.columns), **numbers}
+
+
 @dataclass(frozen=True)
 class Images:
-    """A data set of equal-sized images, iterable any number of times.
+    """A data set of samples of one shape, iterable any number of times: pictures, or what `samples` opened.
 
-    Iterating gives float32 tensors [B, C, H, W] in [-1, 1].
+    Iterating gives float32 tensors [B, *S]; pictures are [B, C, H, W] in [-1, 1].
 
     Attributes:
         name: what it was opened as.
-        shape: (C, H, W).
-        count: number of images.
+        shape: of one sample; (C, H, W) of pictures.
+        count: number of samples.
         scale, offset: x = (raw + offset) / scale for the raw values of `blocks`.
         integer: whether raw values are integers 0 .. 255.
         labels: int64 tensor [N] or ``None``.
         classes: class names, one a label value.
         skipped: names and faults of the images left out with ``skip_bad``.
         remarks: what opening decided; `notes` adds what reading decides.
+        units: of samples that are no pictures; ``None`` for pictures.
     """
 
     name: str
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     count: int
     _items: Callable[[int], Iterator[Item]] = field(repr=False)  # the items from a position on
     _content: Callable[[], str] = field(repr=False)  # hash of the source, computed on all processes at once
@@ -72,6 +110,8 @@ class Images:
     remarks: tuple[str, ...] = field(default=(), repr=False)
     _looked: Callable[[], tuple[str, ...]] = field(default=tuple, repr=False)  # at every picture of the source
     _index: np.ndarray | None = field(default=None, repr=False)  # positions in the source, of a selection
+    units: Units | None = None
+    _rows: Callable[[np.ndarray], np.ndarray] | None = field(default=None, repr=False)  # instead of items
 
     def __len__(self) -> int:
         return self.count
@@ -82,8 +122,26 @@ class Images:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was decided in reading the source, a sentence each; headers of pictures are read once for it."""
-        left = [f"{len(self.skipped):,} unusable images are left out (first: {first})." for first in self.skipped[:1]]
+        left = [
+            f"{len(self.skipped):,} unusable {self.noun} are left out (first: {first})." for first in self.skipped[:1]
+        ]
         return (*self.remarks, *self._looked(), *left)
+
+    @property
+    def noun(self) -> str:
+        """What its samples are called."""
+        return "images" if self.units is None else "samples"
+
+    def unscaled(self, x: torch.Tensor) -> torch.Tensor:
+        """Samples [B, *S], these or generated ones, in the units of the source: x std + mean, float64."""
+        if self.units is None:
+            return x.double() * self.scale - self.offset
+        if self.units.mean is None or self.units.std is None:
+            return x.double()
+        mean, std = (
+            torch.from_numpy(self.units.along(v, self.shape)).to(x.device) for v in (self.units.mean, self.units.std)
+        )
+        return x.double() * std + mean
 
     @property
     def range(self) -> tuple[float, float]:
@@ -106,7 +164,12 @@ class Images:
             yield from itertools.compress(enumerate(items, first), wanted)
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """Raw blocks [B, C, H, W]: uint8 where ``integer``, else float32 in the file's own range."""
+        """Raw blocks [B, *S]: uint8 where ``integer``, else float32 in the file's own range."""
+        if self._rows is not None:
+            places = np.arange(self.count) if self._index is None else self._index
+            for first in range(0, len(places), self.batch_size):
+                yield self._rows(places[first : first + self.batch_size])
+            return
         block: list[np.ndarray] = []
         for index, load in self._selected():
             raw = load()
@@ -134,7 +197,7 @@ class Images:
         return replace(self.take(good, f"without {len(skipped)} unusable"), skipped=tuple(skipped))
 
     def tensor(self) -> torch.Tensor:
-        """All images at once, [N, C, H, W] float32 in [-1, 1]; ranks read a part each, and hand it over."""
+        """All samples at once, [N, *S] float32; ranks read a part each, and hand it over."""
         part, first, shared = own_rows(self)
         out, done = torch.zeros(len(self), *self.shape), first
         for batch in part:
@@ -198,7 +261,7 @@ class Images:
         """``count`` of the images, stratified by label where there are labels; fixed by the seed."""
         if not 2 <= count <= len(self):
             raise InputError(
-                f"a subset of {count} images of {len(self):,} in {self.name}; expected 2 to {len(self):,}."
+                f"a subset of {count} {self.noun} of {len(self):,} in {self.name}; expected 2 to {len(self):,}."
             )
         order = self._by_class(seed)
         return self.take(order[np.arange(count) * len(order) // count], f"subset {count} {seed}")
@@ -290,4 +353,5 @@ def describe(data: Images) -> Values:
         "selection": list(data.history),
         "skipped": list(data.skipped)[:100],
         "notes": list(data.notes),
+        **({} if data.units is None else {"units": data.units.to_dict()}),
     }

@@ -140,16 +140,17 @@ def labelled(images: Images, classes: Classes | None) -> Images:
     codes, notes = classes.codes, (*images.remarks, *classes.notes)
     if not len(classes.names):
         if len(codes):
-            notes = (*notes, "All labels are missing: the images have no classes.")
+            notes = (*notes, f"All labels are missing: the {images.noun} have no classes.")
         return replace(images, labels=None, classes=(), remarks=notes)
     if len(codes) != len(images):
         raise InputError(
-            f"{images.name} has {len(codes)} labels for {len(images)} images; expected labels of shape "
+            f"{images.name} has {len(codes)} labels for {len(images)} {images.noun}; expected labels of shape "
             f"({len(images)},)."
         )
     missing = int((codes < 0).sum())
     if missing:
         first = images.name_of(int(np.argmin(codes)))
-        notes = (*notes, f"{missing:,} of {len(codes):,} images have no label and are left out; the first is {first}.")
+        left = f"{missing:,} of {len(codes):,} {images.noun} have no label and are left out; the first is {first}."
+        notes = (*notes, left)
     out = replace(images, labels=torch.from_numpy(codes), classes=classes.names, remarks=notes)
     return out.take(np.flatnonzero(codes >= 0), "with a label") if missing else out

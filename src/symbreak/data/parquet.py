@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["Shards"]
+__all__ = ["Shards", "holds_pictures", "may_be_labels", "plain_values", "readable", "unpacked_size"]
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 UNPACKED = 2**28  # bytes that a row group may always unpack to, and ...
@@ -42,7 +42,7 @@ class Shards:
         self.paths = paths
         schemas, self.rows = [], []
         for path in paths:
-            with _readable(path), pq.ParquetFile(path) as file:
+            with readable(path), pq.ParquetFile(path) as file:
                 schemas.append(file.schema_arrow)
                 self.rows.append(file.metadata.num_rows)
         self.schema = schemas[0]
@@ -60,7 +60,7 @@ class Shards:
 
     def _pictures(self) -> str:
         """The column of encoded pictures."""
-        fit = [name for name in self.schema.names if _holds_pictures(self._type(name))]
+        fit = [name for name in self.schema.names if holds_pictures(self._type(name))]
         named = [name for name in IMAGE_COLUMNS if name in fit]
         if not fit and any(str(self._type(name)).startswith("struct") for name in self.schema.names):
             raise InputError(
@@ -82,11 +82,11 @@ class Shards:
             first = max(0, start - int(end - rows))
             if first >= rows:
                 continue
-            with _readable(path), pq.ParquetFile(path) as file:
+            with readable(path), pq.ParquetFile(path) as file:
                 groups = np.cumsum([file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)])
                 skipped = int(np.searchsorted(groups, first, side="right"))
                 index = int(groups[skipped - 1]) if skipped else 0
-                largest = _unpacked(path, file, self.column)
+                largest = unpacked_size(path, file, self.column)
                 for batch in file.iter_batches(
                     batch_size=max(1, min(512, BATCH_BYTES // max(1, largest))),
                     row_groups=list(range(skipped, file.num_row_groups)),
@@ -98,7 +98,7 @@ class Shards:
 
     def classes(self, wanted: Sequence[str] | None) -> Classes | None:
         """The classes that label columns give, see `from_columns`."""
-        columns = {name: _may_be_labels(self._type(name)) for name in self.schema.names if name != self.column}
+        columns = {name: may_be_labels(self._type(name)) for name in self.schema.names if name != self.column}
         return from_columns(self.name, columns, self._values, wanted)
 
     def _values(self, column: str) -> tuple[np.ndarray, Sequence[str]]:
@@ -109,20 +109,20 @@ class Shards:
         chunks: list[pa.Array] = []
         for path in self.paths:
             # a text that is repeated a million times is read once
-            with _readable(path), pq.ParquetFile(path, read_dictionary=[column]) as file:
-                _unpacked(path, file, column)
+            with readable(path), pq.ParquetFile(path, read_dictionary=[column]) as file:
+                unpacked_size(path, file, column)
                 chunks += [
                     chunk.dictionary_encode() if pa.types.is_string(chunk.type) else chunk
                     for chunk in file.read(columns=[column]).column(0).chunks
                 ]
-        values = [_plain(chunk) for chunk in chunks]
+        values = [plain_values(chunk) for chunk in chunks]
         if any(v.dtype.kind == "O" for v in values):
             values = [v.astype(object) for v in values]
         return np.concatenate(values) if values else np.array([]), _names(self.schema.metadata, column)
 
 
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
+def readable(path: Path) -> Iterator[None]:
     """Whatever Arrow meets in a damaged file becomes one line."""
     import pyarrow as pa
 
@@ -132,22 +132,22 @@ def _readable(path: Path) -> Iterator[None]:
         raise InputError(f"{path} is no readable parquet file, or damaged ({str(error)[:80]}).") from None
 
 
-def _holds_pictures(kind: pa.DataType) -> bool:
+def holds_pictures(kind: pa.DataType) -> bool:
     if str(kind).startswith("struct"):
-        return any(field.name == "bytes" and _holds_pictures(field.type) for field in kind)
+        return any(field.name == "bytes" and holds_pictures(field.type) for field in kind)
     return str(getattr(kind, "value_type", kind)) in ("binary", "large_binary", "binary_view")
 
 
-def _may_be_labels(kind: pa.DataType) -> bool:
+def may_be_labels(kind: pa.DataType) -> bool:
     import pyarrow.types as t
 
     if t.is_dictionary(kind):
-        return _may_be_labels(kind.value_type)
+        return may_be_labels(kind.value_type)
     texts = str(kind) in ("string", "large_string", "string_view")
     return bool(texts or t.is_integer(kind) or t.is_boolean(kind) or t.is_floating(kind))
 
 
-def _plain(chunk: pa.Array) -> np.ndarray:
+def plain_values(chunk: pa.Array) -> np.ndarray:
     """A chunk of a column; one with missing values as objects, ``None`` among them."""
     import pyarrow as pa
 
@@ -159,7 +159,7 @@ def _plain(chunk: pa.Array) -> np.ndarray:
     return chunk.to_numpy(zero_copy_only=False)
 
 
-def _unpacked(path: Path, file: pq.ParquetFile, column: str) -> int:
+def unpacked_size(path: Path, file: pq.ParquetFile, column: str) -> int:
     """The most bytes that a column takes in a row group.
 
     Raises:

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         | datasets.DatasetDict
     )
 
-__all__ = ["Options", "images"]
+__all__ = ["Options", "file_content", "images", "numpy_of"]
 
 HASHED = 1000  # files that one process hashes at a time
 LOOKED_AT = 256  # pictures whose headers tell whether a data set is in colour
@@ -143,7 +143,7 @@ def _opened(source: Source, options: Options) -> Images:
     if isinstance(source, Images):
         opened = source
     elif isinstance(source, (np.ndarray, torch.Tensor)):
-        opened = from_array("array", _numpy(source), None, value_range, layout)
+        opened = from_array("array", numpy_of(source), None, value_range, layout)
     elif isinstance(source, (list, tuple)):
         opened = _from_list(source, value_range, layout)
     elif isinstance(source, (str, Path)):
@@ -168,7 +168,7 @@ def _opened(source: Source, options: Options) -> Images:
     return opened
 
 
-def _numpy(x: np.ndarray | torch.Tensor) -> np.ndarray:
+def numpy_of(x: np.ndarray | torch.Tensor) -> np.ndarray:
     if isinstance(x, np.ndarray):
         return x
     x = x.detach().cpu()
@@ -200,7 +200,9 @@ def _open(
         if suffix == ".parquet":
             return _ranged(_from_parquet(str(path), [path], columns, ()), value_range)
         if suffix in (".npz", ".npy"):
-            return from_file(path, value_range, layout, partial(_content, path))
+            return from_file(path, value_range, layout, partial(file_content, path))
+        if suffix in (".csv", ".tsv"):
+            raise InputError(f"{source} is a table, which holds no pictures. Open it with sb.samples(...).")
         raise InputError(
             f"{source} is a {suffix or 'nameless'} file. Expected a folder of images or a .parquet, .npz or .npy file."
         )
@@ -319,7 +321,7 @@ def _hashes(starts: Sequence[int], hashed: Callable[[int], bytes]) -> bytes:
     return b"".join(part["hash"].tobytes() for part in parts)
 
 
-def _content(path: Path) -> str:
+def file_content(path: Path) -> str:
     """SHA-256 of a file; of a large one that of its parts' hashes, so that ranks read a part each."""
     size = path.stat().st_size
     if size <= PART_BYTES:
@@ -337,7 +339,7 @@ def _from_parquet(name: str, paths: list[Path], columns: Sequence[str] | None, n
     shards = Shards(paths)
 
     def content() -> str:
-        each = [_content(path) for path in paths]
+        each = [file_content(path) for path in paths]
         return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
 
     classes = None if columns == () else shards.classes(columns)
@@ -425,7 +427,7 @@ def _from_list(
 
         opened = _pictures("list", lambda start: iter(pictures[start:]), len(pictures), content, "image {}".format)
         return _ranged(opened, value_range)
-    arrays = [_numpy(x) for x in source if isinstance(x, (np.ndarray, torch.Tensor))]
+    arrays = [numpy_of(x) for x in source if isinstance(x, (np.ndarray, torch.Tensor))]
     if len(arrays) != len(source):
         kinds = sorted({type(x).__name__ for x in source})
         raise InputError(

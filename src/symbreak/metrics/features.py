@@ -56,7 +56,7 @@ class Classifier(nn.Module, Extractor):
         classes: names of the classes.
     """
 
-    def __init__(self, shape: tuple[int, int, int], classes: tuple[str, ...]) -> None:
+    def __init__(self, shape: tuple[int, ...], classes: tuple[str, ...]) -> None:
         super().__init__()
         self.shape, self.classes, self.name = tuple(shape), tuple(classes), "classifier"
         layers: list[nn.Module] = []
@@ -170,7 +170,7 @@ def load_classifier(path: str | Path) -> Classifier:
         raise InputError(f"{path} holds no symbreak classifier. Train one with train_classifier.")
     with damaged(path, "a classifier"):
         shape = tuple(int(n) for n in metadata["shape"].split(","))
-        model = Classifier(shape, tuple(metadata["classes"].split("\t")))  # type: ignore[arg-type]
+        model = Classifier(shape, tuple(metadata["classes"].split("\t")))
         model.load_state_dict(tensors)
         model.name, model.accuracy = metadata["name"], float(metadata["held_out_accuracy"])
         return model.eval().requires_grad_(False)

@@ -105,7 +105,7 @@ class Recipe:
             raise InputError(f"recipe dropout {self.dropout}; expected 0 <= dropout < 1.")
 
 
-def _network(recipe: Recipe, shape: tuple[int, int, int]) -> UNet2DModel:
+def _network(recipe: Recipe, shape: tuple[int, ...]) -> UNet2DModel:
     c, h, w = shape
     halvings = len(recipe.channels) - 1
     if h != w or h % 2**halvings:
@@ -276,7 +276,7 @@ def _noising() -> DDPMScheduler:
 class _Training:
     """A network in training: its weights, optimizer and average, the losses of its steps and the seconds spent."""
 
-    def __init__(self, recipe: Recipe, shape: tuple[int, int, int], device: torch.device, precision: str) -> None:
+    def __init__(self, recipe: Recipe, shape: tuple[int, ...], device: torch.device, precision: str) -> None:
         self.recipe, self.device, self.precision = recipe, device, precision
         # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
         with torch.random.fork_rng(devices=[]):

@@ -17,7 +17,7 @@ import torch
 
 from symbreak.data.held_out import HeldOut, held_out
 from symbreak.data.images import Images, describe
-from symbreak.data.readers import images
+from symbreak.data.samples import opened
 from symbreak.laws import Gaussian
 from symbreak.metrics import extractor, floor
 from symbreak.metrics.frechet import difference
@@ -46,7 +46,17 @@ from symbreak.studies.measure import SELECTION_SEED, Comparison
 __all__ = ["SAMPLERS", "Study", "run"]
 
 SAMPLERS = ("ddpm", "ddim", "pndm", "dpm++2m", "dpm++2m-karras")
-SPELLED = ("data", "model", "holdout", "features", "value_range", "skip_bad", "classes", "pad")  # content counts
+SPELLED = (
+    "data",
+    "model",
+    "holdout",
+    "features",
+    "value_range",
+    "skip_bad",
+    "classes",
+    "pad",
+    "scale",
+)  # content counts
 GRID = 10  # images of a sample grid
 PHASES = ("schedule", "eigenvalues", "eigenvalues_low", "eigenvalues_high", "speciation", "ladder", "total_variance")
 
@@ -63,8 +73,8 @@ class Study:
         samples: images a cell, split into ``repeats``.
         selection: images for choosing spacing and level.
         sweep: start levels tried, as multiples of the speciation sigma.
-        value_range, skip_bad, classes, pad, size, crop, mode, labels, split, layout: how the data are opened, see
-            `images`.
+        value_range, skip_bad, classes, pad, size, crop, mode, labels, split, layout, scale: how the data are opened,
+            see `images` and `samples`.
         features: extractor name; ``None`` takes the bundled one for the digits, else pixels.
         micro_batch: fixed size of every network evaluation.
         reference_calls: NFE of a standard DDIM run that is measured for comparison; 0 leaves it out.
@@ -94,6 +104,7 @@ class Study:
     labels: str | None = None
     split: str | None = None
     layout: str | None = None
+    scale: str | None = None
 
     def smoke(self) -> Study:
         """The same study, small enough for a minute."""
@@ -202,8 +213,9 @@ def _prepared(
         raise InputError(f"{study.samples} samples in {study.repeats} repeats; expected at least 2 samples a repeat.")
     names = ("value_range", "skip_bad", "classes", "pad", "size", "crop", "mode", "labels", "layout")
     options: Values = {name: getattr(study, name) for name in names}
-    holdout = None if study.holdout is None else images(study.holdout, **options)
-    everything = images(study.data, **options, split=study.split)
+    everything = opened(study.data, study.scale, **options, split=study.split)
+    like = study.scale if everything.units is None else everything
+    holdout = None if study.holdout is None else opened(study.holdout, like, **options)
     parts = held_out(everything, holdout, share=0.5)
     train = parts.train
     pipe = load_pipeline(study.model) if pipeline is None else pipeline

@@ -1,0 +1,413 @@
+"""Samples of any shape: vectors [N, d], signals [N, C, L], pictures of any channels, latents, volumes [N, C, D, H, W].
+
+Values stay as they are, or are measured in standard deviations of their column (of their channel, where samples have
+channels): no range is guessed and nothing is rounded to 8 bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+
+from symbreak.data.arrays import load_array, slabs
+from symbreak.data.folders import look_into
+from symbreak.data.images import BLOCK_BYTES, Images, Units
+from symbreak.data.labels import Classes, classes_of, labelled
+from symbreak.data.readers import file_content, images, numpy_of
+from symbreak.data.tables import CSV, has_pictures, read_table, values_of
+from symbreak.runtime.errors import InputError
+from symbreak.runtime.files import digest
+from symbreak.runtime.ranks import map_over_ranks
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+    Table: TypeAlias = str | Path | np.ndarray | torch.Tensor | Sequence[Any] | pd.DataFrame
+
+__all__ = ["opened", "samples"]
+
+Scale: TypeAlias = "str | tuple[Any, Any] | Images | None"
+PICTURES = ("value_range", "size", "crop", "mode", "pad", "layout", "split")  # options of `images` alone
+SHOWN = 5  # columns in a note
+APART = 10.0  # spreads of columns that differ by more hide columns
+SINGLE = 2.0**-24  # rounding of single precision, in which samples are handed on
+VISIBLE = 1e-3  # of a column's standard deviation that rounding may cost
+
+
+def samples(
+    source: Table,
+    *,
+    labels: str | Sequence[str] | Sequence[int] | np.ndarray | torch.Tensor | None = None,
+    scale: Scale = None,
+    classes: Sequence[str] | None = None,
+    limit: int | None = None,
+    skip_bad: bool = False,
+    batch_size: int | None = None,
+    **pictures: object,
+) -> Images:
+    """Open samples of any shape; the values are no pixels.
+
+    Args:
+        source: an array or tensor [N, *S] of numbers, such as vectors [N, d], signals [N, C, L] or volumes
+            [N, C, D, H, W]; a ``.npy`` or ``.npz`` file of one; a table of numbers, a ``.csv``, ``.tsv`` or
+            ``.parquet`` file, a folder of the latter, or a pandas data frame: a row a sample.
+        labels: name or names of label columns of a table (by default one called label, class or target; ``"none"`` for
+            no labels); one label a sample of anything else.
+        scale: ``None`` leaves the values as they are; ``"standard"`` takes off the mean of every column, or of every
+            channel of samples [C, ...], and divides by its standard deviation (of all samples, divided by N);
+            (mean, std), numbers or one a column, does so with these; another data set's `Images` with what it has.
+        classes: keep only these class names.
+        limit: keep only so many samples, spread evenly over the classes.
+        skip_bad: leave rows with NaN or infinity out (named in ``.skipped``) instead of failing.
+        batch_size: samples a batch; by default as many as fit 32 MiB of float32.
+
+    Returns:
+        `Images` of this shape: what takes pictures takes them. ``units`` says what 1 means, ``unscaled(x)`` brings
+        samples back to the source's units, ``units.sigma(s)`` a noise level.
+
+    Raises:
+        InputError: one line that says what came, what was expected and what to do.
+
+    >>> data = samples([[1.0, 200.0], [3.0, 800.0]], scale="standard")
+    >>> data.shape, data.tensor().tolist()
+    ((2,), [[-1.0, -1.0], [1.0, 1.0]])
+    >>> data.unscaled(data.tensor()).tolist(), data.units.sigma(0.5).tolist()
+    ([[1.0, 200.0], [3.0, 800.0]], [0.5, 150.0])
+    """
+    like = scale.units.columns if isinstance(scale, Images) and scale.units is not None else ()
+    raw = _raw(source, labels, like)
+    for name in (n for n, value in pictures.items() if value is not None):
+        if name in PICTURES:
+            flag = {"value_range": "range"}.get(name, name)
+            raise InputError(
+                f"{name}= (--{flag}) belongs to pictures, and {raw.name} is read as samples of any shape. Leave it out."
+            )
+        raise InputError(f"samples() has no option {name!r}. Expected labels, scale, classes, limit, skip_bad.")
+    array, name = raw.array, raw.name
+    columns = raw.columns or tuple(f"{'column' if array.ndim == 2 else 'channel'} {i}" for i in range(array.shape[1]))
+    pass_ = _looked_through(array)
+    if len(pass_.bad) and not skip_bad:
+        where = f", {columns[pass_.column]}" if array.ndim == 2 or array.shape[1] > 1 else ""
+        raise InputError(
+            f"{len(pass_.bad):,} of {len(array):,} samples in {name} hold NaN or infinity (first: row "
+            f"{pass_.bad[0]}{where}). Repair or remove them, or pass skip_bad (--skip-bad)."
+        )
+    if len(array) - len(pass_.bad) < 2:
+        raise InputError(f"{name}: {len(array) - len(pass_.bad)} usable samples; at least 2 are needed.")
+    units, notes = _units(name, columns, scale, pass_, array.ndim)
+    content = cache(lambda: f"{raw.content()} {decided_by(units)}")
+    size = batch_size or max(1, min(65536, BLOCK_BYTES // (4 * math.prod(array.shape[1:]))))
+    opened = Images(
+        name,
+        tuple(int(n) for n in array.shape[1:]),
+        len(array),
+        lambda start: iter(()),
+        content,
+        "row {}".format,
+        scale=1.0,
+        offset=0.0,
+        integer=False,
+        batch_size=size,
+        remarks=(*raw.notes, *notes),
+        units=units,
+        _rows=partial(_rows, array, units),
+    )
+    opened = labelled(opened, raw.classes)
+    if raw.history:
+        opened = replace(opened, history=(*opened.history, raw.history))
+    if len(pass_.bad):
+        skipped = tuple(f"row {i}: holds NaN or infinity" for i in pass_.bad)
+        places = np.arange(len(array)) if opened._index is None else opened._index
+        good = np.flatnonzero(~np.isin(places, pass_.bad))
+        opened = replace(opened.take(good, f"without {len(skipped)} unusable"), skipped=skipped)
+    opened = opened if classes is None else opened.only(classes)
+    return opened if limit is None else opened.subset(limit)
+
+
+def opened(source: str, scale: str | Images | None = None, **options: Any) -> Images:
+    """What a name says, pictures or samples: with ``scale``, and what can be no pictures, are samples.
+
+    Args:
+        source: what `images` or `samples` takes; a table, and an array of 2 or 5 dimensions or of channels that
+            pictures do not have, are samples.
+        scale: ``"standard"``, ``"none"``, ``"MEAN,STD"``, or the data set whose units are taken.
+        **options: of `images`, or those of `samples` among them.
+    """
+    if scale is None and not _no_pictures(Path(source).expanduser()):
+        return images(source, **options)
+    if scale is not None and options.get("value_range") is not None:
+        raise InputError("--range and --scale came together: a range is for pictures, a scale for other values.")
+    labels = options.pop("labels", None)
+    wanted = {k: v for k, v in options.items() if k != "skip_bad" or v}
+    taken = None if scale == "none" else _pair(scale) if isinstance(scale, str) and "," in scale else scale
+    return samples(source, labels=labels, scale=taken, **wanted)
+
+
+def _pair(text: str) -> tuple[float, float]:
+    try:
+        mean, std = (float(v) for v in text.split(","))
+    except ValueError:
+        raise InputError(f"--scale {text}; expected standard, none, or MEAN,STD such as 0,2.5.") from None
+    return mean, std
+
+
+def _no_pictures(path: Path) -> bool:
+    """Whether a file holds a table, or an array that can be no pictures."""
+    suffix = path.suffix.lower()
+    if not path.is_file() or suffix in CSV:
+        return path.is_file()
+    if suffix == ".parquet":
+        return not has_pictures(path)
+    if suffix not in (".npy", ".npz"):
+        return False
+    array, _ = load_array(path)
+    channels = () if array.ndim != 4 else (array.shape[1], array.shape[3])
+    return array.ndim in (2, 5) or (array.ndim == 4 and not {1, 3} & set(channels))
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """An array [N, *S] of numbers, not yet looked at, with what its source says of it."""
+
+    name: str
+    array: np.ndarray
+    content: Callable[[], str]
+    columns: tuple[str, ...] = ()
+    classes: Classes | None = None
+    history: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _raw(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
+    """The numbers of a source, with their classes; of a table the columns ``like`` those of another, if any."""
+    raw = _read(source, labels, like)
+    array, name = raw.array, raw.name
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{name} holds {array.dtype} values; expected numbers.")
+    if array.ndim < 2:
+        more = " One number a sample is x[:, None]." if array.ndim == 1 else ""
+        raise InputError(f"{name} has the shape {array.shape}; expected [N, *S], such as [N, d].{more}")
+    if array.size == 0:
+        raise InputError(f"{name} has the shape {array.shape}: there are no values.")
+    if len(array) < 2:
+        raise InputError(f"{name} holds 1 sample; at least 2 are needed.")
+    if raw.columns or labels is None or (isinstance(labels, str) and labels == "none"):
+        return replace(raw, classes=None) if isinstance(labels, str) and labels == "none" else raw
+    if isinstance(labels, str) or (isinstance(labels, list | tuple) and any(isinstance(c, str) for c in labels[:1])):
+        named = labels if isinstance(labels, str) else labels[0]
+        if isinstance(labels, str) or len(labels) != len(array):
+            raise InputError(f"{name} has no columns, so labels={named!r} names none. Pass one label a sample.")
+    values = numpy_of(labels) if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    if values.shape != (len(array),):
+        raise InputError(f"labels of shape {values.shape} for {len(array):,} samples of {name}; expected one a sample.")
+    classes = classes_of(name, values)
+    return replace(raw, classes=classes, history=f"labels {digest(torch.from_numpy(classes.codes), classes.names)}")
+
+
+def _read(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
+    if hasattr(source, "to_numpy") and hasattr(source, "columns"):
+        import pyarrow as pa
+
+        return _from_table("data frame", pa.Table.from_pandas(source, preserve_index=False), labels, like)
+    if isinstance(source, Images):
+        raise InputError(f"{source.name} is a data set already. Pass it as it is, or what it was opened from.")
+    if isinstance(source, np.ndarray | torch.Tensor | list | tuple):
+        try:
+            array = numpy_of(source) if isinstance(source, np.ndarray | torch.Tensor) else np.asarray(source)
+        except ValueError:
+            raise InputError("a list of samples of different shapes; expected one shape.") from None
+        return _Raw("array", array, partial(_array_hash, array))
+    if not isinstance(source, str | Path):
+        raise InputError(f"samples of the type {type(source).__name__}; expected an array, a table or a file.")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        shards = [path / shard for shard in look_into(path, None).shards]
+        if not shards:
+            raise InputError(f"{path} is a folder without parquet files. Expected one of them, or a file of samples.")
+        return _from_table(str(path), shards, labels, like)
+    suffix = path.suffix.lower()
+    if not path.is_file():
+        raise InputError(f"{source} does not exist. Pass a .csv, .parquet, .npy or .npz file, or an array.")
+    if suffix in (".npy", ".npz"):
+        array, tags = load_array(path)
+        classes = None if tags is None or labels is not None else classes_of(str(path), tags)
+        if classes is not None and len(classes.codes) != len(array):
+            raise InputError(f"{path} has {len(classes.codes):,} labels for {len(array):,} samples; expected as many.")
+        return _Raw(str(path), array, partial(file_content, path), classes=classes)
+    if suffix in (*CSV, ".parquet"):
+        return _from_table(str(path), [path], labels, like)
+    raise InputError(f"{source} is a {suffix or 'nameless'} file. Expected a .csv, .parquet, .npy or .npz file.")
+
+
+def _from_table(name: str, source: pa.Table | list[Path], labels: Any, like: tuple[str, ...]) -> _Raw:
+    """A table with its label columns, or labels that came beside it."""
+    table, notes = read_table(source) if isinstance(source, list) else (source, ())
+    names: Sequence[str] | None = None
+    if isinstance(labels, str):
+        names = () if labels == "none" else [labels] if labels in table.column_names else labels.split(",")
+    elif isinstance(labels, list | tuple) and labels and all(isinstance(c, str) for c in labels):
+        names = list(labels) if len(labels) != len(table) else ()
+    beside = labels is not None and not names and not isinstance(labels, str)
+    read = values_of(name, table, () if beside else names, like)
+    content = partial(_files_hash, source) if isinstance(source, list) else partial(_array_hash, read.values)
+    classes, history = read.classes, f"labels {','.join(names)}" if names else ""
+    if beside:
+        values = numpy_of(labels) if isinstance(labels, torch.Tensor) else np.asarray(labels)
+        if values.shape != (len(table),):
+            raise InputError(
+                f"labels of shape {values.shape} for {len(table):,} samples of {name}; expected one a sample."
+            )
+        classes = classes_of(name, values)
+        history = f"labels {digest(torch.from_numpy(classes.codes), classes.names)}"
+    if names == () and not beside:
+        history = "without labels"
+    return _Raw(name, read.values, content, read.names or ("channel 0",), classes, history, (*notes, *read.notes))
+
+
+def _files_hash(paths: list[Path]) -> str:
+    return hashlib.sha256("".join(file_content(path) for path in paths).encode()).hexdigest()
+
+
+def _array_hash(array: np.ndarray) -> str:
+    sha = hashlib.sha256(f"{array.shape} {array.dtype}".encode())
+    for part in slabs(array):
+        sha.update(np.ascontiguousarray(array[part]).tobytes())
+    return sha.hexdigest()
+
+
+def decided_by(units: Units) -> str:
+    """What of the units decides the samples."""
+    return " ".join("none" if v is None else digest(torch.from_numpy(v)) for v in (units.mean, units.std))
+
+
+def _rows(array: np.ndarray, units: Units, index: np.ndarray) -> np.ndarray:
+    """Samples at some positions, in their units, float32."""
+    raw = np.asarray(array[index])
+    if units.mean is not None and units.std is not None:
+        mean, std = (units.along(v, array.shape[1:]) for v in (units.mean, units.std))
+        raw = (raw.astype(np.float64) - mean) / std
+    return raw.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one pass over an array says of it.
+
+    Attributes:
+        bad: rows with NaN or infinity, and the column of the first of them.
+        mean, std: float64 of every column or channel, of the other rows.
+        largest: absolute value of every column or channel.
+    """
+
+    bad: np.ndarray
+    column: int
+    mean: np.ndarray
+    std: np.ndarray
+    largest: np.ndarray
+
+
+def _looked_through(array: np.ndarray) -> _Pass:
+    """One pass, of which ranks make a part each."""
+
+    def look(part: slice) -> dict[str, np.ndarray]:
+        values = np.asarray(array[part], np.float64)
+        values = values.reshape(*values.shape[:2], -1)
+        finite = np.logical_and.reduce(np.isfinite(values), axis=2)
+        bad = np.flatnonzero(~finite.all(axis=1))
+        column = int(np.argmin(finite[bad[0]])) if len(bad) else 0
+        good = np.delete(values, bad, 0) if len(bad) else values
+        count = np.array([len(good) * good.shape[2]], np.float64)
+        mean = good.mean((0, 2)) if len(good) else np.zeros(good.shape[1])
+        scatter = ((good - mean[:, None]) ** 2).sum((0, 2))
+        largest = np.abs(good).max((0, 2)) if len(good) else np.zeros(good.shape[1])
+        place = np.array([*(bad + part.start), column], np.int64)
+        return {"place": place, "count": count, "mean": mean, "scatter": scatter, "largest": largest}
+
+    parts = map_over_ranks(slabs(array), look)
+    bad = np.concatenate([p["place"][:-1] for p in parts])
+    column = next((int(p["place"][-1]) for p in parts if len(p["place"]) > 1), 0)
+    counts = np.array([p["count"] for p in parts])
+    total = max(1.0, float(counts.sum()))
+    means = np.stack([p["mean"] for p in parts])
+    mean = (counts * means).sum(0) / total
+    scatter = sum(p["scatter"] for p in parts) + (counts * (means - mean) ** 2).sum(0)
+    return _Pass(bad, column, mean, np.sqrt(scatter / total), np.stack([p["largest"] for p in parts]).max(0))
+
+
+def _units(
+    name: str, columns: tuple[str, ...], scale: Scale, seen: _Pass, dimensions: int
+) -> tuple[Units, tuple[str, ...]]:
+    """The units that a scale gives, and what was decided."""
+    kind = "column" if dimensions == 2 else "channel"
+    flat = seen.std <= 1e-12 * np.maximum(seen.largest, 1e-300)  # constant up to rounding
+    if isinstance(scale, Images):
+        if scale.units is None:
+            raise InputError(f"scale={scale.name}, which are pictures. Expected a data set that samples() opened.")
+        if len(scale.units.columns) != len(columns):
+            raise InputError(
+                f"{name} has {len(columns)} {kind}s, {scale.name} {len(scale.units.columns)}. Expected as many."
+            )
+        return scale.units, ()
+    if scale is None:
+        spread = np.where(flat, np.nan, seen.std)
+        blurred = np.flatnonzero(~flat & (seen.largest * SINGLE > VISIBLE * seen.std))
+        if len(blurred):
+            first = int(blurred[0])
+            raise InputError(
+                f"the {kind} {columns[first]} of {name} holds values up to {seen.largest[first]:.4g} that differ by "
+                f"{seen.std[first]:.3g}, which single precision cannot tell apart. Pass scale='standard' (--scale)."
+            )
+        units = Units(columns)
+        if np.isnan(spread).all() or not np.nanmax(spread) > APART * np.nanmin(spread):
+            return units, ()
+        most, least = int(np.nanargmax(spread)), int(np.nanargmin(spread))
+        return units, (
+            f"The {kind}s' standard deviations differ by a factor of {spread[most] / spread[least]:,.0f} "
+            f"({columns[most]}: {spread[most]:.3g}, {columns[least]}: {spread[least]:.3g}): the largest hide the "
+            f"others. scale='standard' (--scale standard) measures every {kind} in its own standard deviation.",
+        )
+    if isinstance(scale, str):
+        if scale != "standard":
+            raise InputError(f"scale {scale!r}; expected standard, a pair (mean, std), or none.")
+        if flat.any():
+            first = int(np.flatnonzero(flat)[0])
+            raise InputError(
+                f"the {kind} {columns[first]} of {name} is constant ({seen.mean[first]:.6g}): it has no standard "
+                "deviation. Leave it out, or pass scale=(mean, std)."
+            )
+        units = Units(columns, f"standard deviations of each {kind}", seen.mean, seen.std)
+        few = ", ".join(
+            f"{c} {m:.4g} +- {s:.3g}" for c, m, s in zip(columns[:SHOWN], seen.mean, seen.std, strict=False)
+        )
+        more = "" if len(columns) <= SHOWN else f", and {len(columns) - SHOWN} more"
+        return units, (f"1 is one standard deviation of each {kind} ({few}{more}).",)
+    return _given(columns, scale, kind), ()
+
+
+def _given(columns: tuple[str, ...], scale: Any, kind: str) -> Units:
+    """Units of a mean and a standard deviation that came with the data."""
+    try:
+        mean, std = (np.asarray(numpy_of(v) if isinstance(v, torch.Tensor) else v, np.float64) for v in scale)
+        mean, std = (np.broadcast_to(v.reshape(-1) if v.ndim else v, len(columns)).copy() for v in (mean, std))
+    except (TypeError, ValueError):
+        raise InputError(
+            f"scale={str(scale)[:60]}; expected 'standard', or (mean, std) of one number or of {len(columns)}, one a "
+            f"{kind}."
+        ) from None
+    wrong = np.flatnonzero(~(np.isfinite(mean) & np.isfinite(std) & (std > 0)))
+    if len(wrong):
+        first = int(wrong[0])
+        raise InputError(
+            f"scale=(mean, std) gives the {kind} {columns[first]} {mean[first]:g} and {std[first]:g}; expected finite "
+            "numbers, and a standard deviation above 0."
+        )
+    return Units(columns, f"(value - mean) / std of each {kind}", mean, std)

@@ -1,0 +1,224 @@
+"""Numeric tables (.csv, .tsv, .parquet, data frames): columns of numbers, of which some may be labels."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from symbreak.data.labels import LABEL_COLUMNS, Classes, from_columns
+from symbreak.data.parquet import holds_pictures, may_be_labels, plain_values, readable, unpacked_size
+from symbreak.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["CSV", "Columns", "has_pictures", "read_table", "values_of"]
+
+CSV = (".csv", ".tsv", ".txt")
+MOST_CLASSES = 100  # different whole numbers that a column called "label" may have, and still be read as labels unasked
+INDEX = ("", "index", "id", "Unnamed: 0", "__index_level_0__")  # names of columns that may only number the rows
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The numbers of a table.
+
+    Attributes:
+        values: float64 [N, d], or [N, *S] of one column of lists; NaN where a value is missing.
+        names: of the columns [d]; none of a column of lists.
+        classes: of its label columns.
+        notes: what was decided.
+    """
+
+    values: np.ndarray
+    names: tuple[str, ...]
+    classes: Classes | None
+    notes: tuple[str, ...]
+
+
+def has_pictures(path: Path) -> bool:
+    """Whether a parquet file has a column of encoded pictures, or of their paths."""
+    import pyarrow.parquet as pq
+
+    with readable(path):
+        schema = pq.read_schema(path)
+    return any(holds_pictures(kind) or str(kind).startswith("struct") for kind in schema.types)
+
+
+def read_table(paths: Sequence[Path]) -> tuple[pa.Table, tuple[str, ...]]:
+    """One file of text, or parquet files of the same columns, and what was decided.
+
+    Raises:
+        InputError: for files that cannot be read, or whose columns differ.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if paths[0].suffix.lower() in CSV:
+        return _read_text(paths[0])
+    tables: list[pa.Table] = []
+    for path in paths:
+        with readable(path), pq.ParquetFile(path) as file:
+            for name in file.schema_arrow.names:
+                unpacked_size(path, file, name)
+            tables.append(file.read())
+        if tables[0].schema.names != tables[-1].schema.names:
+            raise InputError(f"{path} has other columns than {paths[0]}. Put them into folders of their own.")
+    try:
+        return pa.concat_tables(tables, promote_options="permissive"), ()
+    except pa.ArrowException as error:
+        raise InputError(f"{paths[0].parent}: the files differ ({str(error)[:80]}).") from None
+
+
+def _read_text(path: Path) -> tuple[pa.Table, tuple[str, ...]]:
+    import pyarrow as pa
+    from pyarrow import csv as text
+
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            head = "".join(line for _, line in zip(range(20), stream, strict=False))
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text in UTF-8. Save it as UTF-8.") from None
+    try:
+        delimiter = csv.Sniffer().sniff(head, ",;\t").delimiter
+    except csv.Error:
+        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    first = next(csv.reader(head.splitlines()[:1], delimiter=delimiter), [])
+    bare = bool(first) and all(_is_number(name) for name in first)  # a table without a header
+    notes = ("The first line holds numbers: the columns have no names.",) if bare else ()
+    try:
+        table = text.read_csv(
+            path,
+            read_options=text.ReadOptions(autogenerate_column_names=bare),
+            parse_options=text.ParseOptions(delimiter=delimiter),
+        )
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{path} cannot be read as a table: {' '.join(str(error).split())[:120]}.") from None
+    if bare:
+        table = table.rename_columns([f"column {i}" for i in range(table.num_columns)])
+    return table, notes
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def values_of(source: str, table: pa.Table, wanted: Sequence[str] | None, like: tuple[str, ...] = ()) -> Columns:
+    """The numbers of a table, and the classes that its label columns give.
+
+    Args:
+        source: names the data in messages.
+        table: the table.
+        wanted: label columns; ``()`` for none, ``None`` for one called label, class, target, ...
+        like: names of the columns to take, in this order, where the table has them all; by default all.
+
+    Raises:
+        InputError: for a column that is not there, text among the numbers, or no numbers at all.
+    """
+    names = table.column_names
+    twice = next((n for n in names if names.count(n) > 1), None)
+    if twice is not None:
+        raise InputError(f"{source} has two columns {twice!r}. Give every column a name of its own.")
+    notes: list[str] = []
+    if wanted is None:
+        wanted, notes = _labels_by_name(table)
+    classes = None
+    if wanted:
+        columns = {name: may_be_labels(table.field(name).type) for name in names}
+        classes = from_columns(source, columns, lambda name: (_labels(table, name), ()), wanted)
+        notes += classes.notes if classes is not None else ()
+        classes = None if classes is None else replace(classes, notes=())
+    rest = [name for name in names if name not in (wanted or ())]
+    if set(like) & set(rest):
+        missing = next((n for n in like if n not in rest), None)
+        if missing is not None:
+            raise InputError(
+                f"{source} has no column {missing!r}, which the data have. It has: {', '.join(names[:60])}."
+            )
+        left = [n for n in rest if n not in like]
+        notes += (
+            [f"The columns {', '.join(left[:5])} are not among those of the data and are left out."] if left else []
+        )
+        rest = list(like)
+    for name in [n for n in rest if n in INDEX and n not in like]:
+        values = _numbers(source, table, name)
+        if values.ndim == 1 and len(values) > 1 and np.array_equal(values, values[0] + np.arange(len(values))):
+            notes.append(f"The column {name!r} only numbers the rows and is left out.")
+            rest.remove(name)
+    if not rest:
+        raise InputError(f"{source} has no columns of numbers beside the labels; it has: {', '.join(names[:20])}.")
+    each = [_numbers(source, table, name) for name in rest]
+    lists = next((name for name, v in zip(rest, each, strict=True) if v.ndim > 1), None)
+    if lists is not None:
+        if len(rest) > 1:
+            raise InputError(
+                f"{source} has a column of lists, {lists!r}, beside {len(rest) - 1} others. Expected numbers in every "
+                "column, or one column of lists."
+            )
+        return Columns(each[0], (), classes, tuple(notes))
+    return Columns(np.stack(each, 1), tuple(rest), classes, tuple(notes))
+
+
+def _labels_by_name(table: pa.Table) -> tuple[tuple[str, ...], list[str]]:
+    """The column that is read as labels unasked, and what is said of it."""
+    name = next((c for c in LABEL_COLUMNS if c in table.column_names), None)
+    if name is None:
+        return (), []
+    different = len(table.column(name).unique())
+    if not may_be_labels(table.field(name).type) or different > MOST_CLASSES:
+        few = f"The column {name} holds {different:,} different values: it is read as numbers, not as classes."
+        return (), [f"{few} labels={name} (--labels) reads it as classes."]
+    return (name,), [f"The column {name} is read as labels; labels=none (--labels none) reads it as numbers."]
+
+
+def _labels(table: pa.Table, name: str) -> np.ndarray:
+    chunks = [plain_values(chunk) for chunk in table.column(name).chunks]
+    if any(v.dtype.kind == "O" for v in chunks):
+        chunks = [v.astype(object) for v in chunks]
+    return np.concatenate(chunks) if chunks else np.array([])
+
+
+def _numbers(source: str, table: pa.Table, name: str) -> np.ndarray:
+    """A column as float64 [N], or [N, *S] where its values are lists.
+
+    Raises:
+        InputError: for anything but numbers; of text the first row is named.
+    """
+    import pyarrow as pa
+    import pyarrow.types as t
+
+    column = table.column(name)
+    kind = column.type
+    if t.is_dictionary(kind):
+        kind, column = kind.value_type, column.cast(kind.value_type)
+    if t.is_boolean(kind):
+        column = column.cast(pa.int8())
+    elif t.is_list(kind) or t.is_fixed_size_list(kind) or t.is_large_list(kind):
+        try:
+            return np.asarray(column.to_pylist(), np.float64)
+        except (TypeError, ValueError):
+            raise InputError(
+                f"the column {name!r} of {source} holds lists of different lengths, or not of numbers. Expected lists "
+                "of one length."
+            ) from None
+    elif t.is_null(kind):
+        return np.full(len(column), np.nan)
+    elif not (t.is_integer(kind) or t.is_floating(kind) or t.is_decimal(kind)):
+        for row, value in enumerate(column.to_pylist()):
+            if value is not None and not (isinstance(value, str) and (not value.strip() or _is_number(value))):
+                raise InputError(
+                    f"row {row} of {source} holds {str(value)[:40]!r} in the column {name!r}; expected a number. "
+                    f"Repair it, drop the column, or read it as labels with labels={name} (--labels {name})."
+                )
+        texts = column.to_pylist()
+        return np.array([float(v) if v is not None and v.strip() else np.nan for v in texts])
+    return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(), np.float64)

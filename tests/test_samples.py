@@ -1,0 +1,268 @@
+"""Samples of any shape: arrays and tables read right, measured in units of their own, or one line that says why not."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
+
+import symbreak as sb
+from symbreak.cli.commands import main
+from symbreak.data.samples import opened
+from symbreak.runtime.errors import InputError
+
+SHAPES = {"vector": (3,), "signal": (2, 16), "latent": (4, 4, 4), "five channels": (5, 6, 6), "volume": (1, 4, 5, 6)}
+
+
+def draws(shape, n=40, seed=0):
+    return 3.0 + 2.0 * np.random.default_rng(seed).normal(size=(n, *shape))
+
+
+def cli(*args, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([str(a) for a in args])
+    out = capsys.readouterr()
+    return left.value.code, out.out, out.err
+
+
+def frame(n=12):
+    rng = np.random.default_rng(0)
+    return pd.DataFrame(
+        {"height": rng.normal(170, 8, n), "income": rng.normal(4e4, 1e4, n), "kind": ["a", "b", "c"] * (n // 3)}
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("suffix", ["array", "tensor", "npy", "npz"])
+def test_samples_of_any_shape_as_they_are(tmp_path, shape, suffix):
+    x = draws(shape)
+    y = np.arange(len(x)) % 2
+    if suffix == "npy":
+        np.save(tmp_path / "x.npy", x)
+        data = sb.samples(tmp_path / "x.npy", labels=y)
+    elif suffix == "npz":
+        np.savez(tmp_path / "x.npz", x=x, y=y)
+        data = sb.samples(tmp_path / "x.npz")
+    else:
+        data = sb.samples(x if suffix == "array" else torch.from_numpy(x), labels=y)
+    assert data.shape == shape
+    assert data.units.text == "the values as they are"
+    assert data.classes == ("0", "1")
+    np.testing.assert_array_equal(data.tensor(), x.astype(np.float32))
+    np.testing.assert_array_equal(data.take(np.array([3, 7]), "two").tensor(), x[[3, 7]].astype(np.float32))
+    assert torch.equal(data.unscaled(data.tensor()), data.tensor().double())
+    np.testing.assert_allclose(sb.Moments.fit(data).mean, x.mean(0), rtol=1e-5)
+    first, second = data.split()
+    assert len(first) == len(second) == 20
+    assert first.fingerprint() != second.fingerprint()
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_standard_units_are_of_columns_or_channels_and_lead_back(shape):
+    x = draws(shape) * (1 + np.arange(shape[0])).reshape(-1, *[1] * (len(shape) - 1))
+    data = sb.samples(x, scale="standard")
+    z = data.tensor().double()
+    axes = (0, *range(2, z.ndim))
+    assert torch.allclose(z.mean(axes), torch.zeros(shape[0]).double(), atol=1e-6)
+    assert torch.allclose(z.var(axes, unbiased=False), torch.ones(shape[0]).double(), atol=1e-6)
+    np.testing.assert_allclose(data.unscaled(z), x, rtol=1e-5, atol=1e-5)  # z is in single precision
+    std = x.std((0, *range(2, x.ndim)))
+    np.testing.assert_allclose(data.units.sigma(0.5), 0.5 * std)
+    kind = "column" if len(shape) == 1 else "channel"
+    assert data.units.text == f"standard deviations of each {kind}"
+    assert f"each {kind}" in data.notes[0]
+    again = sb.samples(x + 1, scale=data)
+    np.testing.assert_allclose(data.unscaled(again.tensor()), x + 1, rtol=1e-5, atol=1e-5)
+    pair = sb.samples(x, scale=(data.units.mean, data.units.std))
+    assert torch.equal(pair.tensor(), data.tensor())
+    assert pair.fingerprint() == data.fingerprint() != sb.samples(x).fingerprint()
+
+
+def test_standard_units_in_double_precision():
+    """A clock of 1.7e9 seconds that ticks by hundredths, which single precision cannot hold."""
+    t = 1.7e9 + 0.01 * np.arange(100.0)[:, None]
+    with pytest.raises(InputError, match=r"column 0 .* single precision cannot tell apart. Pass scale='standard'"):
+        sb.samples(t)
+    z = sb.samples(t, scale="standard").tensor().double().numpy()
+    np.testing.assert_allclose(z, (t - t.mean()) / t.std(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "semicolons", "with an index", "parquet", "frame"])
+def test_tables(tmp_path, kind):
+    table, path = frame(), tmp_path / "t.csv"
+    if kind == "parquet":
+        path = tmp_path / "t.parquet"
+        table.to_parquet(path)
+    elif kind == "frame":
+        path = table
+    else:
+        path = path.with_suffix(".tsv") if kind == "tsv" else path
+        separator = {"tsv": "\t", "semicolons": ";"}.get(kind, ",")
+        table.to_csv(path, sep=separator, index=kind == "with an index")
+    data = sb.samples(path, labels="kind", scale="standard")
+    assert data.units.columns == ("height", "income")
+    assert data.shape == (2,)
+    assert data.classes == ("a", "b", "c")
+    assert data.labels.tolist() == [0, 1, 2] * 4
+    np.testing.assert_allclose(data.unscaled(data.tensor()), table[["height", "income"]].to_numpy(), rtol=1e-6)
+    # A table of which the labels are missing and the columns are turned round, in the other's units.
+    held = sb.samples(table[["income", "height"]], scale=data)
+    assert torch.allclose(held.tensor(), data.tensor(), atol=1e-6)
+
+
+def test_tables_without_a_header_and_of_lists(tmp_path):
+    (tmp_path / "bare.csv").write_text("1.5,2\n3,4.5\n5,6\n")
+    bare = sb.samples(tmp_path / "bare.csv")
+    assert bare.tensor().tolist() == [[1.5, 2], [3, 4.5], [5, 6]]
+    assert bare.units.columns == ("column 0", "column 1")
+    assert "no names" in bare.notes[0]
+    lists = pd.DataFrame({"signal": [[1.0, 2, 3], [4, 5, 6]], "label": ["x", "y"]})
+    lists.to_parquet(tmp_path / "s.parquet")
+    data = sb.samples(tmp_path / "s.parquet")
+    assert data.tensor().tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert data.classes == ("x", "y")
+
+
+def test_a_column_called_label_is_read_as_labels_unless_it_is_a_number():
+    wine = sb.samples(load_wine(as_frame=True).frame)
+    assert wine.shape == (13,)
+    assert len(wine.classes) == 3
+    assert "target is read as labels" in wine.notes[0]
+    assert sb.samples(load_wine(as_frame=True).frame, labels="none").shape == (14,)
+    diabetes = sb.samples(load_diabetes(as_frame=True).frame, scale="standard")
+    assert diabetes.shape == (11,)
+    assert diabetes.labels is None
+    assert "214 different values: it is read as numbers" in diabetes.notes[0]
+
+
+def test_one_large_column_is_said_and_scaled_away():
+    wine = load_wine()
+    raw, scaled = sb.samples(wine.data), sb.samples(wine.data, scale="standard")
+    assert "differ by a factor of 2,530 (column 12: 314" in raw.notes[0]
+    assert "scale='standard'" in raw.notes[0]
+    # The covariance of standardized columns is n / (n - 1) of their correlation, whose trace is d.
+    top = np.linalg.eigvalsh(np.corrcoef(wine.data.T))[-1] * 178 / 177
+    assert sb.Moments.fit(scaled).spectrum(1).values[0] == pytest.approx(top, rel=1e-5)
+    cancer = load_breast_cancer()
+    assert "differ by a factor" in sb.samples(cancer.data).notes[0]
+    assert not sb.samples(load_diabetes().data).notes  # its columns come in one scale
+
+
+def bad_table(tmp_path, **columns):
+    table = frame()
+    for name, (row, value) in columns.items():
+        table[name] = table[name].astype(object)
+        table.loc[row, name] = value
+    table.to_csv(tmp_path / "bad.csv", index=False)
+    return tmp_path / "bad.csv"
+
+
+BAD = {
+    "unknown label column": (lambda t: (frame(), {"labels": "species"}), "no label column 'species'.* height, income"),
+    "constant column": (lambda t: ([[1.0, 2], [1, 3]], {"scale": "standard"}), "column 0 of array is constant"),
+    "text": (lambda t: (bad_table(t, income=(4, "n/a?")), {"labels": "kind"}), "row 4 .*'n/a\\?' in the column 'inc"),
+    "text column": (lambda t: (bad_table(t), {}), "row 0 .*'a' in the column 'kind'.*labels=kind"),
+    "missing value": (lambda t: (bad_table(t, income=(4, "")), {"labels": "kind"}), "1 of 12 .*first: row 4, income"),
+    "NaN": (lambda t: ([[1.0, 2], [np.nan, 3], [4, np.inf]], {}), "2 of 3 samples .*first: row 1, column 0"),
+    "length of labels": (lambda t: (np.ones((4, 2)), {"labels": [0, 1, 0]}), r"labels of shape \(3,\) for 4 samples"),
+    "labels of a table": (
+        lambda t: (frame()[["height"]], {"labels": [0, 1]}),
+        r"labels of shape \(2,\) for 12 samples",
+    ),
+    "label column of an array": (lambda t: (np.ones((4, 2)), {"labels": "kind"}), "no columns, so labels='kind'"),
+    "scale": (lambda t: (np.ones((4, 2)), {"scale": "minmax"}), "expected standard, a pair"),
+    "pair": (lambda t: (np.eye(4), {"scale": (0, [1, 2])}), "of one number or of 4, one a column"),
+    "no spread given": (lambda t: (np.eye(4), {"scale": (0, 0)}), "standard deviation above 0"),
+    "not a pair": (lambda t: (np.eye(4), {"scale": 3}), "expected 'standard', or"),
+    "pictures as units": (lambda t: (np.eye(4), {"scale": sb.images("digits")}), "which are pictures"),
+    "other columns": (lambda t: (np.eye(4), {"scale": sb.samples(np.eye(3))}), "4 columns, array 3"),
+    "one dimension": (lambda t: (np.ones(4), {}), r"expected \[N, \*S\]"),
+    "empty": (lambda t: (np.ones((0, 4)), {}), "there are no values"),
+    "complex": (lambda t: (np.ones((4, 2), complex), {}), "complex128 values; expected numbers"),
+    "ragged": (lambda t: ([[1.0], [2.0, 3.0]], {}), "different shapes"),
+    "an option of pictures": (lambda t: (np.eye(4), {"size": 8}), r"size= \(--size\) belongs to pictures"),
+    "a range": (lambda t: (np.eye(4), {"value_range": (0, 1)}), r"value_range= \(--range\) belongs to pictures"),
+    "a typo": (lambda t: (np.eye(4), {"scales": "standard"}), "no option 'scales'"),
+    "no file": (lambda t: (t / "none.csv", {}), "does not exist"),
+    "another file": (lambda t: ((t / "a.json").write_text("{}") and t / "a.json", {}), "is a .json file"),
+    "columns of one name": (lambda t: ((t / "a.csv").write_text("a,a\n1,2\n") and t / "a.csv", {}), "two columns 'a'"),
+    "one row": (lambda t: ((t / "a.csv").write_text("a,b\n1,2\n") and t / "a.csv", {}), "holds 1 sample"),
+    "no rows": (lambda t: ((t / "a.csv").write_text("a,b\n") and t / "a.csv", {}), "there are no values"),
+    "an empty file": (lambda t: ((t / "a.csv").write_text("\n") and t / "a.csv", {}), "cannot be read as a table"),
+    "ragged lines": (
+        lambda t: ((t / "a.csv").write_text("a,b\n1,2\n3\n") and t / "a.csv", {}),
+        "cannot be read as a t",
+    ),
+    "bytes": (lambda t: ((t / "a.csv").write_bytes(b"\xff\xfe\x00\x81") and t / "a.csv", {}), "no text in UTF-8"),
+    "other lists": (lambda t: (pd.DataFrame({"a": [[1.0], [2.0, 3.0]]}), {}), "lists of different lengths"),
+    "dates": (lambda t: (pd.DataFrame({"a": pd.to_datetime(["2020-01-01", "2020-01-02"])}), {}), "row 0 .*'2020-01-01"),
+    "only labels": (lambda t: (pd.DataFrame({"a": [1, 2, 3]}), {"labels": "a"}), "no columns of numbers beside"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line(tmp_path, case):
+    make, said = BAD[case]
+    source, options = make(tmp_path)
+    with pytest.raises(InputError, match=said) as raised:
+        sb.samples(source, **options)
+    assert "\n" not in str(raised.value)
+
+
+def test_rows_with_nan_are_left_out_when_asked(tmp_path):
+    x = np.arange(12.0).reshape(6, 2)
+    x[1, 1], x[4, 0] = np.nan, np.inf
+    data = sb.samples(x, labels=[0, 0, 0, 1, 1, 1], skip_bad=True, scale="standard")
+    assert len(data) == 4
+    assert data.labels.tolist() == [0, 0, 1, 1]
+    assert data.skipped == ("row 1: holds NaN or infinity", "row 4: holds NaN or infinity")
+    np.testing.assert_allclose(data.unscaled(data.tensor()), x[[0, 2, 3, 5]], atol=1e-5)
+    assert "2 unusable samples are left out (first: row 1" in data.notes[-1]
+
+
+def test_what_can_be_no_pictures_is_read_as_samples(tmp_path):
+    for name, shape in {"v": (8, 4), "p": (8, 5, 6, 6), "vol": (8, 1, 4, 4, 4)}.items():
+        np.save(tmp_path / f"{name}.npy", draws(shape[1:], 8))
+        assert opened(str(tmp_path / f"{name}.npy")).shape == shape[1:]
+    np.save(tmp_path / "grey.npy", np.random.default_rng(0).random((8, 6, 6)).astype(np.float32))
+    assert opened(str(tmp_path / "grey.npy")).units is None
+    assert opened(str(tmp_path / "grey.npy"), scale="none").shape == (6, 6)
+    assert opened(str(tmp_path / "grey.npy"), scale="0,2").units.std.tolist() == [2.0] * 6
+    frame().to_csv(tmp_path / "t.csv", index=False)
+    with pytest.raises(InputError, match=r"Open it with sb\.samples"):
+        sb.images(str(tmp_path / "t.csv"))
+
+
+def test_the_command_line_reads_tables(tmp_path, capsys):
+    frame(60).to_csv(tmp_path / "t.csv", index=False)
+    fit = ("fit", "--data", tmp_path / "t.csv", "--labels", "kind", "--out", tmp_path / "m.safetensors")
+    code, out, err = cli(*fit, "--scale", "standard", "--json", capsys=capsys)
+    value = json.loads(out)
+    assert code == 0
+    assert value["shape"] == [2]
+    assert value["units"]["columns"] == ["height", "income"]
+    sigma = value["speciation"]["level"]["sigma"]
+    np.testing.assert_allclose(value["units"]["speciation"], sigma * np.array(value["units"]["std"]))
+    assert "1 is one standard deviation of each column" in err
+    code, out, _ = cli(*fit, "--scale", "standard", capsys=capsys)
+    assert code == 0
+    assert "60 samples of 2" in out
+    assert "standard deviations of each column (height" in out
+    code, _, err = cli(*fit, capsys=capsys)
+    assert code == 0
+    assert "--scale standard" in err
+    for more, said in (
+        (("--scale", "standard", "--range", "0,1"), "--range and --scale came together"),
+        (("--size", "8"), "size= (--size) belongs to pictures"),
+        (("--crop", "center"), "crop= (--crop) belongs to pictures"),
+        (("--mode", "L"), "mode= (--mode) belongs to pictures"),
+        (("--pad", "8"), "pad= (--pad) belongs to pictures"),
+        (("--scale", "wide"), "expected standard"),
+        (("--scale", "1,x"), "expected standard, none, or MEAN,STD"),
+        (("--labels", "species"), "no label column 'species'. It has: height, income, kind"),
+    ):
+        code, out, err = cli(*fit, *more, capsys=capsys)
+        assert (code, out, err.count("\n")) == (2, "", 1), (more, err)
+        assert said in err
