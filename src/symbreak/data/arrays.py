@@ -21,7 +21,7 @@ from symbreak.runtime.ranks import map_over_ranks
 __all__ = ["Range", "from_array", "from_file", "load_array", "slabs"]
 
 PART_BYTES = 64 * 2**20  # a larger array of an archive is mapped instead of read
-UNPACKED = 2**28  # bytes that a packed array may always unpack to, and ...
+UNPACKED = 2**28  # bytes that a packed array, or a row group of parquet, may always unpack to, and ...
 RATIO = 100  # ... times its packed size
 ROUNDING = 0.01  # part of the range by which resizing and rounding go beyond it
 KEYS = ("images", "x", "data", "arr_0", "x_train", "X", "samples")  # names of the array in an archive

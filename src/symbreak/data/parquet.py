@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from symbreak.data.arrays import RATIO, UNPACKED
 from symbreak.data.labels import Classes, from_columns
 from symbreak.data.pictures import Encoded
 from symbreak.runtime.errors import InputError
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Shards", "holds_pictures", "may_be_labels", "plain_values", "readable", "unpacked_size"]
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
-UNPACKED = 2**28  # bytes that a row group may always unpack to, and ...
-RATIO = 100  # ... times its packed size
 BATCH_BYTES = 2**27  # that a batch of rows may take at most, however often its dictionary repeats a value
 
 

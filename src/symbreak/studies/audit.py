@@ -26,14 +26,13 @@ from symbreak.metrics.extractors import BATCH, Extractor
 from symbreak.metrics.features import Features, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train
 from symbreak.metrics.transformed import nearest_transformed, transformations
-from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.families import denoiser
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
-from symbreak.runtime.identity import identity_of, of_data, weights_hash
+from symbreak.runtime.identity import identity_of, of_data
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
@@ -258,17 +257,17 @@ def _sampled(train: Images, model: Pipeline, sampling: Sampling, run: Run) -> tu
         raise InputError("0 samples of the network; expected at least one.")
     begin = standard_start(scheduler(sampling.sampler, like=model.scheduler), sampling.steps)
     whole = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
+    of = decisive(model.unet, begin, MICRO)
     made = {
-        "network": weights_hash(model.unet),
-        "probe": fingerprint(network),
+        "network": of["weights"],
+        "probe": of["probe"],
         "scheduler": plain(dict(model.scheduler.config)),
         "sampler": sampling.sampler,
         "steps": sampling.steps,
         "calls": begin.calls,
         "seeds": f"{seeds[0]}-{seeds[-1]}" if whole else ",".join(map(str, seeds)),
     }
-    decides = decisive(model.unet, begin, MICRO)["identity"]
-    run = run.identified({**decides, "kind": "samples of an audit", "seeds": seeds})
+    run = run.identified({**of["identity"], "kind": "samples of an audit", "seeds": seeds})
     with run.timed("samples") as part:  # three sides, of images and features
         x = generate_shards(model.unet, begin, seeds, micro_batch=MICRO, run=part.share(1 / 12))
     return made, run, x

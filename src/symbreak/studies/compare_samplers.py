@@ -32,7 +32,7 @@ from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
-from symbreak.runtime.identity import identity_of, of_data, unrepeatable, weights_hash
+from symbreak.runtime.identity import identity_of, of_data, unrepeatable
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.fit import late_start
@@ -152,11 +152,11 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
                 for name, size in (("floor", study.samples // study.repeats), ("selection_floor", study.selection))
             }
         settings = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(study).items()}
-        weights, packages = weights_hash(pipe.unet), versions(torch.get_num_threads())
+        of, packages = of_network(network, pipe.scheduler), versions(torch.get_num_threads())
         decides = {
             "data": of_data(train),
             "holdout": of_data(test),
-            "network": of_network(network, pipe.scheduler),
+            "network": of,
             "features": {"name": extract.name, **(extract.decides(train.shape) or unrepeatable(extract.name))},
             **{k: v for k, v in settings.items() if k not in SPELLED},
         }
@@ -180,7 +180,7 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
             "held_out": parts.to_dict(),
             "network": {
                 "source": study.model,
-                "weights": weights,
+                "weights": of["weights"],
                 "parameters": sum(p.numel() for p in pipe.unet.parameters()),
                 "prediction": network.prediction,
                 "scheduler": type(pipe.scheduler).__name__,

@@ -27,7 +27,7 @@ from symbreak.phases.branches import Classify
 from symbreak.report.record import Record
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.files import digest
-from symbreak.runtime.identity import Identity, identity_of, of_callable, of_data, weights_hash
+from symbreak.runtime.identity import Identity, identity_of, of_callable, of_data
 from symbreak.runtime.plain import plain, versions
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.loading import refuse_conditional
@@ -92,6 +92,7 @@ def diagnose(
     count = min(len(parts.test), effort.images)
     if network is not None and count < 20:
         raise InputError(f"{count} images for the losses of a network; expected at least 20. Pass --holdout with more.")
+    of = None if network is None or model is None else of_network(network, model.scheduler)
     name = "ddpm-linear" if model is None else type(model.scheduler).__name__
     settings = {
         "data": data.name,
@@ -100,7 +101,7 @@ def diagnose(
         "selection": list(data.history),
         "pad": data.pad,
         "value_range": [-data.scale - data.offset, data.scale - data.offset],
-        "network": None if model is None else weights_hash(model.unet),
+        "network": None if of is None else of["weights"],
         "scheduler": None if model is None else {name: plain(dict(model.scheduler.config))},
         "classify": None if classify is None else name_of(classify),
         "clusters": clusters,
@@ -113,7 +114,7 @@ def diagnose(
     decides = {
         "data": of_data(data),
         "holdout": of_data(holdout),
-        "network": None if network is None or model is None else of_network(network, model.scheduler),
+        "network": of,
         "classify": None if classify is None else _classifier(classify, parts.test),
         "moments": None if moments is None else digest(*(v for _, v in sorted(moments.tensors()[0].items()))),
         **{k: settings[k] for k in ("clusters", "modes", "seed", "memory")},

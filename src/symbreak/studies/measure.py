@@ -22,13 +22,13 @@ from symbreak.metrics.composition import CLASSES, class_counts
 from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.memorization import Different, different, nearest_summary
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import fingerprint, of_network
+from symbreak.networks.denoiser import of_network
 from symbreak.networks.families import denoiser
 from symbreak.networks.types import Network, Pipeline
 from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest
-from symbreak.runtime.identity import identity_of, of_data, unrepeatable, weights_hash
+from symbreak.runtime.identity import identity_of, of_data, unrepeatable
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
@@ -198,11 +198,12 @@ def compared(
             raise InputError(f"{name} are {images.shape}, the network makes {tuple(network.shape)}. Resize them.")
     run = run.taken()
     real, samples = features(measure.extract, holdout), measure.samples
+    of = of_network(network, pipeline.scheduler)
     settings = {
         "data": data.fingerprint(),
         "holdout": holdout.fingerprint(),
-        "network": weights_hash(pipeline.unet),
-        "answer": fingerprint(network),
+        "network": of["weights"],
+        "answer": of["answers"],
         "extractor": measure.extract.name,
         "features": digest(real[:16]),
         "samples": samples,
@@ -213,7 +214,7 @@ def compared(
     decides = {
         "data": of_data(data),
         "holdout": of_data(holdout),
-        "network": of_network(network, pipeline.scheduler),
+        "network": of,
         "features": {"name": measure.extract.name, "held_out": real, **decided},
         "samples": samples,
         "repeats": measure.repeats,
@@ -244,7 +245,7 @@ def recorded(
     about = {
         "data": describe(data),
         "held_out": describe(holdout),
-        "network": {"parameters": sum(p.numel() for p in unet.parameters()), "weights": weights_hash(unet)},
+        "network": {"parameters": sum(p.numel() for p in unet.parameters()), "weights": settings["network"]},
         "extractor": {"name": extract.name, "held_out_accuracy": extract.to_dict()["held_out_accuracy"]},
         "floor": real.to_dict(),
     }
