@@ -218,13 +218,14 @@ class Edm(torch.nn.Module):
         return gaussian_law().denoise(x.double(), sigma.double()).to(x)
 
 
-def test_edm_networks_are_told_how_to_pose():
+def test_edm_networks_are_told_how_to_be_taken():
     start = standard_start(scheduler("edm-euler"), 40)
     base = scheduler("edm-euler")
     for ask in (lambda: generate(Edm(), start, [0]), lambda: fit_start(images("digits"), Edm(), base)):
-        with pytest.raises(InputError, match=r"sb\.as_unet\(sb\.denoiser\(network\), sb\.scheduler\('edm-euler'\)\)"):
+        with pytest.raises(InputError, match=r"is taken as sb\.denoiser\(network\)"):
             ask()
     x = generate(as_unet(denoiser(Edm()), base), start, range(8), clamp=False)
+    assert torch.equal(generate(denoiser(Edm()), start, range(8), clamp=False), x)
     torch.testing.assert_close(x, generate(as_unet(gaussian_law(), base), start, range(8), clamp=False))
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "fingerprint",
     "fingerprints",
     "images_for",
+    "network_of",
     "of_network",
     "score",
 ]
@@ -167,18 +168,24 @@ def fingerprint(denoiser: Denoiser) -> str:
         return digest(*(ask(denoiser, s * x, s) for s in (low**w * high ** (1 - w) for w in (0.8, 0.5, 0.2))))
 
 
-def of_network(denoiser: Any, scheduler: Any) -> Identity:
-    """What decides the answers of a network: weights, device, answers, and all settings of its scheduler.
+def of_network(denoiser: Denoiser, scheduler: Any = None) -> Identity:
+    """What decides the answers of a network or a law: weights, device, answers, and all settings of its scheduler.
 
     Names and paths do not count. The answers are the first process's: machines may differ in the last bits.
     """
-    unet = denoiser.unet
+    network = network_of(denoiser)
     return {
-        "weights": weights_hash(unet),
+        "weights": None if network is None else weights_hash(network),
         "answers": agreed(lambda: fingerprint(denoiser)),
-        "device": of_device(unet),
-        "scheduler": of_scheduler(scheduler),
+        "device": "cpu" if network is None else of_device(network),
+        "scheduler": {} if scheduler is None else of_scheduler(scheduler),
     }
+
+
+def network_of(denoiser: object) -> torch.nn.Module | None:
+    """The network behind a denoiser; none behind a law or a plain function."""
+    inner = getattr(denoiser, "unet", getattr(denoiser, "model", None))
+    return inner if isinstance(inner, torch.nn.Module) else None
 
 
 def fingerprints(run: Run, *sources: Denoises | Denoiser) -> list[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers.configuration_utils import FrozenDict
+from diffusers.models.unets.unet_1d import UNet1DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser
@@ -26,7 +27,7 @@ from symbreak.networks.types import Network, Scheduler
 from symbreak.noise import NoiseLevel, schedule, sigma_of
 from symbreak.runtime.files import InputError
 
-__all__ = ["NetworkDenoiser", "SigmaDenoiser", "as_unet", "denoiser"]
+__all__ = ["NetworkDenoiser", "SigmaDenoiser", "as_unet", "denoiser", "denoises", "is_picture", "posing"]
 
 
 class Parametrization:
@@ -72,8 +73,10 @@ def _columns(levels: Sequence[NoiseLevel], x: torch.Tensor) -> tuple[torch.Tenso
     return alpha, sigma
 
 
-def sample_shape(unet: Network) -> tuple[int, int, int]:
-    """The shape (C, H, W) of a network's samples.
+def sample_shape(unet: Network) -> tuple[int, ...]:
+    """The shape S of a network's samples: (C, H, W) of pictures.
+
+    A network of other samples says it in its config: ``sample_shape``, or as diffusers' UNet1DModel does.
 
     Raises:
         InputError: where its config does not say it.
@@ -82,17 +85,21 @@ def sample_shape(unet: Network) -> tuple[int, int, int]:
     if not hasattr(config, "in_channels"):
         raise InputError(
             f"{type(unet).__name__} is no network of diffusers: it has no config. A network that is a denoiser "
-            "already, as EDM's, poses as one: sb.as_unet(sb.denoiser(network), sb.scheduler('edm-euler'))."
+            "already, as EDM's, is taken as sb.denoiser(network), with its shape and sigma_range."
         )
+    whole = getattr(config, "sample_shape", None)
     size, channels = getattr(config, "sample_size", None), config.in_channels
-    sides: Any = (size, size) if isinstance(size, int) else size
-    whole = isinstance(sides, list | tuple) and len(sides) == 2 and all(type(n) is int and n > 0 for n in sides)
-    if not whole or type(channels) is not int or channels < 1:
+    if whole is None and isinstance(unet, UNet1DModel):
+        whole = [channels, size]
+    if whole is None:
+        sides: Any = (size, size) if isinstance(size, int) else size
+        whole = [channels, *sides] if isinstance(sides, list | tuple) and len(sides) == 2 else []
+    if not whole or not all(type(n) is int and n > 0 for n in whole):
         raise InputError(
             f"the network's config says sample_size={size!r} and in_channels={channels!r}; expected whole numbers "
             "above 0. Set them, as in unet.register_to_config(sample_size=32)."
         )
-    return channels, int(sides[0]), int(sides[1])
+    return tuple(whole)
 
 
 def answer(unet: Network, x: torch.Tensor, t: torch.Tensor, condition: Mapping[str, object]) -> torch.Tensor:
@@ -268,11 +275,12 @@ class _Posing(torch.nn.Module):
     def __init__(self, source: Denoiser, scheduler: Scheduler) -> None:
         super().__init__()
         self.source, self.says = source, Parametrization(scheduler)
-        shape = source.shape
-        if len(shape) != 3:
-            raise InputError(f"a law of shape {shape} cannot pose as a network; expected [C, H, W].")
+        shape = tuple(source.shape)
         self.config = FrozenDict(
-            in_channels=shape[0], out_channels=shape[0], sample_size=tuple(shape[1:]), num_class_embeds=None
+            in_channels=shape[0],
+            out_channels=shape[0],
+            num_class_embeds=None,
+            **({"sample_size": shape[1:]} if len(shape) == 3 else {"sample_shape": shape}),
         )
         self.dtype = torch.float32
 
@@ -304,9 +312,24 @@ class _Posing(torch.nn.Module):
 
 
 def as_unet(law_or_denoiser: Denoises | Denoiser, scheduler: Scheduler) -> Network:
-    """A law (or denoiser) of shape [C, H, W] posing as the diffusers network that a scheduler expects.
+    """A law or a denoiser, of samples of any shape, posing as the diffusers network that a scheduler expects.
 
-    For tests and demonstrations: every sampler can be run with an exact denoiser in place of a network.
-    It predicts what ``scheduler.config.prediction_type`` asks for; computed in float64.
+    Every sampler can be run with a denoiser ``model(x, sigma)``, or an exact law, in place of a network. It predicts
+    what ``scheduler.config.prediction_type`` asks for; computed in float64.
     """
     return _Posing(as_denoiser(law_or_denoiser), scheduler)
+
+
+def posing(model: Network | Denoises | Denoiser, scheduler: Scheduler) -> Network:
+    """A diffusers network as it is; a law or a denoiser as one that the scheduler expects."""
+    return as_unet(model, scheduler) if isinstance(model, Denoises | Denoiser) else model
+
+
+def denoises(model: Network | Denoises | Denoiser, scheduler: Scheduler) -> Denoiser:
+    """The denoiser of a diffusers network with a scheduler; a law's own, or the denoiser itself."""
+    return as_denoiser(model) if isinstance(model, Denoises | Denoiser) else denoiser(model, scheduler)
+
+
+def is_picture(shape: Sequence[int]) -> bool:
+    """Whether samples of a shape are taken for pictures in [-1, 1]: grey or in colour."""
+    return len(shape) == 3 and shape[0] in (1, 3)

@@ -153,9 +153,11 @@ def of_device(module: nn.Module) -> str:
 
 
 def fixed_images(shape: Sequence[int], count: int = 3) -> torch.Tensor:
-    """The same images [count, C, H, W] in [-1, 1] for everybody: smooth ones, and pixels on their own."""
-    c, h, w = shape
+    """The same images [count, C, H, W] in [-1, 1] for everybody: smooth ones, and pixels on their own; or samples."""
     g = torch.Generator().manual_seed(97)
+    if len(shape) != 3:
+        return torch.randn(count, *shape, generator=g)
+    c, h, w = shape
     smooth = nn.functional.interpolate(torch.randn(count, c, 4, 4, generator=g), (h, w), mode="bilinear")
     return (smooth + 0.3 * torch.randn(count, c, h, w, generator=g)).clamp(-1, 1)
 

@@ -56,6 +56,17 @@ def takes(scheduler: Scheduler, setting: str) -> bool:
     return setting in inspect.signature(type(scheduler).__init__).parameters
 
 
+def check_unclipped(scheduler: Scheduler, what: str) -> None:
+    """A scheduler that cuts every predicted sample to the range of pixels raises an error, where samples are none."""
+    for setting in ("clip_sample", "thresholding"):
+        if takes(scheduler, setting) and scheduler.config.get(setting):
+            name = type(scheduler).__name__
+            raise InputError(
+                f"{name} cuts every predicted sample to [-1, 1] ({setting}=True), which would spoil {what}. Pass "
+                f"{name}.from_config(scheduler.config, {setting}=False), as sb.scheduler(..., {setting}=False) does."
+            )
+
+
 def check_scheduler(scheduler: Scheduler) -> None:
     """A scheduler that cannot be cut raises an error that names one that can."""
     name = type(scheduler).__name__

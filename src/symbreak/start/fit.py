@@ -19,14 +19,13 @@ from symbreak.laws.class_posterior import Labels
 from symbreak.laws.law import Law, Transports
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Batches, Denoiser, Denoises
-from symbreak.networks.families import denoiser as adapted
-from symbreak.networks.families import sample_shape
+from symbreak.networks.families import denoises, posing
 from symbreak.networks.types import Network, Scheduler
 from symbreak.noise import NoiseLevel, Schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.runtime.files import InputError
 from symbreak.start.choose import choose
-from symbreak.start.cut_schedule import check_scheduler, check_steps, schedule_of
+from symbreak.start.cut_schedule import check_scheduler, check_steps, check_unclipped, schedule_of
 from symbreak.start.late_start import LateStart, LateStartWarning, cut
 
 __all__ = ["candidate_laws", "fit_start", "late_start"]
@@ -169,7 +168,7 @@ def candidate_laws(data: Images, clusters: int | None = None) -> list[Gaussian |
 
 def fit_start(
     data: Images,
-    unet: Network,
+    unet: Network | Denoises | Denoiser,
     scheduler: Scheduler,
     steps: int = 5,
     holdout: Batches | None = None,
@@ -179,8 +178,8 @@ def fit_start(
     """From a data set and a network to a start, in one call: fit the laws, choose among them.
 
     Args:
-        data: images that the laws are fitted to.
-        unet, scheduler: the network and the diffusers scheduler to sample with.
+        data: images, or samples of any shape, that the laws are fitted to.
+        unet, scheduler: the network (or a `denoiser`, or a law) and the diffusers scheduler to sample with.
         steps: num_inference_steps.
         holdout: images to choose with (`Images` or a tensor); by default up to 256 of ``data``, a fifth at
             most, are kept back from the fit.
@@ -196,13 +195,15 @@ def fit_start(
             raise InputError(f"{name}={str(value)!r} is a name; expected images. Pass sb.images({str(value)!r}).")
     if not isinstance(data, Images):
         raise InputError(f"data of the type {type(data).__name__}; expected images. Pass sb.images(...).")
-    sample_shape(unet)  # what is no network of diffusers ends here
+    network = denoises(unet, scheduler)
+    unet = posing(unet, scheduler)
     if unet.config.get("cross_attention_dim"):
         raise InputError("the network needs a text condition. Use late_start with sb.denoiser(unet, ..., **condition).")
-    network = adapted(unet, scheduler)
+    if data.units is not None:
+        check_unclipped(scheduler, f"the samples of {data.name}")
     if tuple(data.shape) != network.shape:
         raise InputError(
-            f"{data.name} has images of {' x '.join(map(str, data.shape))}, the network works on "
+            f"{data.name} has {data.noun} of {' x '.join(map(str, data.shape))}, the network works on "
             f"{' x '.join(map(str, network.shape))}. Fit the start on data of the network's shape."
         )
     if holdout is None or isinstance(holdout, Images):

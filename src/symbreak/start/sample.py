@@ -23,8 +23,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.saving import law_hash
-from symbreak.networks.denoiser import of_network
-from symbreak.networks.families import answer, denoiser, sample_shape
+from symbreak.networks.denoiser import Denoiser, Denoises, of_network
+from symbreak.networks.families import answer, denoises, is_picture, posing, sample_shape
 from symbreak.networks.types import Network
 from symbreak.noise import generator as seeded
 from symbreak.noise import schedule
@@ -35,6 +35,7 @@ from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.ranks import agreed, alone, map_over_ranks, rank_of, shares
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Arrays, Run, renamed
+from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.late_start import LateStart
 
 __all__ = ["decisive", "generate", "generate_shards", "parse_seeds", "run_sampler", "write_images"]
@@ -65,8 +66,8 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def check(unet: Network, start: LateStart, seeds: Sequence[int], micro_batch: int) -> tuple[int, int, int]:
-    """What cannot be sampled raises an error before anything is done; the shape (C, H, W) of an image."""
+def check(unet: Network, start: LateStart, seeds: Sequence[int], micro_batch: int) -> tuple[int, ...]:
+    """What cannot be sampled raises an error before anything is done; the shape (C, H, W) of an image, or another."""
     if not seeds:
         raise InputError("no seeds; expected at least one.")
     if not 0 <= min(seeds) <= max(seeds) < 2**63:
@@ -74,8 +75,8 @@ def check(unet: Network, start: LateStart, seeds: Sequence[int], micro_batch: in
     return check_shape(unet, start, micro_batch)
 
 
-def check_shape(unet: Network, start: LateStart, micro_batch: int) -> tuple[int, int, int]:
-    """The shape (C, H, W) of an image; a start whose law has another one raises an error."""
+def check_shape(unet: Network, start: LateStart, micro_batch: int) -> tuple[int, ...]:
+    """The shape (C, H, W) of an image, or another; a start whose law has another one raises an error."""
     if micro_batch < 1:
         raise InputError(f"a micro-batch of {micro_batch}; expected at least 1.")
     shape = sample_shape(unet)
@@ -83,6 +84,8 @@ def check_shape(unet: Network, start: LateStart, micro_batch: int) -> tuple[int,
         raise InputError(
             f"the start's law has the shape {tuple(start.law.shape)}, the network {shape}. Fit it on such data."
         )
+    if not is_picture(shape):
+        check_unclipped(start.full, f"samples of {' x '.join(map(str, shape))}")
     return shape
 
 
@@ -125,11 +128,11 @@ def run_sampler(
     generator: Generators = None,
     each: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The sampler's loop: the state that the first step expects -> the state after the last step, [n, C, H, W].
+    """The sampler's loop: the state that the first step expects -> the state after the last step, [n, *S].
 
     Args:
         start: whose scheduler is stepped, in a copy.
-        state: [n, C, H, W].
+        state: [n, *S].
         network: (scaled states, the network's time) -> its prediction.
         generator: for samplers that draw noise: one generator a row, or one for all.
         each: called after every step with its index, the network's time and the state; returns the state
@@ -252,12 +255,14 @@ class _Images:
         labels: Labels | int | None = None,
         clean: torch.Tensor | None = None,
         device: str | torch.device | None = None,
-        clamp: bool = True,
+        clamp: bool | None = None,
         **condition: object,
     ) -> None:
+        unet = posing(unet, start.full)
         self.unet, self.start, self.seeds, self.micro_batch = unet, start, [int(s) for s in seeds], micro_batch
-        self.clean, self.clamp, self.condition = clean, clamp, condition
+        self.clean, self.condition = clean, condition
         n, self.shape = len(self.seeds), check(unet, start, self.seeds, micro_batch)
+        self.clamp = is_picture(self.shape) if clamp is None else clamp
         # Who hands the network its classes directly keeps them from the start, and answers for them.
         self.labels = None if "class_labels" in condition else check_labels(unet, labels, n)
         if clean is not None and len(clean) != n:
@@ -265,7 +270,7 @@ class _Images:
         self.device = torch.device(getattr(unet, "device", "cpu") if device is None else device)
 
     def batch(self, rows: slice) -> torch.Tensor:
-        """The images of some seeds [n, C, H, W] float32."""
+        """The images of some seeds [n, *S] float32."""
         generators = [torch.Generator().manual_seed(s) for s in self.seeds[rows]]
         noise = torch.stack([torch.randn(self.shape, generator=g) for g in generators])
         state = integrate(
@@ -317,7 +322,7 @@ class _Images:
 
 @renamed(keep="run=sb.Run(folder)")
 def generate(
-    unet: Network,
+    unet: Network | Denoises | Denoiser,
     start: LateStart,
     seeds: Sequence[int],
     labels: Labels | int | None = None,
@@ -325,33 +330,34 @@ def generate(
     micro_batch: int = 64,
     clean: torch.Tensor | None = None,
     device: str | torch.device | None = None,
-    clamp: bool = True,
+    clamp: bool | None = None,
     run: Run | None = None,
     **condition: object,
 ) -> torch.Tensor:
-    """Images of the given seeds from a network and a start.
+    """Images, or samples of any other shape, of the given seeds from a network and a start.
 
     Args:
-        unet: diffusers network (or `as_unet`), evaluated on micro-batches.
+        unet: diffusers network, `denoiser` or law, evaluated on micro-batches.
         start: from `late_start` or `standard_start`; its ``calls`` is the cost of an image.
         seeds: one integer an image.
         labels: class [N] of every image (or one for all), for class-conditional networks; the start and
             the network both get them.
         micro_batch: fixed size of every network evaluation; the last one is padded.
-        clean: images [N, C, H, W] to noise to the start level instead of drawing from the law
+        clean: images [N, *S] to noise to the start level instead of drawing from the law
             (the best any law could do there).
-        clamp: cut the result to [-1, 1] (pixels).
+        clamp: cut the result to [-1, 1], as pixels are; by default where samples have the shape of pictures of 1 or 3
+            channels.
         run: with a folder, finished blocks of images are kept there; tells how many images are done.
         **condition: passed to the network.
 
     Several processes share the micro-batches, and all of them get all images (`symbreak.runtime.ranks`).
 
     Returns:
-        Images [N, C, H, W] float32.
+        Images [N, C, H, W], or samples [N, *S] in the network's units, float32.
 
     Raises:
-        InputError: where the law's shape is not the network's, seeds and images do not match, or labels
-            are missing, too many, or not the network's.
+        InputError: where the law's shape is not the network's, seeds and images do not match, labels
+            are missing, too many, or not the network's, or the scheduler cuts to [-1, 1] what is no picture.
     """
     run = (run or Run()).named("images")
     images = _Images(unet, start, seeds, micro_batch, labels, clean, device, clamp, **condition)
@@ -367,22 +373,31 @@ def generate(
 
 
 def generate_shards(
-    unet: Network, start: LateStart, seeds: Sequence[int], *, micro_batch: int = 64, run: Run | None = None
+    unet: Network | Denoises | Denoiser,
+    start: LateStart,
+    seeds: Sequence[int],
+    *,
+    micro_batch: int = 64,
+    clamp: bool | None = None,
+    run: Run | None = None,
 ) -> Shards:
     """Images of the given seeds, the same as those of `generate`, of which every process makes and holds a part.
 
     Args:
-        unet, start, seeds, micro_batch: see `generate`.
+        unet, start, seeds, micro_batch, clamp: see `generate`.
         run: see `generate`; images beyond its memory go into a file without a name in its folder.
     """
     run = (run or Run()).named("images")
-    images = _Images(unet, start, seeds, micro_batch)
+    images = _Images(unet, start, seeds, micro_batch, clamp=clamp)
     n, size = len(images.seeds), _block(micro_batch)
     edges = shares(n, size)
     memory = run.bytes()
     if len(edges) == 2:  # too few for every process to have some: they share the micro-batches
         return Shards(
-            [generate(unet, start, seeds, micro_batch=micro_batch, run=run).numpy()], edges, memory, run.folder
+            [generate(unet, start, seeds, micro_batch=micro_batch, clamp=clamp, run=run).numpy()],
+            edges,
+            memory,
+            run.folder,
         )
     first, last = edges[rank_of()[0] :][:2]
     key = images.key(run)
@@ -406,7 +421,9 @@ def _block(micro_batch: int) -> int:
     return micro_batch * max(1, BLOCK // micro_batch)
 
 
-def decisive(unet: Network, start: LateStart, micro_batch: int, more: Values | None = None) -> Values:
+def decisive(
+    unet: Network | Denoises | Denoiser, start: LateStart, micro_batch: int, more: Values | None = None
+) -> Values:
     """Everything that decides an image beside its seed, as plain values for a record.
 
     Args:
@@ -418,8 +435,7 @@ def decisive(unet: Network, start: LateStart, micro_batch: int, more: Values | N
     Returns:
         With ``identity``: all of it that decides, of which what the network and the start are called is no part.
     """
-    network = denoiser(unet, start.full)
-    of = of_network(network, start.full)
+    of = of_network(denoises(unet, start.full), start.full)
     law = None if start.law is None else law_hash(start.law)
     decides = identity_of(
         "images",
@@ -450,7 +466,7 @@ def decisive(unet: Network, start: LateStart, micro_batch: int, more: Values | N
 
 
 def write_images(
-    unet: Network,
+    unet: Network | Denoises | Denoiser,
     start: LateStart,
     seeds: Sequence[int],
     folder: str | Path,
@@ -460,6 +476,8 @@ def write_images(
     run: Run | None = None,
 ) -> int:
     """One PNG a seed, ``00000007.png``, and ``sample.json`` with what decides them; an interrupted call continues.
+
+    Samples that are no pictures of 1 or 3 channels become ``00000007.npy``, in the network's units.
 
     Args:
         unet, start, seeds, micro_batch: see `generate`.
@@ -473,7 +491,7 @@ def write_images(
     Raises:
         InputError: as `generate`; and where the folder holds images made with other settings, which are named.
     """
-    run = (run or Run()).named("images")
+    run, unet = (run or Run()).named("images"), posing(unet, start.full)
     shape = check(unet, start, seeds, micro_batch)
     settings = decisive(unet, start, micro_batch) if settings is None else settings
     folder = Path(folder)
@@ -491,10 +509,14 @@ def write_images(
         def made(first: int) -> Arrays:
             some = missing[first : first + micro_batch]
             x = generate(unet, start, some, micro_batch=micro_batch)
+            if not is_picture(shape):
+                for seed, one in zip(some, x.numpy()):
+                    write_whole(_place(folder, seed, shape), partial(_save, one))
+                return {}
             pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
             for seed, image in zip(some, pixels):
                 picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-                write_whole(folder / f"{seed:08d}.png", partial(picture.save, format="PNG", pnginfo=mark))
+                write_whole(_place(folder, seed, shape), partial(picture.save, format="PNG", pnginfo=mark))
             return {}
 
         def tell(batches: int, _: int) -> None:
@@ -503,17 +525,27 @@ def write_images(
         try:
             map_over_ranks(range(0, len(missing), micro_batch), made, tell)
         except StepError:
-            if fresh and not list(folder.glob("*.png")):
+            if fresh and not list(folder.glob("*.[pn][np][gy]")):
                 info.unlink(missing_ok=True)  # nothing is left of images that cannot be made
             raise
     return len(missing)
+
+
+def _save(array: np.ndarray, path: Path) -> None:
+    with path.open("wb") as stream:  # of a name numpy would make another one
+        np.save(stream, array, allow_pickle=False)
+
+
+def _place(folder: Path, seed: int, shape: Sequence[int]) -> Path:
+    """The file of a seed."""
+    return folder / f"{seed:08d}.{'png' if is_picture(shape) else 'npy'}"
 
 
 def _mark(settings: Values) -> str:
     return digest(json.dumps(settings.get("identity"), sort_keys=True))
 
 
-def _missing(folder: Path, seeds: Sequence[int], settings: Values, shape: tuple[int, int, int]) -> list[int]:
+def _missing(folder: Path, seeds: Sequence[int], settings: Values, shape: tuple[int, ...]) -> list[int]:
     """Seeds whose images are still to be made.
 
     Raises:
@@ -530,7 +562,7 @@ def _missing(folder: Path, seeds: Sequence[int], settings: Values, shape: tuple[
             raise InputError(f"{folder} holds images made with other settings: {names}{why}. Choose another --out.")
     mark, missing = _mark(settings), []
     for seed in seeds:
-        path = folder / f"{seed:08d}.png"
+        path = _place(folder, seed, shape)
         fault = _fault(path, mark if before is not None else None, shape)
         if fault is None:
             continue
@@ -540,13 +572,19 @@ def _missing(folder: Path, seeds: Sequence[int], settings: Values, shape: tuple[
     return missing
 
 
-def _fault(path: Path, mark: str | None, shape: tuple[int, int, int]) -> str | None:
+def _fault(path: Path, mark: str | None, shape: tuple[int, ...]) -> str | None:
     """Why a file is not the image that belongs there; "" where there is none, ``None`` for the image itself."""
     try:
         if not path.stat().st_size:
             return ""  # nothing is lost with it
     except FileNotFoundError:
         return ""
+    if path.suffix == ".npy":
+        try:
+            whole = mark is not None and np.load(path, allow_pickle=False).shape == shape
+        except Exception as error:
+            return f"is no array that can be read ({type(error).__name__})"
+        return None if whole else "was not made here"
     try:
         with Image.open(path, formats=["PNG"]) as picture:
             size, bands = (picture.height, picture.width), len(picture.getbands())

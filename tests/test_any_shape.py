@@ -1,0 +1,114 @@
+"""Commands x kinds of data: each on an exact mixture of samples of any shape, with the right numbers.
+
+Two narrow classes at c +- m of unequal weights, well outside [-1, 1]: what takes values for pixels goes wrong.
+"""
+
+import math
+from dataclasses import dataclass
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import symbreak as sb
+from symbreak.laws import Mixture
+from symbreak.noise import generator
+from symbreak.runtime.errors import InputError
+from symbreak.start.sample import write_images
+
+SHAPES = {"vector": (6,), "signal": (2, 8), "five channels": (5, 4, 4), "volume": (1, 3, 4, 4)}
+NORM, SPREAD, CENTRE, WEIGHTS = 8.0, 0.5, 3.0, (0.6, 0.4)
+each = pytest.mark.parametrize("kind", SHAPES)
+
+
+@dataclass
+class World:
+    """The law, samples of it with their classes, and more of them."""
+
+    law: Mixture
+    data: sb.samples
+    holdout: sb.samples
+    axis: torch.Tensor  # of the classes, norm 1
+
+    def classify(self, x):
+        """The class of samples [B, *S]: the side of the centre that they lie on."""
+        return ((x.double() - CENTRE).flatten(1) @ self.axis > 0).long()
+
+    def network(self):
+        """The law as a function of (x, sigma) that knows levels 0.01 to 100, as a trained network would."""
+        return sb.denoiser(self.law.denoise, shape=self.law.shape, sigma_range=(0.01, 100.0))
+
+
+def world(kind, n=240):
+    shape = SHAPES[kind]
+    d = math.prod(shape)
+    axis = torch.randn(d, generator=generator(5, 1), dtype=torch.float64)
+    axis /= axis.norm()
+    means = CENTRE + NORM / 2 * torch.stack([-axis, axis]).reshape(2, *shape)
+    law = Mixture.from_parameters(means, SPREAD**2, WEIGHTS)
+    made = World(law, None, None, axis)
+    both = [law.sample(n, generator=generator(5, i)) for i in (2, 3)]
+    made.data, made.holdout = (sb.samples(x, labels=made.classify(x)) for x in both)
+    return made
+
+
+@each
+def test_starts_are_chosen_for_a_denoiser_and_sampled_from(kind, tmp_path):
+    w = world(kind)
+    start = sb.fit_start(w.data, w.network(), sb.scheduler("dpm++2m"), steps=6, holdout=w.holdout)
+    # One Gaussian cannot tell the classes apart, a mixture can: it is chosen, below the level of the classes.
+    assert start.law is not None
+    assert "Mixture" in repr(start.law)
+    x = sb.generate(w.network(), start, range(400))
+    assert x.shape == (400, *w.law.shape)
+    y = w.classify(x)
+    # shares of classes: 4 standard errors of 400 samples and of the 240 that the start learned from
+    assert float(y.double().mean()) == pytest.approx(WEIGHTS[1], abs=4 * math.sqrt(0.24 * (1 / 400 + 1 / 240)))
+    for k in (0, 1):
+        some = x[y == k].double()
+        along = (some - w.law.means[k].reshape(w.law.shape)).flatten(1)
+        assert float(along.mean(0).norm()) < 5 * SPREAD * math.sqrt(along.shape[1] / len(some))
+        assert float(along.var(0).mean().sqrt()) == pytest.approx(SPREAD, rel=0.1)
+    # The same denoiser posing as a network gives the same bits.
+    posing = sb.as_unet(w.network(), start.full)
+    assert torch.equal(sb.generate(posing, start, range(8)), x[:8])
+    assert write_images(w.law, start, [3, 5], tmp_path) == 2
+    np.testing.assert_array_equal(np.load(tmp_path / "00000005.npy"), sb.generate(w.law, start, [5])[0])
+    assert write_images(w.law, start, [3, 5, 6], tmp_path) == 1
+    (tmp_path / "00000003.npy").write_bytes(b"no array")
+    with pytest.raises(InputError, match="no array that can be read"):
+        write_images(w.law, start, [3], tmp_path)
+
+
+def test_late_start_auto_of_a_denoiser_on_its_own_schedule():
+    w = world("vector")
+    base = sb.scheduler("edm-dpm++2m", sigma_min=0.02)
+    laws = sb.candidate_laws(w.data)
+    start = sb.late_start(base, laws, 6, denoiser=w.network(), data=w.holdout)
+    x = sb.generate(w.network(), start, range(200))
+    assert float(w.classify(x).double().mean()) == pytest.approx(WEIGHTS[1], abs=0.15)
+    with pytest.raises(InputError, match=r"sigma from 0\.002 .* is outside the network's 0\.01 to 100"):
+        sb.generate(w.network(), sb.standard_start(sb.scheduler("edm-dpm++2m"), 6), [0])
+
+
+def test_schedulers_that_cut_to_the_range_of_pixels_are_named():
+    w = world("vector")
+    for name in ("ddpm", "ddim"):
+        said = r"cuts every predicted sample to \[-1, 1\] \(clip_sample=True\).*clip_sample=False"
+        with pytest.raises(InputError, match=said):
+            sb.fit_start(w.data, w.law, sb.scheduler(name))
+        with pytest.raises(InputError, match=said):
+            sb.generate(w.law, sb.standard_start(sb.scheduler(name), 5), [0])
+    free = sb.scheduler("ddim", clip_sample=False, timestep_spacing="trailing")
+    x = sb.generate(w.law, sb.standard_start(free, 40), range(200))
+    assert float((x - CENTRE).flatten(1).norm(dim=1).mean()) == pytest.approx(NORM / 2, rel=0.1)
+
+
+def test_networks_of_diffusers_for_signals_say_their_shape():
+    unet = diffusers.UNet1DModel(
+        sample_size=64, in_channels=2, out_channels=2, extra_in_channels=64, block_out_channels=(32, 32, 64),
+    ).eval()  # fmt: skip
+    start = sb.standard_start(sb.scheduler("dpm++2m"), 2)
+    assert sb.denoiser(unet, sb.scheduler("ddpm")).shape == (2, 64)
+    assert sb.generate(unet, start, [0, 1]).shape == (2, 2, 64)
