@@ -14,12 +14,23 @@ import torch
 import symbreak as sb
 from symbreak.laws import Mixture
 from symbreak.noise import generator
+from symbreak.phases.collapse import collapse_time
+from symbreak.phases.speciation import cloning_time, speciation_time
+from symbreak.report.tables import tables
 from symbreak.runtime.errors import InputError
 from symbreak.start.sample import write_images
 
 SHAPES = {"vector": (6,), "signal": (2, 8), "five channels": (5, 4, 4), "volume": (1, 3, 4, 4)}
 NORM, SPREAD, CENTRE, WEIGHTS = 8.0, 0.5, 3.0, (0.6, 0.4)
 each = pytest.mark.parametrize("kind", SHAPES)
+LONG = [pytest.param(k, marks=pytest.mark.slow) if k in ("signal", "five channels") else k for k in SHAPES]
+QUICK = sb.Effort(
+    pairs=80, steps=48, branches=7, turns=5, stability=2, losses=6, images=48, points=400, queries=200, frames=("ve",)
+)
+
+
+def levels(record, of):
+    return {c["name"]: c["level"] and c["level"]["sigma"] for c in record.content["criteria"] if c["of"] == of}
 
 
 @dataclass
@@ -112,3 +123,71 @@ def test_networks_of_diffusers_for_signals_say_their_shape():
     start = sb.standard_start(sb.scheduler("dpm++2m"), 2)
     assert sb.denoiser(unet, sb.scheduler("ddpm")).shape == (2, 64)
     assert sb.generate(unet, start, [0, 1]).shape == (2, 2, 64)
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_phases_of_data(kind, tmp_path):
+    w = world(kind)
+    record = sb.diagnose(w.data, holdout=w.holdout, effort=QUICK)
+    top = WEIGHTS[0] * WEIGHTS[1] * NORM**2 + SPREAD**2
+    mixture, data = levels(record, "class mixture"), levels(record, "data")
+    # 240 samples: a level is known to about 1 / sqrt(2 n) = 5 %, and from 200 queries another 5 %.
+    assert mixture["free entropy"] == pytest.approx(speciation_time(w.law, "free-entropy").sigma, rel=0.15)
+    assert mixture["cloning"] == pytest.approx(cloning_time(w.law).sigma, rel=0.15)
+    assert data["cloning"] == pytest.approx(cloning_time(w.law).sigma, rel=0.15)
+    assert data["spectral"] == pytest.approx(math.sqrt(top - 1), rel=0.05)
+    assert data["collapse"] == pytest.approx(collapse_time(w.law, samples=240).sigma, rel=0.25)
+    assert list(record.content["speciation"]) == ["the values as they are"]
+    page = sb.write_report(record, tmp_path / "r.html").read_text()
+    assert f"240 samples of {' x '.join(map(str, SHAPES[kind]))}" in page
+    assert "pixels" not in page
+    assert [p["title"] for p in record.content["pictures"]] == ["leading modes", "the samples"]
+
+
+@pytest.mark.parametrize("kind", ["vector", *(pytest.param(k, marks=pytest.mark.slow) for k in list(SHAPES)[1:])])
+def test_phases_of_a_denoiser(kind, tmp_path):
+    w = world(kind)
+    record = sb.diagnose(w.data, w.network(), holdout=w.holdout, effort=QUICK, run=sb.Run(tmp_path))
+    assert record.content["network"] == {"parameters": 0, "prediction": "sample", "sigma_range": [0.01, 100.0]}
+    at, exact = levels(record, "network"), cloning_time(w.law).sigma
+    # 80 pairs at 7 levels that are a factor 1.8 apart; a classifier that was trained on the labels says the class.
+    assert 1 / 1.5 < at["cloning"] / exact < 1.5
+    assert 1 / 1.8 < at["U-turn, class"] / exact < 1.8  # 5 levels
+    assert at["second well"] == pytest.approx(sb.bifurcation(w.law, "sde", "ve", criterion="wells").sigma, rel=0.1)
+    assert any("right on 100.0% of the held-out" in note for note in record.content["notes"])
+    titles = [p["title"] for p in record.content["pictures"]]
+    assert {"leading modes", "samples", "ends of the arc"} <= set(titles)
+
+
+def test_a_table_is_decided_in_the_units_of_its_columns(tmp_path):
+    from sklearn.datasets import load_wine
+
+    table = load_wine(as_frame=True).frame
+    data = sb.samples(table, labels="target", scale="standard")
+    record = sb.diagnose(data, effort=QUICK)
+    at = levels(record, "data")
+    # Equal columns: the classes are decided near the level of the two leading modes, 4.73 and 2.51.
+    assert 1.6 < at["cloning"] < 2.2
+    assert 0.5 < at["collapse"] < 1.0
+    assert list(record.content["speciation"]) == ["standard deviations of each column"]
+    units = tables(record)[0]["units"]
+    assert [c.text for c in units.rows[-1]] == ["proline", "746.9", "314", *(
+        f"{314.0216567 * record.content['regimes'][k]['sigma']:.4g}" for k in ("speciation", "collapse")
+    )]  # fmt: skip
+    page = sb.write_report(record, tmp_path / "r.html").read_text()
+    assert "1 is one standard deviation of each column" in page
+    assert "proline" in page
+    raw = sb.diagnose(sb.samples(table, labels="target"), effort=QUICK)
+    assert levels(raw, "data")["spectral"] == pytest.approx(315, abs=1)  # one column, proline
+    assert "scale standard" in raw.content["data"]["notes"][0]
+
+
+def test_models_of_another_kind_are_named():
+    w = world("vector")
+    with pytest.raises(InputError, match=r"model of the type str; expected a diffusers pipeline, sb\.denoiser"):
+        sb.diagnose(w.data, "digits")
+    with pytest.raises(InputError, match=r"makes samples of \(2, 8\), but the data are \(6,\)"):
+        sb.diagnose(w.data, world("signal").law)
+    other = sb.samples(w.data.tensor(), scale="standard")
+    with pytest.raises(InputError, match=r"scaled in another way .* scale=data"):
+        sb.diagnose(w.data, holdout=other)

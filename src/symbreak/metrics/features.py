@@ -46,29 +46,32 @@ __all__ = [
 BUNDLED = str(resources.files("symbreak") / "weights" / "digits-classifier.safetensors")
 FEATURES = 64
 MAX_PIXELS = 4096
+SCALED_BY = 4096  # training samples that say the mean and the standard deviation of the columns
 
 
 class Classifier(nn.Module, Extractor):
     """A small convolutional classifier; its features are the 64 units before the last layer.
 
+    Vectors, and samples of more than three axes beside the channels, go through plain layers instead.
+
     Args:
-        shape: (C, H, W) of the images.
+        shape: (C, H, W) of the images, or the shape of other samples.
         classes: names of the classes.
+        standardize: whether samples are brought to mean 0 and standard deviation 1, column by column, at first; the
+            training samples say how.
     """
 
-    def __init__(self, shape: tuple[int, ...], classes: tuple[str, ...]) -> None:
+    centre: torch.Tensor
+    spread: torch.Tensor
+
+    def __init__(self, shape: tuple[int, ...], classes: tuple[str, ...], standardize: bool = False) -> None:
         super().__init__()
         self.shape, self.classes, self.name = tuple(shape), tuple(classes), "classifier"
-        layers: list[nn.Module] = []
-        channels, width, side = shape[0], 16, min(shape[1:])
-        while True:
-            layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU()]
-            channels = width
-            if side <= 4:
-                break
-            layers.append(nn.MaxPool2d(2, ceil_mode=True))
-            side, width = (side + 1) // 2, min(64, 2 * width)
-        self.body = nn.Sequential(*layers, nn.Flatten())
+        self.standardize = standardize
+        if standardize:
+            for name, start in (("centre", 0.0), ("spread", 1.0)):
+                self.register_buffer(name, torch.full((shape[0], *[1] * (len(shape) - 1)), start))
+        self.body = nn.Sequential(*_layers(self.shape), nn.Flatten())
         with torch.no_grad():
             flat = self.body(torch.zeros(1, *shape)).shape[1]
         self.penultimate = nn.Linear(flat, FEATURES)
@@ -80,6 +83,8 @@ class Classifier(nn.Module, Extractor):
             raise InputError(
                 f"images of shape {tuple(x.shape[1:])} for the extractor {self.name}, which needs {self.shape}."
             )
+        if self.standardize:
+            x = (x - self.centre) / self.spread
         out: torch.Tensor = torch.relu(self.penultimate(self.body(x)))
         return out
 
@@ -89,11 +94,43 @@ class Classifier(nn.Module, Extractor):
         return out
 
 
+def _layers(shape: tuple[int, ...]) -> list[nn.Module]:
+    """The layers before the last two."""
+    axes = len(shape) - 1
+    if not 1 <= axes <= 3:
+        return [
+            nn.Flatten(),
+            nn.Linear(math.prod(shape), FEATURES),
+            nn.ReLU(),
+            nn.Linear(FEATURES, FEATURES),
+            nn.ReLU(),
+        ]
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
+    pool = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)[axes - 1]
+    layers: list[nn.Module] = []
+    channels, width, side = shape[0], 16, min(shape[1:])
+    while True:
+        layers += [conv(channels, width, 3, padding=1), nn.ReLU()]
+        channels = width
+        if side <= 4:
+            return layers
+        layers.append(pool(2, ceil_mode=True))
+        side, width = (side + 1) // 2, min(64, 2 * width)
+
+
+def _fit_scale(model: Classifier, x: Shards, seed: int) -> None:
+    """Take the mean and the standard deviation of every column or channel from some of the training samples."""
+    index = torch.randperm(len(x), generator=generator(seed, 4))[:SCALED_BY].sort().values
+    some = x.at(index).double().transpose(0, 1).flatten(1)
+    model.centre.copy_(some.mean(1).reshape(model.centre.shape))
+    model.spread.copy_(some.std(1).clamp_min(1e-12).reshape(model.spread.shape))
+
+
 @renamed()
 def train_classifier(
     train: Images, *, held_out: Images | None = None, epochs: int = 60, seed: int = 0, run: Run | None = None
 ) -> Classifier:
-    """Train a `Classifier` on labelled images (Adam, cosine rate, shifts by up to one pixel).
+    """Train a `Classifier` on labelled samples (Adam, cosine rate; images are shifted by up to one pixel).
 
     Its ``accuracy`` is measured on ``held_out`` where that comes with labels, which is used for nothing else. Ranks
     read and hold a part of the images each, in the run's memory or its folder (see `Shards`), and take the same steps.
@@ -108,7 +145,9 @@ def train_classifier(
     x, y = train.shards(run), train.labels
     with torch.random.fork_rng(devices=[]):  # layers draw their weights from the global generator
         torch.default_generator.manual_seed(seed)
-        model = Classifier(train.shape, train.classes)
+        model = Classifier(train.shape, train.classes, train.units is not None)
+    if model.standardize:
+        _fit_scale(model, x, seed)
     batch = 64
     steps = epochs * math.ceil(len(x) / batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=1e-2)
@@ -117,9 +156,11 @@ def train_classifier(
     for epoch in range(epochs):
         g = generator(seed, 3, epoch)
         for index in torch.randperm(len(x), generator=g).split(batch):
-            images = torch.nn.functional.pad(x.at(index), (1, 1, 1, 1), value=-1.0)
-            dy, dx = torch.randint(0, 3, (2,), generator=g).tolist()
-            images = images[:, :, dy : dy + x.shape[2], dx : dx + x.shape[3]]
+            images = x.at(index)
+            if train.units is None:
+                images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=-1.0)
+                dy, dx = torch.randint(0, 3, (2,), generator=g).tolist()
+                images = images[:, :, dy : dy + x.shape[2], dx : dx + x.shape[3]]
             loss = torch.nn.functional.cross_entropy(model.logits(images), y[index], label_smoothing=0.05)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -170,7 +211,7 @@ def load_classifier(path: str | Path) -> Classifier:
         raise InputError(f"{path} holds no symbreak classifier. Train one with train_classifier.")
     with damaged(path, "a classifier"):
         shape = tuple(int(n) for n in metadata["shape"].split(","))
-        model = Classifier(shape, tuple(metadata["classes"].split("\t")))
+        model = Classifier(shape, tuple(metadata["classes"].split("\t")), "centre" in tensors)
         model.load_state_dict(tensors)
         model.name, model.accuracy = metadata["name"], float(metadata["held_out_accuracy"])
         return model.eval().requires_grad_(False)

@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "COLORS",
     "MOST_BARS",
     "arc_figure",
     "audit_figure",
     "comparison_figure",
     "composition_figure",
+    "figure_of",
     "line_figure",
     "phases_figure",
+    "scale_of",
     "spectrum_figure",
     "svg",
     "sweep_axes",
@@ -157,7 +160,7 @@ def _shade(axes: np.ndarray, regimes: Values) -> None:
 
 def arc_figure(arc: Values) -> Figure:
     """The potential along the arcs, one line a level, from high noise to low."""
-    figure, axes = _figure(7.5, 3.6)
+    figure, axes = figure_of(7.5, 3.6)
     ax = axes[0]
     order = sorted(range(len(arc["sigma"])), key=lambda i: -arc["sigma"][i])
     for place, i in enumerate(order):
@@ -178,7 +181,7 @@ def arc_figure(arc: Values) -> Figure:
 
 def audit_figure(content: Values) -> Figure:
     """Histograms of d1/d2 and of the nearest training distance, samples against held-out images."""
-    figure, (left, right) = _figure(10.5, 3.2, 2)
+    figure, (left, right) = figure_of(10.5, 3.2, 2)
     for ax, key in ((left, "ratio"), (right, "distance")):
         counts = content["histograms"][key]
         for side, label, color in SIDES:
@@ -196,7 +199,7 @@ def audit_figure(content: Values) -> Figure:
 
 def comparison_figure(compared: Values) -> Figure:
     """Distances of the samples to the nearest training and to the nearest held-out image."""
-    figure, axes = _figure(6.5, 3.0)
+    figure, axes = figure_of(6.5, 3.0)
     for side, label, color in (("train", "training images", COLORS[3]), ("held_out", "held-out images", COLORS[2])):
         _steps(
             axes[0],
@@ -218,7 +221,7 @@ def _steps(ax: Axes, edges: list[float], counts: list[int], color: str, label: s
 
 def line_figure(d: Values, beyond: Values) -> str:
     """The distance at the counts measured, the line to infinitely many samples, and the value of infinitely many."""
-    figure, (ax,) = _figure(6.5, 3.2)
+    figure, (ax,) = figure_of(6.5, 3.2)
     n, left_out = beyond["counts"]
     end = beyond.get("samples_only", beyond["value"])  # the value where the reference's bias stays in
     ax.plot([0, 1 / left_out], [end, beyond["distances"][1]], color=COLORS[0], linewidth=1, linestyle="--")
@@ -237,7 +240,7 @@ MOST_BARS = 40
 
 def composition_figure(table: Values) -> str:
     rows = table["rows"]
-    figure, (ax,) = _figure(max(5.0, 0.55 * len(rows) + 2), 3.0)
+    figure, (ax,) = figure_of(max(5.0, 0.55 * len(rows) + 2), 3.0)
     for i, (side, label) in enumerate((("train", "training images"), ("samples", "samples"))):
         shares = [r[side]["share"] for r in rows]
         ends = [
@@ -263,14 +266,17 @@ def svg(figure: Figure) -> str:
     return buffer.getvalue().split("?>", 1)[-1].split('dtd">', 1)[-1]
 
 
-def _figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, np.ndarray]:
+def figure_of(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, np.ndarray]:
+    """A figure with a row of axes; none of them for 0 columns."""
     # Figures are built without pyplot: no global state, no display.
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "symbreak"  # the same figure gives the same bytes
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, columns, squeeze=False, **kwargs)[0]
+    axes = figure.subplots(1, max(1, columns), squeeze=False, **kwargs)[0]
+    if not columns:
+        figure.clear()
     for ax in axes:
         _plain_frame(ax)
     return figure, axes
@@ -286,8 +292,14 @@ def _legend_beside(ax: Axes) -> None:
     ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
+def scale_of(phases: Values) -> str:
+    """The scale of the values of a spectrum: of pixels, or the units of other samples."""
+    first = next(iter(phases["speciation"]))
+    return f"pixels in {first}" if first == "[-1, 1]" else str(first)
+
+
 def spectrum_figure(phases: Values) -> str:
-    figure, (left, right) = _figure(10.5, 3.4, 2)
+    figure, (left, right) = figure_of(10.5, 3.4, 2)
     values = phases["eigenvalues"]
     rank = range(1, len(values) + 1)
     left.loglog(rank, [max(v, 1e-12) for v in values], color=COLORS[0], marker=".", markersize=3, linewidth=1)
@@ -306,7 +318,7 @@ def spectrum_figure(phases: Values) -> str:
         fontsize=8,
         color="#666",
     )
-    left.set(xlabel="mode", ylabel="covariance eigenvalue", title="Spectrum, pixels in [-1, 1]")
+    left.set(xlabel="mode", ylabel="covariance eigenvalue", title=f"Spectrum, {scale_of(phases)}")
     rungs = [c for c in phases["ladder"] if c["level"] is not None]
     for i, c in enumerate(rungs):
         _span(right, c, i + 1, COLORS[1], 0.4)
@@ -331,7 +343,7 @@ def _plain_ticks(axis: Axis, at: list[float]) -> None:
 
 def sweep_figure(content: Values) -> str:
     calls = sorted({row["calls"] for row in content["rows"]})
-    figure, axes = _figure(3.5 * len(calls), 3.6, len(calls), sharey=True)
+    figure, axes = figure_of(3.5 * len(calls), 3.6, len(calls), sharey=True)
     sweep_axes(content, axes)
     return svg(figure)
 
@@ -341,7 +353,7 @@ def sweep_axes(content: Values, axes: np.ndarray) -> None:
     rows = content["rows"]
     calls = sorted({row["calls"] for row in rows})
     samplers = list(dict.fromkeys(row["sampler"] for row in rows))
-    critical = content["phases"]["speciation"]["[-1, 1]"]
+    critical = next(iter(content["phases"]["speciation"].values()))
     for ax, n in zip(axes, calls):
         for row in rows:
             if row["calls"] != n:

@@ -22,7 +22,7 @@ from symbreak.report.figures import (
     sweep_figure,
 )
 from symbreak.report.record import Record
-from symbreak.report.tables import number, tables, world_rows
+from symbreak.report.tables import noun_of, number, tables, world_rows
 from symbreak.runtime.files import InputError, write_whole
 from symbreak.runtime.plain import Values, plain
 
@@ -56,6 +56,7 @@ def write_report(record: Record, path: str | Path) -> Path:
         html = pages.get_template(page).render(
             record=record,
             content=content,
+            noun=noun_of(content),
             tables=parts,
             sentences=said,
             settings=[*_flat(record.settings), *((f"version: {k}", v) for k, v in sorted(record.versions.items()))],

@@ -12,12 +12,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from symbreak.report.figures import scale_of
 from symbreak.report.record import Record
 from symbreak.runtime.errors import visible
 from symbreak.runtime.plain import Values, plain
 
-__all__ = ["Cell", "Table", "measured", "number", "out_console", "show", "span", "tables", "verdict", "world_rows"]
+__all__ = ["Cell", "Table", "measured", "noun_of", "number", "out_console", "show", "span", "tables", "verdict"]
+__all__ += ["world_rows"]
 
+MOST_COLUMNS = 30  # of a table of units
 # Tables in a file or a pipe are not folded to 80 columns.
 out_console = Console(width=None if sys.stdout.isatty() else 140)
 
@@ -116,20 +119,44 @@ def verdict(standard: Values, late: Values, gain: Values | None = None) -> tuple
     return f"within the intervals ({ratio:.2f})", "tie"
 
 
+def noun_of(content: Values) -> str:
+    """What the samples of a record are called: samples where they come with units of their own, else images."""
+    return "samples" if content.get("data", {}).get("units") else "images"
+
+
 def _distance(d: Values, remark: str = "") -> Cell:
     return measured(d["mean"], d["low"], d["high"], remark=remark)
 
 
 def _scales(phases: Values) -> Table:
-    """The spectral level at both scales of the pixels."""
+    """The spectral level, of pixels at both of their scales."""
     top = phases["eigenvalues"][0]
     numbers = ("Lambda", "sigma", "OU time", "log-SNR", f"step ({phases['schedule']})")
-    table = Table("Spectral speciation, Lambda exp(-2 tau) = 1", ("pixels in",), numbers)
+    what = "pixels in" if "[-1, 1]" in phases["speciation"] else "values in"
+    table = Table("Spectral speciation, Lambda exp(-2 tau) = 1", (what,), numbers)
     for scale, c in phases["speciation"].items():
         views = (span(c, key, ".4g") for key in ("sigma", "ou_time", "log_snr", "step"))
-        table.add(scale, number(top * (1 if scale == "[-1, 1]" else 0.25)), *views)
+        table.add(scale, number(top * (0.25 if scale == "[0, 1]" else 1)), *views)
         if c["reason"]:
-            table.notes.append(f"Pixels in {scale}: {c['reason']}")
+            table.notes.append(f"{what.capitalize()} {scale}: {c['reason']}")
+    return table
+
+
+def _units(content: Values) -> Table | None:
+    """The levels between which a sample is new, in the units of every column; none where values are as they are."""
+    units = content["data"].get("units")
+    if not units or units["std"] is None:
+        return None
+    levels = [(k, v["sigma"]) for k, v in content["regimes"].items() if v]
+    table = Table(
+        f"In the columns' own units (sigma counts {units['text']})",
+        ("column",),
+        ("mean", "standard deviation", *(f"sigma of {k}" for k, _ in levels)),
+    )
+    for name, mean, std in list(zip(units["columns"], units["mean"], units["std"]))[:MOST_COLUMNS]:
+        table.add(name, number(mean), number(std), *(number(std * sigma) for _, sigma in levels))
+    if len(units["columns"]) > MOST_COLUMNS:
+        table.notes.append(f"The first {MOST_COLUMNS} of {len(units['columns']):,} columns.")
     return table
 
 
@@ -166,7 +193,7 @@ def _phases(record: Record, content: Values) -> tuple[dict[str, Table], list[str
     """Every criterion with the reasons of those that have no level, and the checks."""
     data = content["data"]
     criteria = Table(
-        f"When {data['name']} decides ({data['count']:,} images, pixels in [-1, 1])",
+        f"When {data['name']} decides ({data['count']:,} {noun_of(content)}, {scale_of(content)})",
         ("criterion", "of", "flow, frame"),
         ("sigma", "OU time", f"step ({content['schedule']})", "seconds"),
         ("interval",),
@@ -184,7 +211,9 @@ def _phases(record: Record, content: Values) -> tuple[dict[str, Table], list[str
     for c in content["checks"]:
         said, kind = word[c["holds"]]
         checks.add(c["name"], Cell(said, kind=kind), c["value_text"], c["expected_text"], c["sentence"])
-    return {"scales": _scales(content), "criteria": criteria, "checks": checks}, content["notes"]
+    units = _units(content)
+    more = {} if units is None else {"units": units}
+    return {"scales": _scales(content), "criteria": criteria, **more, "checks": checks}, content["notes"]
 
 
 def _evaluation(record: Record, content: Values) -> tuple[dict[str, Table], list[str]]:

@@ -26,11 +26,13 @@ from symbreak.phases.speciation import cloning_probability, cloning_time, specia
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.plain import Values
 from symbreak.runtime.run import MEMORY, Run
-from symbreak.studies.diagnosis import Diagnosis, directions, some_images, spectral_times
+from symbreak.studies.diagnosis import Diagnosis, some_images, spectral_times
+from symbreak.studies.pictures import directions
 
 __all__ = ["Laws", "class_laws", "collapse", "image_memory", "law_losses", "law_memory", "laws_of", "spectrum"]
 __all__ += ["told_apart"]
 
+SHOWN = 500  # samples in a picture of the data
 DRAWS = 5000  # of a class mixture, where nothing is exact
 
 
@@ -63,11 +65,15 @@ def spectrum(d: Diagnosis, moments: Moments | None, modes: int) -> tuple[Moments
             "leading modes",
             "Eigenvectors of the data's covariance, largest variance first: what is decided first.",
             directions(mode_images(moments, modes), d.data.shape),
+            scaled=False,
         )
+        if d.data.units is not None:
+            known, _ = some_images(d.data, SHOWN, d.seed)
+            d.show(f"the {d.data.noun}", "Some of the data, in the units that they came in.", known)
     top = content["eigenvalues"][0]
     if not top > 0:
         raise InputError(
-            f"all {len(d.data):,} images of {d.data.name} are equal: nothing is decided. Choose other data."
+            f"all {len(d.data):,} {d.data.noun} of {d.data.name} are equal: nothing is decided. Choose other data."
         )
     d.scale = math.sqrt(max(top, 1e-12))
     return moments, content
@@ -170,7 +176,7 @@ def law_losses(d: Diagnosis, laws: Laws) -> None:
         for name in others:
             d.draw("loss", name, name, losses.law(name))
         curve = loss_curve(laws.empirical, images, sigma, seed=seed).mmse
-        d.draw("loss", f"{len(laws.empirical):,} training images", "data", curve)
+        d.draw("loss", f"{len(laws.empirical):,} training {d.data.noun}", "data", curve)
 
 
 def collapse(d: Diagnosis, laws: Laws) -> None:
@@ -190,7 +196,7 @@ def collapse(d: Diagnosis, laws: Laws) -> None:
             f = excess_entropy(law, sigma, samples=count, **measured)
             a = math.log(n) / law.dim  # the class mixture lives in the leading components
             scaled = Curve(sigma, f.value / a, f.low / a, f.high / a)
-            d.draw("collapse", f"{n:,} images, f^e / a" if law is whole else name, name, scaled, line)
+            d.draw("collapse", f"{n:,} {d.data.noun}, f^e / a" if law is whole else name, name, scaled, line)
             needed = samples_needed(law, sigma, **measured)
-            d.draw("samples", "from the images" if law is whole else name, name, needed)
-    d.mark("samples", math.log10(n), f"the {n:,} images there are")
+            d.draw("samples", f"from the {d.data.noun}" if law is whole else name, name, needed)
+    d.mark("samples", math.log10(n), f"the {n:,} {d.data.noun} there are")

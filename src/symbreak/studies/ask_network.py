@@ -14,7 +14,7 @@ from symbreak.critical import CriticalTime, Curve, crossing
 from symbreak.laws import Empirical
 from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.families import NetworkDenoiser
+from symbreak.networks.denoiser import Denoiser
 from symbreak.phases.branches import Classify
 from symbreak.phases.class_entropy import class_entropy_bound
 from symbreak.phases.clones import Clones, clones
@@ -32,7 +32,8 @@ from symbreak.runtime.identity import weights_hash
 from symbreak.runtime.plain import Values
 from symbreak.runtime.run import Run
 from symbreak.studies.ask_data import Laws, image_memory, law_memory, told_apart
-from symbreak.studies.diagnosis import Diagnosis, directions, some_images
+from symbreak.studies.diagnosis import Diagnosis, some_images
+from symbreak.studies.pictures import directions
 
 __all__ = ["ClassReader", "ask_network", "class_reader", "name_of"]
 
@@ -98,7 +99,7 @@ def _trained(d: Diagnosis, run: Run) -> Any:
         return {k: v.numpy() for k, v in fresh[0].state_dict().items()}
 
     weights = run.part("classifier", make)
-    model = fresh[0] if fresh else Classifier(d.train.shape, d.train.classes)
+    model = fresh[0] if fresh else Classifier(d.train.shape, d.train.classes, d.train.units is not None)
     model.load_state_dict({k: torch.as_tensor(v) for k, v in weights.items()})
     model.eval().requires_grad_(False)
     if d.test.labels is not None:
@@ -106,7 +107,7 @@ def _trained(d: Diagnosis, run: Run) -> Any:
     return model
 
 
-def ask_network(d: Diagnosis, network: NetworkDenoiser, laws: Laws, moments: Moments, reader: ClassReader) -> None:
+def ask_network(d: Diagnosis, network: Denoiser, laws: Laws, moments: Moments, reader: ClassReader) -> None:
     """Everything that needs the network."""
     pairs = _clones(d, network, reader)
     classify = reader.classify or _nearest_cluster(pairs)
@@ -121,7 +122,7 @@ def ask_network(d: Diagnosis, network: NetworkDenoiser, laws: Laws, moments: Mom
     _condensation(d, network)
 
 
-def _clones(d: Diagnosis, network: NetworkDenoiser, reader: ClassReader) -> Clones:
+def _clones(d: Diagnosis, network: Denoiser, reader: ClassReader) -> Clones:
     with d.stage("clones") as run:
         sigma, e = d.levels(network, 0.07, 2.5, d.effort.branches), d.effort
         pairs = clones(
@@ -130,7 +131,7 @@ def _clones(d: Diagnosis, network: NetworkDenoiser, reader: ClassReader) -> Clon
         d.add("cloning", "network", pairs.crossing)
         d.draw("clones", "clones, network", "network", pairs.curve, "o-")
         d.mark("clones", pairs.floor, "floor, sum of squared class shares")
-        d.show("samples", "Final images of the clones' trunks.", torch.as_tensor(pairs.ends[:16]))
+        d.show("samples", "Final images of the clones' trunks.", torch.as_tensor(pairs.ends))
     return pairs
 
 
@@ -141,16 +142,22 @@ def _nearest_cluster(pairs: Clones) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: torch.cdist(x.flatten(1).float(), centres).argmin(1)
 
 
-def _u_turns(d: Diagnosis, network: NetworkDenoiser, images: torch.Tensor, classify: Classify) -> None:
+def _u_turns(d: Diagnosis, network: Denoiser, images: torch.Tensor, classify: Classify) -> None:
     with d.stage("U-turns") as run:
         sigma, e = d.levels(network, 0.07, 2.5, d.effort.turns), d.effort
         turns = u_turns(network, images[: e.pairs], sigma, classify, steps=e.steps, seeds=d.seed, run=run)
         d.add("U-turn, class", "network", turns.crossing)
         d.draw("clones", "U-turns: class changed", "network", turns.classes, "s--")
-        d.draw("clones", "U-turns: pixels changed", "network", turns.features, ":")
+        d.draw(
+            "clones",
+            f"U-turns: {'pixels' if d.data.units is None else 'values'} changed",
+            "network",
+            turns.features,
+            ":",
+        )
 
 
-def _losses(d: Diagnosis, network: NetworkDenoiser, laws: Laws, images: torch.Tensor) -> np.ndarray:
+def _losses(d: Diagnosis, network: Denoiser, laws: Laws, images: torch.Tensor) -> np.ndarray:
     """Denoising losses of network and laws, what follows from them, and their levels."""
     with d.stage("losses") as run:
         every = {"Gaussian": laws.gaussian} | ({} if laws.classes is None else {"class mixture": laws.classes})
@@ -175,12 +182,12 @@ def _losses(d: Diagnosis, network: NetworkDenoiser, laws: Laws, images: torch.Te
                     d.notes.append(f"Non-Gaussianity: {said}.")
             d.add("non-Gaussianity" if law == "Gaussian" else "distance from the mixture", "network", time)
         empirical = loss_curve(laws.empirical, images, levels, seed=d.seed).mmse
-        d.draw("loss", f"{len(laws.empirical):,} training images", "data", empirical)
+        d.draw("loss", f"{len(laws.empirical):,} training {d.data.noun}", "data", empirical)
     return losses.sigma
 
 
 def _class_entropy(
-    d: Diagnosis, network: NetworkDenoiser, features: Classify, images: torch.Tensor, labels: torch.Tensor
+    d: Diagnosis, network: Denoiser, features: Classify, images: torch.Tensor, labels: torch.Tensor
 ) -> None:
     with d.stage("class entropy") as run:
         sigma = d.levels(network, 0.07, 2.5, d.effort.turns)
@@ -194,7 +201,7 @@ def _class_entropy(
             d.add("class entropy", "network", CriticalTime(None, criterion="class entropy", reason=str(error)))
 
 
-def _stability(d: Diagnosis, network: NetworkDenoiser, classify: Classify) -> None:
+def _stability(d: Diagnosis, network: Denoiser, classify: Classify) -> None:
     """The network's central fixed point and its potential between two trajectories, from high noise down."""
     sigma = d.levels(network, 0.15, 3.0, d.effort.stability)[::-1]
     for frame in d.effort.frames:
@@ -219,6 +226,7 @@ def _stability(d: Diagnosis, network: NetworkDenoiser, classify: Classify) -> No
                     "least stable direction",
                     f"Eigenvector of the network's Jacobian at the centre (sigma {sigma[most]:.3g}); then the centre.",
                     torch.cat([least_stable, torch.as_tensor(centre.states[most])[None].float()]),
+                    scaled=False,
                 )
     d.mark("stability", 1.0, "unstable above")
     with d.stage("arc") as run:
@@ -229,7 +237,7 @@ def _stability(d: Diagnosis, network: NetworkDenoiser, classify: Classify) -> No
 
 
 def _mechanism(
-    d: Diagnosis, network: NetworkDenoiser, laws: Laws, moments: Moments, images: torch.Tensor, levels: np.ndarray
+    d: Diagnosis, network: Denoiser, laws: Laws, moments: Moments, images: torch.Tensor, levels: np.ndarray
 ) -> None:
     """Do early fluctuations revert, and is the denoiser linear there?"""
     with d.stage("mechanism") as run:
@@ -258,7 +266,7 @@ def _mechanism(
         d.check(linearity_check(linear, at))
 
 
-def _opportunity(d: Diagnosis, network: NetworkDenoiser, classify: Classify, pairs: Clones) -> None:
+def _opportunity(d: Diagnosis, network: Denoiser, classify: Classify, pairs: Clones) -> None:
     """Where do kicks carry furthest?"""
     with d.stage("opportunity") as run:
         sigma, e = d.levels(network, 0.07, 2.5, d.effort.branches), d.effort
@@ -300,14 +308,14 @@ def watched(d: Diagnosis) -> Empirical:
     most = max(3, room // (4 * math.prod(data.shape)))
     if len(data) > most:
         d.notes.append(
-            f"Trajectories are watched with {most:,} of the {len(data):,} images, as many as fit into "
+            f"Trajectories are watched with {most:,} of the {len(data):,} {data.noun}, as many as fit into "
             f"{room / 2**30:.3g} GiB."
         )
         data = data.subset(most)
     return Empirical(data.tensor(), **law_memory(d.run))
 
 
-def _condensation(d: Diagnosis, network: NetworkDenoiser) -> None:
+def _condensation(d: Diagnosis, network: Denoiser) -> None:
     """Do the network's trajectories fall onto single training images?"""
     whole, pairs, steps, top = watched(d), max(20, d.effort.pairs // 3), d.effort.steps, network.sigma_range[1]
     with d.stage("condensation") as run:

@@ -39,8 +39,8 @@ from symbreak.runtime.run import Run, renamed
 from symbreak.start.late_start import standard_start
 from symbreak.start.loading import refuse_conditional
 from symbreak.start.sample import decisive, generate_shards
-from symbreak.studies.diagnosis import png_row
 from symbreak.studies.evaluate import checked
+from symbreak.studies.pictures import png_row
 
 __all__ = ["Sampling", "audit"]
 

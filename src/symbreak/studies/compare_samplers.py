@@ -39,9 +39,10 @@ from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
 from symbreak.start.late_start import LateStart, standard_start
 from symbreak.start.loading import load_pipeline, refuse_conditional
-from symbreak.studies.diagnosis import png_row, spectral_times
+from symbreak.studies.diagnosis import spectral_times
 from symbreak.studies.evaluate import REFERENCE_PARTS, default_extractor
 from symbreak.studies.measure import SELECTION_SEED, Comparison
+from symbreak.studies.pictures import png_row
 
 __all__ = ["SAMPLERS", "Study", "run"]
 

@@ -19,8 +19,8 @@ from symbreak.data.images import Images
 from symbreak.laws.class_posterior import class_of
 from symbreak.metrics.extractors import device_of
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import of_network
-from symbreak.networks.families import NetworkDenoiser
+from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser, network_of, of_network
+from symbreak.networks.families import denoises
 from symbreak.networks.types import Pipeline
 from symbreak.noise import schedule
 from symbreak.phases.branches import Classify
@@ -44,7 +44,7 @@ NO_CLASSES = "No two classes of at least 2 images by the labels: no criterion of
 @renamed()
 def diagnose(
     data: Images,
-    model: Pipeline | None = None,
+    model: Pipeline | Denoises | Denoiser | None = None,
     modes: int = 10,
     moments: Moments | None = None,
     *,
@@ -58,13 +58,14 @@ def diagnose(
     """When does it decide? Every criterion, for a data set and, where one is given, a network.
 
     Args:
-        data: images; their labels give the classes.
-        model: a diffusers pipeline with ``.unet`` and ``.scheduler``; its own schedule gives the steps.
+        data: images, or `samples` of any shape; their labels give the classes.
+        model: a diffusers pipeline with ``.unet`` and ``.scheduler``, whose own schedule gives the steps; or a
+            `denoiser`, or a law.
         modes: rungs of the ladder, and pictures of modes.
         moments: of the data, where they are already fitted.
         holdout: images for losses and U-turns that neither laws nor network have seen; by default the other half of
             the digits, else a fifth of ``data`` is kept back. A network may have seen those; the notes say so.
-        classify: images [B, C, H, W] -> classes [B] or logits [B, K]; by default a small classifier is trained
+        classify: images [B, *S] -> classes [B] or logits [B, K]; by default a small classifier is trained
             on the labels.
         clusters: classes are this many k-means clusters, of the data for the laws and of the network's own images;
             10 where a network comes without labels and classifier.
@@ -84,25 +85,29 @@ def diagnose(
     effort, run = effort or Effort(), (run or Run()).taken()
     effort.check()
     network = None if model is None else _network(model, data)
+    scheduler = getattr(model, "scheduler", None)
     if clusters is not None and not 2 <= clusters <= len(data) // 4:
-        raise InputError(f"{clusters} clusters for {len(data):,} images; expected 2 to {len(data) // 4:,}.")
+        raise InputError(f"{clusters} clusters for {len(data):,} {data.noun}; expected 2 to {len(data) // 4:,}.")
     if clusters is not None and classify is not None:
         raise InputError("clusters and a classifier came together; pass one of them.")
     parts = held_out(data, holdout)
     count = min(len(parts.test), effort.images)
     if network is not None and count < 20:
-        raise InputError(f"{count} images for the losses of a network; expected at least 20. Pass --holdout with more.")
-    of = None if network is None or model is None else of_network(network, model.scheduler)
-    name = "ddpm-linear" if model is None else type(model.scheduler).__name__
+        raise InputError(
+            f"{count} {data.noun} for the losses of a network; expected at least 20. Pass --holdout with more."
+        )
+    of = None if network is None else of_network(network, scheduler)
+    name = "ddpm-linear" if scheduler is None else type(scheduler).__name__
+    inner = None if network is None else network_of(network)
     settings = {
         "data": data.name,
         "content": data.fingerprint(),
         "holdout": None if holdout is None else holdout.fingerprint(),
         "selection": list(data.history),
         "pad": data.pad,
-        "value_range": [-data.scale - data.offset, data.scale - data.offset],
+        "value_range": [-data.scale - data.offset, data.scale - data.offset] if data.units is None else None,
         "network": None if of is None else of["weights"],
-        "scheduler": None if model is None else {name: plain(dict(model.scheduler.config))},
+        "scheduler": None if scheduler is None else {name: plain(dict(scheduler.config))},
         "classify": None if classify is None else name_of(classify),
         "clusters": clusters,
         "modes": modes,
@@ -121,7 +126,7 @@ def diagnose(
         "effort": asdict(effort),
     }
     run = run.identified(identity_of("phases", **decides))
-    steps = schedule("ddpm-linear" if model is None else model.scheduler)
+    steps = schedule("ddpm-linear" if scheduler is None else scheduler)
     d = Diagnosis(data, parts.train, parts.test, effort, seed, run, steps)
     d.notes.append(f"Losses and U-turns: {parts.note}")
     moments, content = spectrum(d, moments, modes)
@@ -138,8 +143,8 @@ def diagnose(
     if network is not None:
         ask_network(d, network, laws, moments, reader)
         content["network"] = {
-            "parameters": sum(p.numel() for p in network.unet.parameters()),
-            "prediction": network.prediction,
+            "parameters": 0 if inner is None else sum(p.numel() for p in inner.parameters()),
+            "prediction": getattr(network, "prediction", "sample"),
             "sigma_range": list(network.sigma_range),
         }
     content |= {"schedule": name, "held_out": parts.to_dict(), **d.content()}
@@ -150,13 +155,20 @@ def diagnose(
     return record
 
 
-def _network(model: Pipeline, data: Images) -> NetworkDenoiser:
-    """The denoiser of a pipeline that makes images like the data, without conditions."""
-    refuse_conditional(model, "the network")
-    network = NetworkDenoiser(model.unet, model.scheduler)
+def _network(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser:
+    """The denoiser of a pipeline without conditions, a denoiser or a law, that makes samples like the data."""
+    if isinstance(model, Denoises | Denoiser):
+        network = as_denoiser(model)
+    elif not hasattr(model, "unet"):
+        raise InputError(
+            f"model of the type {type(model).__name__}; expected a diffusers pipeline, sb.denoiser(...) or a law."
+        )
+    else:
+        refuse_conditional(model, "the network")
+        network = denoises(model.unet, model.scheduler)
     if tuple(network.shape) != data.shape:
         raise InputError(
-            f"the network makes images of {tuple(network.shape)}, but the data are {data.shape}. Resize the data "
+            f"the network makes {data.noun} of {tuple(network.shape)}, but the data are {data.shape}. Resize the data "
             "(--pad) or choose another network."
         )
     return network

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -21,8 +19,9 @@ from symbreak.phases.speciation import ladder, speciation_time
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.plain import Values
 from symbreak.runtime.run import Run
+from symbreak.studies.pictures import png_row
 
-__all__ = ["Diagnosis", "Effort", "directions", "png_row", "some_images", "spectral_times", "view"]
+__all__ = ["Diagnosis", "Effort", "some_images", "spectral_times", "view"]
 
 LEAST = {"pairs": 10, "steps": 4, "branches": 3, "turns": 2, "stability": 2, "losses": 4, "images": 20, "queries": 20}
 TICKS = (10, 20, 50, *range(100, 601, 50), 700, 800, 900, 999)  # round steps on the second axis
@@ -126,9 +125,10 @@ class Diagnosis:
         texts = {"value_text": f"{check.value:.3g}", "expected_text": f"{check.expected:.3g}"}
         self.checks.append({**check.to_dict(), **texts})
 
-    def show(self, title: str, caption: str, grid: torch.Tensor) -> None:
-        """Add a row of pictures [N, *S]."""
-        self.pictures.append({"title": title, "caption": caption, "png": png_row(grid)})
+    def show(self, title: str, caption: str, x: torch.Tensor, scaled: bool = True) -> None:
+        """Add a picture of samples [N, *S], of directions unless ``scaled``, see `png_row`."""
+        png = png_row(x, self.data.units, scaled=scaled)
+        self.pictures.append({"title": title, "caption": caption, "png": png})
 
     def levels(self, network: Denoiser, least: float, most: float, count: int) -> np.ndarray:
         """Levels [count] even in log sigma, in units of the data's scale, inside the range of a network."""
@@ -175,7 +175,7 @@ def view(critical: CriticalTime, steps: Schedule) -> Values:
 
 
 def spectral_times(data: Images, steps: Schedule, moments: Moments, modes: int = 10) -> Values:
-    """Spectrum, ladder and the spectral times at both scales of the pixels, as plain values."""
+    """Spectrum, ladder and the spectral times, of pixels at both of their scales, as plain values."""
     spectrum = moments.spectrum(min(256, moments.dim))
     return {
         "data": describe(data),
@@ -186,7 +186,9 @@ def spectral_times(data: Images, steps: Schedule, moments: Moments, modes: int =
         "speciation": {
             "[-1, 1]": view(speciation_time(moments), steps),
             "[0, 1]": view(speciation_time(moments, scale=0.5), steps),
-        },
+        }
+        if data.units is None
+        else {data.units.text: view(speciation_time(moments), steps)},
         "ladder": [view(c, steps) for c in ladder(moments, modes)],
     }
 
@@ -202,26 +204,3 @@ def some_images(data: Images, count: int, seed: int, even: bool = False) -> tupl
         order = order[torch.argsort(place, stable=True)]
     part = data.take(order[:count].numpy(), "some")
     return part.tensor(), part.labels
-
-
-def directions(rows: np.ndarray | torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Directions [N, *S] as images: each scaled so that its largest entry is white or black."""
-    x = torch.as_tensor(rows).float().reshape(-1, *shape)
-    return x / x.abs().flatten(1).amax(1).clamp_min(1e-30).reshape(-1, 1, 1, 1)
-
-
-def png_row(grid: torch.Tensor) -> str:
-    """A row of images [N, C, H, W] in [-1, 1] as one PNG, base64."""
-    from PIL import Image
-
-    small = grid
-    side = max(grid.shape[2:])
-    if side > 64:
-        scale = 64 / side
-        small = torch.nn.functional.interpolate(grid, scale_factor=scale, mode="area")
-    pixels = ((small.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    pixels = torch.nn.functional.pad(pixels, (1, 1, 1, 1), value=0)
-    row = torch.cat(list(pixels), dim=2).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()

@@ -32,7 +32,7 @@ from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import MEMORY, Run, renamed
 from symbreak.start.late_start import LateStart
 from symbreak.start.sample import decisive, generate_shards
-from symbreak.studies.diagnosis import png_row
+from symbreak.studies.pictures import png_row
 
 __all__ = ["Subset", "default_extractor", "evaluate", "evaluate_network"]
 
