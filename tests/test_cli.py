@@ -191,8 +191,8 @@ FLAGS = {
     "study": "--calls --classes --compile --crop --data --device --features --holdout --json --labels --layout "
     "--memory --mode --model --out --pad --precision --quick --range --repeats --samplers --samples "
     "--size --skip-bad --split",
-    "train": "--classes --compile --crop --data --device --json --labels --layout --limit --memory --mode --out "
-    "--pad --precision --range --recipe --size --skip-bad --split --steps",
+    "train": "--classes --compile --conditional --crop --data --device --init --json --labels --layout --limit "
+    "--memory --minutes --mode --out --pad --precision --range --recipe --residual --size --skip-bad --split --steps",
     "world": "--json --out --seed --train",
 }
 

@@ -47,8 +47,8 @@ from symbreak.networks.samplers import scheduler
 from symbreak.runtime.files import InputError, output_folder, read_tensors, write_json, write_tensors
 from symbreak.start.fit import late_start
 from symbreak.start.late_start import LateStart, standard_start
+from symbreak.start.recipe import Recipe
 from symbreak.start.sample import parse_seeds
-from symbreak.start.train import Recipe
 from tests.worlds import low_rank_mixture
 
 FIT = "fit --data IN/images --start --model digits --sampler dpm++2m --steps 1 --clusters 3 --out OUT/start.safetensors"

@@ -30,8 +30,9 @@ from symbreak.runtime.files import InputError, read_tensors, write_tensors
 from symbreak.runtime.identity import answers, differences, fixed_images, identity_of, of_callable
 from symbreak.runtime.run import Run
 from symbreak.start.fit import late_start
+from symbreak.start.recipe import Recipe
 from symbreak.start.sample import decisive, write_images
-from symbreak.start.train import Recipe, train_network
+from symbreak.start.train import train_network
 from symbreak.studies.compare_samplers import Study, run
 from symbreak.studies.compare_starts import compare_starts
 from symbreak.studies.evaluate import evaluate, evaluate_network

@@ -10,7 +10,8 @@ from symbreak.networks.families import denoiser
 from symbreak.runtime.files import InputError, read_tensors
 from symbreak.runtime.run import Run
 from symbreak.start.loading import load_pipeline
-from symbreak.start.train import Recipe, train_network
+from symbreak.start.recipe import Recipe
+from symbreak.start.train import train_network
 
 SMALL = Recipe(channels=(8, 16), steps=30, batch=32, warmup=5, dropout=0.1)
 

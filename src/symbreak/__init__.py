@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from symbreak.networks.families import as_unet, denoiser
     from symbreak.networks.guidance import guided
     from symbreak.networks.latents import encode
+    from symbreak.networks.residual import LawResidual
     from symbreak.networks.samplers import scheduler
     from symbreak.noise import NoiseLevel, Schedule, schedule
     from symbreak.phases.bifurcation import bifurcation
@@ -53,8 +54,9 @@ if TYPE_CHECKING:
     from symbreak.start.late_start import LateStart, LateStartWarning, standard_start
     from symbreak.start.loading import load_pipeline
     from symbreak.start.pipeline import LateStartPipeline
+    from symbreak.start.recipe import Recipe
     from symbreak.start.sample import generate
-    from symbreak.start.train import Recipe, train_network
+    from symbreak.start.train import train_network
     from symbreak.studies.audit import Sampling, audit
     from symbreak.studies.compare_samplers import Study, run
     from symbreak.studies.compare_starts import compare_starts

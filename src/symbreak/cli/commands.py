@@ -38,6 +38,7 @@ from symbreak.cli.options import (
     memory_size,
     option,
     required,
+    warnings_as_lines,
 )
 from symbreak.runtime.errors import InputError, visible
 
@@ -265,7 +266,7 @@ def sample(
             begin = beginning.fit(pipe, opened, reading.open_if(holdout, opened), clusters, steps=5)
         else:
             begin = beginning.plan(pipe, steps=5)
-        settings = decisive(pipe.unet, begin, micro_batch, beginning.names(model, machine))
+        settings = decisive(pipe.unet, begin, micro_batch, beginning.names(model, machine, pipe))
         made = write_images(pipe.unet, begin, wanted, out, settings, micro_batch=micro_batch, run=work)
     value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": made}
     say(as_json, value, lambda: _print(begin.explain(), f"{made} of {len(wanted)} images made: {out}"))
@@ -335,7 +336,7 @@ def evaluate(
         train = reading.open(data)
         held_out = reading.open_if(holdout, train)
         if pipe is not None:
-            begin, identity = beginning.plan(pipe, steps=10), beginning.names(str(model), machine)
+            begin, identity = beginning.plan(pipe, steps=10), beginning.names(str(model), machine, pipe)
             wanted = parse_seeds(seeds)
             content = evaluate_network(
                 pipe.unet, begin, wanted, train, held_out, micro_batch=MICRO, identity=identity, **measuring
@@ -421,36 +422,45 @@ def train(
     out: Annotated[Path, option(None, "folder for the diffusers pipeline")],
     recipe: Annotated[Path | None, option(None, "JSON settings; see recipes/")] = None,
     steps: Annotated[int | None, option(None, "optimizer steps, instead of the recipe's")] = None,
+    minutes: Annotated[float | None, option(None, "train for so long, instead of a number of steps")] = None,
+    residual: Annotated[
+        bool, flag(None, "fit a law to the data, and train only what it does not know; brings its own start")
+    ] = False,
+    conditional: Annotated[bool, flag(None, "tell the network the class of its images, with a null class")] = False,
+    init: Annotated[str | None, option(None, f"go on from a finished network: {MODEL}")] = None,
     reading: Reading = Reading(),
     limit: Limit = None,
     memory: Memory = None,
     machine: Machine = Machine(),
     as_json: Json = False,
 ) -> None:
-    """Train a small diffusers UNet2DModel; continues from its checkpoint when called again."""
-    from symbreak.start.train import Recipe, train_network
+    """Train a small network; continues from its checkpoint when called again."""
+    from symbreak.start.late_start import LateStartWarning
+    from symbreak.start.recipe import Recipe
+    from symbreak.start.train import recipe_for, train_network
 
-    settings = Recipe() if recipe is None else Recipe.load(recipe)
+    if steps is not None and minutes is not None:
+        raise InputError("--steps and --minutes came together; pass one of them.")
+    settings = recipe_for(None if recipe is None else Recipe.load(recipe), init)
     settings = settings if steps is None else replace(settings, steps=steps)
-    with running(out, memory_size(memory)) as work:
+    settings = replace(settings, minutes=minutes or settings.minutes, conditional=conditional or settings.conditional)
+    with running(out, memory_size(memory)) as work, warnings_as_lines(LateStartWarning):
         opened = reading.open(data, limit)
-        if len(opened.shape) != 3:
-            raise InputError(
-                f"train makes networks for pictures, and {opened.name} holds samples of "
-                f"{' x '.join(map(str, opened.shape))}. Train your own, and pass sb.denoiser(model, shape=..., "
-                "sigma_range=...) to the Python functions."
-            )
         result = train_network(
             opened,
             out,
             settings,
+            law="auto" if residual else None,
+            init=init,
             device=machine.place(),
             precision=machine.precision,
             compiled=machine.compiled,
             run=work,
         )
-    line = f"{result['parameters']:,} parameters, final loss {result['loss'][-1]:.4f}, {result['seconds']:.0f} s"
-    say(as_json, {**result, "out": str(out)}, lambda: _print(line, f"pipeline: {out}"))
+    steps = result["recipe"]["steps"]
+    line = f"{result['parameters']:,} parameters, {steps:,} steps in {result['seconds']:.0f} s, final loss "
+    lines = [f"{line}{result['loss'][-1]:.4f}", *result.get("start", {}).get("notes", ()), f"pipeline: {out}"]
+    say(as_json, {**result, "out": str(out)}, lambda: _print(*lines, f"picture: {out / 'training.png'}"))
 
 
 @app.command(help_epilogue="Example: symbreak world two-deltas --train")
@@ -516,7 +526,7 @@ def _check_out(command: str, arguments: dict[str, Any]) -> None:
     if out is None or not Path(out).exists():
         return
     inputs = {k: v for k, v in arguments.items() if k != "out" and isinstance(v, str | Path)}
-    inputs["start"] = getattr(arguments.get("beginning"), "start", "")
+    inputs["start"] = getattr(arguments.get("beginning"), "start", None) or ""
     place = Path(out).resolve()
     for name, value in inputs.items():
         if str(value) not in ("digits", "") and place in (

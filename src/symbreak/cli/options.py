@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Parameter
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 
 DATA = "digits, a folder of images (sub-folders are classes), a .parquet, .npz, .npy or .csv file, or a hub id"
 MODEL = "digits, a diffusers folder or a hub id"
-START = "a file of `symbreak fit` (moments, law or start), auto: fitted to --data and chosen, none: white noise"
+START = (
+    "a file of `symbreak fit` (moments, law or start), auto: fitted to --data and chosen, none: white noise "
+    "(default: the model's own start where it has one, else none)"
+)
 CLASSIFIERS = "digits-classifier, classifier (trained on the labels), FILE.safetensors, module:callable"
 MICRO = 64  # states of one network evaluation
 
@@ -208,7 +211,7 @@ class Machine:
 class Beginning:
     """Where sampling begins, and how it continues."""
 
-    start: Annotated[str, option(None, START)] = "none"
+    start: Annotated[str | None, option(None, START)] = None
     at: Annotated[
         str | None, option(None, "of moments or a law: speciation (default), a step such as 400, sigma=1.5")
     ] = None
@@ -227,8 +230,8 @@ class Beginning:
             raise InputError(
                 f"--at {self.at} came with --start {self.start}, which has no level to give. Leave one of them out."
             )
-        path = Path(self.start)
-        if self.start not in ("none", "auto") and not path.is_file():
+        path = Path(self.start or "")
+        if self.start not in (None, "none", "auto") and not path.is_file():
             what = "is a folder" if path.is_dir() else "does not exist"
             raise InputError(f"{path} {what}; expected a file of `symbreak fit`, auto or none.")
 
@@ -242,8 +245,16 @@ class Beginning:
         from symbreak.start.late_start import LateStart, LateStartWarning, check_same_network, standard_start
 
         number = steps if self.steps is None else self.steps
-        base = self.scheduler(pipe)
-        if self.start == "none":
+        base, own = self.scheduler(pipe), own_start(pipe)
+        if self.start is None and own is not None:
+            if (self.at, self.sampler, self.steps) == (None,) * 3:
+                return own
+            at = own.level if self.at is None else level(self.at)
+            with warnings_as_lines(LateStartWarning):
+                return late_start(base, cast("Gaussian", own.law), number, at=at, check=self.at is not None)
+        if self.start is None or self.start == "none":
+            if self.at is not None:
+                raise InputError(f"--at {self.at} came for a model without a start of its own. Pass --start FILE.")
             return standard_start(base, number)
         if self.start == "auto":
             raise InputError("--start auto is for sample. Fit one with symbreak fit --start, and pass the file.")
@@ -275,12 +286,18 @@ class Beginning:
         with err.status("fitting laws and choosing"), warnings_as_lines(LateStartWarning):
             return fit_start(data, pipe.unet, self.scheduler(pipe), number, holdout, clusters)
 
-    def names(self, model: str, machine: Machine) -> Values:
+    def names(self, model: str, machine: Machine, pipe: Pipeline) -> Values:
         """What the options say of network and start, for the record of what decides an image."""
         from symbreak.runtime.files import file_hash
 
-        start = self.start if self.start in ("none", "auto") else file_hash(self.start)[:16]
+        start = self.start or ("none" if own_start(pipe) is None else "own")
+        start = start if start in ("none", "auto", "own") else file_hash(start)[:16]
         return {"model": model, "start": start, "precision": machine.precision, "compiled": machine.compiled}
+
+
+def own_start(pipe: Pipeline) -> LateStart | None:
+    """The start that a model brings, as one trained below a law does."""
+    return getattr(pipe, "start", None)
 
 
 @contextmanager

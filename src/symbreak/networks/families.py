@@ -279,10 +279,16 @@ class _Posing(torch.nn.Module):
         self.config = FrozenDict(
             in_channels=shape[0],
             out_channels=shape[0],
-            num_class_embeds=None,
+            num_class_embeds=getattr(source, "num_class_embeds", None),
             **({"sample_size": shape[1:]} if len(shape) == 3 else {"sample_shape": shape}),
         )
         self.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights lie, if it has any."""
+        weight = next(self.parameters(), None)
+        return torch.device("cpu") if weight is None else weight.device
 
     def _level(self, t: float) -> NoiseLevel:
         times = self.says.schedule
@@ -305,7 +311,9 @@ class _Posing(torch.nn.Module):
         state = sample.double()
         alpha, sigma = _columns([known[t] for t in times], state)
         x = state * self.says.divisor(sigma) / alpha
-        d = self.source(x, sigma.reshape(-1).expand(len(x)) if len(times) == 1 else sigma.reshape(-1))
+        source: Any = self.source
+        condition = {"class_labels": class_labels} if self.config.num_class_embeds and class_labels is not None else {}
+        d = source(x, sigma.reshape(-1).expand(len(x)) if len(times) == 1 else sigma.reshape(-1), **condition)
         skip, scale = self.says.coefficients(alpha, sigma)
         out = ((d - skip * x) / scale).to(sample.dtype)
         return UNet2DOutput(sample=out) if return_dict else (out,)

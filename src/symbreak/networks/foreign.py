@@ -22,6 +22,7 @@ from symbreak.runtime.plain import Values
 __all__ = ["check_pipeline", "check_settings", "from_hub", "stored_numbers", "variant_of"]
 
 LIBRARIES = ("diffusers", "transformers")
+OURS = ["symbreak.networks.residual", "Mlp"]  # the one network of this package
 CODE = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"}
 RUNS_CODE = {"auto_map", "custom_pipeline", "custom_pipelines"}  # keys by which a JSON file names code
 MAX_JSON = 2**20  # bytes of an index or of settings
@@ -91,6 +92,8 @@ def _check_component(name: str, entry: object, index: Path) -> None:
     """A component of a pipeline's index that is no class of diffusers or transformers raises an error."""
     if not isinstance(entry, list):
         return  # a setting of the pipeline
+    if entry == OURS:
+        return
     if len(entry) != 2 or not all(v is None or (isinstance(v, str) and v.isidentifier()) for v in entry):
         raise InputError(f"{index} names {str(entry)[:60]} as {name}; expected a library and a class, as names.")
     library, class_name = entry

@@ -29,6 +29,7 @@ __all__ = [
     "svg",
     "sweep_axes",
     "sweep_figure",
+    "training_figure",
 ]
 
 
@@ -330,6 +331,42 @@ def spectrum_figure(phases: Values) -> str:
     if not rungs:
         right.text(0.5, 0.5, "no mode above 1", transform=right.transAxes, ha="center")
     return svg(figure)
+
+
+def training_figure(result: Values, samples: np.ndarray | None) -> Figure:
+    """Losses of a training against steps, held-out losses against levels, and a sheet of samples [H, W, 3]."""
+    from matplotlib.figure import Figure
+
+    looks = result["looks"]
+    heights = [3.0] if samples is None else [3.0, 9.0 * samples.shape[0] / samples.shape[1]]
+    figure = Figure(figsize=(9.0, sum(heights) + 0.3), dpi=110, layout="constrained")
+    rows = figure.add_gridspec(len(heights), 2 if looks["rows"] else 1, height_ratios=heights)
+    left = figure.add_subplot(rows[0, 0])
+    steps = result["recipe"]["steps"]
+    at = [steps * (i + 0.5) / len(result["loss"]) for i in range(len(result["loss"]))]
+    left.plot(at, result["loss"], color=COLORS[0])
+    left.set_xlabel("steps")
+    left.set_title("Training loss (1: the network adds nothing)" if looks["rows"] else "Training loss", fontsize=10)
+    axes = [left]
+    if looks["rows"]:
+        right = figure.add_subplot(rows[0, 1])
+        for i, row in enumerate(looks["rows"]):
+            ratio = [a / b for a, b in zip(row["loss"], looks["law"])]
+            shade = (i + 1) / len(looks["rows"])
+            right.plot(looks["sigma"], ratio, color=COLORS[0], alpha=0.15 + 0.85 * shade, label=f"step {row['step']:,}")
+        right.axhline(1.0, color=COLORS[4], lw=1, ls="--")
+        right.set_xscale("log")
+        right.set_xlabel("sigma")
+        right.set_title("Held-out squared error, of the law's", fontsize=10)
+        _legend_beside(right)
+        axes.append(right)
+    for ax in axes:
+        _plain_frame(ax)
+    if samples is not None:
+        sheet = figure.add_subplot(rows[1, :])
+        sheet.imshow(samples)
+        sheet.set_axis_off()
+    return figure
 
 
 def _plain_ticks(axis: Axis, at: list[float]) -> None:

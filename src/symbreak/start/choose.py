@@ -324,7 +324,7 @@ def choose(
     _check_classes(network, classes, laws)
     gaussian = next((g for law in laws for g in (law, getattr(law, "gaussian", None)) if isinstance(g, Gaussian)), None)
     gaussian = Gaussian(laws[0].moments) if gaussian is None else gaussian
-    _check_range(images, gaussian)
+    check_range(images, gaussian)
     low, high, top = _band(schedule_of(scheduler), network, gaussian)
     sigma = np.geomspace(low, top, LOSSES)
     *gaps, single = loss_gaps(network, [*laws, gaussian], images, sigma, gaussian, seed, classes)
@@ -503,11 +503,12 @@ def _check_network(gap: LossGap) -> None:
         )
 
 
-def _check_range(images: torch.Tensor, gaussian: Gaussian) -> None:
+def check_range(images: torch.Tensor, gaussian: Gaussian) -> None:
     """Laws that were fitted on data of another range than the images to choose with raise an error."""
     around = float(((images - gaussian.moments.mean.to(images)) ** 2).flatten(1).sum(1).mean())
+    apart = float((images.mean(0) - gaussian.moments.mean.to(images)).square().sum())
     fitted = float(gaussian.eigenvalues.sum()) + gaussian.floor * (gaussian.dim - len(gaussian.eigenvalues))
-    if fitted > 0 and not 0.35 < around / fitted < 3:
+    if fitted > 0 and not (0.35 < around / fitted < 3 and (around - apart) / fitted > 0.1):
         raise InputError(
             f"the data lie at a mean squared distance of {around:.3g} from the law's mean, the law expects "
             f"{fitted:.3g}: the law was fitted on data of another range or kind. Fit it on data in the network's range."

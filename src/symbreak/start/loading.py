@@ -11,10 +11,14 @@ import diffusers
 import torch
 
 from symbreak.networks.foreign import check_pipeline, from_hub, stored_numbers, variant_of
+from symbreak.networks.residual import backbone
+from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline
 from symbreak.noise import schedule
 from symbreak.runtime.files import InputError
 from symbreak.runtime.ranks import usable
+from symbreak.start.late_start import LateStart
+from symbreak.start.pipeline import RESIDUAL, read_residual
 
 __all__ = ["load_pipeline", "refuse_conditional"]
 
@@ -62,6 +66,8 @@ def _loaded(source: str | Path) -> diffusers.DiffusionPipeline:
     else:
         folder = from_hub(str(source), lambda line: sys.stderr.write(line + "\n"))
     parts = check_pipeline(folder)
+    if (folder / RESIDUAL).exists():
+        return _residual(folder)
     if parts["_class_name"] == "LateStartPipeline":
         raise InputError(f"{source} holds a late start. Load it with sb.LateStartPipeline.from_pretrained.")
     if not {"unet", "scheduler"} <= set(parts):
@@ -93,6 +99,16 @@ def _loaded(source: str | Path) -> diffusers.DiffusionPipeline:
         raise InputError(f"the scheduler of {source} cannot be used: {error}") from None
     _check_weights(pipe.unet, numbers, source)
     pipe.unet.eval()
+    return pipe
+
+
+def _residual(folder: Path) -> diffusers.DiffusionPipeline:
+    """A network that knows only what its law does not, with the scheduler of its training and its own ``start``."""
+    start = LateStart.load(folder / "start.safetensors")
+    unet = read_residual(folder, start)
+    _check_weights(backbone(unet), stored_numbers(folder / "unet", None), folder)
+    pipe = diffusers.DDPMPipeline(unet=unet, scheduler=scheduler("ddpm", like=start.full))
+    pipe.start = start
     return pipe
 
 

@@ -18,16 +18,20 @@ from PIL import Image
 
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.law import fresh
+from symbreak.laws.saving import law_hash
+from symbreak.networks.families import as_unet
 from symbreak.networks.foreign import check_pipeline
+from symbreak.networks.residual import LawResidual, Mlp, backbone, residual_of
 from symbreak.networks.types import Scheduler
-from symbreak.runtime.files import InputError
+from symbreak.runtime.files import InputError, read_json, write_json
 from symbreak.runtime.plain import Values
 from symbreak.start.late_start import LateStart
 from symbreak.start.sample import Generators, check_labels, check_shape, integrate, precision
 
-__all__ = ["LateStartPipeline"]
+__all__ = ["RESIDUAL", "LateStartPipeline", "card", "read_residual"]
 
-START = "start.safetensors"
+START, RESIDUAL = "start.safetensors", "residual.json"
+FORMAT, VERSION = "symbreak.residual", "1"
 OUTPUTS = ("pil", "pt", "np", "latent")
 # Conditions of other kinds than one class a sample: their own pipelines know how to make them.
 FOREIGN = ("class_embed_type", "encoder_hid_dim", "addition_embed_type", "cross_attention_dim")
@@ -168,13 +172,23 @@ class LateStartPipeline(DiffusionPipeline):
         """
         if not kwargs.get("safe_serialization", True):
             raise InputError("safe_serialization=False would write pickles. Leave it out.")
-        if not isinstance(self.unet, diffusers.ModelMixin):
+        unet, residual = self.unet, residual_of(self.unet)
+        network = backbone(unet)
+        if not isinstance(network, diffusers.ModelMixin):
             # diffusers would leave it out and say so in a log line only.
-            raise InputError(f"a network of the kind {type(self.unet).__name__} cannot be saved by diffusers.")
+            raise InputError(f"a network of the kind {type(network).__name__} cannot be saved by diffusers.")
         self._belong_together()
+        if residual is not None and (self.start.law is None or law_hash(self.start.law) != law_hash(residual.law)):
+            raise InputError("the network is the residual of another law than the start's. Start from residual.law.")
         # The start first: the index of the folder, which says that all is there, is written last.
         self.start.save(Path(save_directory) / START)
-        super().save_pretrained(str(save_directory), **kwargs)
+        if residual is not None:
+            write_json(Path(save_directory) / RESIDUAL, {"format": FORMAT, "version": VERSION, **residual.settings()})
+        try:
+            self.register_modules(unet=network)
+            super().save_pretrained(str(save_directory), **kwargs)
+        finally:
+            self.register_modules(unet=unet)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> "LateStartPipeline":
@@ -193,6 +207,8 @@ class LateStartPipeline(DiffusionPipeline):
         if name != cls.__name__:
             raise InputError(f"{folder} holds a {name}, no {cls.__name__}. Load it with sb.load_pipeline.")
         start = LateStart.load(Path(folder) / START)
+        if (Path(folder) / RESIDUAL).exists():
+            return cls(read_residual(folder, start, **kwargs), start.scheduler, start)
         options = {"use_safetensors": True, **kwargs, "local_files_only": True}
         try:
             pipe = super().from_pretrained(str(folder), start=start, scheduler=start.scheduler, **options)
@@ -203,6 +219,66 @@ class LateStartPipeline(DiffusionPipeline):
             raise InputError(f"{folder} cannot be loaded ({type(error).__name__}: {what}).") from None
         pipe.unet.eval()
         return pipe
+
+
+def read_residual(folder: str | Path, start: LateStart, **kwargs: Any) -> Any:
+    """The network of a folder whose network is the residual of its start's law, with the face that samplers know.
+
+    Args:
+        folder: of `LateStartPipeline.save_pretrained`, looked at before (`check_pipeline`).
+        start: the folder's.
+        **kwargs: of the network's ``from_pretrained``, e.g. ``torch_dtype``.
+
+    Raises:
+        InputError: for settings or weights that are missing, damaged or of a newer version.
+    """
+    path = Path(folder) / RESIDUAL
+    about = read_json(path)
+    if not isinstance(about, dict) or about.get("format") != FORMAT or about.get("version") != VERSION:
+        raise InputError(f"{path} holds no residual that this symbreak reads. Save the pipeline again, or update.")
+    name = read_json(Path(folder) / "unet" / "config.json").get("_class_name")
+    kind: Any = Mlp if name == Mlp.__name__ else getattr(diffusers, str(name), None)
+    known = isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin)
+    if not known:
+        raise InputError(f"{folder} has a network of the class {str(name)[:60]!r}, which diffusers does not have.")
+    options = {**kwargs, "use_safetensors": True, "local_files_only": True}
+    try:
+        network: Any = kind.from_pretrained(str(Path(folder) / "unet"), **options).eval()
+        residual = LawResidual(
+            start.law,
+            network,
+            error=torch.tensor(about["error"], dtype=torch.float64),
+            top=float(about["top"]),
+            second_input=bool(about["second_input"]),
+        )
+    except InputError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:160]
+        raise InputError(f"{folder} cannot be loaded ({type(error).__name__}: {what}).") from None
+    return as_unet(residual, start.full).eval()
+
+
+def card(data: str, start: LateStart, seconds: float) -> str:
+    """The README of a folder that training wrote: what it is, and how it is used."""
+    return f"""# A diffusion model that begins late
+
+Trained with symbreak on {data} in {seconds / 60:.1f} minutes. The network learned only what a law of the data does not
+know; above the start the law answers alone.
+
+- {start.explain().splitlines()[0]}
+- `start.safetensors` holds the law and the start, `residual.json` how network and law are combined, `unet` the network,
+  `training.json` what it was trained with, its losses and held-out losses, `training.png` a picture of them.
+
+    symbreak sample --model FOLDER --seeds 0-15 --out samples
+
+    import symbreak as sb
+
+    pipe = sb.LateStartPipeline.from_pretrained("FOLDER")
+    images = pipe(batch_size=16).images
+
+The network alone is no diffusion model: load it with symbreak. Nothing is known here of the data's licence.
+"""
 
 
 def _settings(scheduler: Scheduler) -> Values:

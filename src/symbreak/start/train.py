@@ -1,9 +1,7 @@
-"""Train a small diffusers UNet2DModel by epsilon prediction; we own no network.
+"""Train a small network: a diffusers UNet2DModel that predicts noise, or one that learns only what a law does not know.
 
-    loss = E | eps_theta(alpha_t x_0 + sigma_t eps, t) - eps |^2,  t uniform over the DDPM steps
-
-(Ho, Jain, Abbeel 2020, arXiv:2006.11239). Every step draws from generators keyed by (seed, step),
-so an interrupted run continues from its checkpoint and ends with the bits of one that was not interrupted.
+`symbreak.start.objectives` has the losses. Every step draws from generators keyed by (seed, step), so an interrupted
+run continues from its checkpoint and ends with the bits of one that was not interrupted.
 """
 
 from __future__ import annotations
@@ -14,26 +12,37 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from symbreak.data.images import Images
-from symbreak.noise import generator
+from symbreak.laws.law import Law
+from symbreak.laws.saving import law_hash
+from symbreak.networks.residual import Mlp, backbone
+from symbreak.noise import generator, schedule
 from symbreak.runtime.errors import note
 from symbreak.runtime.files import InputError, damaged, file_hash, read_json, read_tensors, write_json, write_tensors
-from symbreak.runtime.identity import Identity, differences, identity_of, of_data
+from symbreak.runtime.identity import Identity, differences, identity_of, of_data, weights_hash
 from symbreak.runtime.lock import locked
 from symbreak.runtime.plain import Values
 from symbreak.runtime.ranks import agreed, rank_of, summed, usable
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
+from symbreak.start.late_start import LateStart
+from symbreak.start.loading import load_pipeline
+from symbreak.start.objectives import Batch, Epsilon, Objective, Residual, noising
+from symbreak.start.pipeline import LateStartPipeline, card
+from symbreak.start.recipe import Recipe
+from symbreak.start.training_law import TrainingLaw, training_law
+from symbreak.start.training_looks import TIMES, Looks
 
-__all__ = ["Recipe", "train_network"]
+__all__ = ["recipe_for", "train_network"]
 
 PARTS = (  # of a pipeline: without one of them it cannot be loaded
     "model_index.json",
@@ -42,70 +51,15 @@ PARTS = (  # of a pipeline: without one of them it cannot be loaded
     "unet/diffusion_pytorch_model.safetensors",
 )
 MACHINE = ("ranks", "threads", "device")  # of which a network that is finished is independent
-LARGEST = 8192  # channels, layers: beyond what any machine trains
+WARM, TIMED = 2, 5  # steps by which the time of one is measured
+SPENT = 0.85  # share of the minutes that goes into steps; the rest is for the looks and the choice of a start
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that decides a training run; as JSON under ``recipes/``.
-
-    Attributes:
-        channels: UNet channels a resolution, each a multiple of 8.
-        layers: ResNet blocks a resolution.
-        dropout: dropout inside the ResNet blocks.
-        steps: optimizer steps.
-        batch: images a step.
-        lr: peak AdamW learning rate, after ``warmup`` steps, then a cosine down to 0.
-        ema: decay of the weight average that is saved.
-        seed: of initial weights, data order, noise and dropout.
-    """
-
-    channels: tuple[int, ...] = (24, 48)
-    layers: int = 1
-    dropout: float = 0.1
-    steps: int = 8000
-    batch: int = 128
-    lr: float = 1e-3
-    warmup: int = 200
-    ema: float = 0.999
-    weight_decay: float = 0.01
-    seed: int = 0
-
-    @classmethod
-    def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe; unknown or impossible settings are named."""
-        raw = read_json(path)
-        known = {f.name for f in fields(cls)}
-        if not isinstance(raw, dict) or set(raw) - known:
-            extra = sorted(set(raw) - known) if isinstance(raw, dict) else "no settings"
-            raise InputError(f"{path} holds {extra}; a recipe has the settings {', '.join(sorted(known))}.")
-        try:
-            recipe = cls(**{**raw, "channels": tuple(raw.get("channels", cls.channels))})
-            recipe.check()
-        except (TypeError, OverflowError) as error:
-            raise InputError(f"{path} is no recipe ({error}).") from None
-        return recipe
-
-    def check(self) -> None:
-        """Settings that cannot be trained raise an error that names them."""
-        whole = (*self.channels, self.layers, self.steps, self.batch, self.warmup, self.seed)
-        if any(isinstance(n, bool) or not isinstance(n, int) for n in whole):
-            raise InputError("recipe channels, layers, steps, batch, warmup and seed are whole numbers.")
-        if not self.channels or any(c < 8 or c % 8 for c in self.channels):
-            raise InputError(f"recipe channels {self.channels}; expected positive multiples of 8.")
-        if min(self.layers, self.steps, self.batch) < 1 or not self.lr > 0 or not 0 <= self.ema < 1:
-            raise InputError("a recipe needs layers, steps and batch >= 1, lr > 0 and 0 <= ema < 1.")
-        if max(self.channels) > LARGEST or self.layers > LARGEST or len(self.channels) > LARGEST:
-            raise InputError(f"a recipe has at most {LARGEST:,} channels and layers.")
-        if min(self.warmup, self.seed, self.weight_decay) < 0 or self.seed >= 2**63:
-            raise InputError("a recipe needs warmup, seed and weight_decay >= 0, and a seed below 2^63.")
-        if not (math.isfinite(self.lr) and math.isfinite(self.weight_decay)):
-            raise InputError("a recipe needs finite numbers for lr and weight_decay.")
-        if not 0 <= self.dropout < 1:
-            raise InputError(f"recipe dropout {self.dropout}; expected 0 <= dropout < 1.")
-
-
-def _network(recipe: Recipe, shape: tuple[int, ...]) -> UNet2DModel:
+def _network(recipe: Recipe, shape: tuple[int, ...], classes: int | None, inputs: int) -> torch.nn.Module:
+    """The backbone: a UNet2DModel of pictures, an `Mlp` of everything else."""
+    embeds = None if classes is None else classes + 1
+    if len(shape) != 3 or 1 in shape[1:]:
+        return Mlp(shape, recipe.channels[0] * 4, max(2, recipe.layers + 1), inputs, embeds)
     c, h, w = shape
     halvings = len(recipe.channels) - 1
     if h != w or h % 2**halvings:
@@ -116,7 +70,7 @@ def _network(recipe: Recipe, shape: tuple[int, ...]) -> UNet2DModel:
     plain = ["DownBlock2D"] * halvings
     return UNet2DModel(
         sample_size=h,
-        in_channels=c,
+        in_channels=inputs * c,
         out_channels=c,
         block_out_channels=recipe.channels,
         layers_per_block=recipe.layers,
@@ -125,6 +79,7 @@ def _network(recipe: Recipe, shape: tuple[int, ...]) -> UNet2DModel:
         norm_num_groups=8,
         attention_head_dim=8,
         dropout=recipe.dropout,
+        num_class_embeds=embeds,
     )
 
 
@@ -134,13 +89,20 @@ def train_network(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
+    law: Law | str | None = None,
+    init: str | Path | None = None,
     checkpoint_seconds: float = 60.0,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
     compiled: bool = False,
     run: Run | None = None,
 ) -> Values:
-    """Train a network on ``data`` and save a `diffusers.DDPMPipeline` folder.
+    """Train a network on ``data`` and save it as a diffusers folder.
+
+    Without a law it predicts noise, and the folder holds a `diffusers.DDPMPipeline`. With one it learns only what the
+    law does not know (`symbreak.networks.residual`), and the folder holds network, law and a start that is chosen for
+    it at the end, as `load_pipeline` and `LateStartPipeline.from_pretrained` read them; up to 256 of the images are
+    then kept back, to measure held-out losses with and to choose the start.
 
     Called again with the same arguments after an interruption it continues from the checkpoint in
     ``out``; called after the end it returns the result at once. Several processes read and hold a part of the images
@@ -148,9 +110,12 @@ def train_network(
     same bits on the same number of processes.
 
     Args:
-        data: images in [-1, 1].
-        out: folder for the pipeline, ``training.json`` and, while it runs, the checkpoint.
+        data: images in [-1, 1]; with a law also data of other shapes, for which a small `Mlp` is trained.
+        out: folder for the pipeline, ``training.json``, pictures of how it went and, while it runs, the checkpoint.
         recipe: settings; the default is the one of the bundled digits network.
+        law: ``"auto"`` fits one, by `candidate_laws`; or a law of the data's shape; ``None`` for a network that knows
+            none.
+        init: a finished network of the same architecture to go on from: a folder, ``"digits"`` or a hub id.
         checkpoint_seconds: time between checkpoints.
         device: where the network is trained; batches and noise are drawn on the CPU, the same everywhere.
         precision: ``"fp32"``, or ``"bf16"``: forward passes under autocast; weights and averages stay float32.
@@ -159,36 +124,81 @@ def train_network(
             ("images"), then how many steps are done ("steps").
 
     Returns:
-        The content of ``training.json``: recipe, data, parameters, losses, seconds.
+        The content of ``training.json``: recipe, data, parameters, losses, seconds; with a law also the law, held-out
+        losses of network and law, and the start.
 
     Raises:
-        InputError: where the images do not fit the recipe, ``out`` holds another run or files that training did not
-            write, or a loss or a weight is no number any more; the last good checkpoint is then left.
+        InputError: where the images do not fit the recipe or the law, ``out`` holds another run or files that training
+            did not write, or a loss or a weight is no number any more; the last good checkpoint is then left.
+
+    Warns:
+        LateStartWarning: as `late_start`; and where the law is to answer below the level at which the training images
+            can be told apart.
     """
     run = run or Run()
-    recipe = recipe or Recipe()
+    recipe = recipe_for(recipe, init)
     recipe.check()
     if precision not in ("fp32", "bf16"):
         raise InputError(f"precision {precision!r} for training; expected fp32 or bf16, which needs no scaled loss.")
+    if recipe.conditional and data.labels is None:
+        raise InputError(
+            f"a conditional network needs classes, but {data.name} has no labels. Pass some, or leave out."
+        )
+    if law is None and len(data.shape) != 3:
+        raise InputError(f"data of shape {data.shape} are trained with a law. Pass law='auto' (--residual).")
     out, ranks = Path(out), rank_of()[1]
     place = usable(device)
     with locked(out):
         of = of_data(data)
-        about: Values = {"recipe": asdict(recipe), "data": data.name, "fingerprint": of["content"]}
-        about["recipe"]["channels"] = list(recipe.channels)
+        about: Values = {"recipe": recipe.settings(), "data": data.name, "fingerprint": of["content"]}
         about |= {} if precision == "fp32" else {"precision": precision}  # runs of before it was a choice were fp32
+        settings = recipe.settings()
+        if recipe.minutes is not None:
+            del settings["steps"]
+        more: Values = {} if law is None else {"law": law if isinstance(law, str) else law_hash(law)}
+        before = None if init is None else load_pipeline(init)
+        if before is not None:
+            more["init"] = weights_hash(before.unet)
         decides = identity_of(
             "training",
-            recipe=asdict(recipe),
+            recipe=settings,
             data=of,
             precision=precision,
             compiled=compiled,
             device=place.type,
             ranks=ranks,
+            **more,
         )
         if agreed((out / "training.json").exists):
             return _finished(out, about, decides)
-        return _trained(data, out, recipe, about, decides, checkpoint_seconds, place, run)
+        job = _Job(data, out, recipe, law, before, place, decides)
+        return _trained(job, about, checkpoint_seconds, run)
+
+
+def recipe_for(recipe: Recipe | None, init: str | Path | None) -> Recipe:
+    """The recipe; by default with the architecture of the network that training goes on from."""
+    if recipe is not None or init is None:
+        return recipe or Recipe()
+    config = backbone(load_pipeline(init).unet).config
+    channels, layers = config.get("block_out_channels"), config.get("layers_per_block")
+    return Recipe() if channels is None else Recipe(channels=tuple(channels), layers=int(layers))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be trained, on what, and where."""
+
+    data: Images
+    out: Path
+    recipe: Recipe
+    law: Law | str | None
+    before: Any
+    place: torch.device
+    decides: Identity
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / "checkpoint.safetensors"
 
 
 def _finished(out: Path, about: Values, decides: Identity) -> Values:
@@ -225,34 +235,34 @@ def _finished(out: Path, about: Values, decides: Identity) -> Values:
     return result
 
 
-def _trained(
-    data: Images,
-    out: Path,
-    recipe: Recipe,
-    about: Values,
-    decides: Identity,
-    checkpoint_seconds: float,
-    place: torch.device,
-    run: Run,
-) -> Values:
+def _trained(job: _Job, about: Values, checkpoint_seconds: float, run: Run) -> Values:
     """Train, from the checkpoint where there is one, and save the network."""
     rank, ranks = rank_of()
-    checkpoint = out / "checkpoint.safetensors"
+    out, recipe, checkpoint = job.out, job.recipe, job.checkpoint
     _check_free(out, checkpoint)
     if recipe.batch < ranks:
         raise InputError(f"a batch of {recipe.batch} images for {ranks} processes; expected at least one image each.")
+    known = None if job.law is None else training_law(job.data, recipe, job.law)
+    data = job.data if known is None else known.parts.train
     images = data.shards(Run(out, run.memory, run.progress).named("images"))
-    training = _Training(recipe, data.shape, place, decides["precision"])
-    if decides["compiled"]:
-        training.unet.compile()
-    training.resume(checkpoint, decides)
-    training.go_on(images, checkpoint, decides, checkpoint_seconds, run.named("steps"))
-    training.save(checkpoint, decides)  # by which what is put beside it now is known as ours, if this is interrupted
-    if rank == 0:
-        with _staging(out) as stage:
-            DDPMPipeline(unet=training.averaged(), scheduler=_noising()).save_pretrained(stage, safe_serialization=True)
+    training = _Training(job, data, known)
+    if job.decides["compiled"]:
+        training.network.compile()
+    training.resume()
+    training.go_on(images, checkpoint_seconds, run.named("steps"))
+    training.save()  # by which what is put beside it now is known as ours, if this is interrupted
+    with training.averaged():
+        start = None if known is None else known.start(training.objective.unet())
+        training.network.to("cpu")
+        parts = []
+        if rank == 0:
+            with _staging(out) as stage:
+                _save(stage, training, start, about)
+                parts = sorted(str(p.relative_to(stage)) for p in stage.rglob("*") if p.is_file())
+    parts = agreed(lambda: parts)
     losses = training.losses
     stride = max(1, len(losses) // 100)
+    about["recipe"]["steps"] = training.steps
     result = {
         **about,
         "images": len(images),
@@ -260,34 +270,54 @@ def _trained(
         "loss": [sum(losses[i : i + stride]) / len(losses[i : i + stride]) for i in range(0, len(losses), stride)],
         "seconds": round(training.seconds, 1),
         "torch": torch.__version__,
-        "identity": decides,
-        "files": agreed(lambda: {name: file_hash(out / name) for name in PARTS}),
+        **({} if known is None or start is None else {**known.to_dict(), "start": {**start.to_dict(), "choice": None}}),
+        "looks": training.looks.to_dict(),
+        "identity": job.decides,
+        "files": agreed(lambda: {name: file_hash(out / name) for name in parts}),
     }
+    if rank == 0:
+        training.looks.draw(result)
     write_json(out / "training.json", result)
     if rank == 0:
         checkpoint.unlink(missing_ok=True)
     return result
 
 
-def _noising() -> DDPMScheduler:
-    return DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
+def _save(stage: Path, training: _Training, start: LateStart | None, about: Values) -> None:
+    """The pipeline, and with a law a card that says how to use it."""
+    if start is None:
+        DDPMPipeline(unet=training.network, scheduler=noising()).save_pretrained(stage, safe_serialization=True)
+        return
+    LateStartPipeline(training.objective.unet(), start.scheduler, start).save_pretrained(stage)
+    (stage / "README.md").write_text(card(about["data"], start, training.seconds))
 
 
 class _Training:
     """A network in training: its weights, optimizer and average, the losses of its steps and the seconds spent."""
 
-    def __init__(self, recipe: Recipe, shape: tuple[int, ...], device: torch.device, precision: str) -> None:
-        self.recipe, self.device, self.precision = recipe, device, precision
+    def __init__(self, job: _Job, data: Images, known: TrainingLaw | None) -> None:
+        recipe = self.recipe = job.recipe
+        self.job, self.device, self.labels = job, job.place, data.labels
+        classes = None
+        if recipe.conditional and data.labels is not None:
+            classes = max(len(data.classes), int(data.labels.max()) + 1)
         # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
-            self.unet = _network(recipe, shape)
-        self.unet.to(device).train()
-        self.parameters = list(self.unet.parameters())
+            self.network = _network(recipe, data.shape, classes, 1 if known is None else 2)
+        if job.before is not None:
+            _continue(self.network, job.before)
+        self.network.to(self.device).train()
+        low = schedule(noising()).sigma_range[0]
+        self.objective: Objective = (
+            Epsilon(self.network) if known is None else Residual(known.residual(self.network), known.folds, low)
+        )
+        self.looks = Looks(job.out, data.shape, known, recipe.conditional)
+        self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.average = EMAModel(self.parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75)
-        self.noising = _noising()
         self.losses: list[float] = []
+        self.steps = recipe.steps  # where minutes are to be spent, known after the first steps or from the checkpoint
         self._began, self._before = time.monotonic(), 0.0
 
     @property
@@ -295,64 +325,91 @@ class _Training:
         """Seconds spent, with those before an interruption."""
         return self._before + time.monotonic() - self._began
 
-    def averaged(self) -> UNet2DModel:
-        """The network with its average weights, on the CPU."""
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The network with its average weights, evaluating."""
+        self.average.store(self.parameters)
         self.average.copy_to(self.parameters)
-        return self.unet.eval().to("cpu")
+        self.network.eval()
+        try:
+            yield
+        finally:
+            self.network.to(self.device)
+            self.average.restore(self.parameters)
+            self.network.train()
 
-    def go_on(self, images: Shards, checkpoint: Path, identity: Identity, every: float, run: Run) -> None:
+    def budgeted(self, images: Shards) -> None:
+        """As many steps as this machine makes in the recipe's minutes, by the time of a few that are thrown away."""
+        minutes = self.recipe.minutes
+        if minutes is None or self.losses:
+            return
+        index, times = torch.arange(len(images))[: self.recipe.batch], []
+        for step in range(WARM + TIMED):
+            began = time.perf_counter()
+            self._gradients(images.at(index), index, step)
+            times.append(time.perf_counter() - began)
+        self.optimizer.zero_grad(set_to_none=True)
+        each = sorted(times[WARM:])[TIMED // 2]
+        self.steps = agreed(lambda: max(2 * TIMES, int(SPENT * 60 * minutes / each)))
+
+    def go_on(self, images: Shards, every: float, run: Run) -> None:
         """Steps up to the last one, with a checkpoint every so many seconds and where the run is interrupted."""
         recipe, saved = self.recipe, time.monotonic()
+        self.budgeted(images)
         per_epoch = max(1, len(images) // recipe.batch)
         whole = True  # weights, average and step count belong together
         epoch, order = -1, torch.empty(0, dtype=torch.long)
         try:
-            while (step := len(self.losses)) < recipe.steps:
+            while (step := len(self.losses)) < self.steps:
                 if step // per_epoch != epoch:
                     epoch = step // per_epoch
                     order = torch.randperm(len(images), generator=generator(recipe.seed, 1, epoch))
                 first = step % per_epoch * recipe.batch
-                loss = self._gradients(images.at(order[first : first + recipe.batch]), step)
+                index = order[first : first + recipe.batch]
+                loss = self._gradients(images.at(index), index, step)
                 value = loss.item()
                 if not math.isfinite(value):
-                    raise self._diverged(f"the loss of step {step + 1} is {value}", checkpoint)
+                    raise self._diverged(f"the loss of step {step + 1} is {value}")
                 whole = False
                 self.optimizer.step()
                 self.average.step(self.parameters)
                 self.losses.append(value)
+                if self.looks.due(step + 1, self.steps) and self.finite():
+                    with self.averaged():
+                        self.looks.look(self.objective.unet(), step + 1, self.device)
                 whole = True
-                if (step + 1) % 10 == 0 or step + 1 == recipe.steps:
-                    run.tell(step + 1, recipe.steps)
+                if (step + 1) % 10 == 0 or step + 1 == self.steps:
+                    run.tell(step + 1, self.steps)
                 if time.monotonic() - saved > every and self.finite():
-                    self.save(checkpoint, identity)
+                    self.save()
                     saved = time.monotonic()
         except (KeyboardInterrupt, SystemExit):  # Ctrl-C and SIGTERM
             if whole and self.finite():  # in the middle of an update only the last checkpoint is consistent
-                self.save(checkpoint, identity)
+                self.save()
             raise
         if not self.finite():
-            raise self._diverged("the network has weights that are no numbers", checkpoint)
+            raise self._diverged("the network has weights that are no numbers")
 
     def finite(self) -> bool:
         """Whether all weights and their averages are numbers."""
         weights = (*self.parameters, *self.average.shadow_params)
         return all(bool(torch.isfinite(p).all()) for p in weights)
 
-    def _diverged(self, what: str, checkpoint: Path) -> InputError:
+    def _diverged(self, what: str) -> InputError:
+        checkpoint = self.job.checkpoint
         left = f"the last good state is in {checkpoint}" if checkpoint.exists() else "nothing was written"
         return InputError(f"training diverged: {what} at lr {self.recipe.lr:g}; {left}. Lower the recipe's lr.")
 
-    def _gradients(self, clean: torch.Tensor, step: int) -> torch.Tensor:
+    def _gradients(self, clean: torch.Tensor, index: torch.Tensor, step: int) -> torch.Tensor:
         """The loss of a step, its gradients in the parameters and its learning rate in the optimizer."""
         recipe, (rank, ranks) = self.recipe, rank_of()
         g = generator(recipe.seed, 2, step)
-        t = torch.randint(0, 1000, (len(clean),), generator=g)
-        noise = torch.randn(clean.shape, generator=g)
-        noisy = self.noising.add_noise(clean, noise, t)
-        rate = min(1.0, (step + 1) / max(1, recipe.warmup)) * 0.5 * (1 + math.cos(math.pi * step / recipe.steps))
+        mine = slice(len(clean) * rank // ranks, len(clean) * (rank + 1) // ranks)
+        batch = Batch(clean, index, None if self.labels is None else self.labels[index], mine)
+        mean = self.objective.loss(batch, g, self.device)
+        rate = min(1.0, (step + 1) / max(1, recipe.warmup)) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * rate
-        mine = slice(len(t) * rank // ranks, len(t) * (rank + 1) // ranks)
         gpus = [self.device] if self.device.type == "cuda" else []  # whose global generator dropout draws from
         with torch.random.fork_rng(devices=gpus):  # dropout knows only the global generator
             drawn = int(torch.randint(2**62, (ranks,), generator=g)[rank])
@@ -361,9 +418,8 @@ class _Training:
                 with torch.cuda.device(gpu):
                     torch.cuda.manual_seed(drawn)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-                answer = self.unet(noisy[mine].to(self.device), t[mine].to(self.device)).sample
-            loss = torch.nn.functional.mse_loss(answer.float(), noise[mine].to(self.device))
-            loss = loss * (len(t[mine]) / len(t))
+                loss = mean()
+            loss = loss * (len(clean[mine]) / len(clean))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if ranks > 1:
@@ -371,27 +427,34 @@ class _Training:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         return loss
 
-    def save(self, path: Path, identity: Identity) -> None:
+    @property
+    def precision(self) -> str:
+        """Of forward passes."""
+        return str(self.job.decides["precision"])
+
+    def save(self) -> None:
         """Write a checkpoint."""
-        tensors = {f"model.{k}": v for k, v in self.unet.state_dict().items()}
+        tensors = {f"model.{k}": v for k, v in self.network.state_dict().items()}
         tensors |= {f"ema.{i}": v for i, v in enumerate(self.average.shadow_params)}
         for i, slot in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in slot.items()}
         tensors["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        tensors["seconds"] = torch.tensor(self.seconds, dtype=torch.float64)
-        write_tensors(path, tensors, {"identity": json.dumps(identity, sort_keys=True)})
+        tensors["looks"] = torch.tensor(self.looks.rows, dtype=torch.float64)
+        tensors["seconds"] = torch.tensor([self.seconds, self.steps], dtype=torch.float64)
+        write_tensors(self.job.checkpoint, tensors, {"identity": json.dumps(self.job.decides, sort_keys=True)})
 
-    def resume(self, path: Path, identity: Identity) -> None:
+    def resume(self) -> None:
         """Put everything back as a checkpoint says, where there is one."""
+        path = self.job.checkpoint
         if not path.exists():
             return
         tensors, metadata = read_tensors(path)
         with damaged(path, "a checkpoint"):
-            by = differences(json.loads(metadata["identity"]), identity)
+            by = differences(json.loads(metadata["identity"]), self.job.decides)
         if by:
             raise InputError(f"{path} belongs to a run with other settings: {by}. Choose another --out or delete it.")
         with damaged(path, "a checkpoint"):
-            self.unet.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+            self.network.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
             for i, shadow in enumerate(self.average.shadow_params):
                 shadow.copy_(tensors[f"ema.{i}"])
             state = self.optimizer.state_dict()
@@ -402,8 +465,23 @@ class _Training:
                     state["state"].setdefault(int(slot), {})[name] = value
             self.optimizer.load_state_dict(state)
             self.losses = tensors["losses"].tolist()
+            self.looks.rows = tensors["looks"].tolist()
             self.average.optimization_step = len(self.losses)
-            self._before = float(tensors["seconds"])
+            seconds, steps = tensors["seconds"].tolist()
+            self._before, self.steps = float(seconds), int(steps)
+
+
+def _continue(network: torch.nn.Module, before: Any) -> None:
+    """Take over the weights of a finished network."""
+    weights = backbone(before.unet).state_dict()
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        what = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"the network to go on from is of another architecture than the recipe's ({what}). Leave the recipe out, "
+            "or choose another network."
+        ) from None
 
 
 def _shared(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.Tensor:
@@ -445,7 +523,7 @@ def _content(path: Path) -> dict[str, str]:
 
 def _check_free(out: Path, checkpoint: Path) -> None:
     """A folder with parts of a pipeline and without a checkpoint of ours is somebody else's, and stays as it is."""
-    names = ("model_index.json", "unet", "scheduler", ".stage")
+    names = ("model_index.json", "unet", "scheduler", "start.safetensors", "residual.json", ".stage")
     there = agreed(lambda: [] if checkpoint.exists() else [name for name in names if (out / name).exists()])
     if there:
         raise InputError(f"{out} holds {', '.join(there)} of another pipeline, which stay. Choose another --out.")

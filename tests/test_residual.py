@@ -1,0 +1,281 @@
+"""A network that learns only what a law does not know."""
+
+import dataclasses
+import json
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import symbreak as sb
+from symbreak.networks.families import as_unet, denoiser
+from symbreak.networks.residual import LawResidual, Mlp, law_error
+from symbreak.noise import NoiseLevel
+from symbreak.runtime.files import InputError
+from symbreak.start.late_start import LateStartWarning
+from symbreak.start.loading import load_pipeline
+from symbreak.start.objectives import noising
+from symbreak.start.pipeline import LateStartPipeline
+from symbreak.start.recipe import Recipe
+from symbreak.start.train import train_network
+
+SMALL = Recipe(channels=(8, 16), steps=24, batch=64, warmup=5, dropout=0.0, lr=3e-3, clusters=10, folds=2)
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return sb.images("digits")
+
+
+@pytest.fixture(scope="module")
+def folder(digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp("residual") / "net"
+    train_network(digits, out, dataclasses.replace(SMALL, steps=60), law="auto")
+    return out
+
+
+def isotropic(variance, shape=(1, 4, 4), n=4000):
+    """A Gaussian whose covariance is exactly a multiple of the identity, and whose mean is 0."""
+    d = int(np.prod(shape))
+    x = torch.linalg.qr(torch.randn(n, d, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    x = torch.cat([x, -x])
+    return sb.Gaussian.fit((x * (variance * (len(x) - 1) / 2) ** 0.5).reshape(-1, *shape))
+
+
+def test_edm_is_the_case_of_an_isotropic_gaussian():
+    """D = c_skip x + c_out F(c_in x, sigma), with EDM's own coefficients (arXiv:2206.00364, table 1)."""
+    v = 0.25
+    law = isotropic(v)
+    sigmas = torch.tensor([0.02, 0.3, 1.0, 5.0], dtype=torch.float64)
+    error = torch.stack([e := torch.logspace(-3, 2, 200, dtype=torch.float64), v * e**2 / (v + e**2)])
+    d = LawResidual(law, lambda x, s: torch.sin(3 * x) + s.reshape(-1, 1, 1, 1), error=error)
+    x = torch.randn(4, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    s = sigmas.reshape(-1, 1, 1, 1)
+    c_in, c_skip, c_out = (s**2 + v).rsqrt(), v / (s**2 + v), s * v**0.5 * (s**2 + v).rsqrt()
+    edm = c_skip * x + c_out * (torch.sin(3 * c_in * x) + s)
+    # the law's second moment is that of 1,024 draws: 1 / sqrt(16 * 1024) of it
+    torch.testing.assert_close(d(x, sigmas), edm, rtol=0.02, atol=0.02)
+
+
+def test_a_perfect_correction_gives_the_exact_denoiser():
+    """Two Gaussians posing as the truth, one Gaussian as the law: F that knows the difference makes D exact."""
+    g = torch.Generator().manual_seed(0)
+    points = (
+        torch.randn(400, 3, generator=g) * 0.3 + torch.tensor([[1.0, 0, 0]]) * (torch.arange(400) % 2 * 2 - 1)[:, None]
+    )
+    truth = sb.Mixture.fit(points, components=2)
+    law = sb.Gaussian.fit(points)
+    d = LawResidual(law, lambda x, s: x, top=2.0)
+
+    def perfect(x, s):
+        raw = x / (s[:, None] ** 2 + d.size).rsqrt()
+        return (truth.denoise(raw, s) - law.denoise(raw, s)) / d.scale(s)[:, None]
+
+    d.network = perfect
+    x = torch.randn(50, 3, dtype=torch.float64, generator=g)
+    for sigma in (0.2, 1.0, 2.0):
+        torch.testing.assert_close(d(x, sigma), truth.denoise(x, sigma))
+    torch.testing.assert_close(d(x, 2.5), law.denoise(x, 2.5))  # above the top the law answers alone
+    mixed = d(x, torch.linspace(0.5, 3.5, 50, dtype=torch.float64))
+    torch.testing.assert_close(
+        mixed[:25], truth.denoise(x[:25], torch.linspace(0.5, 3.5, 50, dtype=torch.float64)[:25])
+    )
+
+
+def test_the_target_has_unit_variance_at_every_level(digits):
+    law, unseen = sb.Gaussian.fit(digits), sb.images("digits:held-out").tensor()
+    d = LawResidual(law, lambda x, s: 0 * x, error=law_error(law, unseen, 1.5), top=1.5)
+    noise = torch.randn(unseen.shape, generator=torch.Generator().manual_seed(5))
+    for sigma in (0.01, 0.1, 0.5, 1.4):
+        target = (unseen - law.denoise(unseen + sigma * noise, sigma)) / d.scale(torch.tensor([sigma]))
+        assert abs(float(target.square().mean()) - 1) < 0.03
+
+
+def test_an_interrupted_training_ends_with_the_same_bits(digits, tmp_path):
+    whole = train_network(digits, tmp_path / "a", SMALL, law="auto")
+
+    def stop(stage, done, total):
+        if (stage, done) == ("steps", 10):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_network(digits, tmp_path / "b", SMALL, law="auto", run=sb.Run(progress=stop))
+    again = train_network(digits, tmp_path / "b", SMALL, law="auto")
+    assert again["loss"] == whole["loss"]
+    assert again["looks"] == whole["looks"]
+    assert again["start"] == whole["start"]
+    for name in ("unet/diffusion_pytorch_model.safetensors", "start.safetensors", "residual.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert train_network(digits, tmp_path / "a", SMALL, law="auto") == whole  # finished: nothing is trained again
+    with pytest.raises(InputError, match="other settings: law"):
+        train_network(digits, tmp_path / "a", SMALL)
+
+
+def test_the_network_adds_to_the_law(digits, folder):
+    made = json.loads((folder / "training.json").read_text())
+    unseen = sb.images("digits:held-out").tensor()
+    pipe = load_pipeline(folder)
+    noise = torch.randn(unseen.shape, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        network = (denoiser(pipe.unet, pipe.scheduler)(unseen + 0.2 * noise, 0.2) - unseen).square().flatten(1).sum(1)
+    law = (pipe.start.law.denoise(unseen + 0.2 * noise, 0.2) - unseen).square().flatten(1).sum(1)
+    gap = (law - network).double()
+    assert gap.mean() > 4 * gap.std() / len(gap) ** 0.5
+    rows = made["looks"]["rows"]
+    assert rows[-1]["step"] == 60
+    assert len(rows) == 8
+    middle = [i for i, s in enumerate(made["looks"]["sigma"]) if 0.1 < s < 0.5]
+    assert all(rows[-1]["loss"][i] < made["looks"]["law"][i] for i in middle)
+    assert (folder / "training.png").stat().st_size > 10_000
+    assert len(list((folder / "previews").glob("*.png"))) == 8
+
+
+def test_one_folder_serves_all_ways_of_sampling(folder):
+    late, plain = LateStartPipeline.from_pretrained(folder), load_pipeline(folder)
+    generators = [torch.Generator().manual_seed(i) for i in range(3)]
+    late.set_progress_bar_config(disable=True)
+    images = late(batch_size=3, generator=generators, output_type="latent").images
+    same = sb.generate(plain.unet, plain.start, range(3), clamp=False)
+    assert torch.equal(images, same)
+    x = 2.0 * torch.randn(5, 1, 8, 8)
+    with torch.no_grad():
+        d = denoiser(plain.unet, plain.scheduler)
+        torch.testing.assert_close(d(x, 5.0), plain.start.law.denoise(x, 5.0), rtol=1e-4, atol=1e-4)
+    with pytest.raises(Exception, match="LateStartPipeline"):  # of diffusers: it cannot sample the network alone
+        diffusers.DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
+
+
+def test_classes_and_the_null_class(digits, tmp_path):
+    recipe = dataclasses.replace(SMALL, conditional=True, steps=16)
+    train_network(digits, tmp_path / "a", recipe, law="auto")
+    pipe = load_pipeline(tmp_path / "a")
+    assert pipe.unet.config.num_class_embeds == 11
+    law = pipe.start.law
+    x = 6.0 * torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for label, expected in ((3, law.given(3)), (10, law)):  # above the top: the class's own law, or that of all
+            d = denoiser(pipe.unet, pipe.scheduler, class_labels=torch.full((4,), label))
+            torch.testing.assert_close(d(x, 6.0), expected.denoise(x, 6.0), rtol=1e-3, atol=1e-3)
+    images = sb.generate(pipe.unet, pipe.start, range(4), labels=3)
+    assert bool(torch.isfinite(images).all())
+    with pytest.raises(InputError, match="has no labels"):
+        train_network(sb.images(torch.rand(300, 1, 8, 8)), tmp_path / "b", recipe, law="auto")
+
+
+def test_vectors_and_signals(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    for name, shape in (("vectors", (5,)), ("signals", (2, 6))):
+        d = int(np.prod(shape))
+        centres = torch.tensor([[-2.0], [2.0]]) * torch.ones(2, d)
+        points = (centres[torch.arange(600) % 2] + 0.5 * torch.randn(600, d, generator=g)).reshape(600, *shape)
+        recipe = Recipe(channels=(16,), steps=80, batch=128, warmup=5, lr=3e-3, folds=2, clusters=2)
+        result = train_network(sb.samples(points), tmp_path / name, recipe, law="auto")
+        assert result["parameters"] > 1000
+        pipe = load_pipeline(tmp_path / name)
+        x = sb.generate(pipe.unet, pipe.start, range(256), clamp=False)
+        assert x.shape == (256, *shape)
+        means = x.flatten(1).mean(1)
+        assert abs(float(means.abs().mean()) - 2) < 0.2
+        assert 0.3 < float((means > 0).double().mean()) < 0.7
+        with pytest.raises(InputError, match="trained with a law"):
+            train_network(sb.samples(points), tmp_path / "none", recipe)
+
+
+def test_going_on_from_a_finished_network(digits, folder, tmp_path):
+    result = train_network(
+        digits, tmp_path / "a", dataclasses.replace(SMALL, steps=2, lr=1e-5), law="auto", init=folder
+    )
+    before = json.loads((folder / "training.json").read_text())
+    first = result["looks"]["rows"][0]["loss"]
+    assert np.allclose(first, before["looks"]["rows"][-1]["loss"], rtol=0.02)
+    with pytest.raises(InputError, match="of another architecture"):
+        train_network(digits, tmp_path / "b", dataclasses.replace(SMALL, channels=(8, 24)), law="auto", init=folder)
+
+
+def test_minutes_become_steps_once(digits, tmp_path):
+    recipe = dataclasses.replace(SMALL, minutes=0.02)
+
+    def stop(stage, done, total):
+        if stage == "steps":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_network(digits, tmp_path / "a", recipe, law="auto", run=sb.Run(progress=stop))
+    tensors, _ = sb.runtime.files.read_tensors(tmp_path / "a" / "checkpoint.safetensors")
+    result = train_network(digits, tmp_path / "a", recipe, law="auto")
+    assert result["recipe"]["steps"] == int(tensors["seconds"][1]) == result["looks"]["rows"][-1]["step"]
+
+
+def test_a_law_that_was_fitted_elsewhere(digits, tmp_path):
+    law = sb.Gaussian.fit(digits)
+    result = train_network(digits, tmp_path / "a", SMALL, law=law)
+    assert result["law"] == repr(law)
+    assert result["folds"] == 1
+    with pytest.raises(InputError, match=r"a law of shape \(1, 4, 4\) for data of \(1, 8, 8\)"):
+        train_network(digits, tmp_path / "b", SMALL, law=isotropic(0.25))
+    with pytest.raises(InputError, match="another range"):
+        train_network(digits, tmp_path / "b", SMALL, law=sb.Gaussian.fit(100 * digits.tensor()))
+    with pytest.raises(InputError, match="law='best'"):
+        train_network(digits, tmp_path / "b", SMALL, law="best")
+    with pytest.raises(InputError, match="below sigma 500"):
+        train_network(digits, tmp_path / "b", dataclasses.replace(SMALL, top=500.0), law=law)
+    with pytest.raises(InputError, match=r"expected at least 160"):
+        train_network(digits.subset(60), tmp_path / "b", SMALL, law="auto")
+    assert not list((tmp_path / "b").glob("*"))
+
+
+def test_a_law_that_copies_is_told(digits, tmp_path):
+    some = digits.tensor()[:300]
+    spikes = sb.Mixture.from_parameters(some.flatten(1).double(), torch.full((300,), 1e-4, dtype=torch.float64))
+    spikes.shape = (1, 8, 8)
+    with pytest.warns(LateStartWarning, match="draws of the law are copies of training images"):
+        train_network(digits.take(np.arange(300), "300"), tmp_path / "a", SMALL, law=spikes)
+
+
+def test_a_backbone_of_another_output_shape(digits):
+    law = sb.Gaussian.fit(digits)
+    d = LawResidual(law, lambda x, s: x[..., 1:])
+    with pytest.raises(InputError, match=r"gave \(2, 1, 8, 7\) for states of \(2, 1, 8, 8\)"):
+        d(torch.zeros(2, 1, 8, 8), 0.5)
+    with pytest.raises(InputError, match="below sigma 0"):
+        LawResidual(law, Mlp((1, 8, 8)), top=0.0)
+    with pytest.raises(InputError, match="two rows"):
+        LawResidual(law, Mlp((1, 8, 8)), error=torch.tensor([[1.0, 2.0], [0.0, 1.0]]))
+
+
+def test_a_residual_is_saved_only_with_a_start_from_its_own_law(digits, tmp_path):
+    law = sb.Gaussian.fit(digits)
+    unet = as_unet(LawResidual(law, Mlp((1, 8, 8)), top=1.0), noising())
+    other = sb.late_start(noising(), isotropic(0.3, (1, 8, 8)), 5, at=NoiseLevel(1.0), check=False)
+    with pytest.raises(InputError, match="residual of another law than the start's"):
+        LateStartPipeline(unet, other.scheduler, other).save_pretrained(tmp_path / "a")
+    start = sb.late_start(noising(), law, 5, at=NoiseLevel(1.0), check=False)
+    LateStartPipeline(unet, start.scheduler, start).save_pretrained(tmp_path / "b")
+    assert type(LateStartPipeline.from_pretrained(tmp_path / "b").unet.source.network).__name__ == "Mlp"
+    text = json.loads((tmp_path / "b" / "residual.json").read_text())
+    for change in ({"version": "2"}, {"error": [[1.0]]}, {"top": -1}, {"error": "x"}):
+        (tmp_path / "b" / "residual.json").write_text(json.dumps({**text, **change}))
+        with pytest.raises(InputError):
+            load_pipeline(tmp_path / "b")
+
+
+def test_the_command_line(capsys, tmp_path):
+    from tests.test_cli import symbreak
+
+    (tmp_path / "r.json").write_text(json.dumps({"channels": [8, 16], "steps": 20, "warmup": 2, "folds": 2}))
+    net = tmp_path / "net"
+    argv = ("train", "--data", "digits", "--recipe", tmp_path / "r.json", "--residual", "--out", net)
+    code, out, _ = symbreak(capsys, *argv)
+    assert code == 0
+    assert "Squared error of an image that the start adds" in out
+    code, out, _ = symbreak(capsys, "sample", "--model", net, "--seeds", "0-3", "--out", tmp_path / "s", "--json")
+    assert code == 0
+    assert json.loads(out)["steps"] == 5
+    settings = ("--steps", "3", "--seeds", "0-3", "--out", tmp_path / "s3", "--json")
+    code, out, _ = symbreak(capsys, "sample", "--model", net, *settings)
+    assert code == 0
+    assert json.loads(out)["calls"] == 3
+    code, out, err = symbreak(capsys, "train", "--data", "digits", "--minutes", "1", "--steps", "3", "--out", net)
+    assert code == 2
+    assert "--steps and --minutes" in err
