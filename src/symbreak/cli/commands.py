@@ -441,15 +441,16 @@ def train(
 
     if steps is not None and minutes is not None:
         raise InputError("--steps and --minutes came together; pass one of them.")
-    settings = recipe_for(None if recipe is None else Recipe.load(recipe), init)
-    settings = settings if steps is None else replace(settings, steps=steps)
-    settings = replace(settings, minutes=minutes or settings.minutes, conditional=conditional or settings.conditional)
+    loaded = None if recipe is None else Recipe.load(recipe)
     with running(out, memory_size(memory)) as work, warnings_as_lines(LateStartWarning):
         opened = reading.open(data, limit)
+        settings = recipe_for(opened.shape, loaded, init, residual)
+        settings = settings if steps is None else replace(settings, steps=steps)
+        minutes, conditional = minutes or settings.minutes, conditional or settings.conditional
         result = train_network(
             opened,
             out,
-            settings,
+            replace(settings, minutes=minutes, conditional=conditional),
             law="auto" if residual else None,
             init=init,
             device=machine.place(),

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def train_network(
     Args:
         data: images in [-1, 1]; with a law also data of other shapes, for which a small `Mlp` is trained.
         out: folder for the pipeline, ``training.json``, pictures of how it went and, while it runs, the checkpoint.
-        recipe: settings; the default is the one of the bundled digits network.
+        recipe: settings; by default those of `recipe_for`.
         law: ``"auto"`` fits one, by `candidate_laws`; or a law of the data's shape; ``None`` for a network that knows
             none.
         init: a finished network of the same architecture to go on from: a folder, ``"digits"`` or a hub id.
@@ -136,7 +136,7 @@ def train_network(
             can be told apart.
     """
     run = run or Run()
-    recipe = recipe_for(recipe, init)
+    recipe = recipe_for(data.shape, recipe, init, law is not None)
     recipe.check()
     if precision not in ("fp32", "bf16"):
         raise InputError(f"precision {precision!r} for training; expected fp32 or bf16, which needs no scaled loss.")
@@ -175,13 +175,24 @@ def train_network(
         return _trained(job, about, checkpoint_seconds, run)
 
 
-def recipe_for(recipe: Recipe | None, init: str | Path | None) -> Recipe:
-    """The recipe; by default with the architecture of the network that training goes on from."""
-    if recipe is not None or init is None:
-        return recipe or Recipe()
+def recipe_for(
+    shape: tuple[int, ...], recipe: Recipe | None = None, init: str | Path | None = None, law: bool = False
+) -> Recipe:
+    """The recipe, or one for data of a shape: with the architecture of the network that training goes on from.
+
+    Below a law a few hundred steps are a network, so they begin at once (warmup) and at a higher rate.
+    """
+    if recipe is not None:
+        return recipe
+    small = len(shape) == 3 and max(shape[1:]) > 16
+    default = Recipe(channels=(16, 32, 64), batch=64) if small else Recipe()
+    if law:
+        default = replace(default, steps=2000, warmup=50, lr=1.5e-3 if small else 2e-3, dropout=0.0)
+    if init is None:
+        return default
     config = backbone(load_pipeline(init).unet).config
     channels, layers = config.get("block_out_channels"), config.get("layers_per_block")
-    return Recipe() if channels is None else Recipe(channels=tuple(channels), layers=int(layers))
+    return default if channels is None else replace(default, channels=tuple(channels), layers=int(layers))
 
 
 @dataclass(frozen=True)
