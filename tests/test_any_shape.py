@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import diffusers
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 
 import symbreak as sb
 from symbreak.laws import Mixture
@@ -160,8 +162,6 @@ def test_phases_of_a_denoiser(kind, tmp_path):
 
 
 def test_a_table_is_decided_in_the_units_of_its_columns(tmp_path):
-    from sklearn.datasets import load_wine
-
     table = load_wine(as_frame=True).frame
     data = sb.samples(table, labels="target", scale="standard")
     record = sb.diagnose(data, effort=QUICK)
@@ -191,3 +191,132 @@ def test_models_of_another_kind_are_named():
     other = sb.samples(w.data.tensor(), scale="standard")
     with pytest.raises(InputError, match=r"scaled in another way .* scale=data"):
         sb.diagnose(w.data, holdout=other)
+
+
+@each
+def test_evaluation_of_a_denoiser_against_data_of_its_own_law(kind, tmp_path):
+    w = world(kind)
+    start = sb.standard_start(sb.scheduler("dpm++2m", like=w.network()), 20)
+    where = sb.Run(tmp_path)
+    content = sb.evaluate_network(w.network(), start, range(240), w.data, w.holdout, cache=False, run=where)
+    assert content["extractor"]["name"] == "values"
+    d, floor, sliced = content["distance"], content["floor"], content["sliced_wasserstein"]
+    # Samples of the law itself are about as far as training samples of it are, by 240 against 240: 1 / 240 of the
+    # variance along the classes, 15.6, and of the squared distance of means each, and the spread of the rest.
+    noise = (2 * 15.6 + 2 * math.prod(w.law.shape) * SPREAD**2) / 240 + 15.6 / 240
+    assert d["pooled"] < floor["pooled"] + 3 * noise
+    assert sliced["value"] == pytest.approx(sliced["floor"]["value"], abs=0.35)
+    for name in ("logistic", "knn"):
+        assert content["two_sample"][name]["p_value"] > 0.01
+        assert content["two_sample"][name]["of"] == 240
+    assert content["precision_recall"]["recall"] > 0.7
+    assert content["neighbours"]["features"] == "values"
+    assert content["neighbours"]["samples"]["memorized"] < 0.05
+    # Another law: one of the two classes is missing.
+    one = sb.evaluate(w.holdout.tensor()[w.holdout.labels == 0], w.data, w.holdout, cache=False)
+    assert one["sliced_wasserstein"]["value"] > 1.5 * sliced["value"]
+    assert one["distance"]["pooled"] > d["pooled"] + 3
+    moved = sb.evaluate(w.holdout.tensor() + 2 * SPREAD, w.data, w.holdout, cache=False)
+    for name in ("logistic", "knn"):
+        assert moved["two_sample"][name]["share"] > 0.9
+        assert moved["two_sample"][name]["p_value"] < 1e-9
+    # every coordinate by the same: |c|^2 / d along a random direction
+    assert moved["sliced_wasserstein"]["value"] == pytest.approx(2 * SPREAD, rel=0.02)
+    record = sb.Record.load(tmp_path)
+    page = sb.write_report(record, tmp_path / "r.html").read_text()
+    assert "sliced Wasserstein distance" in page
+    assert "told apart by nearest neighbours" in page
+    assert "pixel" not in page.split("</style>")[1]
+    assert len(content["pictures"]) == (1 if kind == "vector" else 2)
+
+
+@each
+def test_audit_finds_planted_copies(kind, tmp_path):
+    w = world(kind)
+    x, y = w.data.tensor(), w.data.labels
+    # 10 rows stand in the data twice, 5 a hair beside another; 24 of 120 samples copy a row to a thousandth.
+    near = x[20:25] + 1e-3 * torch.randn(5, *w.law.shape, generator=generator(7))
+    train = sb.samples(torch.cat([x, x[:10], near]), labels=torch.cat([y, y[:10], y[20:25]]))
+    made = w.law.sample(120, generator=generator(8)).float()
+    made[:24] = x[100:124] + 1e-3 * torch.randn(24, *w.law.shape, generator=generator(9))
+    record = sb.audit(train, made, holdout=w.holdout, run=sb.Run(tmp_path))
+    content = record.content
+    twins = content["duplicates"]
+    assert (twins["exact"]["groups"], twins["exact"]["images"], twins["different"]) == (10, 20, 245)
+    assert twins["deduplicated"] == 240
+    assert content["features"] == "values"
+    assert content["memorized"]["samples"]["count"] == pytest.approx(24, abs=1 if kind != "vector" else 4)
+    assert content["memorized"]["held_out"]["share"] < 0.03
+    assert content["transformed"] == {"samples": None, "held_out": None}
+    assert content["verdict"]["kind"] == "copies"
+    assert "held-out samples" in content["verdict"]["sentence"]
+    page = sb.write_report(record, tmp_path / "r.html").read_text()
+    assert "pixel" not in page.split("</style>")[1]
+    clean = sb.audit(w.data, model=w.network(), sampling=sb.Sampling(count=120, steps=20), holdout=w.holdout)
+    assert clean.content["verdict"]["kind"] == "none"
+    assert clean.content["samples"]["source"] == "a network"
+
+
+def test_studies_of_a_denoiser(tmp_path):
+    w = world("vector", 400)
+    np.savez(tmp_path / "x.npz", x=w.data.tensor().numpy(), y=w.data.labels.numpy())
+    np.savez(tmp_path / "t.npz", x=w.holdout.tensor().numpy(), y=w.holdout.labels.numpy())
+    settings = sb.Study(
+        str(tmp_path / "x.npz"), holdout=str(tmp_path / "t.npz"), samplers=("ddim", "dpm++2m"), calls=(4,),
+        samples=200, repeats=2, selection=60, sweep=(0.6,), reference_calls=0,
+    )  # fmt: skip
+    record = sb.run(settings, w.network(), run=sb.Run(tmp_path / "study"))
+    assert record.content["extractor"]["name"] == "values"
+    for row in record.content["rows"]:
+        # Data noised to the level and the best late start beat four steps from white noise, as they do for pictures.
+        best, standard = (row[k]["distance"]["pooled"] for k in ("best", "standard"))
+        assert best < standard
+        assert row["noised"]["distance"]["pooled"] < 2
+    page = sb.write_report(record, tmp_path / "r.html").read_text()
+    assert "400 samples of 6" in page
+
+
+def test_starts_are_compared_on_vectors():
+    w = world("vector")
+    measure = sb.Measure(sb.extractor("values"), samples=100, repeats=2)
+    record = sb.compare_starts(w.data, w.network(), calls=(3,), levels=(1.5,), holdout=w.holdout, measure=measure)
+    far = {row["start"]: row["distance"]["pooled"] for row in record.content["rows"]}
+    assert "low-frequency Gaussian" not in far
+    # Of the mean and the covariance, which the distance sees, both laws know, and white noise does not.
+    assert max(far["class mixture"], far["full Gaussian"]) < far["white noise"] / 3
+    with pytest.raises(InputError, match="scaled in another way"):
+        sb.compare_starts(w.data, w.law, holdout=sb.samples(w.data.tensor(), scale=(0, 2)), measure=measure)
+
+
+TABLES = {"wine": load_wine, "breast cancer": load_breast_cancer, "diabetes": load_diabetes}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_planted_rows_of_tables_are_found_in_the_units_of_their_columns(name, tmp_path):
+    bunch = TABLES[name](as_frame=True)
+    table = bunch.frame.drop(columns="target")
+    order = np.random.default_rng(0).permutation(len(table))
+    train, rest = table.iloc[order[: len(table) // 2]], table.iloc[order[len(table) // 2 :]]
+    train = pd.concat([train, train.iloc[:7]])
+    train.to_csv(tmp_path / "train.csv", index=False)
+    data = sb.samples(tmp_path / "train.csv", scale="standard")
+    # A generator that repeats training rows in every fourth sample, up to the third digit; in the table's own units.
+    rng = np.random.default_rng(1)
+    law = Mixture.from_parameters(data.tensor().double(), 0.5**2)
+    made = data.unscaled(law.sample(100, generator=generator(3))).numpy()
+    made[:25] = train.iloc[10:35].to_numpy() + 1e-3 * table.std().to_numpy() * rng.normal(size=(25, table.shape[1]))
+    pd.DataFrame(made, columns=table.columns).to_csv(tmp_path / "made.csv", index=False)
+    made, held = (sb.samples(source, scale=data) for source in (tmp_path / "made.csv", rest))
+    found = sb.audit(data, made, holdout=held).content
+    assert found["duplicates"]["exact"]["groups"] == 7
+    assert 25 <= found["memorized"]["samples"]["count"] <= 30  # beside a row far from all others nothing else is near
+    assert found["memorized"]["held_out"]["count"] <= 2
+    assert found["verdict"]["kind"] == "copies"
+    if name != "diabetes":  # whose columns come in one unit
+        raw = sb.samples(tmp_path / "train.csv")
+        assert "scale='standard'" in raw.notes[-1]
+    # The same numbers as a tensor in the columns' own units are no samples of these data, nor are samples scaled twice.
+    with pytest.raises(InputError, match=r"the columns' own units.*Pass sb\.samples\(samples, scale=data\)"):
+        sb.audit(data, torch.tensor(rest.to_numpy()))
+    with pytest.raises(InputError, match="scaled once more"):
+        sb.audit(data, sb.samples(held.tensor(), scale=data))

@@ -11,7 +11,7 @@ from symbreak.data.images import SPLIT_SEED, Images, describe
 from symbreak.data.readers import images
 from symbreak.runtime.errors import InputError
 
-__all__ = ["HeldOut", "held_out", "same_units"]
+__all__ = ["HeldOut", "check_units", "held_out"]
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,20 @@ class HeldOut:
         return {**describe(self.test), "how": self.how, "share": self.share, "seed": self.seed}
 
 
-def same_units(a: Images, b: Images) -> bool:
-    """Whether 1 means the same in two data sets."""
-    if a.units is None or b.units is None:
-        return a.units is b.units
-    mine, other = a.units.to_dict(), b.units.to_dict()
-    return all(mine[k] == other[k] for k in ("mean", "std"))
+def check_units(data: Images, other: Images, what: str) -> None:
+    """Samples in other units than the data raise an error."""
+    units, others = (None if d.units is None else d.units.to_dict() for d in (data, other))
+    if units is None or others is None:
+        if units is not others:
+            raise InputError(
+                f"one of {data.name} and {other.name} is pictures, the other samples in units of their own. Open both "
+                "with sb.images or both with sb.samples."
+            )
+    elif any(units[k] != others[k] for k in ("mean", "std")):
+        raise InputError(
+            f"the {what} of {other.name} are scaled in another way than {data.name}. Open them with "
+            "sb.samples(..., scale=data), where data are the training samples."
+        )
 
 
 def held_out(
@@ -98,11 +106,7 @@ def held_out(
             raise InputError(
                 f"the data are {data.shape}, the held-out {holdout.noun} {holdout.shape}. Resize one of them."
             )
-        if not same_units(data, holdout):
-            raise InputError(
-                f"the held-out samples of {holdout.name} are scaled in another way than {data.name}. Open them with "
-                "sb.samples(..., scale=data), where data are the training samples."
-            )
+        check_units(data, holdout, "held-out samples")
         return HeldOut(data, holdout if data.labels is None else holdout.numbered(data.classes), "passed")
     if bundled and data.name == "digits" and data.history[:1] == images("digits").history:
         half = images("digits:held-out", pad=data.pad)

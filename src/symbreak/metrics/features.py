@@ -217,12 +217,16 @@ def load_classifier(path: str | Path) -> Classifier:
         return model.eval().requires_grad_(False)
 
 
-class _Pixels(Extractor):
-    name = identity = "pixels"
+class _Values(Extractor):
+    """The samples themselves."""
+
+    def __init__(self, name: str) -> None:
+        self.name = self.identity = name
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         if x[0].numel() > MAX_PIXELS:
-            raise InputError(f"{x[0].numel()} pixel features are too many for a distance; use another extractor.")
+            what = "pixel features" if self.name == "pixels" else self.name
+            raise InputError(f"{x[0].numel()} {what} are too many for a distance; use another extractor.")
         return x.reshape(len(x), -1)
 
 
@@ -238,9 +242,9 @@ def extractor(
     """An extractor by name.
 
     Args:
-        name: ``"digits-classifier"`` (bundled), ``"pixels"``, ``"classifier"`` (trained here on the labels of
-            ``data``), ``"inception"``, ``"dinov2"``, a ``.safetensors`` file written by `save_classifier`, or
-            ``"module:callable"``.
+        name: ``"digits-classifier"`` (bundled), ``"pixels"`` or ``"values"`` (the samples themselves), ``"classifier"``
+            (trained here on the labels of ``data``), ``"inception"``, ``"dinov2"``, a ``.safetensors`` file written by
+            `save_classifier`, or ``"module:callable"``.
         weights: weights of ``"inception"`` (file) and ``"dinov2"`` (folder).
         sha256: of other Inception weights than the published ones.
         device: where its network runs; by default on the CPU.
@@ -260,7 +264,8 @@ def extractor(
         "inception": lambda: Inception(weights, sha256),
         "dinov2": lambda: Dinov2(weights),
         "digits-classifier": lambda: load_classifier(BUNDLED),
-        "pixels": _Pixels,
+        "pixels": lambda: _Values("pixels"),
+        "values": lambda: _Values("values"),
         "classifier": lambda: train_classifier(cast(Images, data), run=run),
     }
     if name in known:
@@ -301,6 +306,7 @@ def chosen(features: Features, default: str, data: Images, run: Run) -> Extracto
         features = NamedExtractor(features)
     if isinstance(features, NamedExtractor):
         name = features.name or default
+        name = "values" if name == "pixels" and data.units is not None else name
         return extractor(name, data, features.weights, features.sha256, features.device, run)
     return Extractor.of(features)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from typing import Protocol, runtime_checkable
 
 import diffusers
 import numpy as np
@@ -13,7 +14,7 @@ from symbreak.networks.types import Scheduler
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values
 
-__all__ = ["SAMPLERS", "kind_of", "realised_betas", "scheduler"]
+__all__ = ["LEAST_LEVEL", "SAMPLERS", "kind_of", "levels_scheduler", "realised_betas", "scheduler"]
 
 # Our sampler names -> diffusers class and the settings that make it that sampler.
 SAMPLERS: dict[str, tuple[str, Values]] = {
@@ -48,7 +49,17 @@ _OWN = ("algorithm_type", "solver_order", "use_karras_sigmas", "use_exponential_
 _BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr"}
 # Classes of diffusers whose steps do not know the prediction "sample".
 _NO_SAMPLE = ("pndm", "euler-a", "kdpm2", "kdpm2-a")
+LEAST_LEVEL, MOST_LEVEL = 0.005, 1e6  # between which single-precision betas tell levels apart
 _SIGNAL = 2.0**-24  # alpha-bar that diffusers gives a last step of zero signal
+
+
+@runtime_checkable
+class Levels(Protocol):
+    """What knows the levels at which it can be evaluated, as a `Denoiser` does."""
+
+    @property
+    def sigma_range(self) -> tuple[float, float]:
+        """Smallest and largest sigma."""
 
 
 def continuous(config: Mapping[str, object]) -> bool:
@@ -62,7 +73,25 @@ def kind_of(scheduler: Scheduler) -> str:
     return "edm" if name.startswith("EDM") else "flow" if name.startswith("FlowMatch") else "vp"
 
 
-def scheduler(name: str, like: Scheduler | None = None, **settings: object) -> Scheduler:
+def levels_scheduler(low: float, high: float) -> Scheduler:
+    """A DDPM scheduler of 1,000 levels from sigma ``low`` to ``high``, evenly in sigma^(1/7), which cuts no sample.
+
+    Raises:
+        InputError: for levels that single-precision betas do not tell apart.
+
+    Source: the spacing of arXiv:2206.00364.
+    """
+    if not LEAST_LEVEL <= low < high <= MOST_LEVEL:
+        raise InputError(
+            f"levels from sigma {low:.3g} to {high:.3g} for a scheduler; expected some from {LEAST_LEVEL:g} to "
+            f"{MOST_LEVEL:g}."
+        )
+    alpha_bar = 1 / (1 + np.linspace(low ** (1 / 7), high ** (1 / 7), 1000) ** 14)
+    betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+    return diffusers.DDPMScheduler(trained_betas=betas.tolist(), clip_sample=False)
+
+
+def scheduler(name: str, like: Scheduler | Levels | None = None, **settings: object) -> Scheduler:
     """A diffusers scheduler by our sampler name.
 
     Args:
@@ -86,6 +115,11 @@ def scheduler(name: str, like: Scheduler | None = None, **settings: object) -> S
     if like is None:
         betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
         return cls(**({} if name.startswith(("edm", "flow")) else betas) | changes | settings)
+    if isinstance(like, Levels):
+        low, high = max(1.001 * like.sigma_range[0], LEAST_LEVEL), min(like.sigma_range[1] / 1.001, MOST_LEVEL)
+        if name.startswith("edm"):
+            return cls(**{"sigma_min": low, "sigma_max": high} | changes | settings)
+        like = levels_scheduler(low, high)
     if not hasattr(like, "alphas_cumprod") and kind_of(like) == "vp":
         raise InputError(
             f"{type(like).__name__} is none of the schedulers symbreak knows: it needs alphas_cumprod, or an EDM or "

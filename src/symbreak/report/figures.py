@@ -267,14 +267,16 @@ def svg(figure: Figure) -> str:
     return buffer.getvalue().split("?>", 1)[-1].split('dtd">', 1)[-1]
 
 
-def figure_of(width: float, height: float, columns: int = 1, **kwargs: Any) -> tuple[Figure, np.ndarray]:
-    """A figure with a row of axes; none of them for 0 columns."""
+def figure_of(
+    width: float, height: float, columns: int = 1, *, fixed: bool = False, **kwargs: Any
+) -> tuple[Figure, np.ndarray]:
+    """A figure with a row of axes; none of them for 0 columns. With ``fixed`` the caller says where they are."""
     # Figures are built without pyplot: no global state, no display.
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
     mpl.rcParams["svg.hashsalt"] = "symbreak"  # the same figure gives the same bytes
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=None if fixed else "constrained")
     axes = figure.subplots(1, max(1, columns), squeeze=False, **kwargs)[0]
     if not columns:
         figure.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -252,12 +253,28 @@ def _evaluation(record: Record, content: Values) -> tuple[dict[str, Table], list
         add("Vendi score", {"reference": None, **vendi}, "value", ends="")
         swapped = {**vendi, "samples": None, "reference": vendi["samples"]}
         add("Vendi score", swapped, "reference_value", "of the held-out images")
+    _two_samples(content, add)
     copies = Table("Copies? Nearest training images", ("images",), ("count", "median distance, pixels", "d1/d2 < 1/3"))
     for key, name in (("samples", "samples"), ("held_out", "held-out images")):
         if (n := near[key]) is not None:
             copies.add(name, *map(number, (n["count"], n["median_nearest"], n["memorized"]), (",", ".3g", ".2%")))
     composed = {f"composition {i}": _composition(t) for i, t in enumerate(content["composition"])}
     return {"numbers": table, "copies": copies, **composed}, content["notes"]
+
+
+def _two_samples(content: Values, add: Callable[..., None]) -> None:
+    """Distances that suit tables; records of pictures have none."""
+    if (sliced := content.get("sliced_wasserstein")) is not None:
+        add("sliced Wasserstein distance", sliced, "value", f"{sliced['directions']} directions; spread, not bias", "")
+        if sliced["floor"] is not None:
+            add("floor: training images", {**sliced["floor"], "extractor": sliced["extractor"]}, "value", ends="")
+    if (told := content.get("two_sample")) is not None:
+        for name, words in (("logistic", "logistic regression"), ("knn", "nearest neighbours")):
+            counts = {k: told[k] for k in ("samples", "reference", "extractor")}
+            said = f"1/2 where it cannot; p = {number(told[name]['p_value'], '.2g')}"
+            if told["floor"] is not None:
+                said += f"; of training images {number(told['floor'][name]['share'], '.3g')}"
+            add(f"told apart by {words}", {**told[name], **counts}, "share", said, "")
 
 
 def _composition(composed: Values) -> Table:
@@ -384,7 +401,28 @@ TABLES: dict[str, Callable[[Record, Values], tuple[dict[str, Table], list[str]]]
 
 def tables(record: Record) -> tuple[dict[str, Table], list[str]]:
     """The tables of a record by name, and what is said beside them."""
-    return TABLES[record.kind](record, plain(record.content))
+    content = plain(record.content)
+    made, said = TABLES[record.kind](record, content)
+    if record.kind in ("audit", "evaluation") and noun_of(content) == "samples":
+        for table in made.values():
+            _reword(table)
+    return made, said
+
+
+def _reword(table: Table) -> None:
+    """Say samples and values instead of images and pixels."""
+
+    def of(text: str) -> str:
+        for word, other in (("image", "sample"), ("pixel", "value")):
+            text = re.sub(rf"\b{word}(s?)\b", rf"{other}\1", text)
+        return text
+
+    table.title = of(table.title)
+    table.words, table.numbers, table.remarks = (
+        tuple(map(of, names)) for names in (table.words, table.numbers, table.remarks)
+    )
+    table.rows = [[cell._replace(text=of(cell.text)) for cell in row] for row in table.rows]
+    table.notes = [of(note) for note in table.notes]
 
 
 def show(record: Record, path: Path | None = None) -> None:

@@ -26,6 +26,7 @@ from symbreak.metrics.extractors import BATCH, Extractor
 from symbreak.metrics.features import Features, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train
 from symbreak.metrics.transformed import nearest_transformed, transformations
+from symbreak.networks.denoiser import Denoiser, Denoises
 from symbreak.networks.families import denoiser
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline
@@ -36,10 +37,12 @@ from symbreak.runtime.identity import identity_of, of_data
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
+from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.late_start import standard_start
 from symbreak.start.loading import refuse_conditional
 from symbreak.start.sample import decisive, generate_shards
 from symbreak.studies.evaluate import checked
+from symbreak.studies.measure import pipeline_of
 from symbreak.studies.pictures import png_row
 
 __all__ = ["Sampling", "audit"]
@@ -50,8 +53,8 @@ LISTED = 100  # duplicate groups listed
 TRANSFORMED_COST = 1e12  # differences formed for changed copies: some minutes; fewer images are asked where it is more
 MICRO = 64  # states of one network evaluation
 NO_OTHERS = (
-    "No held-out images, so nothing says what d1/d2 is to be expected of images that nobody copied. Pass --holdout "
-    "with images of the same source that the network has not seen."
+    "No held-out {0}, so nothing says what d1/d2 is to be expected of {0} that nobody copied. Pass --holdout "
+    "with {0} of the same source that the network has not seen."
 )
 LEAST = 10  # references a side for the comparison with held-out images
 Pairs = tuple[torch.Tensor, torch.Tensor]  # distances [N, 2] to the two nearest, and which they are
@@ -108,7 +111,7 @@ def audit(
     train: Images,
     samples: torch.Tensor | Images | None = None,
     *,
-    model: Pipeline | None = None,
+    model: Pipeline | Denoises | Denoiser | None = None,
     sampling: Sampling = Sampling(),
     holdout: Images | None = None,
     features: Features = "pixels",
@@ -121,8 +124,9 @@ def audit(
 
     Args:
         train: the images the network was trained on, exactly these.
-        samples: images [N, C, H, W] in [-1, 1], or `Images`; without samples and model only the data are audited.
-        model: a diffusers pipeline with ``.unet`` and ``.scheduler`` to sample from instead.
+        samples: images [N, C, H, W] in [-1, 1] (samples [N, *S] in the units of ``train``), or `Images`;
+            without samples and model only the data are audited.
+        model: a diffusers pipeline with ``.unet`` and ``.scheduler``, a `denoiser` or a law, to sample from instead.
         sampling: of the model's samples.
         holdout: images of the same source that the network has not seen; by default the other half of the digits,
             none for other data.
@@ -150,7 +154,7 @@ def audit(
     packages = versions(torch.get_num_threads())
     parts = held_out(train, holdout, share=0)
     others = parts.test if len(parts.test) else None
-    notes = [NO_OTHERS] if others is None else [] if holdout is not None else [parts.note]
+    notes = [NO_OTHERS.format(train.noun)] if others is None else [] if holdout is not None else [parts.note]
     extract = chosen(features, "pixels", train, run.share(1 / 2))
     made: Values | None = None
     drawn: Run | None = None
@@ -234,28 +238,36 @@ def _check(
 
 
 def _side(source: Images | Shards, eight_bit: bool, extract: Extractor, run: Run) -> _Side:
-    blocks = 1 if extract.name == "pixels" else BATCH
+    blocks = 1 if extract.name in ("pixels", "values") else BATCH
     x = source.shards(run, blocks) if isinstance(source, Images) else source
     # as 8-bit numbers, or as the floats they came as
     digests = x.digests(lambda b: ((b.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) if eight_bit else b + 0.0)
-    if extract.name == "pixels":  # as they are: no float64 copy, and no bound on their number as for a distance
+    if extract.name in (
+        "pixels",
+        "values",
+    ):  # as they are: no float64 copy, and no bound on their number as for a distance
         return _Side(x, x, digests, digest(digests))
     rows = feature_shards(extract, x, run)
     return _Side(x, rows, digests, digest(rows.digests()))
 
 
-def _sampled(train: Images, model: Pipeline, sampling: Sampling, run: Run) -> tuple[Values, Run, Shards]:
+def _sampled(
+    train: Images, model: Pipeline | Denoises | Denoiser, sampling: Sampling, run: Run
+) -> tuple[Values, Run, Shards]:
     """What the samples are, the run that keeps finished ones, and the samples."""
+    model = pipeline_of(model, train)
     refuse_conditional(model, "the network")
     network, seeds = denoiser(model.unet, model.scheduler), sampling.list()
     if tuple(network.shape) != train.shape:
         raise InputError(
-            f"the network makes images of {tuple(network.shape)}, but the training images are {train.shape}. Resize "
-            "them (--pad) or choose another network."
+            f"the network makes {train.noun} of {tuple(network.shape)}, but the training {train.noun} are "
+            f"{train.shape}. Resize them (--pad) or choose another network."
         )
     if not seeds:
         raise InputError("0 samples of the network; expected at least one.")
     begin = standard_start(scheduler(sampling.sampler, like=model.scheduler), sampling.steps)
+    if train.units is not None:
+        check_unclipped(begin.full, f"the samples of {train.name}")
     whole = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
     of = decisive(model.unet, begin, MICRO)
     made = {
@@ -269,7 +281,8 @@ def _sampled(train: Images, model: Pipeline, sampling: Sampling, run: Run) -> tu
     }
     run = run.identified({**of["identity"], "kind": "samples of an audit", "seeds": seeds})
     with run.timed("samples") as part:  # three sides, of images and features
-        x = generate_shards(model.unet, begin, seeds, micro_batch=MICRO, run=part.share(1 / 12))
+        clamp = None if train.units is None else False
+        x = generate_shards(model.unet, begin, seeds, micro_batch=MICRO, clamp=clamp, run=part.share(1 / 12))
     return made, run, x
 
 
@@ -292,18 +305,18 @@ class _Comparison:
 
     def content(self, features: str, title_of: Callable[[int], str]) -> Values:
         """Duplicates, copies and nearness, as plain values."""
-        known, new, unseen, run = self.known, self.new, self.unseen, self.run
+        known, new, unseen, run, noun = self.known, self.new, self.unseen, self.run, self.train.noun
         with run.timed("duplicates") as part:
             first = known.first()
             if len(first) == 1:
                 raise InputError(
-                    f"all {len(self.train):,} images of {self.train.name} are equal; expected different ones."
+                    f"all {len(self.train):,} {noun} of {self.train.name} are equal; expected different ones."
                 )
             points = known.rows.take(first)
             group, radius, scale = groups(points, self.near, part)
             if group.max() == 0:
                 raise InputError(
-                    f"the features {features} are the same for all images of {self.train.name}. Choose others."
+                    f"the features {features} are the same for all {noun} of {self.train.name}. Choose others."
                 )
             twins = self.duplicates(first, group)
             twins["near"] |= {"fraction": self.near, "radius": radius, "scale": scale}
@@ -316,7 +329,8 @@ class _Comparison:
                 nearest[title] = d, torch.from_numpy(first)[j]
                 memorized[title] = self.memorized(d, side)
         with run.timed("transformed") as part:
-            sides = {} if new is None else {"samples": new} if unseen is None else {"samples": new, "held_out": unseen}
+            sides = {"samples": new} if new is not None and self.train.units is None else {}
+            sides |= {"held_out": unseen} if sides and unseen is not None else {}
             changed = {"samples": None, "held_out": None, **self.transformed(sides, first, part)}
         compared = None
         if new is not None and unseen is not None:
@@ -325,12 +339,13 @@ class _Comparison:
         leaked = 0 if memorized["held_out"] is None else memorized["held_out"]["exact"]
         if leaked:
             self.notes.append(
-                f"{leaked:,} of {len(unseen or ()):,} held-out images equal a training image in every pixel: they are "
-                "not held out. Remove them; the comparison of training with held-out images leaves them out."
+                f"{leaked:,} of {len(unseen or ()):,} held-out {noun} equal a training {noun[:-1]} in every "
+                f"{'pixel' if noun == 'images' else 'value'}: they are not held out. Remove them; the comparison of "
+                f"training with held-out {noun} leaves them out."
             )
         if new is not None and unseen is not None and compared is None:
             self.notes.append(
-                f"No comparison of training with held-out images: fewer than {LEAST} different ones in one of the sets."
+                f"No comparison of training with held-out {noun}: fewer than {LEAST} different ones in one of the sets."
             )
         return {
             "duplicates": twins,
@@ -349,8 +364,8 @@ class _Comparison:
         exact, near = _members(different, np.arange(len(known))), _members(group, first)
         pictures = [
             {
-                "title": f"{kind}, {len(g)} images",
-                "png": png_row(known.pixels.at(torch.from_numpy(g[:8]))),
+                "title": f"{kind}, {len(g)} {self.train.noun}",
+                "png": png_row(known.pixels.at(torch.from_numpy(g[:8])), self.train.units),
                 "names": [name_of(i) for i in g[:8].tolist()],
             }
             for kind, some in (("equal", exact), ("near", near))
@@ -459,7 +474,7 @@ class _Comparison:
                 "ratio": float(ratio[i]),
                 "memorized": bool(ratio[i] < self.threshold),
                 "exact": new.digests[i] in copies,
-                "png": png_row(torch.cat([new.pixels.at(torch.tensor([i])), known.pixels.at(j[i])])),
+                "png": png_row(torch.cat([new.pixels.at(torch.tensor([i])), known.pixels.at(j[i])]), self.train.units),
             }
             for i in ratio.argsort(stable=True)[:SHOWN].tolist()
         ]
@@ -512,14 +527,14 @@ def _titles(samples: object, seeds: Sequence[int] | None) -> Callable[[int], str
 def _verdict(content: Values) -> Values:
     """Does it copy? By the intervals, and by the test against held-out images at 1 %."""
     samples, unseen = content["memorized"]["samples"], content["memorized"]["held_out"]
-    compared = content["comparison"]
+    compared, noun = content["comparison"], "samples" if "units" in content["data"] else "images"
     if samples is None:
         return {"kind": "unknown", "sentence": "No samples: only the data were audited."}
     share = f"{samples['share']:.2%} of {samples['of']:,} samples have d1/d2 < {content['threshold']:.3g}"
     if unseen is None:
-        sentence = f"{share}; without held-out images nothing says how many to expect."
+        sentence = f"{share}; without held-out {noun} nothing says how many to expect."
         return {"kind": "unknown", "sentence": sentence}
-    beside = f"{share}, against {unseen['share']:.2%} of {unseen['of']:,} held-out images"
+    beside = f"{share}, against {unseen['share']:.2%} of {unseen['of']:,} held-out {noun}"
     if samples["low"] > unseen["high"]:
         return {"kind": "copies", "sentence": f"It copies: {beside}, beyond both intervals."}
     changed, expected = content["transformed"]["samples"], content["transformed"]["held_out"]
@@ -534,8 +549,8 @@ def _verdict(content: Values) -> Values:
     if compared is not None and compared["p_value"] < 0.01:
         return {
             "kind": "leans",
-            "sentence": f"It leans on its training images: {compared['share']:.1%} of the samples lie nearer to "
-            f"training than to held-out images, where 50 % are expected. It does not copy them by d1/d2: {beside}.",
+            "sentence": f"It leans on its training {noun}: {compared['share']:.1%} of the samples lie nearer to "
+            f"training than to held-out {noun}, where 50 % are expected. It does not copy them by d1/d2: {beside}.",
         }
     paler = (
         ""
@@ -545,8 +560,6 @@ def _verdict(content: Values) -> Values:
             f"{changed['of']:,}, against {expected['share']:.2%}."
         )
     )
-    return {
-        "kind": "none",
-        "sentence": f"No sign of copying at these counts: {beside}.{paler} Copies that are turned, rescaled, cut out "
-        "or recoloured are not looked for.",
-    }
+    others = "turned, rescaled, cut out or recoloured" if noun == "images" else "shifted, rescaled or cut out"
+    said = f"No sign of copying at these counts: {beside}.{paler} Copies that are {others} are not looked for."
+    return {"kind": "none", "sentence": said}

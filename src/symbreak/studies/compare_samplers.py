@@ -35,14 +35,15 @@ from symbreak.runtime.files import InputError
 from symbreak.runtime.identity import identity_of, of_data, unrepeatable
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.run import Run, renamed
+from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
 from symbreak.start.late_start import LateStart, standard_start
 from symbreak.start.loading import load_pipeline, refuse_conditional
 from symbreak.studies.diagnosis import spectral_times
 from symbreak.studies.evaluate import REFERENCE_PARTS, default_extractor
-from symbreak.studies.measure import SELECTION_SEED, Comparison
-from symbreak.studies.pictures import png_row
+from symbreak.studies.measure import SELECTION_SEED, Comparison, pipeline_of
+from symbreak.studies.pictures import png_row, shown
 
 __all__ = ["SAMPLERS", "Study", "run"]
 
@@ -167,6 +168,7 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
         comparison = Comparison(
             pipe.unet, extract, reference, x, reported, choosing, study.repeats, study.micro_batch, run, stream=11
         )
+        comparison.units = train.units
         comparison.searched = None if parts.train is everything else everything
         rows = _table(study, plans, comparison)
         best = None
@@ -193,7 +195,10 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
             "floor_neighbours": nearest_summary(real_images, x, None, run.share(1 / 2))["samples"],
             "reference": best,
             "rows": rows,
-            "real_grid": png_row(real_images.at(torch.randperm(len(test), generator=generator(27, 0))[:GRID])),
+            "real_grid": png_row(
+                real_images.at(torch.randperm(len(test), generator=generator(27, 0))[: shown(train.shape, GRID)]),
+                train.units,
+            ),
             "smoke": study.quick,
         }
     record = Record("study", settings, content, packages, run.timings)
@@ -219,15 +224,17 @@ def _prepared(
     holdout = None if study.holdout is None else opened(study.holdout, like, **options)
     parts = held_out(everything, holdout, share=0.5)
     train = parts.train
-    pipe = load_pipeline(study.model) if pipeline is None else pipeline
+    pipe = load_pipeline(study.model) if pipeline is None else pipeline_of(pipeline, train)
     refuse_conditional(pipe, study.model)
     shape = NetworkDenoiser(pipe.unet, pipe.scheduler).shape
     if tuple(shape) != train.shape:
         raise InputError(
-            f"the network {study.model} makes images of {shape}, but the data are {train.shape}. Resize the "
+            f"the network {study.model} makes {train.noun} of {shape}, but the data are {train.shape}. Resize the "
             "data or choose another network."
         )
     base = {name: scheduler(name, like=pipe.scheduler) for name in study.samplers}
+    for full in base.values() if train.units is not None else ():
+        check_unclipped(full, f"the samples of {train.name}")
     with run.timed("moments"):
         moments = Moments.fit(train)
         law, spectral = Gaussian(moments), speciation_time(moments)
@@ -276,7 +283,7 @@ def _cell(comparison: Comparison, start: LateStart, choice: Values, noised: bool
 
     def more(x: torch.Tensor, _: torch.Tensor) -> Values:
         near = nearest_summary(x, comparison.known, None, comparison.run.share(1 / 2))["samples"]
-        return {"neighbours": near, "grid": png_row(x[:GRID])}
+        return {"neighbours": near, "grid": png_row(x[: shown(x.shape[1:], GRID)], comparison.units)}
 
     about = {"level": start.level.to_dict(), "steps": start.steps}
     return {**choice, **about, **comparison.cell(start, more, noised=noised)}

@@ -18,6 +18,7 @@ from symbreak.laws.law import Transports
 from symbreak.laws.simple import Ball, PowerMap, WhiteNoise, diagonal, isotropic
 from symbreak.metrics import features
 from symbreak.moments.one_pass import Moments
+from symbreak.networks.denoiser import Denoiser, Denoises
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline
 from symbreak.noise import NoiseLevel, generator
@@ -26,7 +27,7 @@ from symbreak.runtime.plain import Values
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
-from symbreak.studies.measure import NEAREST, Measure, compared, recorded
+from symbreak.studies.measure import NEAREST, Measure, compared, pipeline_of, recorded
 
 __all__ = ["NOISED", "candidate_starts", "compare_starts"]
 
@@ -41,19 +42,18 @@ def candidate_starts(
     Args:
         data: images to fit on.
         clusters: of the cluster mixture; by default one for 20 images, at most 60.
-        size: cosines a side of the low-frequency Gaussian; by default half of a side, at most 8.
+        size: cosines a side of the low-frequency Gaussian, which pictures have; by default half of a side, at most 8.
         modes: whose skewness and kurtosis the learned map matches.
         seed: of the clustering.
     """
     moments = Moments.fit(data)
     gaussian = Gaussian(moments)
     k = min(60, max(2, len(data) // 20)) if clusters is None else int(clusters)
-    side = min(8, data.shape[1] // 2) if size is None else int(size)
     starts: Values = {
         "white noise": WhiteNoise(data.shape),
         "ball": Ball(isotropic(moments)),
         "diagonal Gaussian": diagonal(moments),
-        "low-frequency Gaussian": Gaussian.low_frequency(data, size=side),
+        **_low_frequency(data, size),
         "full Gaussian": gaussian,
         "ellipsoid": Ball(gaussian),
         "learned map": PowerMap.fit(data, gaussian, modes),
@@ -64,10 +64,18 @@ def candidate_starts(
     return starts
 
 
+def _low_frequency(data: Images, size: int | None) -> Values:
+    """The Gaussian of the low frequencies of pictures; none of other samples."""
+    if len(data.shape) != 3:
+        return {}
+    side = min(8, data.shape[1] // 2) if size is None else int(size)
+    return {"low-frequency Gaussian": Gaussian.low_frequency(data, size=side)}
+
+
 @renamed(**{k: f"measure=sb.Measure({k}=...)" for k in ("extract", "samples", "repeats", "micro_batch")})
 def compare_starts(
     data: Images,
-    pipeline: Pipeline,
+    pipeline: Pipeline | Denoises | Denoiser,
     sampler: str = "dpm++2m",
     calls: Sequence[int] = (3, 5, 10),
     levels: Sequence[float] | None = None,
@@ -94,6 +102,7 @@ def compare_starts(
     Raises:
         InputError: as `sensitivity`.
     """
+    pipeline = pipeline_of(pipeline, data)
     comparison, settings = compared(data, holdout, pipeline, measure, run or Run())
     run, quality = comparison.run.named("cells"), comparison.quality
     laws = {**(candidate_starts(data) if starts is None else starts)}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.data.held_out import HeldOut, held_out
+from symbreak.data.held_out import HeldOut, check_units, held_out
 from symbreak.data.images import Images, describe
 from symbreak.metrics.composition import CLASSES, class_counts, composition
 from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
@@ -22,6 +22,8 @@ from symbreak.metrics.frechet import extrapolated, group_distance
 from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import ROWS, Statistics, cache_folder, load_statistics, statistics
+from symbreak.metrics.two_sample import classifier_test, sliced_wasserstein
+from symbreak.networks.denoiser import Denoiser, Denoises
 from symbreak.networks.types import Network
 from symbreak.noise import generator
 from symbreak.report.record import Record
@@ -30,9 +32,10 @@ from symbreak.runtime.plain import Values, versions
 from symbreak.runtime.ranks import agreed, from_each
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import MEMORY, Run, renamed
+from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.late_start import LateStart
 from symbreak.start.sample import decisive, generate_shards
-from symbreak.studies.pictures import png_row
+from symbreak.studies.pictures import png_row, shown
 
 __all__ = ["Subset", "default_extractor", "evaluate", "evaluate_network"]
 
@@ -43,7 +46,9 @@ REFERENCE_PARTS = 8  # of the reference, for the intervals of distances
 
 
 def default_extractor(data: Images) -> str:
-    """The extractor for a data set where none is named: the bundled one for the digits, else pixels."""
+    """The extractor where none is named: the bundled one for the digits, else pixels, or values of other samples."""
+    if data.units is not None:
+        return "values"
     return "digits-classifier" if data.name.startswith("digits") and data.shape == (1, 8, 8) else "pixels"
 
 
@@ -87,7 +92,8 @@ def evaluate(
     distance, precision, recall and the rest hold the features of a random subset of each set.
 
     Args:
-        samples: images [N, C, H, W] in [-1, 1], `Images`, or `Shards` of such images.
+        samples: images [N, C, H, W] in [-1, 1], `Images`, or `Shards` of such images. Of data that `samples` opened,
+            samples [N, *S] in the data's units, as `generate` makes them.
         data: the training images (floor, composition and nearest neighbours are taken from them).
         holdout: images to measure against; by default the other half of the digits, else half of ``data``.
         features: extractor, or the name of one (see `extractor`).
@@ -105,7 +111,8 @@ def evaluate(
         Plain values: ``distance`` (mean over repeats, and ``pooled`` over all samples), ``extrapolated``, ``floor``,
         ``kid``, ``precision_recall``, ``density_coverage``, ``vendi``, ``composition``, ``neighbours``, ``extractor``,
         counts, pictures and ``notes``: what could not be measured, or is not to be trusted. What could not be
-        measured is ``None``.
+        measured is ``None``. Of samples that are no pictures also ``sliced_wasserstein`` and ``two_sample``
+        (classifiers that try to tell samples from held-out ones), each with its ``floor``, of training samples.
 
     Raises:
         InputError: where sizes or ranges differ, images hold NaN, or statistics come from another extractor.
@@ -129,9 +136,9 @@ def evaluate(
     notes: list[str] = []
     if parts is not None and parts.how == "kept back":
         notes.append(
-            f"No held-out images came: {len(parts.test):,} of the {len(everything):,} training images stand for them. "
-            "A network trained on them lies nearer to them than to new images; pass --holdout with images it has not "
-            "seen. Copies are looked for among all training images."
+            f"No held-out {data.noun} came: {len(parts.test):,} of the {len(everything):,} training {data.noun} stand "
+            f"for them. A network trained on them lies nearer to them than to new {data.noun}; pass --holdout with "
+            f"{data.noun} it has not seen. Copies are looked for among all training {data.noun}."
         )
     rows = _rows_that_fit(subset.rows, extract, data, repeats, run, notes)
     if saved is not None:
@@ -170,7 +177,7 @@ def evaluate(
 
 
 def evaluate_network(
-    unet: Network,
+    unet: Network | Denoises | Denoiser,
     start: LateStart,
     seeds: Sequence[int],
     data: Images,
@@ -194,9 +201,13 @@ def evaluate_network(
         As `evaluate`.
     """
     run = (run or Run()).taken()
+    clamp = None if data.units is None else False
+    if data.units is not None:
+        check_unclipped(start.full, f"the samples of {data.name}")
     made = decisive(unet, start, micro_batch, identity)["identity"]
     sampling = run.identified({**made, "kind": "samples", "seeds": [int(s) for s in seeds]})
-    images = generate_shards(unet, start, seeds, micro_batch=micro_batch, run=sampling.share(1 / 4))
+    room = sampling.share(1 / 4)
+    images = generate_shards(unet, start, seeds, micro_batch=micro_batch, clamp=clamp, run=room)
     content = evaluate(images, data, holdout, run=run if run.memory is None else run.share(3 / 4), **measuring)
     sampling.close()
     return content
@@ -251,21 +262,51 @@ class _Evaluation:
                 except InputError as error:
                     content[key] = None
                     self.notes.append(f"Not measured: {error}")
+        if self.data.units is not None:
+            with self.run.timed("two samples") as part:
+                content |= self.two_samples(part)
         with self.run.timed("composition"):
             content["composition"] = [] if judge is None else _composition(judge, samples, self.data, rows, seed)
         with self.run.timed("neighbours"):
             content["neighbours"] = self.neighbours()
-        shown = ("training images", self.data) if self.holdout is None else ("held-out images", self.holdout)
-        drawn = torch.randperm(len(shown[1]), generator=generator(seed, 27, 0))[:GRID].sort().values
-        content["pictures"] = [
-            {"title": title, "png": png_row(_some(images, index))}
-            for title, images, index in (
-                ("samples", samples, np.arange(min(GRID, len(samples)))),
-                (*shown, drawn.numpy()),
-            )
-        ]
+        content["pictures"] = self.pictures()
         content["notes"] = self.notes
         return content
+
+    def pictures(self) -> list[Values]:
+        """Some of the samples, and some of the images that they are measured against."""
+        noun, units, most = self.data.noun, self.data.units, shown(self.data.shape, GRID)
+        title = f"{'training' if self.holdout is None else 'held-out'} {noun}"
+        real = self.data if self.holdout is None else self.holdout
+        drawn = torch.randperm(len(real), generator=generator(self.seed, 27, 0))[:most].sort().values
+        rows = {
+            "samples": _some(self.samples, np.arange(min(most, len(self.samples)))),
+            title: _some(real, drawn.numpy()),
+        }
+        if len(self.data.shape) == 1:
+            return [{"title": f"samples (blue), {title} (orange)", "png": png_row(rows["samples"], units, rows[title])}]
+        return [{"title": title, "png": png_row(x, units)} for title, x in rows.items()]
+
+    def two_samples(self, run: Run) -> Values:
+        """Distances that suit tables, each beside what training samples give at the same count."""
+        made, real, seed = self.made.rows, self.real.rows, self.seed
+        known: torch.Tensor | None = None
+        if self.real.origin["fingerprint"] != self.data.fingerprint():
+            part = _part(self.data, self.made.count, seed)
+            known = statistics(self.extract, part, rows=len(made), seed=seed, cache=self.store, run=run).rows
+        out: Values = {}
+        measures: dict[str, Callable[..., Values]] = {
+            "sliced_wasserstein": sliced_wasserstein,
+            "two_sample": classifier_test,
+        }
+        for key, measure in measures.items():
+            try:
+                floor = None if known is None else measure(known, real, seed=seed)
+                out[key] = {**measure(made, real, seed=seed), "floor": floor, **self.marks}
+            except InputError as error:
+                out[key] = None
+                self.notes.append(f"Not measured: {error}")
+        return out
 
     def distances(self) -> Values:
         """Fréchet distance by repeats and pooled, and extrapolated to infinitely many samples."""
@@ -285,9 +326,8 @@ class _Evaluation:
                 f"biased far upward. Extrapolated to infinitely many{rough}. Trust it from 3 samples a feature on."
             )
         if self.real.count <= features:
-            self.notes.append(
-                f"Only {self.real.count:,} reference images for {features:,} features: all distances are too large."
-            )
+            few = f"Only {self.real.count:,} reference {self.data.noun} for {features:,} features"
+            self.notes.append(f"{few}: all distances are too large.")
         more = None if beyond is None else {"name": name, **beyond, "reference": self.real.count, **self.marks}
         return {
             "distance": {"name": name, **distance.to_dict(), **ends, "count": count, **self.marks},
@@ -297,7 +337,7 @@ class _Evaluation:
     def floor(self, run: Run) -> Values | None:
         """Training images against the reference at the samples' counts."""
         if self.real.origin["fingerprint"] == self.data.fingerprint():
-            self.notes.append("No floor: the reference are the training images themselves.")
+            self.notes.append(f"No floor: the reference are the training {self.data.noun} themselves.")
             return None
         repeats = len(self.made.groups)
         size = min(self.made.count // repeats, len(self.data))
@@ -329,10 +369,11 @@ class _Evaluation:
             return _some(images, np.sort(order.numpy()))
 
         held_out = None if self.holdout is None else picked(self.holdout, 1)
-        if held_out is None or everything is data:
-            return nearest_summary(picked(self.samples, 0), everything, held_out, run)
-        nearest = nearest_summary(picked(self.samples, 0), everything, None, run)
-        return {**nearest, "held_out": nearest_summary(held_out, data, None, run)["samples"]}
+        whole = held_out is None or everything is data
+        nearest = nearest_summary(picked(self.samples, 0), everything, held_out if whole else None, run)
+        if held_out is not None and not whole:
+            nearest["held_out"] = nearest_summary(held_out, data, None, run)["samples"]
+        return nearest if data.units is None else {**nearest, "features": "values"}
 
 
 def _spelled(classify: Features | None) -> str | None:
@@ -362,16 +403,16 @@ def checked(samples: torch.Tensor | Images | Shards, data: Images) -> Images | S
     """
     if isinstance(samples, torch.Tensor):
         if not samples.is_floating_point():
-            raise InputError(
-                f"the samples are {str(samples.dtype).removeprefix('torch.')}; expected floats in [-1, 1]. Pass "
-                "images(samples), which knows 8-bit images."
-            )
+            whole = "in [-1, 1]. Pass images(samples), which knows 8-bit images" if data.units is None else ""
+            raise InputError(f"the samples are {str(samples.dtype).removeprefix('torch.')}; expected floats {whole}.")
         samples = Shards.of(samples if samples.dtype == torch.float64 else samples.float(), BATCH)
     shape = samples.shape if isinstance(samples, Images) else samples.shape[1:]
     if shape != data.shape:
-        raise InputError(f"the samples have the shape {shape}, the training images {data.shape}. Resize them.")
+        raise InputError(f"the samples have the shape {shape}, the training {data.noun} {data.shape}. Resize them.")
+    if data.units is not None:
+        _check_units(samples, data)
     if isinstance(samples, Images):
-        return samples  # opened with a range, which they were checked against
+        return samples  # opened with a range, which they were checked against, or without NaN
     at, first, ends = samples.first, len(samples), [math.inf, -math.inf]
     bad = 0
     for block in samples:
@@ -386,6 +427,8 @@ def checked(samples: torch.Tensor | Images | Shards, data: Images) -> Images | S
         raise InputError(
             f"{bad:,} of {len(samples):,} samples hold NaN or infinity (first: sample {first}). Leave them out."
         )
+    if data.units is not None:
+        return samples
     low, high = min(float(e["ends"][0]) for e in each), max(float(e["ends"][1]) for e in each)
     if low >= 0 and float(next(iter(data)).min()) < -0.5:
         end = 1 if high <= 1 else 255
@@ -400,6 +443,36 @@ def checked(samples: torch.Tensor | Images | Shards, data: Images) -> Images | S
             repair = "samples.clamp(-1, 1)"
         raise InputError(f"the samples lie in [{low:.3g}, {high:.3g}]; expected [-1, 1]: pass {repair}.")
     return samples
+
+
+def _check_units(samples: Images | Shards, data: Images) -> None:
+    """Samples that look as if they were in other units than the data raise an error: raw ones, or scaled once more.
+
+    How far they are off is the median over columns of |mean| + |log standard deviation|, both 0 for the data.
+    """
+    if isinstance(samples, Images):
+        check_units(data, samples, "samples")
+    units = data.units
+    if units is None or units.mean is None or units.std is None:
+        return
+    rows = _some(samples, np.arange(min(1000, len(samples)))).double().transpose(0, 1).flatten(1).numpy()
+    mean, std = rows.mean(1), np.maximum(rows.std(1), 1e-12)
+
+    def off(mean: np.ndarray, std: np.ndarray) -> float:
+        return float(np.median(np.abs(mean) + np.abs(np.log(std))))
+
+    here = off(mean, std)
+    raw, twice = (
+        off((mean - units.mean) / units.std, std / units.std),
+        off(mean * units.std + units.mean, std * units.std),
+    )
+    if here > 2 and min(raw, twice) < here / 4:
+        what, repair = (
+            ("the columns' own units", "sb.samples(samples, scale=data)")
+            if raw < twice
+            else ("the data's units already, and scaled once more", "them as a tensor, or sb.samples(samples)")
+        )
+        raise InputError(f"the samples look as if they were in {what}; the data are in {units.text}. Pass {repair}.")
 
 
 def _rows_that_fit(rows: int, extract: Extractor, data: Images, repeats: int, run: Run, notes: list[str]) -> int:

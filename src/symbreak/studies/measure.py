@@ -7,23 +7,27 @@ interrupted call continues.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import SimpleNamespace
 from typing import TypeVar
 
 import numpy as np
 import torch
 
-from symbreak.data.images import Images, describe
+from symbreak.data.held_out import check_units
+from symbreak.data.images import Images, Units, describe
 from symbreak.intervals import entropy_interval
 from symbreak.metrics import Extractor, distance, features, floor
 from symbreak.metrics.composition import CLASSES, class_counts
 from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.memorization import Different, different, nearest_summary
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import of_network
-from symbreak.networks.families import denoiser
+from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser, of_network
+from symbreak.networks.families import as_unet, denoiser
+from symbreak.networks.samplers import LEAST_LEVEL, levels_scheduler
 from symbreak.networks.types import Network, Pipeline
 from symbreak.noise import generator
 from symbreak.report.record import Record
@@ -35,11 +39,12 @@ from symbreak.runtime.run import Run
 from symbreak.start.late_start import LateStart
 from symbreak.start.sample import generate
 
-__all__ = ["Comparison", "Measure", "compared", "recorded"]
+__all__ = ["Comparison", "Measure", "compared", "pipeline_of", "recorded"]
 
 SELECTION_SEED = 1_000_000  # choices are made on seeds from here on, reports on seeds from 0 on
 NEAREST = 500  # images whose nearest training image is looked for
 NEIGHBOURS = 1000  # features compared for precision and recall
+SPREAD_BY = 1000  # samples that say the spread of the data
 Name = TypeVar("Name", str, float)
 More = Callable[[torch.Tensor, torch.Tensor], Values]
 
@@ -77,6 +82,7 @@ class Comparison:
         real: features of the held-out images, for precision and recall, of which a random part is compared.
         stream: of the random numbers that pick training images to noise.
         searched: the images among which copies are looked for, where they are more than ``train``.
+        units: of samples that are no pictures, which are not cut to [-1, 1].
     """
 
     unet: Network
@@ -91,6 +97,7 @@ class Comparison:
     real: torch.Tensor | None = None
     stream: int = 62
     searched: Images | None = None
+    units: Units | None = None
 
     @cached_property
     def known(self) -> Different:
@@ -107,7 +114,8 @@ class Comparison:
             source, count = generator(self.stream, seeds[0]), len(self.train)
             rounds = [torch.randperm(count, generator=source) for _ in range(-(-len(seeds) // count))]
             clean = self.train.at(torch.cat(rounds)[: len(seeds)])
-        return generate(unet or self.unet, start, seeds, micro_batch=self.micro_batch, clean=clean)
+        clamp = None if self.units is None else False
+        return generate(unet or self.unet, start, seeds, micro_batch=self.micro_batch, clean=clean, clamp=clamp)
 
     def cell(
         self,
@@ -180,6 +188,35 @@ class Comparison:
         return dict(plain(out))
 
 
+def pipeline_of(model: Pipeline | Denoises | Denoiser, data: Images) -> Pipeline:
+    """A diffusers pipeline as it is; a law or a denoiser as one, with a schedule of its own.
+
+    Its 1,000 levels are those that the denoiser knows, from sigma 0.005 on to 20 times the data's whole spread (150 at
+    least), see `levels_scheduler`.
+
+    Raises:
+        InputError: for anything else, or data that vary by less than the levels of diffusers' schedulers.
+    """
+    if hasattr(model, "unet"):
+        return model
+    if not isinstance(model, Denoises | Denoiser):
+        raise InputError(
+            f"model of the type {type(model).__name__}; expected a diffusers pipeline, sb.denoiser(...) or a law."
+        )
+    network = as_denoiser(model)
+    index = torch.randperm(len(data), generator=generator(65, 0))[:SPREAD_BY].numpy()
+    spread = float(data.take(index, "some").tensor().double().flatten(1).var(0).sum().sqrt())
+    each = spread / math.prod(data.shape) ** 0.5
+    if each < 5 * LEAST_LEVEL:
+        raise InputError(
+            f"the columns of {data.name} vary by {each:.2g}, below the levels of diffusers' schedulers. Open the data "
+            "with scale='standard' (--scale), and pass a network that was trained so."
+        )
+    low, high = network.sigma_range
+    base = levels_scheduler(max(1.001 * low, LEAST_LEVEL), min(high / 1.001, max(150.0, 20 * spread)))
+    return SimpleNamespace(unet=as_unet(network, base), scheduler=base)
+
+
 def compared(
     data: Images, holdout: Images, pipeline: Pipeline, measure: Measure, run: Run
 ) -> tuple[Comparison, Values]:
@@ -196,6 +233,7 @@ def compared(
     for name, images in (("the data", data), ("the held-out images", holdout)):
         if images.shape != tuple(network.shape):
             raise InputError(f"{name} are {images.shape}, the network makes {tuple(network.shape)}. Resize them.")
+    check_units(data, holdout, "held-out samples")
     run = run.taken()
     real, samples = features(measure.extract, holdout), measure.samples
     of = of_network(network, pipeline.scheduler)
@@ -231,6 +269,7 @@ def compared(
         measure.micro_batch,
         run.identified(identity_of("cells", **decides)),
         real,
+        units=data.units,
     )
     return comparison, settings
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,7 +16,7 @@ from symbreak.report.figures import COLORS, figure_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["directions", "png_row"]
+__all__ = ["directions", "png_row", "shown"]
 
 FEW = 12  # vectors that are drawn one by one
 LEADING = 4  # columns of a pair plot
@@ -27,6 +28,11 @@ def directions(rows: np.ndarray | torch.Tensor, shape: tuple[int, ...]) -> torch
     """Directions [N, *S] as samples: each scaled so that its largest entry is 1 or -1, white or black."""
     x = torch.as_tensor(rows).float().reshape(-1, *shape)
     return x / x.abs().flatten(1).amax(1).clamp_min(1e-30).reshape(-1, *[1] * len(shape))
+
+
+def shown(shape: Sequence[int], pictures: int) -> int:
+    """How many samples of a shape a picture shows: more vectors than pictures."""
+    return POINTS if len(shape) == 1 else pictures
 
 
 def png_row(
@@ -83,7 +89,10 @@ def _grey(x: torch.Tensor) -> torch.Tensor:
 
 def _signals(x: torch.Tensor, units: Units | None) -> str:
     """Signals [N, C, L], one panel each."""
-    figure, axes = figure_of(min(14.0, 1.5 * len(x) + 0.5), 1.5, len(x), sharey=True)
+    width = min(14.0, 1.5 * len(x) + 0.5)
+    # There may be many of these, and finding a layout takes longest.
+    figure, axes = figure_of(width, 1.5, len(x), fixed=True, sharey=True)
+    figure.subplots_adjust(0.45 / width, 0.15, 0.99, 0.95, 0.1)
     for ax, one in zip(axes, x.numpy()):
         for channel, color in zip(one, COLORS * len(one), strict=False):
             ax.plot(channel, color=color, linewidth=0.9)
@@ -110,7 +119,9 @@ def _vectors(x: torch.Tensor, units: Units | None, others: torch.Tensor | None, 
 
 def _lines(rows: np.ndarray, names: list[str]) -> str:
     """A few vectors as lines over their columns."""
-    figure, (ax,) = figure_of(min(10.0, 2.5 + 0.35 * len(names)), 2.0)
+    width = min(10.0, 2.5 + 0.35 * len(names))
+    figure, (ax,) = figure_of(width, 2.0, fixed=True)
+    figure.subplots_adjust(0.5 / width, 0.36, 1 - 0.6 / width, 0.96)
     for i, (row, color) in enumerate(zip(rows, COLORS * len(rows), strict=False)):
         ax.plot(row, "o-", color=color, linewidth=0.9, markersize=2.5, label=f"{i + 1}")
     if len(names) <= NAMED:

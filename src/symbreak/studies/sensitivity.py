@@ -22,6 +22,7 @@ from symbreak.laws import Gaussian
 from symbreak.laws.law import Transports
 from symbreak.laws.simple import WhiteNoise
 from symbreak.moments.one_pass import Moments
+from symbreak.networks.denoiser import Denoiser, Denoises
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline
 from symbreak.noise import NoiseLevel
@@ -31,7 +32,7 @@ from symbreak.runtime.plain import Values
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
-from symbreak.studies.measure import Measure, compared, recorded
+from symbreak.studies.measure import Measure, compared, pipeline_of, recorded
 
 __all__ = ["flat_range", "knee", "sensitivity"]
 
@@ -138,7 +139,7 @@ def knee(sigma: np.ndarray, values: np.ndarray, standard: np.ndarray, confidence
 @renamed(**{k: f"measure=sb.Measure({k}=...)" for k in ("extract", "samples", "repeats", "micro_batch")})
 def sensitivity(
     data: Images,
-    pipeline: Pipeline,
+    pipeline: Pipeline | Denoises | Denoiser,
     samplers: Sequence[str] = SAMPLERS,
     calls: Sequence[int] = (3, 5, 10),
     levels: Sequence[float] | None = None,
@@ -153,7 +154,7 @@ def sensitivity(
 
     Args:
         data: the images that laws are fitted to.
-        pipeline: with ``.unet`` and ``.scheduler``.
+        pipeline: with ``.unet`` and ``.scheduler``; or a `denoiser`, or a law.
         samplers: names of `scheduler`; calls: network evaluations an image.
         levels: start levels sigma; by default 9 from .15 to 20 times the data's largest standard deviation.
         holdout: images to measure against.
@@ -172,6 +173,7 @@ def sensitivity(
 
     Source: arXiv:2305.19693 (distance against start level).
     """
+    pipeline = pipeline_of(pipeline, data)
     comparison, settings = compared(data, holdout, pipeline, measure, run or Run())
     run = comparison.run.named("cells")
     moments = Moments.fit(data)
