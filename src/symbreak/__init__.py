@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from symbreak.noise import NoiseLevel, Schedule, schedule
     from symbreak.phases.bifurcation import bifurcation
     from symbreak.phases.branches import Paths
+    from symbreak.phases.class_information import condition_information, guidance_window
     from symbreak.phases.clones import clone_agreement, clones
     from symbreak.phases.collapse import collapse_scaling, collapse_time, samples_needed
     from symbreak.phases.condensation import nearest_flips, nearest_of

@@ -193,7 +193,11 @@ class SigmaDenoiser:
         weights = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
         weight = next(iter(weights), x)
         each = s.clamp(low, high).expand(len(x)) if len(s) == 1 else s.clamp(low, high)
-        out = self.model(x.to(weight), each.to(weight), **_at(weight.device, self.condition, len(x)))
+        try:
+            out = self.model(x.to(weight), each.to(weight), **_at(weight.device, self.condition, len(x)))
+        except TypeError as error:  # a condition that it does not know
+            what = " ".join(str(error).split())[:160]
+            raise InputError(f"the network cannot take states of shape {tuple(x.shape)}: {what}") from error
         if not isinstance(out, torch.Tensor) or out.shape != x.shape:
             came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise InputError(
@@ -280,6 +284,7 @@ class _Posing(torch.nn.Module):
             in_channels=shape[0],
             out_channels=shape[0],
             num_class_embeds=getattr(source, "num_class_embeds", None),
+            null_label=getattr(source, "null_label", None),
             **({"sample_size": shape[1:]} if len(shape) == 3 else {"sample_shape": shape}),
         )
         self.dtype = torch.float32

@@ -1,4 +1,4 @@
-"""Guidance: two denoisers combined into one, with a condition and without."""
+"""Guidance: two denoisers combined into one, with a condition and without; and a network without its condition."""
 
 from __future__ import annotations
 
@@ -7,11 +7,92 @@ from typing import Any
 
 import torch
 
-from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser
+from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, as_denoiser, network_of
+from symbreak.networks.families import SigmaDenoiser
 from symbreak.noise import sigma_of
 from symbreak.runtime.errors import InputError
 
-__all__ = ["Guided", "guided"]
+__all__ = ["Guided", "check_classes", "class_count", "conditional", "guided", "null_label", "unconditional"]
+
+
+def conditional(denoiser: Denoiser) -> Any:
+    """A denoiser that takes classes, as one that ``bind(class_labels=...)`` fixes them for.
+
+    Raises:
+        InputError: for a network without classes.
+    """
+    if not hasattr(denoiser, "bind") and class_count(denoiser) is not None:
+        return SigmaDenoiser(denoiser, tuple(denoiser.shape), denoiser.sigma_range, {})
+    network = network_of(denoiser)
+    known = not hasattr(network, "config") or class_count(denoiser) is not None
+    if not hasattr(denoiser, "bind") or not known:
+        name = type(denoiser if network is None else network).__name__
+        raise InputError(f"{name} is a network without classes; expected a class-conditional one.")
+    return denoiser
+
+
+def class_count(network: object) -> int | None:
+    """Rows of a network's class embedding, the null class's among them; ``None`` where it does not say."""
+    return _said(network, "num_class_embeds")
+
+
+def null_label(network: object) -> int | None:
+    """The label of a network's null class, which stands for no condition; ``None`` where it does not say."""
+    return _said(network, "null_label")
+
+
+def _said(network: Any, name: str) -> int | None:
+    """What a network, that of a denoiser, or its config says of itself."""
+    for source in (network, network_of(network)):
+        value = getattr(getattr(source, "config", source), name, None)
+        if value is not None:
+            return int(value)
+    return None
+
+
+def check_classes(labels: torch.Tensor, network: object, null: int | None = None) -> None:
+    """Labels that a network or a law does not have, or that are the null class, raise an error."""
+    classes, count = getattr(network, "classes", None), class_count(network)
+    values = labels.unique().tolist()
+    if classes is not None:
+        known = set(classes.tolist())
+        bad, there = [v for v in values if v not in known], f"the law's classes are {sorted(known)}"
+    else:
+        bad = [v for v in values if v < 0 or (count is not None and v >= count)]
+        there = "expected 0 or more" if count is None else f"the network knows 0 to {count - 1}"
+    if bad:
+        raise InputError(f"the class {bad[0]}, but {there}.")
+    if null is not None and null in values:
+        raise InputError(f"some labels are {null}, the null class, which stands for no condition. Leave them out.")
+
+
+def unconditional(denoiser: Denoises | Denoiser, null: int | None = None) -> Denoiser:
+    """A network without its condition, which is the condition of its null class; of a law the law of all classes.
+
+    Args:
+        denoiser: class-conditional network as a `Denoiser`, or a law.
+        null: label of the null class; by default the one that the network says it has.
+
+    Raises:
+        InputError: for a network without classes, or one that does not have or say its null class.
+    """
+    source = as_denoiser(denoiser)
+    if isinstance(source, LawDenoiser):
+        if null is not None:
+            raise InputError(f"the null class {null} came for a law, which has the law of all classes. Leave it out.")
+        return source
+    network, count = conditional(source), class_count(source)
+    label = null_label(source) if null is None else null
+    last = 10 if count is None else count - 1
+    if label is None:
+        raise InputError(
+            f"the network does not say which of its classes is the null class, the one without a condition. Pass its "
+            f"label, such as {last}, if it was trained with one."
+        )
+    if isinstance(label, bool) or int(label) != label or not 0 <= label <= (label if count is None else last):
+        raise InputError(f"the null class {label}; expected a label of the network, from 0 to {last}.")
+    out: Denoiser = network.bind(class_labels=torch.tensor([int(label)]))
+    return out
 
 
 class Guided:

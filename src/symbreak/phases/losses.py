@@ -13,8 +13,10 @@ Source: Guo, Shamai, Verdu 2005 (I-MMSE).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -33,8 +35,10 @@ __all__ = [
     "Losses",
     "between",
     "conditional_entropy",
+    "energy",
     "entropic_levels",
     "entropy_rate",
+    "filled",
     "integral_above",
     "loss_curve",
     "nowhere",
@@ -170,12 +174,12 @@ def loss_curve(
                 y = None if classes is None else classes[rows]
                 means = [posterior_mean(source, x, u, y) for source in sources.values()]
                 for k, mean in enumerate(means):
-                    sums[0, k, rows] += _energy(clean - mean)
-                    sums[1, k, rows] += _energy(mean - means[0])
+                    sums[0, k, rows] += energy(clean - mean)
+                    sums[1, k, rows] += energy(mean - means[0])
                     if through is not None:
-                        sums[2, k, rows] += _energy(through(clean - mean, u))
-                around[0, rows] += _energy(means[0] - centre)
-                around[1, rows] += _energy(x - clean)
+                        sums[2, k, rows] += energy(through(clean - mean, u))
+                around[0, rows] += energy(means[0] - centre)
+                around[1, rows] += energy(x - clean)
         if not np.isfinite(sums[0, 0]).all():
             raise InputError(f"the network answers NaN or infinity at sigma {u:.4g}; expected denoised images.")
         return {"sums": sums / draws, "around": around / draws}
@@ -190,6 +194,13 @@ def loss_curve(
     names = list(laws or {})
     mapped_errors = {} if through is None else dict(zip(sources, far))
     return Losses(s, errors[0], dict(zip(names, errors[1:])), dict(zip(names, apart[1:])), spread, state, mapped_errors)
+
+
+def filled(sigma: np.ndarray, top: float, spacing: float) -> np.ndarray:
+    """Rising levels from the lowest of some to a top, those among them, no step above ``spacing`` in log sigma."""
+    ends = [*np.unique(sigma), top]
+    steps = [np.geomspace(a, b, 1 + math.ceil(math.log(b / a) / spacing))[:-1] for a, b in pairwise(ends) if b > a]
+    return np.append(np.concatenate(steps), top) if steps else np.array([top])
 
 
 def integral_above(values: np.ndarray, sigma: np.ndarray, order: int = 3, at: np.ndarray | None = None) -> np.ndarray:
@@ -292,7 +303,8 @@ def posterior_mean(
     return out
 
 
-def _energy(r: torch.Tensor) -> np.ndarray:
+def energy(r: torch.Tensor) -> np.ndarray:
+    """Squared norms [B] of residuals [B, *S]."""
     return (r * r).flatten(1).double().sum(1).numpy()
 
 

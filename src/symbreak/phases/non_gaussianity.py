@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from symbreak.intervals import resampled
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.law import Law, top_eigenvalue
 from symbreak.networks.denoiser import Batches, Denoiser, as_denoiser, images_for
-from symbreak.phases.losses import Losses, between, integral_above, loss_curve, nowhere
+from symbreak.phases.losses import Losses, between, filled, integral_above, loss_curve, nowhere
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Run, renamed
 
@@ -204,8 +203,5 @@ def non_gaussianity(
         raise InputError(
             f"an integral from sigma {s.max():.4g} to {top:.4g} in steps of {spacing:g}; expected it to rise."
         )
-    ends = [*np.unique(s), top]
-    parts = [np.geomspace(a, b, 1 + math.ceil(math.log(b / a) / spacing))[:-1] for a, b in pairwise(ends) if b > a]
-    grid = np.append(np.concatenate(parts), top) if parts else np.array([top])
-    losses = loss_curve(network, images, grid, {"law": law}, labels, seed, run=run)
+    losses = loss_curve(network, images, filled(s, top, spacing), {"law": law}, labels, seed, run=run)
     return divergence_bound(losses, "law", sigma)
