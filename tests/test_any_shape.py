@@ -4,7 +4,7 @@ Two narrow classes at c +- m of unequal weights, well outside [-1, 1]: what take
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import diffusers
 import numpy as np
@@ -180,6 +180,19 @@ def test_a_table_is_decided_in_the_units_of_its_columns(tmp_path):
     raw = sb.diagnose(sb.samples(table, labels="target"), effort=QUICK)
     assert levels(raw, "data")["spectral"] == pytest.approx(315, abs=1)  # one column, proline
     assert "scale standard" in raw.content["data"]["notes"][0]
+
+
+@pytest.mark.parametrize("unit", [1e3, pytest.param(1e-3, marks=pytest.mark.slow)])
+def test_a_law_is_asked_at_the_levels_of_the_data(unit):
+    """Levels go with the unit, from thousandths to thousands."""
+    w = world("vector")
+    law = Mixture.from_parameters(unit * w.law.means, (unit * SPREAD) ** 2, WEIGHTS)
+    data, holdout = (sb.samples(unit * d.tensor().double(), labels=d.labels) for d in (w.data, w.holdout))
+    small = replace(QUICK, pairs=20, steps=16, branches=3, turns=2, losses=4, images=20, points=60, queries=20)
+    at = levels(sb.diagnose(data, law, holdout=holdout, effort=small), "network")
+    assert at["second well"] / unit == pytest.approx(
+        sb.bifurcation(w.law, "sde", "ve", criterion="wells").sigma, rel=0.01
+    )
 
 
 def test_models_of_another_kind_are_named():

@@ -187,7 +187,7 @@ def test_density_and_coverage_know_equal_laws_and_missing_modes(capsys):
     half = density_coverage(normal(1000, 4, 4), real)
     assert half["coverage"] == pytest.approx(0.5, abs=0.05)  # one of two modes; parts hold 100 +- 7 of each
     assert capsys.readouterr().out == ""  # the package prints, and --json must not
-    with pytest.raises(InputError, match="more than k"):
+    with pytest.raises(InputError, match=r"expected k \+ 2"):
         density_coverage(normal(20, 2, 0), normal(20, 2, 1))
 
 

@@ -180,6 +180,14 @@ BAD = {
     "other columns": (lambda t: (np.eye(4), {"scale": sb.samples(np.eye(3))}), "4 columns, array 3"),
     "one dimension": (lambda t: (np.ones(4), {}), r"expected \[N, \*S\]"),
     "empty": (lambda t: (np.ones((0, 4)), {}), "there are no values"),
+    "masked": (lambda t: (np.ma.masked_greater(np.eye(4), 0.5), {}), "4 of 4 samples .*first: row 0, column 0"),
+    "too large": (lambda t: (np.eye(4) * 1e40, {}), "column 0 of array holds values up to 1e[+]40; expected at most"),
+    "too large to square": (lambda t: (np.eye(4) * 1e200, {"scale": "standard"}), "expected at most 1e[+]150"),
+    "percent": (
+        lambda t: ((t / "a.csv").write_text("a\n1%\n2%\n") and t / "a.csv", {}),
+        "row 0 .*'1%' in the column 'a'",
+    ),
+    "a series": (lambda t: (pd.Series([1.0, 2.0]), {}), "samples of the type Series"),
     "complex": (lambda t: (np.ones((4, 2), complex), {}), "complex128 values; expected numbers"),
     "ragged": (lambda t: ([[1.0], [2.0, 3.0]], {}), "different shapes"),
     "an option of pictures": (lambda t: (np.eye(4), {"size": 8}), r"size= \(--size\) belongs to pictures"),
@@ -209,6 +217,22 @@ def test_bad_input_is_one_line(tmp_path, case):
     with pytest.raises(InputError, match=said) as raised:
         sb.samples(source, **options)
     assert "\n" not in str(raised.value)
+
+
+def test_other_tables(tmp_path):
+    import datasets
+
+    table = frame()
+    rows = datasets.Dataset.from_pandas(table)
+    assert torch.equal(sb.samples(rows, labels="kind").tensor(), sb.samples(table, labels="kind").tensor())
+    numbered = pd.DataFrame(np.c_[np.eye(4), [0, 1, 0, 1]])
+    data = sb.samples(numbered, labels=4)
+    assert data.shape == (4,)
+    assert data.labels.tolist() == [0, 1, 0, 1]
+    with pytest.raises(InputError, match="samples that are no pictures"):
+        sb.images(data, size=8)
+    with pytest.raises(InputError, match="one of digits and array is pictures"):
+        sb.evaluate(sb.samples(np.random.default_rng(0).normal(size=(20, 1, 8, 8))), sb.images("digits"), cache=False)
 
 
 def test_rows_with_nan_are_left_out_when_asked(tmp_path):

@@ -141,6 +141,8 @@ def _opened(source: Source, options: Options) -> Images:
     else:
         each = labels
     if isinstance(source, Images):
+        if source.units is not None:
+            raise InputError(f"{source.name} holds samples that are no pictures. Pass it as it is.")
         opened = source
     elif isinstance(source, (np.ndarray, torch.Tensor)):
         opened = from_array("array", numpy_of(source), None, value_range, layout)

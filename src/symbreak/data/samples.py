@@ -40,6 +40,7 @@ PICTURES = ("value_range", "size", "crop", "mode", "pad", "layout", "split")  # 
 SHOWN = 5  # columns in a note
 APART = 10.0  # spreads of columns that differ by more hide columns
 SINGLE = 2.0**-24  # rounding of single precision, in which samples are handed on
+LARGEST, LARGEST_SCALED = 1e30, 1e150  # values that leave room for their squares, in single and in double precision
 VISIBLE = 1e-3  # of a column's standard deviation that rounding may cost
 
 
@@ -59,7 +60,7 @@ def samples(
     Args:
         source: an array or tensor [N, *S] of numbers, such as vectors [N, d], signals [N, C, L] or volumes
             [N, C, D, H, W]; a ``.npy`` or ``.npz`` file of one; a table of numbers, a ``.csv``, ``.tsv`` or
-            ``.parquet`` file, a folder of the latter, or a pandas data frame: a row a sample.
+            ``.parquet`` file, a folder of the latter, a pandas data frame, or a data set of `datasets`: a row a sample.
         labels: name or names of label columns of a table (by default one called label, class or target; ``"none"`` for
             no labels); one label a sample of anything else.
         scale: ``None`` leaves the values as they are; ``"standard"`` takes off the mean of every column, or of every
@@ -214,12 +215,17 @@ def _raw(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
 
 
 def _read(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
+    if hasattr(source, "to_pandas"):  # a data set of `datasets`
+        source = source.to_pandas()
     if hasattr(source, "to_numpy") and hasattr(source, "columns"):
         import pyarrow as pa
 
+        labels = str(labels) if isinstance(labels, int) else labels  # a column that pandas numbered
         return _from_table("data frame", pa.Table.from_pandas(source, preserve_index=False), labels, like)
     if isinstance(source, Images):
         raise InputError(f"{source.name} is a data set already. Pass it as it is, or what it was opened from.")
+    if isinstance(source, np.ma.MaskedArray):
+        source = np.where(np.ma.getmaskarray(source), np.nan, np.ma.getdata(source))
     if isinstance(source, np.ndarray | torch.Tensor | list | tuple):
         try:
             array = numpy_of(source) if isinstance(source, np.ndarray | torch.Tensor) else np.asarray(source)
@@ -327,7 +333,8 @@ def _looked_through(array: np.ndarray) -> _Pass:
         good = np.delete(values, bad, 0) if len(bad) else values
         count = np.array([len(good) * good.shape[2]], np.float64)
         mean = good.mean((0, 2)) if len(good) else np.zeros(good.shape[1])
-        scatter = ((good - mean[:, None]) ** 2).sum((0, 2))
+        with np.errstate(over="ignore"):  # too large values are named later
+            scatter = ((good - mean[:, None]) ** 2).sum((0, 2))
         largest = np.abs(good).max((0, 2)) if len(good) else np.zeros(good.shape[1])
         place = np.array([*(bad + part.start), column], np.int64)
         return {"place": place, "count": count, "mean": mean, "scatter": scatter, "largest": largest}
@@ -348,6 +355,17 @@ def _units(
 ) -> tuple[Units, tuple[str, ...]]:
     """The units that a scale gives, and what was decided."""
     kind = "column" if dimensions == 2 else "channel"
+
+    def named(i: int) -> str:
+        return columns[i] if columns[i] == f"{kind} {i}" else f"the {kind} {columns[i]}"
+
+    most = LARGEST_SCALED if isinstance(scale, str | tuple | list) else LARGEST
+    if not seen.largest.max() <= most:
+        first = int(seen.largest.argmax())
+        raise InputError(
+            f"{named(first)} of {name} holds values up to {seen.largest[first]:.3g}; expected at most "
+            f"{most:g}. Measure it in another unit."
+        )
     flat = seen.std <= 1e-12 * np.maximum(seen.largest, 1e-300)  # constant up to rounding
     if isinstance(scale, Images):
         if scale.units is None:
@@ -363,7 +381,7 @@ def _units(
         if len(blurred):
             first = int(blurred[0])
             raise InputError(
-                f"the {kind} {columns[first]} of {name} holds values up to {seen.largest[first]:.4g} that differ by "
+                f"{named(first)} of {name} holds values up to {seen.largest[first]:.4g} that differ by "
                 f"{seen.std[first]:.3g}, which single precision cannot tell apart. Pass scale='standard' (--scale)."
             )
         units = Units(columns)
@@ -381,7 +399,7 @@ def _units(
         if flat.any():
             first = int(np.flatnonzero(flat)[0])
             raise InputError(
-                f"the {kind} {columns[first]} of {name} is constant ({seen.mean[first]:.6g}): it has no standard "
+                f"{named(first)} of {name} is constant ({seen.mean[first]:.6g}): it has no standard "
                 "deviation. Leave it out, or pass scale=(mean, std)."
             )
         units = Units(columns, f"standard deviations of each {kind}", seen.mean, seen.std)

@@ -110,13 +110,13 @@ def density_coverage(samples: torch.Tensor, real: torch.Tensor, k: int = 5, repe
     ``None`` and the ``reason``.
 
     Raises:
-        InputError: without ``prdc``, or with k or fewer rows a part.
+        InputError: without ``prdc``, or with fewer than k + 2 rows a part.
     """
     prdc = _package("prdc", "density and coverage")
     size = min(len(samples) // repeats, len(real) // repeats, DENSE_ROWS)
-    if size <= k:
+    if size < k + 2:  # the package asks for one neighbour more
         raise InputError(
-            f"{len(samples)} samples and {len(real)} real images in {repeats} parts; expected more than k = {k} a part."
+            f"{len(samples)} samples and {len(real)} real images in {repeats} parts; expected k + 2 = {k + 2} a part."
         )
     orders = [
         torch.randperm(len(z), generator=generator(seed, 19, side))[: size * repeats].split(size)

@@ -71,10 +71,8 @@ class Denoises(Protocol):
 class LawDenoiser:
     """A law's exact posterior mean as a `Denoiser`."""
 
-    sigma_range = (0.0, float("inf"))
-
-    def __init__(self, law: Denoises) -> None:
-        self.law = law
+    def __init__(self, law: Denoises, sigma_range: tuple[float, float] = (0.0, float("inf"))) -> None:
+        self.law, self.sigma_range = law, sigma_range
         self.shape: tuple[int, ...] = tuple(law.shape)
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:

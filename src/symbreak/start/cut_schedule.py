@@ -63,7 +63,7 @@ def check_unclipped(scheduler: Scheduler, what: str) -> None:
             name = type(scheduler).__name__
             raise InputError(
                 f"{name} cuts every predicted sample to [-1, 1] ({setting}=True), which would spoil {what}. Pass "
-                f"{name}.from_config(scheduler.config, {setting}=False), as sb.scheduler(..., {setting}=False) does."
+                f"sb.scheduler(..., {setting}=False), or take a sampler that does not, such as dpm++2m."
             )
 
 

@@ -194,7 +194,9 @@ def fit_start(
         if isinstance(value, (str, Path)):
             raise InputError(f"{name}={str(value)!r} is a name; expected images. Pass sb.images({str(value)!r}).")
     if not isinstance(data, Images):
-        raise InputError(f"data of the type {type(data).__name__}; expected images. Pass sb.images(...).")
+        raise InputError(
+            f"data of the type {type(data).__name__}; expected images. Pass sb.images(...) or sb.samples(...)."
+        )
     network = denoises(unet, scheduler)
     unet = posing(unet, scheduler)
     if unet.config.get("cross_attention_dim"):

@@ -109,7 +109,7 @@ class _Side:
 )
 def audit(
     train: Images,
-    samples: torch.Tensor | Images | None = None,
+    samples: torch.Tensor | np.ndarray | Images | None = None,
     *,
     model: Pipeline | Denoises | Denoiser | None = None,
     sampling: Sampling = Sampling(),
@@ -160,6 +160,7 @@ def audit(
     drawn: Run | None = None
     source: Images | Shards | None = None
     if samples is not None:
+        samples = torch.tensor(samples) if isinstance(samples, np.ndarray) else samples
         # in single precision, as the training images are; whole numbers raise an error that names their type
         if isinstance(samples, torch.Tensor) and samples.is_floating_point():
             samples = samples.float()
@@ -221,7 +222,12 @@ def audit(
 
 
 def _check(
-    train: Images, samples: torch.Tensor | Images | None, model: object, threshold: float, near: float, seed: int
+    train: Images,
+    samples: torch.Tensor | np.ndarray | Images | None,
+    model: object,
+    threshold: float,
+    near: float,
+    seed: int,
 ) -> None:
     if samples is not None and model is not None:
         raise InputError("samples and a model came together; pass one of them.")

@@ -19,7 +19,7 @@ from symbreak.data.images import Images
 from symbreak.laws.class_posterior import class_of
 from symbreak.metrics.extractors import device_of
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser, network_of, of_network
+from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, network_of, of_network
 from symbreak.networks.families import denoises
 from symbreak.networks.types import Pipeline
 from symbreak.noise import schedule
@@ -33,7 +33,7 @@ from symbreak.runtime.run import Run, renamed
 from symbreak.start.loading import refuse_conditional
 from symbreak.studies.ask_data import class_laws, collapse, law_losses, laws_of, spectrum, told_apart
 from symbreak.studies.ask_network import ask_network, class_reader, name_of
-from symbreak.studies.diagnosis import Diagnosis, Effort, some_images
+from symbreak.studies.diagnosis import Diagnosis, Effort, some_images, spread_of
 
 __all__ = ["Effort", "diagnose"]
 
@@ -157,8 +157,11 @@ def diagnose(
 
 def _network(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser:
     """The denoiser of a pipeline without conditions, a denoiser or a law, that makes samples like the data."""
-    if isinstance(model, Denoises | Denoiser):
-        network = as_denoiser(model)
+    if isinstance(model, Denoises):  # a law knows all levels: those that the data need are asked about
+        spread = spread_of(data)
+        network: Denoiser = LawDenoiser(model, (1e-4 * spread, 100 * spread))
+    elif isinstance(model, Denoiser):
+        network = model
     elif not hasattr(model, "unet"):
         raise InputError(
             f"model of the type {type(model).__name__}; expected a diffusers pipeline, sb.denoiser(...) or a law."

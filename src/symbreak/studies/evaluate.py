@@ -74,7 +74,7 @@ class Subset:
     seed="subset=sb.Subset(seed=...)",
 )
 def evaluate(
-    samples: torch.Tensor | Images | Shards,
+    samples: torch.Tensor | np.ndarray | Images | Shards,
     data: Images,
     holdout: Images | None = None,
     *,
@@ -395,21 +395,23 @@ def _halves(data: Images, holdout: Images | None, saved: Statistics | None, path
     return None
 
 
-def checked(samples: torch.Tensor | Images | Shards, data: Images) -> Images | Shards:
+def checked(samples: torch.Tensor | np.ndarray | Images | Shards, data: Images) -> Images | Shards:
     """Samples as rows, off a GPU.
 
     Raises:
         InputError: for samples of another size than the data, with NaN, or in another range.
     """
+    if isinstance(samples, np.ndarray):
+        samples = torch.tensor(samples)
     if isinstance(samples, torch.Tensor):
         if not samples.is_floating_point():
-            whole = "in [-1, 1]. Pass images(samples), which knows 8-bit images" if data.units is None else ""
-            raise InputError(f"the samples are {str(samples.dtype).removeprefix('torch.')}; expected floats {whole}.")
+            whole = " in [-1, 1]. Pass images(samples), which knows 8-bit images" if data.units is None else ""
+            raise InputError(f"the samples are {str(samples.dtype).removeprefix('torch.')}; expected floats{whole}.")
         samples = Shards.of(samples if samples.dtype == torch.float64 else samples.float(), BATCH)
     shape = samples.shape if isinstance(samples, Images) else samples.shape[1:]
     if shape != data.shape:
         raise InputError(f"the samples have the shape {shape}, the training {data.noun} {data.shape}. Resize them.")
-    if data.units is not None:
+    if data.units is not None or isinstance(samples, Images):
         _check_units(samples, data)
     if isinstance(samples, Images):
         return samples  # opened with a range, which they were checked against, or without NaN

@@ -38,13 +38,13 @@ from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
 from symbreak.start.late_start import LateStart
 from symbreak.start.sample import generate
+from symbreak.studies.diagnosis import spread_of
 
 __all__ = ["Comparison", "Measure", "compared", "pipeline_of", "recorded"]
 
 SELECTION_SEED = 1_000_000  # choices are made on seeds from here on, reports on seeds from 0 on
 NEAREST = 500  # images whose nearest training image is looked for
 NEIGHBOURS = 1000  # features compared for precision and recall
-SPREAD_BY = 1000  # samples that say the spread of the data
 Name = TypeVar("Name", str, float)
 More = Callable[[torch.Tensor, torch.Tensor], Values]
 
@@ -204,8 +204,7 @@ def pipeline_of(model: Pipeline | Denoises | Denoiser, data: Images) -> Pipeline
             f"model of the type {type(model).__name__}; expected a diffusers pipeline, sb.denoiser(...) or a law."
         )
     network = as_denoiser(model)
-    index = torch.randperm(len(data), generator=generator(65, 0))[:SPREAD_BY].numpy()
-    spread = float(data.take(index, "some").tensor().double().flatten(1).var(0).sum().sqrt())
+    spread = spread_of(data)
     each = spread / math.prod(data.shape) ** 0.5
     if each < 5 * LEAST_LEVEL:
         raise InputError(
