@@ -1,6 +1,12 @@
 """A whole diagnosis: of data alone, of an exact mixture posing as a network, interrupted, and of bad input."""
 
+import json
 import math
+import re
+import shutil
+import subprocess
+import tempfile
+from html import unescape
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,18 +14,40 @@ import pytest
 import torch
 
 from symbreak.data.readers import images
-from symbreak.laws import Mixture
+from symbreak.laws import Gaussian, Mixture
 from symbreak.networks.families import as_unet
+from symbreak.networks.residual import LawResidual
 from symbreak.networks.samplers import scheduler
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.speciation import cloning_time, speciation_time
 from symbreak.report.html import write_report
+from symbreak.report.tables import tables
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
 from symbreak.start.loading import load_pipeline
+from symbreak.studies import ask_network
 from symbreak.studies.diagnose import Effort, diagnose
 
 TINY = Effort(pairs=64, steps=16, branches=8, turns=3, stability=3, losses=14, images=48, points=500)
+
+
+def overflow(page, width):
+    """By how many pixels a page is wider than its window, in headless Chromium; 0 where there is none."""
+    chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
+    if chromium is None:
+        return 0
+    frame = page.with_name("frame.html")  # a page of its own, for reports allow no scripts
+    script = """const f = document.getElementById("f"), d = () => f.contentDocument.documentElement;
+        f.onload = () => { document.title = "over " + (d().scrollWidth - d().clientWidth); }; f.srcdoc = """
+    text = json.dumps(page.read_text()).replace("</", "<\\/")
+    frame.write_text(
+        f"<title></title><iframe id=f style='width:{width}px;border:0'></iframe><script>{script}{text}</script>"
+    )
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        command = [chromium, *flags, f"--user-data-dir={profile}", frame.as_uri()]
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return int(re.search(r"<title>over (-?\d+)</title>", dom)[1])
 
 
 def rows(record, of=None):
@@ -99,6 +127,48 @@ def test_a_mixture_posing_as_a_network(tmp_path):
     assert (tmp_path / "out" / "record.json").exists()
     assert not list((tmp_path / "out").glob("blocks-*"))
     write_report(found, tmp_path / "r.html")
+
+
+def test_what_a_network_adds_to_its_law(tmp_path, monkeypatch):
+    """Two narrow Gaussians as the truth, one as the law, and a network that knows all of the difference."""
+    data, truth, pipe = two_classes(tmp_path)
+    law = Gaussian.fit(data)
+    d = LawResidual(law, torch.nn.Identity(), top=0.8)
+
+    class Perfect(torch.nn.Module):
+        def forward(self, x, sigma):
+            column = sigma.reshape(-1, 1, 1, 1)
+            raw = x * (column**2 + d.size).sqrt()
+            return (truth.denoise(raw, sigma) - law.denoise(raw, sigma)) / d.scale(sigma).reshape(column.shape)
+
+    d.network = Perfect()
+    pipe.unet = as_unet(d, pipe.scheduler)
+    alone = lambda d, network, *_: ask_network._added(d, network, d.test.tensor()[: d.effort.images])  # noqa: E731
+    monkeypatch.setattr("symbreak.studies.diagnose.ask_network", alone)
+    found = diagnose(data, pipe, classify=nearest_sign, effort=TINY)
+    added = found.content["added"]
+    assert added["images"] == 48
+    assert added["top"] == 0.8
+    assert added["nats"]["sigma"][-1] == 0.8
+    # truth and law at the lowest level, 0.01, and at the top, by Monte Carlo of log densities
+    x = [truth.sample(20_000, s, torch.Generator().manual_seed(0)) for s in (0.01, 0.8)]
+    low, top = (float((truth.log_prob(y, s) - law.log_prob(y, s)).mean()) for y, s in zip(x, (0.01, 0.8)))
+    value, first, last = added["net"]
+    assert value == pytest.approx(low - top, abs=4 * (last - first) / 3.92)
+    assert last - first < value  # 48 images: a wide interval
+    assert all(share <= 1 for share in added["share"]["value"])
+    assert [len(level["rows"]) for level in added["pictures"]] == [4] * 4
+    parts, said = tables(found)
+    assert said[0] == added["sentence"]
+    assert len(parts["added"].rows) >= 7
+    path = write_report(found, tmp_path / "r.html")
+    html = unescape(path.read_text())
+    assert html.count(added["sentence"]) == 1
+    assert html.index("What did the network add") < html.index(added["sentence"]) < html.index("<h2>Look")
+    assert html.count("<h3>sigma") == 4
+    assert overflow(path, 480) <= 0
+    del found.content["added"]  # a record of before
+    assert "What did the network add" not in write_report(found, tmp_path / "before.html").read_text()
 
 
 def test_an_interrupted_diagnosis_goes_on_and_finds_the_same(tmp_path):

@@ -24,7 +24,7 @@ from symbreak.phases.losses import (
     integral_above,
     loss_curve,
 )
-from symbreak.phases.non_gaussianity import divergence_bound, non_gaussianity
+from symbreak.phases.non_gaussianity import added_to_law, divergence_bound, non_gaussianity
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import plain
 from symbreak.runtime.run import Run
@@ -54,7 +54,7 @@ def exact_losses(sigma) -> Losses:
     """Two images without noise in their losses: expectations for the points +-1 and their Gaussian."""
     own = np.repeat([[mmse(u)] for u in sigma], 2, axis=1)
     law = np.repeat((sigma**2 / (1 + sigma**2))[:, None], 2, axis=1)
-    return Losses(sigma, own, {"g": law}, {"g": law - own}, own, own)
+    return Losses(sigma, own, {"g": law}, {"g": law - own}, own, own, own)
 
 
 def within(curve, exact: dict[float, float], errors: float = 4.0):
@@ -162,7 +162,7 @@ def test_entropic_levels_of_a_gaussian():
     """MMSE / sigma^2 = lambda / (lambda + sigma^2): its integral is sqrt(lambda) arctan(sigma / sqrt(lambda))."""
     sigma = np.geomspace(0.05, 20, 25)
     own = np.repeat((4 * sigma**2 / (4 + sigma**2))[:, None], 2, axis=1)
-    found = entropic_levels(Losses(sigma, own, {}, {}, own, own), 7)
+    found = entropic_levels(Losses(sigma, own, {}, {}, own, own, own), 7)
     wanted = 2 * np.tan(np.linspace(math.atan(10), math.atan(0.025), 7))
     # Straight lines between 16 points of every step of 0.25: errors of 0.016^2 / 8, and the spline's.
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
@@ -461,3 +461,115 @@ def test_coverage_of_the_half_level_of_the_class_entropy():
         held += found.low is not None and found.low.sigma <= exact <= found.high.sigma
     print(f"class entropy: {held} of 100")  # noqa: T201
     assert held >= 90
+
+
+# --- what a network adds to the law that it is the residual of ------------------------------------
+
+
+def residual(truth, law, below=0.0, lowest=0.25, top=2.0):
+    """A law, and a network that knows all that the law does not know of the truth, but nothing below a level."""
+    table = torch.tensor([[lowest, 20.0], [0.1, 0.1]], dtype=torch.float64)
+    d = sb.LawResidual(law, lambda x, s: x, error=table, top=top)
+
+    def perfect(x, s):
+        column = s.reshape(-1, *[1] * (x.ndim - 1))
+        raw = x * (column**2 + d.size).sqrt()
+        wrong = 0.3 * torch.sin(30 * raw)
+        gap = torch.where(column < below, wrong, truth.denoise(raw, s) - law.denoise(raw, s))
+        return gap / d.scale(s).reshape(column.shape)
+
+    d.network = perfect
+    return d
+
+
+def unit_gaussian():
+    return Gaussian(Moments(1000, torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.float64)))
+
+
+def test_a_perfect_network_adds_the_divergence_and_what_is_left_of_the_variance():
+    truth, law = points(-1.0, 1.0), unit_gaussian()
+    found = added_to_law(residual(truth, law), truth.sample(8000, 0.0, generator(5)), 21)
+    np.testing.assert_allclose(found.nats.sigma[[0, 10, 20]], [0.5, 1.0, 2.0])
+    within(found.nats, {s: nats - NATS[2.0] for s, nats in NATS.items() if s < 2})
+    assert found.nats.value[-1] == 0
+    # D_p = tanh(x / u^2), whose square has the mean 1 - MMSE; the law leaves LMMSE - MMSE of it, u^2 / (1 + u^2) less.
+    exact = {u: 1 - (u**2 / (1 + u**2) - mmse(u)) / (1 - mmse(u)) for u in (0.5, 1.0, 2.0)}
+    within(found.share, exact)
+    assert max(found.share.high - found.share.low) < 0.03
+    # The score's square is E|D_p - x|^2 / u^4, and E|D_p - x|^2 = u^2 - MMSE.
+    within(found.score, {u: 1 - (u**2 / (1 + u**2) - mmse(u)) / (u**2 - mmse(u)) for u in exact})
+    within(found.gain, {u: u**2 / (1 + u**2) - mmse(u) for u in exact})
+    fine = np.geomspace(0.5, 2.0, 200)
+    own = np.array([mmse(u) for u in fine])
+    left, whole = (trapezoid(v, np.log(fine)) for v in (fine**2 / (1 + fine**2) - own, 1 - own))
+    assert found.whole[1] < 1 - left / whole < found.whole[2]
+    assert found.whole[2] - found.whole[1] < 0.01
+    assert found.net == (found.nats.value[0], found.nats.low[0], found.nats.high[0])
+    # nine tenths are reached where KL(p_sigma || q_sigma) is a tenth of the whole: between .5 and 1, where it is 1/17
+    low, high = found.between
+    assert 0.5 < low < 0.55 < 0.75 < high < 1
+    assert "most of them (80 %) between" in found.sentence
+    assert found.sentence.startswith(f"The law explains {found.whole[0]:.1%} [")
+    values = json.loads(json.dumps(plain(found.to_dict()), allow_nan=False))
+    assert {"law", "sum", "gain", "share", "score", "nats", "whole", "net", "between", "sentence"} <= set(values)
+    np.testing.assert_allclose(np.subtract(values["law"]["value"], values["sum"]["value"]), values["gain"]["value"])
+
+
+def test_a_network_adds_the_divergence_of_log_densities():
+    g = torch.Generator().manual_seed(0)
+    truth = Mixture.from_parameters(torch.randn(3, 4, generator=g, dtype=torch.float64), 0.1)
+    law = Mixture.from_parameters(torch.randn(2, 4, generator=g, dtype=torch.float64), 0.6)  # no moments in common
+    found = added_to_law(residual(truth, law, lowest=0.1), truth.sample(2000, 0.0, g), 12)
+
+    def divergence(sigma):
+        x = truth.sample(40_000, sigma, g)
+        values = (truth.log_prob(x, sigma) - law.log_prob(x, sigma)).numpy()
+        return values.mean(), values.std() / len(values) ** 0.5
+
+    (low, a), (top, b) = divergence(0.2), divergence(2.0)
+    error = math.hypot((found.net[2] - found.net[1]) / 3.92, a, b)
+    assert found.net[0] == pytest.approx(low - top, abs=4 * error)
+    assert error < 0.03 * found.net[0]
+
+
+def test_a_network_that_adds_nothing():
+    truth, law = points(-1.0, 1.0), unit_gaussian()
+    d = residual(truth, law)
+    d.network = lambda x, s: torch.zeros_like(x)
+    found = added_to_law(d, truth.sample(500, 0.0, generator(6)))
+    assert np.abs(found.share.value - 1).max() < 1e-12
+    assert np.abs(found.score.value - 1).max() < 1e-12
+    assert found.net[1] <= 0 <= found.net[2]
+    assert np.abs(found.nats.value).max() < 1e-12
+    assert found.between is found.lost is None
+    assert "the network adds nothing that 500 images show" in found.sentence
+    d.network = lambda x, s: torch.sin(50 * x)
+    worse = added_to_law(d, truth.sample(500, 0.0, generator(6)))
+    assert worse.net[2] < 0
+    assert worse.share.value.max() < 1
+    assert worse.between is worse.lost is None
+    assert "the network is worse than the law: -" in worse.sentence
+
+
+def test_what_a_network_loses_at_low_noise_is_said():
+    truth, law = Mixture.from_parameters(torch.tensor([[-1.0], [1.0]]).reshape(2, 1, 1, 1), 0.02), unit_gaussian()
+    found = added_to_law(residual(truth, law, below=0.3, lowest=0.05), truth.sample(2000, 0.0, generator(7)))
+    assert 0.25 < found.lowest < 0.35
+    assert found.lost[2] < 0 < found.net[1]
+    assert found.lost[0] == pytest.approx(found.nats.value[0] - found.net[0])
+    assert f"nats above sigma {found.lowest:.3g}" in found.sentence
+    assert "below it is worse than the law and loses" in found.sentence
+
+
+def test_a_residual_without_a_top_and_what_it_cannot_say():
+    truth, law = points(-1.0, 1.0), unit_gaussian()
+    images = truth.sample(500, 0.0, generator(8))
+    endless = added_to_law(residual(truth, law, top=math.inf), images)
+    assert endless.nats.sigma[-1] == pytest.approx(20, rel=0.05)  # twenty standard deviations
+    assert np.diff(np.log(endless.nats.sigma)).max() <= 0.3
+    with pytest.raises(InputError, match="3 levels; expected at least 4"):
+        added_to_law(residual(truth, law), images, 3)
+    with pytest.raises(InputError, match=r"to the residual's top, 0\.4;"):
+        added_to_law(residual(truth, law, lowest=0.25, top=0.4), images)
+    with pytest.raises(InputError, match="expected one shape"):
+        added_to_law(residual(truth, law), torch.zeros(50, 1, 2, 2))

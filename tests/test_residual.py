@@ -12,6 +12,8 @@ import symbreak as sb
 from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.residual import LawResidual, Mlp, law_error
 from symbreak.noise import NoiseLevel
+from symbreak.phases.fixed_points import System
+from symbreak.phases.network_stability import network_stability
 from symbreak.runtime.files import InputError
 from symbreak.start.late_start import LateStartWarning
 from symbreak.start.loading import load_pipeline
@@ -81,6 +83,22 @@ def test_a_perfect_correction_gives_the_exact_denoiser():
     torch.testing.assert_close(
         mixed[:25], truth.denoise(x[:25], torch.linspace(0.5, 3.5, 50, dtype=torch.float64)[:25])
     )
+
+
+def test_a_residual_has_a_derivative(folder):
+    """By forward mode, as `phases` takes it, against a difference of two answers of the float32 network."""
+    pipe = load_pipeline(folder)
+    d = denoiser(pipe.unet, pipe.scheduler)
+    g = torch.Generator().manual_seed(0)
+    x, v = torch.randn(2, 8, 1, 8, 8, dtype=torch.float64, generator=g)
+    found = network_stability(d, [1.0, 0.3], "sde", "ve")
+    assert np.isfinite(found.eigenvalues).all()
+    system = System(d, "sde", "ve", None)
+    jv = system.products(x[0].numpy().reshape(-1), v.numpy().reshape(8, -1), np.log(0.3))
+    with torch.no_grad():
+        apart = [d(x[:1] + h * v, 0.3) for h in (-0.01, 0.01)]
+    expected = ((apart[1] - apart[0]) / 0.02).reshape(8, -1).numpy() / system.kappa(np.log(0.3))
+    np.testing.assert_allclose(jv, expected, atol=0.01 * np.abs(expected).max())
 
 
 def test_the_target_has_unit_variance_at_every_level(digits):

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from symbreak.phases.kicks import opportunity
     from symbreak.phases.losses import entropy_rate, loss_curve
     from symbreak.phases.network_stability import network_stability
-    from symbreak.phases.non_gaussianity import non_gaussianity
+    from symbreak.phases.non_gaussianity import added_to_law, non_gaussianity
     from symbreak.phases.potential import arc_potential, potential
     from symbreak.phases.speciation import cloning_probability, speciation_time
     from symbreak.phases.u_turns import u_turns

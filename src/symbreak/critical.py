@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 from scipy.optimize import brentq
 
-from symbreak.intervals import mean_interval, percentiles
+from symbreak.intervals import mean_interval, percentiles, resampled
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.errors import InputError
 
@@ -31,6 +31,7 @@ __all__ = [
     "passing_interval",
     "passing_time",
     "root_time",
+    "share_curve",
 ]
 
 if TYPE_CHECKING:
@@ -275,3 +276,27 @@ def mean_curve(
         means = weights @ values.T / values.shape[1]
         mean, (low, high) = means[0], percentiles(means[1:])
     return curve(sigma, sigma.shape if shape is None else shape, mean, low, high, name)
+
+
+def share_curve(
+    sigma: np.ndarray,
+    left: np.ndarray,
+    total: np.ndarray,
+    name: str,
+    seed: int = 0,
+    shape: tuple[int, ...] | None = None,
+) -> Curve:
+    """Shares that are explained, 1 - mean(left) / mean(total), as a `Curve` with 95 % bootstrap intervals over items.
+
+    Args:
+        sigma: levels [G].
+        left: what is left of every item at every level [G, N].
+        total: all of it [G, N].
+        name: of the curve.
+        seed: of the bootstrap.
+        shape: the one the levels came in, see `curve`; by default [G].
+    """
+    again, g = resampled(np.concatenate([left, total]), seed), len(sigma)
+    low, high = np.quantile(1 - again[:, :g] / again[:, g:], [0.025, 0.975], axis=0)
+    value = 1 - left.mean(1) / total.mean(1)
+    return curve(sigma, sigma.shape if shape is None else shape, value, low, high, name)

@@ -117,6 +117,7 @@ class LawResidual(torch.nn.Module):
         if error.ndim != 2 or len(error) != 2 or not bool((error > 0).all()) or not bool(torch.isfinite(error).all()):
             raise InputError("the law's error is two rows, sigma and squared error, of numbers above 0.")
         self.error = error
+        self._table = error[0].log().numpy(), (error[1].log() - 2 * error[0].log()).numpy()
         self.num_class_embeds: int | None = getattr(getattr(network, "config", None), "num_class_embeds", None)
         self.size = float(law.sample(1024, generator=generator(0, 403)).square().mean())  # E x_0^2 of an element
 
@@ -127,8 +128,8 @@ class LawResidual(torch.nn.Module):
 
     def scale(self, sigma: torch.Tensor) -> torch.Tensor:
         """c_out at levels [B]: interpolated in log sigma, with a constant error / sigma^2 beyond the table."""
-        at, ratio = self.error[0].log().numpy(), (self.error[1].log() - 2 * self.error[0].log()).numpy()
-        levels = sigma.detach().double().cpu().numpy()
+        at, ratio = self._table
+        levels = np.array(sigma.tolist(), dtype=np.float64)  # inside of a derivative no tensor has numpy()
         return torch.as_tensor(levels * np.exp(0.5 * np.interp(np.log(levels), at, ratio))).to(sigma)
 
     def correction(self, x: torch.Tensor, sigma: torch.Tensor, base: torch.Tensor, **condition: Any) -> torch.Tensor:

@@ -61,6 +61,7 @@ class Losses:
         apart: |D - D_law|^2 [G, N] of every law.
         spread: |D - centre|^2 [G, N], the centre being the mean of the images unless one was passed.
         state: |x - x_0|^2 [G, N], the error of the noised image itself.
+        moved: |D - x|^2 [G, N], the squared score times sigma^4.
         through: |A (x_0 - D)|^2 [G, N] of the network (key ``None``) and the laws, where a map A was passed.
     """
 
@@ -70,6 +71,7 @@ class Losses:
     apart: dict[str, np.ndarray]
     spread: np.ndarray
     state: np.ndarray
+    moved: np.ndarray
     through: dict[str | None, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -167,8 +169,8 @@ def loss_curve(
     centre = data.mean(0) if centre is None else centre.to(data)
 
     def level(u: float) -> Arrays:
-        # By source: error, distance from the network, error through the map; then the two that need no law.
-        sums, around = np.zeros((3, len(sources), len(data))), np.zeros((2, len(data)))
+        # By source: error, distance from the network, error through the map; then the three that need no law.
+        sums, around = np.zeros((3, len(sources), len(data))), np.zeros((3, len(data)))
         for draw in range(draws):
             for rows, clean, x in pieces(data, u, seed, 21, draw):
                 y = None if classes is None else classes[rows]
@@ -180,6 +182,7 @@ def loss_curve(
                         sums[2, k, rows] += energy(through(clean - mean, u))
                 around[0, rows] += energy(means[0] - centre)
                 around[1, rows] += energy(x - clean)
+                around[2, rows] += energy(means[0] - x)
         if not np.isfinite(sums[0, 0]).all():
             raise InputError(f"the network answers NaN or infinity at sigma {u:.4g}; expected denoised images.")
         return {"sums": sums / draws, "around": around / draws}
@@ -188,12 +191,13 @@ def loss_curve(
     mapped = None if through is None else through(data[:4], float(s[0]))
     who = (*sources, *fingerprints(run, *sources.values()))
     settings = (*who, s.tolist(), data, classes, seed, draws, centre, mapped)
-    parts = run.parts("loss", s.tolist(), level, *settings)
+    parts = run.parts("losses", s.tolist(), level, *settings)
     errors, apart, far = np.stack([part["sums"] for part in parts], axis=2)
-    spread, state = np.stack([part["around"] for part in parts], axis=1)
+    spread, state, moved = np.stack([part["around"] for part in parts], axis=1)
     names = list(laws or {})
+    of, away = dict(zip(names, errors[1:])), dict(zip(names, apart[1:]))
     mapped_errors = {} if through is None else dict(zip(sources, far))
-    return Losses(s, errors[0], dict(zip(names, errors[1:])), dict(zip(names, apart[1:])), spread, state, mapped_errors)
+    return Losses(s, errors[0], of, away, spread, state, moved, mapped_errors)
 
 
 def filled(sigma: np.ndarray, top: float, spacing: float) -> np.ndarray:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from scipy.integrate import trapezoid
 
-from symbreak.critical import CriticalTime, Curve, Levels, Result, curve, levels, passing_time
+from symbreak.critical import CriticalTime, Curve, Levels, Result, curve, levels, passing_time, share_curve
 from symbreak.intervals import resampled
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.law import Law, is_law
@@ -304,13 +304,8 @@ def linear_share(
     parts = run.parts("linear", s.tolist(), level, *settings)
     best, rest, total = np.stack([part["energy"] for part in parts], axis=1)
 
-    def share(left: np.ndarray, name: str) -> Curve:
-        again = resampled(np.concatenate([left, total]), seed)
-        low, high = np.quantile(1 - again[:, : len(s)] / again[:, len(s) :], [0.025, 0.975], axis=0)
-        return curve(s, shape, 1 - left.mean(1) / total.mean(1), low, high, f"share explained by {name}")
-
-    law_curve = share(rest, "the Gaussian's map")
-    linear = share(best, "a linear map")
+    law_curve = share_curve(s, rest, total, "share explained by the Gaussian's map", seed, shape)
+    linear = share_curve(s, best, total, "share explained by a linear map", seed, shape)
     return linear.extended(LinearShare, gaussian=law_curve, remainder=best.mean(1), spread=total.mean(1))
 
 

@@ -3,6 +3,8 @@
     KL(p_sigma || q_sigma) = integral from sigma up of E|D_p - D_q|^2 / u^3 du
                            >= integral of (loss_q - loss_net) / u^3 du, in expectation, on images not trained on
 
+`added_to_law` says the same of a network that was trained as the residual of a law: what it adds.
+
 Source: derived, from the I-MMSE relation (Guo, Shamai, Verdu 2005).
 """
 
@@ -12,17 +14,20 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from symbreak.critical import CriticalTime, Curve, Levels, levels, mean_curve, passing_time
-from symbreak.intervals import resampled
+from symbreak.critical import CriticalTime, Curve, Levels, Result, levels, mean_curve, passing_time, share_curve
+from symbreak.intervals import mean_interval, resampled
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.law import Law, top_eigenvalue
 from symbreak.networks.denoiser import Batches, Denoiser, as_denoiser, images_for
+from symbreak.networks.families import denoiser as denoiser_of
+from symbreak.networks.residual import LawResidual
 from symbreak.phases.losses import Losses, between, filled, integral_above, loss_curve, nowhere
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Run, renamed
 
-__all__ = ["NonGaussianity", "divergence_bound", "fitting_error", "non_gaussianity"]
+__all__ = ["Added", "NonGaussianity", "added_to_law", "divergence_bound", "fitting_error", "non_gaussianity"]
 
 TOP = 20.0  # integrals end at this multiple of the data's largest standard deviation
 SPACING = 0.25  # largest step of an integral in log sigma
@@ -196,12 +201,151 @@ def non_gaussianity(
     (s, _), network = levels(sigma), as_denoiser(denoiser)
     images = images_for(network, data, s)
     if top is None:
-        y = (images - images.mean(0)).flatten(1)
-        variance = top_eigenvalue(lambda v: ((v.to(y) @ y.T) @ y / len(y)).double(), y.shape[1])
-        top = min(max(TOP * math.sqrt(variance), float(s.max())), network.sigma_range[1])
+        top = min(max(_far_above(images), float(s.max())), network.sigma_range[1])
     if not (s.max() <= top and 0 < spacing < math.inf):
         raise InputError(
             f"an integral from sigma {s.max():.4g} to {top:.4g} in steps of {spacing:g}; expected it to rise."
         )
     losses = loss_curve(network, images, filled(s, top, spacing), {"law": law}, labels, seed, run=run)
     return divergence_bound(losses, "law", sigma)
+
+
+def _far_above(images: torch.Tensor) -> float:
+    """The level far above images [N, *S] at which an integral may end."""
+    y = (images - images.mean(0)).flatten(1)
+    return TOP * math.sqrt(top_eigenvalue(lambda v: ((v.to(y) @ y.T) @ y / len(y)).double(), y.shape[1]))
+
+
+@dataclass(frozen=True)
+class Added(Result):
+    """What a network adds to the law that it is the residual of, D = D_law + c_out F, by level.
+
+    Attributes:
+        losses: errors of the law (``"law"``) and of the sum (``network``) on the same noised images.
+        gain: E|x_0 - D_law|^2 - E|x_0 - D|^2; the interval is of the paired differences.
+        share: of the variance of D, what the law's answer explains: 1 - E|D - D_law|^2 / E|D - m|^2, where m is the
+            mean of the images, as it is of D(x, sigma) where D is right. Bootstrap intervals over images. It tends to 1
+            at low noise, where every answer is nearly x itself.
+        score: the same of the score (D - x) / sigma^2 about zero, 1 - E|D - D_law|^2 / E|D - x|^2.
+        nats: what the network adds above each level, the integral of gain / u^3 du from there to the top. In
+            expectation at most KL(p_sigma || q_sigma) - KL(p_top || q_top) of truth p and law q, and that for a
+            perfect network; negative where the network is worse than the law. Intervals over images.
+        whole: the share over all levels, each unit of log sigma counting alike, with the ends of its interval.
+        net: nats above ``lowest``, with the ends of their interval.
+        lowest: where the nats above are most, if what lies below loses some of them beyond its interval; else the
+            lowest level.
+        lost: nats below ``lowest``, with the ends of their interval, or ``None``.
+        between: the levels between which nine tenths of the nats and one tenth are added, ``None`` where the network
+            adds none beyond the interval.
+    """
+
+    record = ("share", "score", "nats", "whole", "net", "lowest", "lost", "between", "images", "sentence")
+
+    losses: Losses
+    gain: Curve
+    share: Curve
+    score: Curve
+    nats: Curve
+    whole: tuple[float, float, float]
+    net: tuple[float, float, float]
+    lowest: float
+    lost: tuple[float, float, float] | None
+    between: tuple[float, float] | None
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return self.losses.images
+
+    @property
+    def sentence(self) -> str:
+        """All of it in words."""
+        nats = "{:.3g} [{:.3g}, {:.3g}] nats".format(*self.net)
+        sigma, least = self.losses.sigma, int(np.argmin(self.score.value))
+        share, low, high = self.whole
+        said = f"The law explains {share:.1%} [{100 * low:.1f}, {100 * high:.1f}] of the denoiser's variance above "
+        said += f"sigma {sigma[0]:.3g}, and of its score at least {self.score.value[least]:.1%} (at sigma "
+        said += f"{sigma[least]:.3g}); the network "
+        if self.between is None:
+            what = "is worse than the law" if self.net[2] < 0 else f"adds nothing that {self.images:,} images show"
+            return said + f"{what}: {nats}."
+        low, high = self.between
+        where = "" if self.lost is None else f" above sigma {self.lowest:.3g}"
+        said += f"adds {nats}{where}, most of them (80 %) between {low:.3g} and {high:.3g}"
+        if self.lost is not None:
+            value, first, last = self.lost
+            said += f"; below it is worse than the law and loses {-value:.3g} [{-last:.3g}, {-first:.3g}]"
+        return said + "."
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain values, for records."""
+        errors = {"law": self.losses.law("law").to_dict(), "sum": self.losses.mmse.to_dict()}
+        return {**errors, "gain": self.gain.to_dict(), **super().to_dict()}
+
+
+def added_to_law(
+    residual: LawResidual,
+    images: Batches,
+    count: int = 20,
+    labels: Labels | None = None,
+    seed: int = 0,
+    run: Run | None = None,
+) -> Added:
+    """What a network adds to the law that it is the residual of: share of the denoiser's variance, and nats.
+
+    Levels go from twice the lowest one at which the law's error is known, where training begins, to the residual's top
+    (or, where it has none, to 20 times the data's largest standard deviation); above it the network adds nothing.
+
+    Args:
+        residual: law and network, such as ``residual_of(pipe.unet)`` of `symbreak.networks.residual`.
+        images: [N, *S], an `Images` or batches that neither law nor network was fitted on.
+        count: levels, at least 4; more where they would lie farther apart than 0.3 in log sigma.
+        labels: class [N] of every image, only for a class-conditional network.
+        seed: of the noise, the same at every level.
+        run: as for `loss_curve`.
+
+    Returns:
+        An `Added`; its ``sentence`` says it in words.
+
+    Raises:
+        InputError: as for `loss_curve`, and for fewer than 4 levels.
+
+    Source: derived, from the I-MMSE relation.
+
+    >>> import symbreak as sb, torch
+    >>> law = sb.Gaussian.fit(torch.randn(64, 2))
+    >>> nothing = added_to_law(sb.LawResidual(law, lambda x, sigma: 0 * x, top=1.0), torch.randn(32, 2))
+    >>> round(nothing.whole[0], 6), nothing.between
+    (1.0, None)
+    """
+    if count < 4:
+        raise InputError(f"{count} levels; expected at least 4.")
+    low, high = residual.sigma_range
+    network = denoiser_of(residual, shape=tuple(residual.shape), sigma_range=(low, high))
+    clean = images_for(network, images, np.array([2 * low]))
+    top = residual.top if residual.top < math.inf else _far_above(clean)
+    if not top > 2 * low:
+        raise InputError(f"levels from sigma {2 * low:.4g} to the residual's top, {top:.4g}; expected them to rise.")
+    sigma = np.geomspace(2 * low, top, max(count, 1 + math.ceil(math.log(top / (2 * low)) / 0.3)))
+    losses = loss_curve(network, clean, sigma, {"law": residual.law}, labels, seed, run=run)
+    excess, left = _excess(losses, "law"), losses.apart["law"]
+    each = integral_above(excess, sigma)
+    nats = mean_curve(sigma, each, "nats that the network adds above a level")
+    most = int(np.argmax(nats.value))
+    lost = mean_interval(each[0] - each[most]) if nats.low[most] > 0 else None
+    if lost is None or not lost[2] < 0:
+        most, lost = 0, None
+    net = mean_interval(each[most])
+    between_levels = None
+    if net[1] > 0:
+        fine = between(sigma)[::-1]
+        risen = np.maximum.accumulate(integral_above(excess.mean(1), sigma, at=fine)) / net[0]
+        low, high = np.exp(np.interp([0.9, 0.1], risen, np.log(fine)))
+        between_levels = (float(low), float(high))
+    share = share_curve(sigma, left, losses.spread, "share of the denoiser that the law explains", seed)
+    score = share_curve(sigma, left, losses.moved, "share of the score that the law explains", seed)
+    rest, all_of_it = (integral_above(values, sigma)[:1] for values in (left, losses.spread))
+    pooled = share_curve(sigma[:1], rest, all_of_it, share.name, seed)
+    whole = (float(pooled.value[0]), float(pooled.low[0]), float(pooled.high[0]))
+    at, curves = float(sigma[most]), (losses.difference("law"), share, score, nats)
+    return Added(losses, *curves, whole, net, at, lost, between_levels)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "COLORS",
     "MOST_BARS",
+    "added_figure",
     "arc_figure",
     "audit_figure",
     "comparison_figure",
@@ -177,6 +178,36 @@ def arc_figure(arc: Values) -> Figure:
         ax.axvline(at, color="#bbb", linewidth=0.8)
     ax.set(xlabel="angle / pi; the trajectories are at 0 and 0.5", ylabel="potential, scaled to 1")
     _legend_beside(ax)
+    return figure
+
+
+def added_figure(added: Values) -> Figure:
+    """What a network adds to its law: errors, the share of the denoiser that the law explains, nats above a level."""
+    figure, axes = figure_of(10.5, 3.0, 3)
+    panels = (
+        ("Squared error on held-out images", (("law", "law", COLORS[1]), ("sum", "law and network", COLORS[0]))),
+        (
+            "Share that the law explains",
+            (("share", "of the denoiser's variance", COLORS[1]), ("score", "of the score", COLORS[2])),
+        ),
+        ("Nats that the network adds above", (("nats", "", COLORS[0]),)),
+    )
+    for ax, (title, curves) in zip(axes, panels):
+        for key, label, color in curves:
+            s, v, low, high = (_numbers(added[key][k]) for k in ("sigma", "value", "low", "high"))
+            ax.plot(s, v, "o-", color=color, markersize=2.5, linewidth=1.3, label=label)
+            ax.fill_between(s, low, high, color=color, alpha=0.2, linewidth=0)
+        ax.set_xscale("log")
+        _plain_ticks(ax.xaxis, [m * 10.0**e for e in range(-4, 4) for m in (1, 3)])
+        ax.set_xlim(1.1 * max(s), 0.9 * min(s))
+        ax.set_title(title, fontsize=9, loc="left")
+        ax.set_xlabel("sigma (noise falls to the right)", fontsize=8)
+        if added["between"] is not None:
+            ax.axvspan(*added["between"], color=COLORS[0], alpha=0.07, linewidth=0)
+    axes[0].set_yscale("log")
+    axes[0].legend(fontsize=8, frameon=False)
+    axes[1].legend(fontsize=8, frameon=False, loc="lower left")
+    axes[2].axhline(0, color="#888", linestyle="--", linewidth=1)
     return figure
 
 

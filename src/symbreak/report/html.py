@@ -11,6 +11,7 @@ from pathlib import Path
 
 from symbreak.report.figures import (
     MOST_BARS,
+    added_figure,
     arc_figure,
     audit_figure,
     comparison_figure,
@@ -99,6 +100,7 @@ def _phases(content: Values) -> Values:
         "spectrum": spectrum_figure(content),
         "criteria": svg(phases_figure(content)),
         "arc": arc,
+        "added": svg(added_figure(content["added"])) if content.get("added") else "",
     }
 
 

@@ -22,6 +22,7 @@ __all__ = ["Cell", "Table", "measured", "noun_of", "number", "out_console", "sho
 __all__ += ["world_rows"]
 
 MOST_COLUMNS = 30  # of a table of units
+ADDED = 8  # levels of what a network adds
 # Tables in a file or a pipe are not folded to 80 columns.
 out_console = Console(width=None if sys.stdout.isatty() else 140)
 
@@ -214,7 +215,26 @@ def _phases(record: Record, content: Values) -> tuple[dict[str, Table], list[str
         checks.add(c["name"], Cell(said, kind=kind), c["value_text"], c["expected_text"], c["sentence"])
     units = _units(content)
     more = {} if units is None else {"units": units}
-    return {"scales": _scales(content), "criteria": criteria, **more, "checks": checks}, content["notes"]
+    notes, added = content["notes"], content.get("added")  # records of before have none
+    if added:
+        more["added"], notes = _added(content), [added["sentence"], *notes]
+    return {"scales": _scales(content), "criteria": criteria, **more, "checks": checks}, notes
+
+
+def _added(content: Values) -> Table:
+    """What a network adds to its law, at some of the levels."""
+    added = content["added"]
+    title = f"What the network adds to the law, {added['images']:,} held-out {noun_of(content)}, paired"
+    numbers = ("sigma", "error, law", "error, both", "difference", "law's share of D", "of the score", "nats above")
+    table, count = Table(title, (), numbers), len(added["nats"]["sigma"])
+    for i in range(count - 1, -1, -max(1, count // ADDED)):
+        means = (added["nats"]["sigma"], added["law"]["value"], added["sum"]["value"])
+        cells = [Cell(number(values[i], ".3g")) for values in means]
+        for key, form in (("gain", ".3g"), ("share", ".1%"), ("score", ".1%"), ("nats", ".3g")):
+            value, low, high = (added[key][k][i] for k in ("value", "low", "high"))
+            cells.append(measured(value, low, high, form))
+        table.add(*cells)
+    return table
 
 
 def _evaluation(record: Record, content: Values) -> tuple[dict[str, Table], list[str]]:

@@ -15,6 +15,8 @@ from symbreak.laws import Empirical
 from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser
+from symbreak.networks.residual import LawResidual, residual_of
+from symbreak.noise import generator
 from symbreak.phases.branches import Classify
 from symbreak.phases.class_entropy import class_entropy_bound
 from symbreak.phases.clones import Clones, clones
@@ -23,7 +25,7 @@ from symbreak.phases.kicks import Opportunity, opportunity
 from symbreak.phases.losses import entropy_rate, loss_curve
 from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
 from symbreak.phases.network_stability import network_stability
-from symbreak.phases.non_gaussianity import divergence_bound, fitting_error
+from symbreak.phases.non_gaussianity import added_to_law, divergence_bound, fitting_error
 from symbreak.phases.potential import arc_potential
 from symbreak.phases.speciation import speciation_time
 from symbreak.phases.u_turns import u_turns
@@ -38,6 +40,8 @@ from symbreak.studies.pictures import directions
 __all__ = ["ClassReader", "ask_network", "class_reader", "name_of"]
 
 CLUSTERS = 10  # classes of a network where neither labels nor a number were given
+SHOWN = 12  # images of what a network adds, at SHOWN_LEVELS levels
+SHOWN_LEVELS = 4
 SECOND = "#b3424a"  # colour of a network's second curve in a panel
 
 
@@ -114,6 +118,7 @@ def ask_network(d: Diagnosis, network: Denoiser, laws: Laws, moments: Moments, r
     images, labels = some_images(d.test, d.effort.images, d.seed)
     _u_turns(d, network, images, classify)
     levels = _losses(d, network, laws, images)
+    _added(d, network, images)
     if reader.features is not None and labels is not None:
         _class_entropy(d, network, reader.features, images, labels)
     _stability(d, network, classify)
@@ -184,6 +189,32 @@ def _losses(d: Diagnosis, network: Denoiser, laws: Laws, images: torch.Tensor) -
         empirical = loss_curve(laws.empirical, images, levels, seed=d.seed).mmse
         d.draw("loss", f"{len(laws.empirical):,} training {d.data.noun}", "data", empirical)
     return losses.sigma
+
+
+def _added(d: Diagnosis, network: Denoiser, images: torch.Tensor) -> None:
+    """What the network adds to the law that it is the residual of, in numbers and in pictures."""
+    residual = network if isinstance(network, LawResidual) else residual_of(getattr(network, "unet", None))
+    if residual is None:
+        return
+    with d.stage("what the network adds") as run:
+        added = added_to_law(residual, images, d.effort.losses, seed=d.seed, run=run)
+        clean, top = images[:SHOWN], added.nats.sigma[-1]
+        noise = torch.randn(clean.shape, generator=generator(d.seed, 23))
+        pictures = []
+        for sigma in np.geomspace(max(added.nats.sigma[0], top / 10), top, SHOWN_LEVELS)[::-1].tolist():
+            x = clean + sigma * noise
+            with torch.inference_mode():
+                law, whole = residual.law.denoise(x, sigma), residual(x, sigma)
+            times = 1 / float((whole - law).abs().quantile(0.98).clamp_min(1e-30))
+            rows = [
+                d.picture("noised", "", x / math.sqrt(1 + sigma**2)),
+                d.picture("the law's answer", "", law),
+                d.picture(f"correction x {times:.3g}", "", times * (whole - law), scaled=False),
+                d.picture("the sum", "", whole),
+            ]
+            pictures.append({"sigma": sigma, "rows": rows})
+        shown = {"clean": d.picture(f"held-out {d.data.noun}", "", clean), "pictures": pictures}
+        d.added = {**added.to_dict(), **shown, "top": float(top), "law_name": repr(residual.law)}
 
 
 def _class_entropy(

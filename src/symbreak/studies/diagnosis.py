@@ -79,7 +79,7 @@ class Diagnosis:
         effort, seed, run: how much to spend, the seed of all noise, folder, memory and progress.
         steps: the schedule whose steps the second axis shows.
         scale: largest standard deviation of the data, the unit of levels.
-        criteria, curves, lines, checks, pictures, notes, arc: the parts of the record.
+        criteria, curves, lines, checks, pictures, notes, arc, added: the parts of the record.
     """
 
     data: Images
@@ -97,6 +97,7 @@ class Diagnosis:
     pictures: list[Values] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     arc: Values | None = None
+    added: Values | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Run]:
@@ -128,8 +129,11 @@ class Diagnosis:
 
     def show(self, title: str, caption: str, x: torch.Tensor, scaled: bool = True) -> None:
         """Add a picture of samples [N, *S], of directions unless ``scaled``, see `png_row`."""
-        png = png_row(x, self.data.units, scaled=scaled)
-        self.pictures.append({"title": title, "caption": caption, "png": png})
+        self.pictures.append(self.picture(title, caption, x, scaled))
+
+    def picture(self, title: str, caption: str, x: torch.Tensor, scaled: bool = True) -> Values:
+        """A picture, see `show`."""
+        return {"title": title, "caption": caption, "png": png_row(x, self.data.units, scaled=scaled)}
 
     def levels(self, network: Denoiser, least: float, most: float, count: int) -> np.ndarray:
         """Levels [count] even in log sigma, in units of the data's scale, inside the range of a network."""
@@ -138,7 +142,7 @@ class Diagnosis:
 
     def content(self) -> Values:
         """The parts of the record."""
-        names = ("criteria", "curves", "lines", "checks", "pictures", "notes", "arc")
+        names = ("criteria", "curves", "lines", "checks", "pictures", "notes", "arc", "added")
         return {**{k: getattr(self, k) for k in names}, "step_ticks": self._ticks(), "regimes": self._regimes()}
 
     def _ticks(self) -> list[Values]:
