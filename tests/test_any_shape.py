@@ -3,6 +3,7 @@
 Two narrow classes at c +- m of unequal weights, well outside [-1, 1]: what takes values for pixels goes wrong.
 """
 
+import json
 import math
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 
 import symbreak as sb
+from symbreak.cli.commands import main
 from symbreak.laws import Mixture
 from symbreak.noise import generator
 from symbreak.phases.collapse import collapse_time
@@ -88,7 +90,15 @@ def test_starts_are_chosen_for_a_denoiser_and_sampled_from(kind, tmp_path):
     assert torch.equal(sb.generate(posing, start, range(8)), x[:8])
     assert write_images(w.law, start, [3, 5], tmp_path) == 2
     np.testing.assert_array_equal(np.load(tmp_path / "00000005.npy"), sb.generate(w.law, start, [5])[0])
-    assert write_images(w.law, start, [3, 5, 6], tmp_path) == 1
+    scaled = sb.samples(w.data.tensor(), scale=(1.0, 2.0))
+    assert write_images(w.law, start, [3, 5, 6], tmp_path, data=scaled) == 1
+    made = 1 + 2 * sb.generate(w.law, start, [3, 5, 6]).double()
+    if kind == "vector":
+        table = pd.read_csv(tmp_path / "samples.csv")
+        assert list(table) == [f"column {i}" for i in range(6)]
+        np.testing.assert_allclose(table.to_numpy(), made, rtol=1e-6)
+    else:
+        np.testing.assert_allclose(np.load(tmp_path / "samples.npy"), made)
     (tmp_path / "00000003.npy").write_bytes(b"no array")
     with pytest.raises(InputError, match="no array that can be read"):
         write_images(w.law, start, [3], tmp_path)
@@ -333,3 +343,34 @@ def test_planted_rows_of_tables_are_found_in_the_units_of_their_columns(name, tm
         sb.audit(data, torch.tensor(rest.to_numpy()))
     with pytest.raises(InputError, match="scaled once more"):
         sb.audit(data, sb.samples(held.tensor(), scale=data))
+
+
+@pytest.mark.slow
+def test_a_table_on_the_command_line_from_training_to_audit(tmp_path, capsys):
+    frame = load_breast_cancer(as_frame=True).frame.sample(frac=1, random_state=0)
+    frame.iloc[:400].to_csv(tmp_path / "train.csv", index=False)
+    frame.iloc[400:].to_csv(tmp_path / "test.csv", index=False)
+    data = ["--data", tmp_path / "train.csv", "--labels", "target", "--scale", "standard"]
+    held_out = ["--holdout", tmp_path / "test.csv"]
+
+    def run(*args):
+        with pytest.raises(SystemExit) as left:
+            main([str(a) for a in args])
+        out = capsys.readouterr()
+        assert left.value.code == 0, out.err
+        return out.out
+
+    net = tmp_path / "net"
+    run("train", *data, "--residual", "--steps", 300, "--out", net)
+    run("sample", "--model", net, "--seeds", "0-168", *data, "--out", tmp_path / "made")
+    made = pd.read_csv(tmp_path / "made" / "samples.csv")
+    assert list(made) == [c for c in frame if c != "target"]
+    evaluated = run(
+        "evaluate", "--samples", tmp_path / "made" / "samples.csv", *data, *held_out, "--no-cache", "--json"
+    )
+    content = json.loads(evaluated)
+    assert content["two_sample"]["knn"]["p_value"] > 1e-3
+    assert content["sliced_wasserstein"]["value"] < 1.5 * content["sliced_wasserstein"]["floor"]["value"]
+    audited = json.loads(run("audit", *data, *held_out, "--model", net, "--steps", 10, "--count", 100, "--json"))
+    assert audited["content"]["verdict"]["kind"] in ("none", "leans")
+    assert "standard deviations of each column" in run("phases", *data, *held_out, "--quick")

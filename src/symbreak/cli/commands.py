@@ -239,10 +239,10 @@ def _print(*lines: str) -> None:
 )
 def sample(
     *,
-    out: Annotated[Path, option(None, "folder for one PNG a seed")],
+    out: Annotated[Path, option(None, "folder for one PNG a seed; of samples that are no pictures one .npy")],
     model: Annotated[str, option(None, MODEL)] = "digits",
     beginning: Beginning = Beginning(),
-    data: Annotated[str | None, option(None, "with --start auto: the training images")] = None,
+    data: Annotated[str | None, option(None, "the training images, with --start auto; a table, for its units")] = None,
     holdout: Annotated[str | None, option(None, "with --start auto: images to choose with")] = None,
     clusters: Clusters = None,
     seeds: Annotated[str, option(None, "one image a seed, such as 0-99")] = "0-15",
@@ -255,21 +255,26 @@ def sample(
     from symbreak.start.sample import decisive, parse_seeds, write_images
 
     wanted, auto = parse_seeds(seeds), beginning.start == "auto"
-    if not auto and (data, holdout, clusters, reading) != (None, None, None, Reading()):
-        raise InputError("--data and its options, --holdout and --clusters belong to --start auto. Add it.")
+    misplaced = "--data and its options, --holdout and --clusters belong to --start auto. Add it."
+    if not auto and ((holdout, clusters) != (None, None) or (data is None and reading != Reading())):
+        raise InputError(misplaced)
     beginning.check()
-    source = required(data, "--data") if auto else ""
+    source = required(data, "--data") if auto else data
+    opened = None if source is None else reading.open(source)
+    if not auto and opened is not None and opened.units is None:
+        raise InputError(misplaced)
     with running(out) as work:
         pipe = machine.load(model)
-        if auto:
-            opened = reading.open(source)
+        if auto and opened is not None:
             begin = beginning.fit(pipe, opened, reading.open_if(holdout, opened), clusters, steps=5)
         else:
             begin = beginning.plan(pipe, steps=5)
         settings = decisive(pipe.unet, begin, micro_batch, beginning.names(model, machine, pipe))
-        made = write_images(pipe.unet, begin, wanted, out, settings, micro_batch=micro_batch, run=work)
+        made = write_images(pipe.unet, begin, wanted, out, settings, micro_batch=micro_batch, data=opened, run=work)
     value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": made}
-    say(as_json, value, lambda: _print(begin.explain(), f"{made} of {len(wanted)} images made: {out}"))
+    together = [path for path in (out / "samples.csv", out / "samples.npy") if opened is not None and path.is_file()]
+    lines = [f"{made} of {len(wanted)} samples made: {out}", *(f"in the units of the data: {p}" for p in together)]
+    say(as_json, value, lambda: _print(begin.explain(), *lines))
 
 
 @app.command(

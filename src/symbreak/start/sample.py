@@ -9,7 +9,9 @@ number of threads and micro-batch size.
 
 from __future__ import annotations
 
+import csv
 import inspect
+import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +23,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from symbreak.data.images import Images
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.saving import law_hash
 from symbreak.networks.denoiser import Denoiser, Denoises, of_network
@@ -473,6 +476,7 @@ def write_images(
     settings: Values | None = None,
     *,
     micro_batch: int = 64,
+    data: Images | None = None,
     run: Run | None = None,
 ) -> int:
     """One PNG a seed, ``00000007.png``, and ``sample.json`` with what decides them; an interrupted call continues.
@@ -483,6 +487,8 @@ def write_images(
         unet, start, seeds, micro_batch: see `generate`.
         folder: where the images go; those that are there are not made again.
         settings: of `decisive`, which is called where none come.
+        data: what the network was trained on. Where `samples` opened it, all samples are also written together in the
+            source's own units: ``samples.csv`` with the columns' names, or ``samples.npy`` of what is no vector.
         run: tells how many images are done.
 
     Returns:
@@ -496,27 +502,26 @@ def write_images(
     settings = decisive(unet, start, micro_batch) if settings is None else settings
     folder = Path(folder)
     info = folder / "sample.json"
-    fresh = not info.exists()
+    fresh, pictures = not info.exists(), is_picture(shape) and (data is None or data.units is None)
+    suffix = "png" if pictures else "npy"
     with locked(folder):
-        missing = agreed(lambda: _missing(folder, seeds, settings, shape))
+        missing = agreed(lambda: _missing(folder, seeds, settings, shape, suffix))
         write_json(info, settings)  # before any process writes an image
-        if not missing:
-            return 0
         run.tell(0, len(missing))
         mark = PngInfo()
         mark.add_text(MARK, _mark(settings))
 
         def made(first: int) -> Arrays:
             some = missing[first : first + micro_batch]
-            x = generate(unet, start, some, micro_batch=micro_batch)
-            if not is_picture(shape):
+            x = generate(unet, start, some, micro_batch=micro_batch, clamp=pictures)
+            if not pictures:
                 for seed, one in zip(some, x.numpy()):
-                    write_whole(_place(folder, seed, shape), partial(_save, one))
+                    write_whole(folder / f"{seed:08d}.npy", partial(_save, one))
                 return {}
             pixels = ((x + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
             for seed, image in zip(some, pixels):
                 picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
-                write_whole(_place(folder, seed, shape), partial(picture.save, format="PNG", pnginfo=mark))
+                write_whole(folder / f"{seed:08d}.png", partial(picture.save, format="PNG", pnginfo=mark))
             return {}
 
         def tell(batches: int, _: int) -> None:
@@ -525,10 +530,28 @@ def write_images(
         try:
             map_over_ranks(range(0, len(missing), micro_batch), made, tell)
         except StepError:
-            if fresh and not list(folder.glob("*.[pn][np][gy]")):
+            if fresh and not list(folder.glob(f"*.{suffix}")):
                 info.unlink(missing_ok=True)  # nothing is left of images that cannot be made
             raise
+        if data is not None and data.units is not None:
+            _write_together(folder, seeds, data)
     return len(missing)
+
+
+def _write_together(folder: Path, seeds: Sequence[int], data: Images) -> None:
+    """All samples in the units of the data's source; one process writes."""
+    if rank_of()[0]:
+        return
+    x = torch.from_numpy(np.stack([np.load(folder / f"{seed:08d}.npy", allow_pickle=False) for seed in seeds]))
+    rows = data.unscaled(x).numpy()
+    if rows.ndim > 2 or data.units is None:
+        write_whole(folder / "samples.npy", partial(_save, rows))
+        return
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(data.units.columns)
+    table.writerows([f"{v:.9g}" for v in row] for row in rows.tolist())
+    write_whole(folder / "samples.csv", lambda path: path.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def _save(array: np.ndarray, path: Path) -> None:
@@ -536,16 +559,11 @@ def _save(array: np.ndarray, path: Path) -> None:
         np.save(stream, array, allow_pickle=False)
 
 
-def _place(folder: Path, seed: int, shape: Sequence[int]) -> Path:
-    """The file of a seed."""
-    return folder / f"{seed:08d}.{'png' if is_picture(shape) else 'npy'}"
-
-
 def _mark(settings: Values) -> str:
     return digest(json.dumps(settings.get("identity"), sort_keys=True))
 
 
-def _missing(folder: Path, seeds: Sequence[int], settings: Values, shape: tuple[int, ...]) -> list[int]:
+def _missing(folder: Path, seeds: Sequence[int], settings: Values, shape: tuple[int, ...], suffix: str) -> list[int]:
     """Seeds whose images are still to be made.
 
     Raises:
@@ -562,7 +580,7 @@ def _missing(folder: Path, seeds: Sequence[int], settings: Values, shape: tuple[
             raise InputError(f"{folder} holds images made with other settings: {names}{why}. Choose another --out.")
     mark, missing = _mark(settings), []
     for seed in seeds:
-        path = _place(folder, seed, shape)
+        path = folder / f"{seed:08d}.{suffix}"
         fault = _fault(path, mark if before is not None else None, shape)
         if fault is None:
             continue
