@@ -24,18 +24,35 @@ from symbreak.networks.denoiser import Denoises
 from symbreak.noise import generator, sigma_of
 from symbreak.runtime.errors import InputError
 
-__all__ = ["LawResidual", "Mlp", "backbone", "law_answer", "law_error", "residual_of"]
+__all__ = ["LawResidual", "Mlp", "backbone", "law_answer", "law_error", "law_size", "residual_of"]
 
 LOWEST = 0.005  # of the levels at which the law's error is tabulated
 LEVELS = 24
 TIME = 250.0  # a network of diffusers is told 250 log(sigma): the span of DDPM's thousand steps
 
 
-def law_answer(law: Any, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
-    """The law's answer [B, *S] at levels [B], that of a class's own law where the law has classes and labels say which.
+def law_answer(
+    law: Any,
+    x: torch.Tensor,
+    sigma: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    fade: tuple[float, float] = (0, 1),
+) -> torch.Tensor:
+    """What a network is added to [B, *S] at levels [B]: the law's answer, or that of a class's own law.
 
-    A label [B] that is no class of it, as the null class is none, gets the law of all.
+    Where the law has classes, a label [B] that is none of them, as the null class is none, gets the law of all. With
+    ``fade`` = (f, v) the answer gives way to that of N(0, v I) below sigma = f, with the weight
+    sigma^4 / (sigma^4 + f^4) of the law's.
     """
+    out = _of_class(law, x, sigma, labels)
+    if fade[0] > 0:
+        s = sigma.reshape(-1, *[1] * (x.ndim - 1))
+        weight = 1 / (1 + (fade[0] / s) ** 4)
+        out = weight * out + (1 - weight) * x * (fade[1] / (fade[1] + s * s))
+    return out
+
+
+def _of_class(law: Any, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
     classes = getattr(law, "classes", None)
     if labels is None or classes is None:
         return cast(torch.Tensor, law.denoise(x, sigma))
@@ -49,13 +66,18 @@ def law_answer(law: Any, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Ten
     return out
 
 
+def law_size(law: Any) -> float:
+    """E x_0^2 of an element of x_0, by draws that are always the same."""
+    return float(law.sample(1024, generator=generator(0, 403)).square().mean())
+
+
 def law_error(
     law: Denoises,
     clean: torch.Tensor,
     top: float,
     lowest: float = LOWEST,
     labels: torch.Tensor | None = None,
-    seed: int = 0,
+    fade: tuple[float, float] = (0, 1),
 ) -> torch.Tensor:
     """The law's mean squared error per element over its levels, [2, L] float64: sigma and E |x_0 - D_law|^2 / d.
 
@@ -65,13 +87,13 @@ def law_error(
         top: the highest level.
         lowest: the lowest one.
         labels: classes [N], to ask a law with classes for each class's own answer.
-        seed: of the noise, the same at every level.
+        fade: see `law_answer`.
     """
-    noise = torch.randn(clean.shape, generator=generator(seed, 401), dtype=torch.float64)
+    noise = torch.randn(clean.shape, generator=generator(0, 401), dtype=torch.float64)
     sigmas = np.geomspace(lowest, top, LEVELS)
     x = clean.double()
     each = [torch.full((len(x),), float(s), dtype=torch.float64) for s in sigmas]
-    errors = [float((x - law_answer(law, x + s[0] * noise, s, labels)).square().mean()) for s in each]
+    errors = [float((x - law_answer(law, x + s[0] * noise, s, labels, fade)).square().mean()) for s in each]
     return torch.tensor(np.stack([sigmas, np.maximum(errors, 1e-12)]))
 
 
@@ -85,6 +107,7 @@ class LawResidual(torch.nn.Module):
         error: the law's mean squared error per element, [2, L]: sigma and error; by default that of 256 draws of the
             law itself.
         top: the level above which the law answers alone.
+        fade: sigma below which the law gives way to an isotropic Gaussian, where it knows little (`law_answer`).
         second_input: whether F also sees the law's answer, as further channels: [B, 2 C, ...].
 
     Raises:
@@ -104,6 +127,7 @@ class LawResidual(torch.nn.Module):
         *,
         error: torch.Tensor | None = None,
         top: float = math.inf,
+        fade: float = 0.0,
         second_input: bool = False,
     ) -> None:
         super().__init__()
@@ -111,15 +135,17 @@ class LawResidual(torch.nn.Module):
         self.shape: tuple[int, ...] = tuple(law.shape)
         if not self.top > 0:
             raise InputError(f"a residual below sigma {top:g}; expected a level above 0.")
+        self.size = law_size(law)
+        self.fade = float(fade), self.size
         if error is None:
-            error = law_error(law, law.sample(256, generator=generator(0, 402)), min(self.top, 1e3))
+            draws = law.sample(256, generator=generator(0, 402))
+            error = law_error(law, draws, min(self.top, 1e3), fade=self.fade)
         error = torch.as_tensor(error, dtype=torch.float64)
         if error.ndim != 2 or len(error) != 2 or not bool((error > 0).all()) or not bool(torch.isfinite(error).all()):
             raise InputError("the law's error is two rows, sigma and squared error, of numbers above 0.")
         self.error = error
-        self._table = error[0].log().numpy(), (error[1].log() - 2 * error[0].log()).numpy()
+        self._table = error[0].log(), error[1].log() - 2 * error[0].log()
         self.num_class_embeds: int | None = getattr(getattr(network, "config", None), "num_class_embeds", None)
-        self.size = float(law.sample(1024, generator=generator(0, 403)).square().mean())  # E x_0^2 of an element
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -128,9 +154,12 @@ class LawResidual(torch.nn.Module):
 
     def scale(self, sigma: torch.Tensor) -> torch.Tensor:
         """c_out at levels [B]: interpolated in log sigma, with a constant error / sigma^2 beyond the table."""
-        at, ratio = self._table
-        levels = np.array(sigma.tolist(), dtype=np.float64)  # inside of a derivative no tensor has numpy()
-        return torch.as_tensor(levels * np.exp(0.5 * np.interp(np.log(levels), at, ratio))).to(sigma)
+        # as a sum of hinges, which any transform of torch.func can differentiate and batch
+        at, ratio = (v.to(sigma.device) for v in self._table)
+        u = sigma.double().log()
+        bends = torch.diff(torch.diff(ratio) / torch.diff(at), prepend=at.new_zeros(1), append=at.new_zeros(1))
+        log_ratio = ratio[0] + ((u[:, None] - at).clamp_min(0) * bends).sum(1)
+        return (u + 0.5 * log_ratio).exp().to(sigma)
 
     def correction(self, x: torch.Tensor, sigma: torch.Tensor, base: torch.Tensor, **condition: Any) -> torch.Tensor:
         """F [B, *S] for VE states x [B, *S] at levels [B]."""
@@ -154,7 +183,7 @@ class LawResidual(torch.nn.Module):
 
     def settings(self) -> dict[str, object]:
         """What a file needs beside law and network: plain values."""
-        return {"top": self.top, "second_input": self.second_input, "error": self.error.tolist()}
+        return {"top": self.top, "fade": self.fade[0], "second_input": self.second_input, "error": self.error.tolist()}
 
     def forward(
         self, x: torch.Tensor, sigma: float | torch.Tensor, class_labels: torch.Tensor | None = None
@@ -162,7 +191,7 @@ class LawResidual(torch.nn.Module):
         """E[x_0 | x] [B, *S] for VE states x [B, *S]; sigma a number or [B]."""
         s = torch.as_tensor(sigma_of(sigma), dtype=x.dtype, device=x.device).reshape(-1)
         s = s.expand(len(x)) if len(s) == 1 else s
-        base = law_answer(self.law, x, s, class_labels)
+        base = law_answer(self.law, x, s, class_labels, self.fade)
         inside = s <= self.top * (1 + 1e-6)  # a grid kept in float32 may begin a hair above
         if not bool(inside.any()):
             return base

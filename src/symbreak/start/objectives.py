@@ -131,7 +131,7 @@ class Residual:
             mine = fold == k
             if bool(mine.any()):
                 of = None if labels is None else labels[mine]
-                base[mine] = law_answer(law, x[mine], sigma[mine], of)
+                base[mine] = law_answer(law, x[mine], sigma[mine], of, self.residual.fade)
         return base
 
     def unet(self) -> Network:

@@ -249,6 +249,7 @@ def read_residual(folder: str | Path, start: LateStart, **kwargs: Any) -> Any:
             network,
             error=torch.tensor(about["error"], dtype=torch.float64),
             top=float(about["top"]),
+            fade=float(about.get("fade", 0.0)),
             second_input=bool(about["second_input"]),
         )
     except InputError:

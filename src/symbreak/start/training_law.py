@@ -24,7 +24,7 @@ from symbreak.laws.nearest_neighbours import neighbours
 from symbreak.laws.saving import law_hash
 from symbreak.moments.one_pass import LowRankMoments, Moments
 from symbreak.networks.families import denoiser
-from symbreak.networks.residual import LawResidual, law_error
+from symbreak.networks.residual import LawResidual, law_error, law_size
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Network
 from symbreak.noise import NoiseLevel, schedule
@@ -40,6 +40,7 @@ from symbreak.start.recipe import Recipe
 __all__ = ["TOP", "TrainingLaw", "training_law"]
 
 TOP = 0.75  # of the leading mode's standard deviation: the level above which the law answers alone
+KNOWS = 0.8  # of the noise's squared error: where the law's is larger, it knows little
 STEPS = 5  # network evaluations that the start is chosen for
 COLLAPSED = 2000  # training images that the collapse level is computed from, and copies are looked for among
 DRAWS = 256  # of the law, for copies
@@ -53,6 +54,7 @@ class TrainingLaw:
         law: the law that the trained network is added to.
         folds: laws for training, the k-th without the images at positions k modulo their number.
         parts: the images that are trained on, and those kept back.
+        fade: sigma below which the law gives way to an isotropic Gaussian, see `law_answer`.
         error: the law's mean squared error per element on those kept back, see `law_error`.
         top: sigma above which the law answers alone.
         collapse: sigma below which the training images can be told apart, ``None`` where there is none.
@@ -63,13 +65,14 @@ class TrainingLaw:
     folds: tuple[Any, ...]
     parts: HeldOut
     error: torch.Tensor
+    fade: float
     top: float
     collapse: float | None
     copies: Values
 
     def residual(self, network: torch.nn.Module) -> LawResidual:
         """Law and network as one denoiser."""
-        return LawResidual(self.law, network, error=self.error, top=self.top, second_input=True)
+        return LawResidual(self.law, network, error=self.error, top=self.top, fade=self.fade, second_input=True)
 
     def start(self, unet: Network) -> LateStart:
         """The late start of a trained network: chosen with the images that were kept back."""
@@ -94,6 +97,7 @@ class TrainingLaw:
             "law": repr(self.law),
             "law_hash": law_hash(self.law),
             "top": self.top,
+            "fade": self.fade,
             "folds": len(self.folds),
             "collapse": self.collapse,
             "law_copies": self.copies,
@@ -141,6 +145,8 @@ def training_law(data: Images, recipe: Recipe, law: Law | str) -> TrainingLaw:
         raise InputError(f"a residual below sigma {top:.3g}; the noise levels go from {low:.3g} to {high:.4g}.")
     labels = parts.test.labels if recipe.conditional else None
     error = law_error(whole, held, top, low / 2, labels)
+    fade = _fade(error), law_size(whole)
+    error = law_error(whole, held, top, low / 2, labels, fade) if fade[0] else error
     some = parts.train.subset(min(COLLAPSED, len(parts.train))).tensor()
     collapse = collapse_time(Empirical(some)).sigma
     copies = _copies(whole, some)
@@ -151,7 +157,14 @@ def training_law(data: Images, recipe: Recipe, law: Law | str) -> TrainingLaw:
             LateStartWarning,
             stacklevel=5,
         )
-    return TrainingLaw(whole, folds, parts, error, top, collapse, copies)
+    return TrainingLaw(whole, folds, parts, error, fade[0], top, collapse, copies)
+
+
+def _fade(error: torch.Tensor) -> float:
+    """The level below which the law takes away little of the noise's squared error; 0 where there is none."""
+    knows = (error[1] < KNOWS * error[0] ** 2).nonzero()[:, 0]
+    first = int(knows[0]) if len(knows) else 0
+    return float(error[0, first]) if first > 0 else 0.0
 
 
 def _copies(law: Law, points: torch.Tensor) -> Values:
