@@ -542,7 +542,7 @@ def test_a_network_that_adds_nothing():
     assert found.net[1] <= 0 <= found.net[2]
     assert np.abs(found.nats.value).max() < 1e-12
     assert found.between is found.lost is None
-    assert "the network adds nothing that 500 images show" in found.sentence
+    assert "the network adds nothing beyond the interval: 0 [0, 0] nats." in found.sentence
     d.network = lambda x, s: torch.sin(50 * x)
     worse = added_to_law(d, truth.sample(500, 0.0, generator(6)))
     assert worse.net[2] < 0

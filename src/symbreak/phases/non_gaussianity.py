@@ -226,7 +226,8 @@ class Added(Result):
         share: of the variance of D, what the law's answer explains: 1 - E|D - D_law|^2 / E|D - m|^2, where m is the
             mean of the images, as it is of D(x, sigma) where D is right. Bootstrap intervals over images. It tends to 1
             at low noise, where every answer is nearly x itself.
-        score: the same of the score (D - x) / sigma^2 about zero, 1 - E|D - D_law|^2 / E|D - x|^2.
+        score: the same of the score (D - x) / sigma^2 about zero, 1 - E|D - D_law|^2 / E|D - x|^2. Where the network
+            adds no nats it says how wrong the network is there, not the law.
         nats: what the network adds above each level, the integral of gain / u^3 du from there to the top. In
             expectation at most KL(p_sigma || q_sigma) - KL(p_top || q_top) of truth p and law q, and that for a
             perfect network; negative where the network is worse than the law. Intervals over images.
@@ -260,18 +261,18 @@ class Added(Result):
     @property
     def sentence(self) -> str:
         """All of it in words."""
+        sigma, (share, *ends) = self.losses.sigma, self.whole
         nats = "{:.3g} [{:.3g}, {:.3g}] nats".format(*self.net)
-        sigma, least = self.losses.sigma, int(np.argmin(self.score.value))
-        share, low, high = self.whole
-        said = f"The law explains {share:.1%} [{100 * low:.1f}, {100 * high:.1f}] of the denoiser's variance above "
-        said += f"sigma {sigma[0]:.3g}, and of its score at least {self.score.value[least]:.1%} (at sigma "
-        said += f"{sigma[least]:.3g}); the network "
+        said = f"The law explains {share:.1%} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}] of the denoiser's variance "
+        said += f"above sigma {sigma[0]:.3g}; the network "
         if self.between is None:
-            what = "is worse than the law" if self.net[2] < 0 else f"adds nothing that {self.images:,} images show"
-            return said + f"{what}: {nats}."
+            verdict = "is worse than the law" if self.net[2] < 0 else "adds nothing beyond the interval"
+            return f"{said}{verdict}: {nats}."
         low, high = self.between
         where = "" if self.lost is None else f" above sigma {self.lowest:.3g}"
         said += f"adds {nats}{where}, most of them (80 %) between {low:.3g} and {high:.3g}"
+        inside = self.score.value[(sigma >= low) & (sigma <= high)]
+        said += f", where the law explains at least {inside.min():.1%} of the score" if len(inside) else ""
         if self.lost is not None:
             value, first, last = self.lost
             said += f"; below it is worse than the law and loses {-value:.3g} [{-last:.3g}, {-first:.3g}]"

@@ -40,7 +40,7 @@ from symbreak.studies.pictures import directions
 __all__ = ["ClassReader", "ask_network", "class_reader", "name_of"]
 
 CLUSTERS = 10  # classes of a network where neither labels nor a number were given
-SHOWN = 12  # images of what a network adds, at SHOWN_LEVELS levels
+SHOWN = 10  # images of what a network adds, at SHOWN_LEVELS levels
 SHOWN_LEVELS = 4
 SECOND = "#b3424a"  # colour of a network's second curve in a panel
 
