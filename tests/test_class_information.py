@@ -9,7 +9,7 @@ import torch
 
 import symbreak as sb
 from symbreak.laws import PrincipalMixture
-from symbreak.networks.guidance import unconditional
+from symbreak.networks.guidance import without_condition
 from symbreak.networks.residual import law_answer
 from symbreak.noise import generator
 from symbreak.phases.class_entropy import class_entropy
@@ -124,7 +124,7 @@ def test_a_diffusers_network_seen_through_its_scheduler():
     # Between DDPM's steps its time is interpolated, and back again.
     np.testing.assert_allclose(info.value, condition_information(law, x, y, sigma).value, rtol=1e-6)
     blind = sb.denoiser(sb.as_unet(Conditional(law, null=False), base), base)
-    with pytest.raises(InputError, match=r"does not say which of its classes is the null class.* such as 2"):
+    with pytest.raises(InputError, match=r"does not say which of its classes is the null class.* null=2"):
         condition_information(blind, x, y, sigma)
     named = condition_information(blind, x, y, sigma, null=2)
     np.testing.assert_array_equal(named.value, info.value)
@@ -220,4 +220,4 @@ def test_bad_shares_and_a_network_without_a_null_class():
         with pytest.raises(InputError, match="between the shares"):
             guidance_window(info, shares)
     with pytest.raises(InputError, match="network without classes"):
-        unconditional(sb.denoiser(sb.load_pipeline("digits").unet, sb.scheduler("ddpm")))
+        without_condition(sb.denoiser(sb.load_pipeline("digits").unet, sb.scheduler("ddpm")))

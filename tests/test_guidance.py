@@ -106,7 +106,8 @@ def test_diffusers_own_guidance(classy, prediction):
         ({"scale": math.inf}, "scale of inf"),
         ({"scale": math.nan}, "scale of nan"),
         ({"unconditional": gaussian_law()}, "expected one shape"),
-        ({"unconditional": 3}, "neither a law"),
+        ({"unconditional": "3"}, "neither a law"),
+        ({"unconditional": 3}, "the null class 3 came for a law"),
     ],
 )
 def test_bad_input(change, match):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from symbreak.data.readers import images
-from symbreak.laws import Gaussian
+from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import as_denoiser
 from symbreak.networks.families import as_unet, denoiser
@@ -26,6 +26,7 @@ from symbreak.start.late_start import standard_start
 from symbreak.start.loading import load_pipeline
 from symbreak.start.pipeline import LateStartPipeline
 from symbreak.start.sample import generate
+from tests.test_class_information import Conditional
 from tests.worlds import gaussian_law
 
 BLOCKS = {
@@ -684,7 +685,7 @@ def snippets(latent):
     """The page's examples, those for latent pipelines or the others."""
     text = (Path(__file__).parents[1] / "docs" / "pipelines.md").read_text(encoding="utf-8")
     found = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(found) == 6
+    assert len(found) == 7
     return [compile(code, "pipelines.md", "exec") for code in found if ("pipe.vae" in code) == latent]
 
 
@@ -694,6 +695,7 @@ def test_every_snippet_of_the_page_runs(tmp_path, monkeypatch):
     law = gaussian_law()
     names = {
         "net": EDMNetwork(law),
+        "classy": as_unet(Conditional(PrincipalMixture.fit(images("digits"), labels=True)), scheduler("ddpm")),
         "model": law.denoise,
         "seen": law,
         "sample_heun": heun,
@@ -703,6 +705,7 @@ def test_every_snippet_of_the_page_runs(tmp_path, monkeypatch):
         exec(code, names)
     assert len(names["images"]) == len(names["again"]) == 16
     assert names["samples"].shape == (8, 1, 2, 2)
+    assert names["threes"].shape == (8, 1, 8, 8)
     assert torch.equal(names["law"].moments.mean, Moments.fit(images("digits")).mean)
 
 

@@ -177,6 +177,12 @@ def test_classes_and_the_null_class(digits, tmp_path):
             torch.testing.assert_close(d(x, 6.0), expected.denoise(x, 6.0), rtol=1e-3, atol=1e-3)
     images = sb.generate(pipe.unet, pipe.start, range(4), labels=3)
     assert bool(torch.isfinite(images).all())
+    d = denoiser(pipe.unet, pipe.scheduler)
+    guide, y = sb.guided(d, pipe.unet.config.null_label, 2.0), torch.tensor([0, 1, 2, 3])
+    with torch.inference_mode():
+        with_class, without = (d.bind(class_labels=c)(x, 0.5) for c in (y, torch.full((4,), 10)))
+        torch.testing.assert_close(guide.bind(class_labels=y)(x, 0.5), 2 * with_class - without, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(sb.generate(guide, pipe.start, range(4), labels=3), images)
     with pytest.raises(InputError, match="has no labels"):
         train_network(sb.images(torch.rand(300, 1, 8, 8)), tmp_path / "b", recipe, law="auto")
 

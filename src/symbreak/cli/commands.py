@@ -24,6 +24,7 @@ from symbreak.cli.options import (
     MODEL,
     Beginning,
     Clusters,
+    Conditions,
     Data,
     Folder,
     Json,
@@ -35,6 +36,7 @@ from symbreak.cli.options import (
     Sha256,
     Weights,
     flag,
+    guided_lines,
     memory_size,
     option,
     required,
@@ -181,7 +183,7 @@ def fit(
         raise InputError("--rank and --memory are for moments; a start decides on the rank itself. Leave them out.")
     try_writing(out.parent)
     if start:
-        pipe = machine.load(required(model, "--model"))
+        pipe = machine.load(required(model, "--model"), classes=True)
         beginning = Beginning(sampler=sampler, steps=steps)
         opened = reading.open(data)
         begin = beginning.fit(pipe, opened, reading.open_if(holdout, opened), clusters, steps=5)
@@ -242,8 +244,14 @@ def sample(
     out: Annotated[Path, option(None, "folder for one PNG a seed; of samples that are no pictures one .npy")],
     model: Annotated[str, option(None, MODEL)] = "digits",
     beginning: Beginning = Beginning(),
-    data: Annotated[str | None, option(None, "the training images, with --start auto; a table, for its units")] = None,
-    holdout: Annotated[str | None, option(None, "with --start auto: images to choose with")] = None,
+    conditions: Conditions = Conditions(),
+    data: Annotated[
+        str | None,
+        option(None, "the training images, with --start auto, --class data or --window auto; a table, for its units"),
+    ] = None,
+    holdout: Annotated[
+        str | None, option(None, "with --start auto or --window auto: images to choose with, or to find it by")
+    ] = None,
     clusters: Clusters = None,
     seeds: Annotated[str, option(None, "one image a seed, such as 0-99")] = "0-15",
     reading: Reading = Reading(),
@@ -256,25 +264,32 @@ def sample(
 
     wanted, auto = parse_seeds(seeds), beginning.start == "auto"
     misplaced = "--data and its options, --holdout and --clusters belong to --start auto. Add it."
-    if not auto and ((holdout, clusters) != (None, None) or (data is None and reading != Reading())):
+    reads = auto or conditions.needs_data
+    if (holdout is not None and not reads) or (clusters is not None and not auto):
+        raise InputError(misplaced)
+    if data is None and reading != Reading():
         raise InputError(misplaced)
     beginning.check()
-    source = required(data, "--data") if auto else data
+    conditions.check()
+    source = required(data, "--data") if reads else data
     opened = None if source is None else reading.open(source)
-    if not auto and opened is not None and opened.units is None:
+    if not reads and opened is not None and opened.units is None:
         raise InputError(misplaced)
     with running(out) as work:
-        pipe = machine.load(model)
+        pipe = machine.load(model, classes=True)
+        held_out = None if opened is None else reading.open_if(holdout, opened)
+        unet, classes, about = conditions.told(pipe, opened, held_out, work.unstored())
         if auto and opened is not None:
-            begin = beginning.fit(pipe, opened, reading.open_if(holdout, opened), clusters, steps=5)
+            begin = beginning.fit(pipe, opened, held_out, clusters, steps=5)
         else:
             begin = beginning.plan(pipe, steps=5)
-        settings = decisive(pipe.unet, begin, micro_batch, beginning.names(model, machine, pipe))
-        made = write_images(pipe.unet, begin, wanted, out, settings, micro_batch=micro_batch, data=opened, run=work)
+        settings = decisive(unet, begin, micro_batch, {**beginning.names(model, machine, pipe), **about})
+        made = write_images(unet, begin, wanted, out, settings, classes, micro_batch=micro_batch, data=opened, run=work)
     value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": made}
     together = [path for path in (out / "samples.csv", out / "samples.npy") if opened is not None and path.is_file()]
-    lines = [f"{made} of {len(wanted)} samples made: {out}", *(f"in the units of the data: {p}" for p in together)]
-    say(as_json, value, lambda: _print(begin.explain(), *lines))
+    lines = [begin.explain(), *guided_lines(settings), f"{made} of {len(wanted)} samples made: {out}"]
+    lines += [f"in the units of the data: {p}" for p in together]
+    say(as_json, value, lambda: _print(*lines))
 
 
 @app.command(
@@ -308,6 +323,7 @@ def evaluate(
     ] = True,
     out: Folder = None,
     beginning: Beginning = Beginning(),
+    conditions: Conditions = Conditions(),
     seeds: Annotated[str, option(None, "with --model, such as 0-999")] = "0-999",
     reading: Reading = Reading(),
     samples_range: SamplesRange = None,
@@ -325,10 +341,13 @@ def evaluate(
 
     if (samples is None) == (model is None):
         raise InputError("evaluate needs either --samples or --model.")
+    if model is None and conditions != Conditions():
+        raise InputError("--class, --null-label, --guidance and --window belong to a network. Add --model.")
     beginning.check()
+    conditions.check()
     where = machine.place()
     with running(out, memory_size(memory)) as work:
-        pipe = machine.load_if(model)
+        pipe = machine.load_if(model, classes=True)
         measuring: dict[str, Any] = {
             "features": NamedExtractor(features, weights, weights_sha256, where),
             "classify": None if classify is None else NamedExtractor(classify, device=where),
@@ -341,10 +360,10 @@ def evaluate(
         train = reading.open(data)
         held_out = reading.open_if(holdout, train)
         if pipe is not None:
+            wanted, (unet, classes, about) = parse_seeds(seeds), conditions.told(pipe, train, held_out, work.unstored())
             begin, identity = beginning.plan(pipe, steps=10), beginning.names(str(model), machine, pipe)
-            wanted = parse_seeds(seeds)
             content = evaluate_network(
-                pipe.unet, begin, wanted, train, held_out, micro_batch=MICRO, identity=identity, **measuring
+                unet, begin, wanted, train, held_out, classes, micro_batch=MICRO, identity=identity | about, **measuring
             )
         else:
             images = Reading(samples_range, reading.skip_bad).open(required(samples, "--samples"), like=train)

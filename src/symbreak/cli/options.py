@@ -18,9 +18,12 @@ from symbreak.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from symbreak.data.images import Images
-    from symbreak.networks.types import Pipeline, Scheduler
+    from symbreak.networks.guidance import Guided
+    from symbreak.networks.types import Network, Pipeline, Scheduler
     from symbreak.noise import NoiseLevel
     from symbreak.runtime.plain import Values
+    from symbreak.runtime.run import Run
+    from symbreak.start.classes import Classes
     from symbreak.start.late_start import LateStart
 
 DATA = "digits, a folder of images (sub-folders are classes), a .parquet, .npz, .npy or .csv file, or a hub id"
@@ -31,6 +34,7 @@ START = (
 )
 CLASSIFIERS = "digits-classifier, classifier (trained on the labels), FILE.safetensors, module:callable"
 MICRO = 64  # states of one network evaluation
+CONDITIONED = 512  # images by which the window of guidance is found
 
 
 def option(name: str | None, text: str) -> Parameter:
@@ -65,14 +69,14 @@ def required(value: str | None, name: str) -> str:
     return value
 
 
-def limits(text: str | None) -> tuple[float, float] | None:
+def limits(text: str | None, name: str = "--range", such: str = "0,255") -> tuple[float, float] | None:
     """LOW,HIGH as two numbers."""
     if text is None:
         return None
     try:
         low, high = (float(v) for v in text.split(","))
     except ValueError:
-        raise InputError(f"--range {text}; expected LOW,HIGH such as 0,255.") from None
+        raise InputError(f"{name} {text}; expected LOW,HIGH such as {such}.") from None
     return low, high
 
 
@@ -187,15 +191,15 @@ class Machine:
             return self.device
         return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
-    def load(self, model: str) -> Pipeline:
-        """The pipeline that a model names."""
+    def load(self, model: str, classes: bool = False) -> Pipeline:
+        """The pipeline that a model names; one of a class-conditional network only where there are classes to give."""
         from symbreak.start.loading import load_pipeline, refuse_conditional
 
         pipe = load_pipeline(model, device=self.place(), precision=self.precision, compiled=self.compiled)
-        refuse_conditional(pipe, model)
+        refuse_conditional(pipe, model, classes)
         return pipe
 
-    def load_if(self, model: str | None) -> Any:
+    def load_if(self, model: str | None, classes: bool = False) -> Any:
         """The pipeline that a model names, if one is named.
 
         Raises:
@@ -203,7 +207,7 @@ class Machine:
         """
         if model is None and (self.precision, self.compiled) != ("fp32", False):
             raise InputError("--precision and --compile belong to a network. Add --model, or leave them out.")
-        return None if model is None else self.load(model)
+        return None if model is None else self.load(model, classes)
 
 
 @Parameter(name="*")
@@ -293,6 +297,129 @@ class Beginning:
         start = self.start or ("none" if own_start(pipe) is None else "own")
         start = start if start in ("none", "auto", "own") else file_hash(start)[:16]
         return {"model": model, "start": start, "precision": machine.precision, "compiled": machine.compiled}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Conditions:
+    """What a class-conditional network is told."""
+
+    of_class: Annotated[
+        str | None,
+        option("--class", "classes to sample, in turn over the seeds, such as 0,3,7; or data: in the shares of --data"),
+    ] = None
+    null_label: Annotated[
+        int | None, option(None, "label of the network's class that stands for none (default: the one that it names)")
+    ] = None
+    guidance: Annotated[float | None, option(None, "scale of classifier-free guidance (default: 1, none)")] = None
+    window: Annotated[
+        str | None,
+        option(None, "guide at sigma LOW,HIGH only; auto: where the class is decided, by --data (default: everywhere)"),
+    ] = None
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether labelled data decide something."""
+        return self.of_class == "data" or self.window == "auto"
+
+    def check(self) -> None:
+        """Raise what can be known before anything is loaded."""
+        if self.guidance is None and self.window is not None:
+            raise InputError(f"--window {self.window} came without a scale of guidance. Add --guidance, such as 2.")
+        if self.window != "auto":
+            limits(self.window, "--window", "0.5,5, or auto")
+        self._named()
+
+    def _named(self) -> tuple[int, ...]:
+        """The classes that are named; none for data."""
+        if self.of_class in (None, "data"):
+            return ()
+        try:
+            return tuple(int(v) for v in str(self.of_class).split(","))
+        except ValueError:
+            raise InputError(f"--class {self.of_class}; expected numbers such as 0,3,7, or data.") from None
+
+    def classes(self, pipe: Pipeline, data: Images | None) -> Classes | None:
+        """Which class every seed has; none for a network without classes.
+
+        Raises:
+            InputError: for classes that the network does not have, or a network with classes and none to give.
+        """
+        import torch
+
+        from symbreak.networks.denoiser import class_count
+        from symbreak.networks.guidance import check_classes
+        from symbreak.start.classes import Classes
+
+        count = class_count(pipe.unet)
+        if count is None:
+            if self != Conditions():
+                raise InputError(
+                    "--class, --null-label, --guidance and --window are for class-conditional networks; this one has "
+                    "no classes. Leave them out."
+                )
+            return None
+        if self.of_class is None and data is None:
+            raise InputError(
+                f"the network has {count} classes. Say which to sample: --class 0,3,7, or --class data with --data."
+            )
+        if self.of_class in (None, "data"):
+            chosen = Classes.of_data(cast("Images", data))
+        else:
+            chosen = Classes(self._named())
+        check_classes(torch.tensor(sorted(set(chosen.pool))), pipe.unet)
+        return chosen
+
+    def told(
+        self, pipe: Pipeline, data: Images | None, unseen: Images | None, run: Run
+    ) -> tuple[Network | Guided, Classes | None, Values]:
+        """The network with its guidance, the class of every seed, and what the record says of both.
+
+        Args:
+            data, unseen: see `classes` and `network`.
+            run: see `network`.
+        """
+        classes = self.classes(pipe, data)
+        unet, about = self.network(pipe, unseen or data, run=run)
+        return unet, classes, about | ({} if classes is None else {"classes": classes.to_dict()})
+
+    def network(
+        self, pipe: Pipeline, data: Images | None, seed: int = 0, run: Run | None = None
+    ) -> tuple[Network | Guided, Values]:
+        """The network, guided where a scale came, and what the record says of it.
+
+        Args:
+            data: for a window that is found, labelled images, best ones that the network has not seen.
+            seed, run: of the information of the classes.
+        """
+        from symbreak.networks.families import denoiser
+        from symbreak.networks.guidance import guided, without_condition
+        from symbreak.phases.class_information import condition_information, guidance_window
+        from symbreak.studies.diagnosis import some_images
+
+        if self.guidance is None:
+            return pipe.unet, {}
+        network = denoiser(pipe.unet, pipe.scheduler)
+        window, found = limits(None if self.window == "auto" else self.window, "--window"), {}
+        if self.window == "auto":
+            images, labels = some_images(cast("Images", data), CONDITIONED, seed)
+            information = condition_information(network, images, labels, null=self.null_label, seed=seed, run=run)
+            predicted = guidance_window(information, seed=seed)
+            low, high = window = predicted.levels
+            note("guidance", f"the class is decided between sigma {low:.4g} and {high:.4g}", *information.notes)
+            found = {"information": information.to_dict(), "predicted": predicted.to_dict()}
+        model = guided(network, without_condition(network, self.null_label), self.guidance, window)
+        return model, {"guidance": {**model.guidance, "null_label": self.null_label, **found}}
+
+
+def guided_lines(settings: Values) -> list[str]:
+    """What a person reads of guidance: scale, window and cost."""
+    guidance = settings.get("guidance")
+    if guidance is None:
+        return []
+    low, high = guidance["window"]
+    where = f"at sigma {low:.4g} to " + ("infinity" if high is None else f"{high:.4g}")
+    return [f"Guidance of scale {guidance['scale']:g} {where}: {settings['calls']} network evaluations a sample."]
 
 
 def own_start(pipe: Pipeline) -> LateStart | None:

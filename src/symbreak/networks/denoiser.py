@@ -27,10 +27,12 @@ __all__ = [
     "LawDenoiser",
     "as_denoiser",
     "ask",
+    "class_count",
     "fingerprint",
     "fingerprints",
     "images_for",
     "network_of",
+    "null_label",
     "of_network",
     "score",
 ]
@@ -157,13 +159,14 @@ def ask(
 def fingerprint(denoiser: Denoiser) -> str:
     """A digest of what a denoiser answers to fixed states: names and weights do not tell all of them apart.
 
-    At a low, a middle and a high level of its range.
+    At a low, a middle and a high level of its range, and to the first classes of a class-conditional network.
     """
     low, high = denoiser.sigma_range
     low, high = max(low, 1e-3), min(high, 1e3)
-    x = torch.randn(4, *denoiser.shape, generator=generator(0, 97))
+    x, classes = torch.randn(4, *denoiser.shape, generator=generator(0, 97)), class_count(denoiser)
+    y = None if classes is None or not hasattr(denoiser, "bind") else torch.arange(4) % classes
     with torch.inference_mode():
-        return digest(*(ask(denoiser, s * x, s) for s in (low**w * high ** (1 - w) for w in (0.8, 0.5, 0.2))))
+        return digest(*(ask(denoiser, s * x, s, y) for s in (low**w * high ** (1 - w) for w in (0.8, 0.5, 0.2))))
 
 
 def of_network(denoiser: Denoiser, scheduler: Any = None) -> Identity:
@@ -171,8 +174,9 @@ def of_network(denoiser: Denoiser, scheduler: Any = None) -> Identity:
 
     Names and paths do not count. The answers are the first process's: machines may differ in the last bits.
     """
-    network = network_of(denoiser)
+    network, guidance = network_of(denoiser), getattr(denoiser, "guidance", None)
     return {
+        **({} if guidance is None else {"guidance": guidance}),
         "weights": None if network is None else weights_hash(network),
         "answers": agreed(lambda: fingerprint(denoiser)),
         "device": "cpu" if network is None else of_device(network),
@@ -184,6 +188,28 @@ def network_of(denoiser: object) -> torch.nn.Module | None:
     """The network behind a denoiser; none behind a law or a plain function."""
     inner = getattr(denoiser, "unet", getattr(denoiser, "model", None))
     return inner if isinstance(inner, torch.nn.Module) else None
+
+
+def class_count(network: object) -> int | None:
+    """Rows of the class embedding of a network or of a denoiser's, the null class's among them.
+
+    ``None`` where it does not say, and where the class is fixed.
+    """
+    return None if "class_labels" in getattr(network, "condition", {}) else _said(network, "num_class_embeds")
+
+
+def null_label(network: object) -> int | None:
+    """The label of a network's null class, which stands for no condition; ``None`` where it does not say."""
+    return _said(network, "null_label")
+
+
+def _said(network: Any, name: str) -> int | None:
+    """What a network, that of a denoiser, or its config says of itself."""
+    for source in (network, network_of(network)):
+        value = getattr(getattr(source, "config", source), name, None)
+        if value is not None:
+            return int(value)
+    return None
 
 
 def fingerprints(run: Run, *sources: Denoises | Denoiser) -> list[str]:

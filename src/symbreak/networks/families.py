@@ -21,7 +21,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_1d import UNet1DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser
+from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser, class_count, network_of, null_label
 from symbreak.networks.samplers import kind_of
 from symbreak.networks.types import Network, Scheduler
 from symbreak.noise import NoiseLevel, schedule, sigma_of
@@ -279,12 +279,13 @@ class _Posing(torch.nn.Module):
     def __init__(self, source: Denoiser, scheduler: Scheduler) -> None:
         super().__init__()
         self.source, self.says = source, Parametrization(scheduler)
+        self.network = network_of(source)  # whose weights say where states lie, and in which precision
         shape = tuple(source.shape)
         self.config = FrozenDict(
             in_channels=shape[0],
             out_channels=shape[0],
-            num_class_embeds=getattr(source, "num_class_embeds", None),
-            null_label=getattr(source, "null_label", None),
+            num_class_embeds=class_count(source),
+            null_label=null_label(source),
             **({"sample_size": shape[1:]} if len(shape) == 3 else {"sample_shape": shape}),
         )
         self.dtype = torch.float32
@@ -303,6 +304,11 @@ class _Posing(torch.nn.Module):
             return NoiseLevel(1e6, alpha=1 / (1 + 1e6)) if self.says.kind == "flow" else NoiseLevel(1e6)
         return level
 
+    def evaluations(self, t: float) -> int:
+        """Network evaluations (NFE) at a time: two where guidance asks with a condition and without."""
+        count: int = getattr(self.source, "evaluations", lambda _: 1)(self._level(t).sigma)
+        return count
+
     def forward(
         self,
         sample: torch.Tensor,
@@ -317,8 +323,13 @@ class _Posing(torch.nn.Module):
         alpha, sigma = _columns([known[t] for t in times], state)
         x = state * self.says.divisor(sigma) / alpha
         source: Any = self.source
-        condition = {"class_labels": class_labels} if self.config.num_class_embeds and class_labels is not None else {}
-        d = source(x, sigma.reshape(-1).expand(len(x)) if len(times) == 1 else sigma.reshape(-1), **condition)
+        each = sigma.reshape(-1).expand(len(x)) if len(times) == 1 else sigma.reshape(-1)
+        if not self.config.num_class_embeds or class_labels is None:
+            d = source(x, each)
+        elif hasattr(source, "bind"):
+            d = source.bind(class_labels=class_labels)(x, each)
+        else:
+            d = source(x, each, class_labels=class_labels)
         skip, scale = self.says.coefficients(alpha, sigma)
         out = ((d - skip * x) / scale).to(sample.dtype)
         return UNet2DOutput(sample=out) if return_dict else (out,)

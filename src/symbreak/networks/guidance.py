@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, as_denoiser, network_of
+from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, as_denoiser, class_count, network_of, null_label
 from symbreak.networks.families import SigmaDenoiser
 from symbreak.noise import sigma_of
 from symbreak.runtime.errors import InputError
 
-__all__ = ["Guided", "check_classes", "class_count", "conditional", "guided", "null_label", "unconditional"]
+__all__ = ["Guided", "check_classes", "conditional", "guided", "without_condition"]
 
 
 def conditional(denoiser: Denoiser) -> Any:
@@ -27,27 +28,8 @@ def conditional(denoiser: Denoiser) -> Any:
     known = not hasattr(network, "config") or class_count(denoiser) is not None
     if not hasattr(denoiser, "bind") or not known:
         name = type(denoiser if network is None else network).__name__
-        raise InputError(f"{name} is a network without classes; expected a class-conditional one.")
+        raise InputError(f"{name} is a network without classes, or of a fixed one; expected a class-conditional one.")
     return denoiser
-
-
-def class_count(network: object) -> int | None:
-    """Rows of a network's class embedding, the null class's among them; ``None`` where it does not say."""
-    return _said(network, "num_class_embeds")
-
-
-def null_label(network: object) -> int | None:
-    """The label of a network's null class, which stands for no condition; ``None`` where it does not say."""
-    return _said(network, "null_label")
-
-
-def _said(network: Any, name: str) -> int | None:
-    """What a network, that of a denoiser, or its config says of itself."""
-    for source in (network, network_of(network)):
-        value = getattr(getattr(source, "config", source), name, None)
-        if value is not None:
-            return int(value)
-    return None
 
 
 def check_classes(labels: torch.Tensor, network: object, null: int | None = None) -> None:
@@ -66,7 +48,7 @@ def check_classes(labels: torch.Tensor, network: object, null: int | None = None
         raise InputError(f"some labels are {null}, the null class, which stands for no condition. Leave them out.")
 
 
-def unconditional(denoiser: Denoises | Denoiser, null: int | None = None) -> Denoiser:
+def without_condition(denoiser: Denoises | Denoiser, null: int | None = None) -> Denoiser:
     """A network without its condition, which is the condition of its null class; of a law the law of all classes.
 
     Args:
@@ -86,8 +68,8 @@ def unconditional(denoiser: Denoises | Denoiser, null: int | None = None) -> Den
     last = 10 if count is None else count - 1
     if label is None:
         raise InputError(
-            f"the network does not say which of its classes is the null class, the one without a condition. Pass its "
-            f"label, such as {last}, if it was trained with one."
+            "the network does not say which of its classes is the null class, the one without a condition. Pass its "
+            f"label, such as null={last} (--null-label {last}), if it was trained with one."
         )
     if isinstance(label, bool) or int(label) != label or not 0 <= label <= (label if count is None else last):
         raise InputError(f"the null class {label}; expected a label of the network, from 0 to {last}.")
@@ -102,6 +84,16 @@ class Guided:
         self.conditional, self.unconditional = conditional, unconditional
         self.scale, self.window = scale, window
         self.shape: tuple[int, ...] = tuple(conditional.shape)
+        self.condition: Mapping[str, object] = getattr(conditional, "condition", {})
+        network = network_of(conditional)
+        if network is not None:
+            self.unet = network  # by which others know where it runs, its weights and its classes
+
+    @property
+    def guidance(self) -> dict[str, object]:
+        """What decides its answers beside those of the two, as plain values; an end of ``None`` is none."""
+        low, high = self.window
+        return {"scale": self.scale, "window": [low, None if math.isinf(high) else high]}
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -118,21 +110,50 @@ class Guided:
         return Guided(self.conditional.bind(**condition), self.unconditional, self.scale, self.window)
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        with_condition: torch.Tensor = self.conditional(x, sigma)
-        costs = [
-            self.evaluations(s) for s in torch.as_tensor(sigma_of(sigma), dtype=torch.float64).reshape(-1).tolist()
-        ]
-        if 2 not in costs:
-            return with_condition
-        without = self.unconditional(x, sigma)
+        s = torch.as_tensor(sigma_of(sigma), dtype=torch.float64).reshape(-1)
+        inside = torch.tensor([self.evaluations(v) == 2 for v in s.tolist()], device=x.device)
+        if not bool(inside.any()):
+            alone: torch.Tensor = self.conditional(x, sigma)
+            return alone
+        without, with_condition = self._both(x, sigma)
         out = without + self.scale * (with_condition - without)
-        inside = torch.tensor([cost == 2 for cost in costs], device=x.device).reshape(-1, *[1] * (x.ndim - 1))
-        return torch.where(inside, out, with_condition)
+        return torch.where(inside.reshape(-1, *[1] * (x.ndim - 1)), out, with_condition)
+
+    def _both(self, x: torch.Tensor, sigma: float | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """D_u and D_c: one batch of twice the size where both are one network that differs in its conditions' rows."""
+        c, u = self.conditional, self.unconditional
+        joined = None if self._network_apart() else _joined(u.condition, c.condition, len(x))  # type: ignore[attr-defined]
+        if joined is None:
+            return u(x, sigma), c(x, sigma)
+        twice = torch.as_tensor(sigma_of(sigma))
+        both = c.bind(**joined)(torch.cat([x, x]), torch.cat([twice, twice]) if twice.numel() > 1 else sigma)
+        without, with_condition = both.chunk(2)
+        return without, with_condition
+
+    def _network_apart(self) -> bool:
+        c, u = self.conditional, self.unconditional
+        of = network_of(c)
+        return of is None or of is not network_of(u) or type(c) is not type(u) or not hasattr(c, "bind")
+
+
+def _joined(first: Mapping[str, object], last: Mapping[str, object], rows: int) -> dict[str, torch.Tensor] | None:
+    """Two conditions of rows states each, one after the other; ``None`` where they cannot be put together."""
+    if set(first) != set(last):
+        return None
+    out: dict[str, torch.Tensor] = {}
+    for name in first:
+        a, b = first[name], last[name]
+        if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor) or a.shape[1:] != b.shape[1:]:
+            return None
+        if not a.ndim or {len(a), len(b)} - {1, rows}:
+            return None
+        out[name] = torch.cat([v.to(a).expand(rows, *v.shape[1:]) for v in (a, b)])
+    return out
 
 
 def guided(
     conditional: Denoises | Denoiser,
-    unconditional: Denoises | Denoiser,
+    unconditional: Denoises | Denoiser | int,
     scale: float,
     window: tuple[float, float] | None = None,
 ) -> Guided:
@@ -144,16 +165,17 @@ def guided(
 
     Args:
         conditional: law or denoiser D_c, such as ``sb.denoiser(unet, scheduler, class_labels=y)``.
-        unconditional: law or denoiser D_u, such as the same network with its empty class.
+        unconditional: law or denoiser D_u, such as the same network with its null class; or the label of that class.
         scale: w; 1 is the conditional denoiser alone, which then is the only one that is evaluated.
-        window: (low, high); by default every level.
+        window: (low, high), such as the ``levels`` of `guidance_window`; by default every level.
 
     Returns:
-        A `Denoiser`; ``evaluations(sigma)`` says what a level costs. `as_unet` makes it one that samplers take.
+        A `Denoiser`, of all classes where the conditional one's is not fixed; ``evaluations(sigma)`` says what a level
+        costs: two are one batch where both are one network. `generate` and `as_unet` take it in a network's place.
 
     Raises:
-        InputError: for shapes that differ, no level that both know, a scale that is not finite, or a window
-            that is upside down.
+        InputError: for shapes that differ, no level that both know, a scale that is not finite, a window that is upside
+            down or outside these levels, or a null class that the network does not have.
 
     Source: Ho & Salimans 2022, arXiv:2207.12598; the window: Kynkäänniemi et al. 2024, arXiv:2404.07724.
 
@@ -164,7 +186,8 @@ def guided(
     (2, 1)
     """
     try:
-        c, u = as_denoiser(conditional), as_denoiser(unconditional)
+        c = as_denoiser(conditional)
+        u = without_condition(c, unconditional) if isinstance(unconditional, int) else as_denoiser(unconditional)
     except TypeError as error:
         raise InputError(str(error)) from None
     if tuple(c.shape) != tuple(u.shape):
@@ -183,5 +206,10 @@ def guided(
         raise InputError(
             f"no level that both denoisers know: the conditional one {c.sigma_range}, the unconditional one "
             f"{u.sigma_range}. Use denoisers of one range."
+        )
+    if high <= first or low >= last:
+        raise InputError(
+            f"a guidance window from sigma {low:g} to {high:g}; the network knows {first:.4g} to {last:.4g}. Choose "
+            "one in that range."
         )
     return both

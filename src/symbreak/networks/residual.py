@@ -145,7 +145,9 @@ class LawResidual(torch.nn.Module):
             raise InputError("the law's error is two rows, sigma and squared error, of numbers above 0.")
         self.error = error
         self._table = error[0].log(), error[1].log() - 2 * error[0].log()
-        self.num_class_embeds: int | None = getattr(getattr(network, "config", None), "num_class_embeds", None)
+        config = getattr(network, "config", None)
+        self.num_class_embeds: int | None = getattr(config, "num_class_embeds", None)
+        self.null_label: int | None = getattr(config, "null_label", None)
 
     @property
     def sigma_range(self) -> tuple[float, float]:

@@ -25,8 +25,8 @@ from symbreak.data.images import Images
 from symbreak.intervals import resampled
 from symbreak.laws.class_posterior import Labels, labels_of
 from symbreak.laws.law import Law
-from symbreak.networks.denoiser import Batches, Denoiser, LawDenoiser, as_denoiser, fingerprints, images_for
-from symbreak.networks.guidance import check_classes, conditional, null_label, unconditional
+from symbreak.networks.denoiser import Batches, Denoiser, LawDenoiser, as_denoiser, fingerprints, images_for, null_label
+from symbreak.networks.guidance import check_classes, conditional, without_condition
 from symbreak.phases.losses import between, energy, filled, integral_above, nowhere, pieces, posterior_mean
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run
@@ -150,7 +150,7 @@ def condition_information(
     True
     """
     source, run = as_denoiser(denoiser), run or Run()
-    without = unconditional(source, null)
+    without = without_condition(source, null)
     law: Any = source.law if isinstance(source, LawDenoiser) else None
     network = source if law is not None else conditional(source)
     if law is not None and getattr(law, "classes", None) is None:

@@ -132,16 +132,27 @@ def _check_weights(unet: torch.nn.Module, stored: int, source: str | Path) -> No
         raise InputError(f"the weights {bad} of {source} hold NaN or infinity: a diverged or damaged network.")
 
 
-def refuse_conditional(pipe: Pipeline, source: str) -> None:
-    """The command line and studies have no conditions to give: one clear line instead of a crash inside."""
+def refuse_conditional(pipe: Pipeline, source: str, classes: bool = False) -> None:
+    """Conditions that nobody has to give raise an error of one clear line instead of a crash inside.
+
+    Args:
+        pipe: the network's pipeline.
+        source: its name.
+        classes: whether there are classes to give.
+    """
     config = pipe.unet.config
     if getattr(pipe, "vae", None) is not None or getattr(pipe, "vqvae", None) is not None:
         raise InputError(
             f"the network of {source} works on latents, which are no images. Use start.latents(noise) with its own "
             "pipeline, whose autoencoder decodes them."
         )
-    if config.get("num_class_embeds") or config.get("class_embed_type") or config.get("cross_attention_dim"):
+    if config.get("num_class_embeds") and not (classes or config.get("class_embed_type")):
         raise InputError(
-            f"the network of {source} needs a condition (class or text). Use sb.generate(..., labels=...) or "
+            f"the network of {source} has classes, which are not given here. Use sb.generate(..., labels=...), or a "
+            "denoiser of one class or of none: sb.denoiser(unet, scheduler, class_labels=...)."
+        )
+    if config.get("class_embed_type") or config.get("cross_attention_dim"):
+        raise InputError(
+            f"the network of {source} needs a condition (text, or another than a class's number). Use "
             "start.latents(noise) with its own pipeline."
         )

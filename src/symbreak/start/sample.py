@@ -38,10 +38,11 @@ from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.ranks import agreed, alone, map_over_ranks, rank_of, shares
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Arrays, Run, renamed
+from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.late_start import LateStart
 
-__all__ = ["decisive", "generate", "generate_shards", "parse_seeds", "run_sampler", "write_images"]
+__all__ = ["decisive", "evaluations", "generate", "generate_shards", "parse_seeds", "run_sampler", "write_images"]
 
 BLOCK = 256  # images of a finished part, about
 MARK = "symbreak"  # key of the text in a PNG that says what decided it
@@ -116,6 +117,12 @@ def check_labels(unet: Network, labels: Labels | int | None, count: int) -> torc
     if count and not 0 <= int(y.min()) <= int(y.max()) < classes:
         raise InputError(f"class labels from {int(y.min())} to {int(y.max())}; the network knows 0 to {classes - 1}.")
     return y.long()
+
+
+def evaluations(unet: Network | Denoises | Denoiser, start: LateStart) -> int:
+    """Network evaluations (NFE) of a sample: one a step, two where guidance asks with a condition and without."""
+    count = getattr(posing(unet, start.full), "evaluations", None)
+    return start.calls if count is None else sum(count(float(t)) for t in start.scheduler.timesteps)
 
 
 def precision(unet: Network) -> torch.dtype:
@@ -255,7 +262,7 @@ class _Images:
         start: LateStart,
         seeds: Sequence[int],
         micro_batch: int,
-        labels: Labels | int | None = None,
+        labels: Classes | Labels | int | None = None,
         clean: torch.Tensor | None = None,
         device: str | torch.device | None = None,
         clamp: bool | None = None,
@@ -267,6 +274,7 @@ class _Images:
         n, self.shape = len(self.seeds), check(unet, start, self.seeds, micro_batch)
         self.clamp = is_picture(self.shape) if clamp is None else clamp
         # Who hands the network its classes directly keeps them from the start, and answers for them.
+        labels = labels.of(self.seeds) if isinstance(labels, Classes) else labels
         self.labels = None if "class_labels" in condition else check_labels(unet, labels, n)
         if clean is not None and len(clean) != n:
             raise InputError(f"{len(clean)} clean images for {n} seeds; expected one each.")
@@ -318,7 +326,9 @@ class _Images:
             inputs = [v for v in (self.labels, self.clean, *self.condition.values()) if isinstance(v, torch.Tensor)]
             settings = {**of_scheduler(start.full), "times": torch.as_tensor(start.scheduler.timesteps)}
             scheduler = weights_hash(self.unet), identity_of("images", **settings), start.steps, start.level
-            return digest(state, answer, law, *inputs, *scheduler, self.micro_batch, self.clamp, self.seeds)
+            guidance = getattr(getattr(self.unet, "source", None), "guidance", None)
+            guided = () if guidance is None else (json.dumps(guidance),)
+            return digest(state, answer, law, *inputs, *scheduler, *guided, self.micro_batch, self.clamp, self.seeds)
 
         return f"images-{agreed(digested)}"
 
@@ -328,7 +338,7 @@ def generate(
     unet: Network | Denoises | Denoiser,
     start: LateStart,
     seeds: Sequence[int],
-    labels: Labels | int | None = None,
+    labels: Classes | Labels | int | None = None,
     *,
     micro_batch: int = 64,
     clean: torch.Tensor | None = None,
@@ -340,11 +350,11 @@ def generate(
     """Images, or samples of any other shape, of the given seeds from a network and a start.
 
     Args:
-        unet: diffusers network, `denoiser` or law, evaluated on micro-batches.
-        start: from `late_start` or `standard_start`; its ``calls`` is the cost of an image.
+        unet: diffusers network, `denoiser`, `guided` or law, evaluated on micro-batches.
+        start: from `late_start` or `standard_start`; `evaluations` says what an image costs.
         seeds: one integer an image.
-        labels: class [N] of every image (or one for all), for class-conditional networks; the start and
-            the network both get them.
+        labels: class [N] of every image (one for all, or a rule that gives every seed one), for class-conditional
+            networks; the start and the network both get them.
         micro_batch: fixed size of every network evaluation; the last one is padded.
         clean: images [N, *S] to noise to the start level instead of drawing from the law
             (the best any law could do there).
@@ -379,6 +389,7 @@ def generate_shards(
     unet: Network | Denoises | Denoiser,
     start: LateStart,
     seeds: Sequence[int],
+    labels: Classes | Labels | int | None = None,
     *,
     micro_batch: int = 64,
     clamp: bool | None = None,
@@ -387,17 +398,17 @@ def generate_shards(
     """Images of the given seeds, the same as those of `generate`, of which every process makes and holds a part.
 
     Args:
-        unet, start, seeds, micro_batch, clamp: see `generate`.
+        unet, start, seeds, labels, micro_batch, clamp: see `generate`.
         run: see `generate`; images beyond its memory go into a file without a name in its folder.
     """
     run = (run or Run()).named("images")
-    images = _Images(unet, start, seeds, micro_batch, clamp=clamp)
+    images = _Images(unet, start, seeds, micro_batch, labels, clamp=clamp)
     n, size = len(images.seeds), _block(micro_batch)
     edges = shares(n, size)
     memory = run.bytes()
     if len(edges) == 2:  # too few for every process to have some: they share the micro-batches
         return Shards(
-            [generate(unet, start, seeds, micro_batch=micro_batch, clamp=clamp, run=run).numpy()],
+            [generate(unet, start, seeds, labels, micro_batch=micro_batch, clamp=clamp, run=run).numpy()],
             edges,
             memory,
             run.folder,
@@ -448,10 +459,11 @@ def decisive(
         steps=start.steps,
         times=torch.as_tensor(start.scheduler.timesteps),
         micro_batch=micro_batch,
-        **{k: v for k, v in (more or {}).items() if k not in SPELLED},
+        **{k: v for k, v in (more or {}).items() if k not in (*SPELLED, *of)},
     )
     settings: Values = plain(
         {
+            **{k: of[k] for k in ("guidance",) if k in of},
             **(more or {}),
             "probe": of["answers"],  # to fixed states
             "weights": of["weights"],
@@ -460,7 +472,7 @@ def decisive(
             "micro_batch": micro_batch,
             "device": of["device"].partition(" ")[0],
             "steps": start.steps,
-            "calls": start.calls,
+            "calls": evaluations(unet, start),
             "level": start.level.to_dict(),
             "identity": decides,
         }
@@ -474,6 +486,7 @@ def write_images(
     seeds: Sequence[int],
     folder: str | Path,
     settings: Values | None = None,
+    labels: Classes | int | None = None,
     *,
     micro_batch: int = 64,
     data: Images | None = None,
@@ -487,6 +500,7 @@ def write_images(
         unet, start, seeds, micro_batch: see `generate`.
         folder: where the images go; those that are there are not made again.
         settings: of `decisive`, which is called where none come.
+        labels: of a class-conditional network: a rule that gives every seed its class, or one for all.
         data: what the network was trained on. Where `samples` opened it, all samples are also written together in the
             source's own units: ``samples.csv`` with the columns' names, or ``samples.npy`` of what is no vector.
         run: tells how many images are done.
@@ -499,7 +513,11 @@ def write_images(
     """
     run, unet = (run or Run()).named("images"), posing(unet, start.full)
     shape = check(unet, start, seeds, micro_batch)
-    settings = decisive(unet, start, micro_batch) if settings is None else settings
+    classes = Classes((labels,)) if isinstance(labels, int) else labels
+    known = None if classes is None else torch.tensor(sorted(set(classes.pool)))
+    check_labels(unet, known, 0 if known is None else len(known))
+    if settings is None:
+        settings = decisive(unet, start, micro_batch, None if classes is None else {"classes": classes.to_dict()})
     folder = Path(folder)
     info = folder / "sample.json"
     fresh, pictures = not info.exists(), is_picture(shape) and (data is None or data.units is None)
@@ -513,7 +531,7 @@ def write_images(
 
         def made(first: int) -> Arrays:
             some = missing[first : first + micro_batch]
-            x = generate(unet, start, some, micro_batch=micro_batch, clamp=pictures)
+            x = generate(unet, start, some, classes, micro_batch=micro_batch, clamp=pictures)
             if not pictures:
                 for seed, one in zip(some, x.numpy()):
                     write_whole(folder / f"{seed:08d}.npy", partial(_save, one))

@@ -315,7 +315,10 @@ class _Training:
         # Weights are drawn under a forked, seeded global generator: torch's layers offer no other way.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(recipe.seed)
-            self.network = _network(recipe, data.shape, classes, 1 if known is None else 2)
+            network: Any = _network(recipe, data.shape, classes, 1 if known is None else 2)
+        if classes is not None:
+            network.register_to_config(null_label=classes)  # by which a folder says which class is none
+        self.network: torch.nn.Module = network
         if job.before is not None:
             _continue(self.network, job.before)
         self.network.to(self.device).train()

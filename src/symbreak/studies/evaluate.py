@@ -13,6 +13,7 @@ import torch
 
 from symbreak.data.held_out import HeldOut, check_units, held_out
 from symbreak.data.images import Images, describe
+from symbreak.laws.class_posterior import Labels
 from symbreak.metrics.composition import CLASSES, class_counts, composition
 from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
 from symbreak.metrics.extractors import BATCH, Extractor, FromFunction
@@ -29,9 +30,10 @@ from symbreak.noise import generator
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError, digest, try_writing
 from symbreak.runtime.plain import Values, versions
-from symbreak.runtime.ranks import agreed, from_each
+from symbreak.runtime.ranks import agreed, from_each, rank_of
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import MEMORY, Run, renamed
+from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.late_start import LateStart
 from symbreak.start.sample import decisive, generate_shards
@@ -182,6 +184,7 @@ def evaluate_network(
     seeds: Sequence[int],
     data: Images,
     holdout: Images | None = None,
+    labels: Classes | Labels | int | None = None,
     *,
     micro_batch: int = MICRO,
     identity: Values | None = None,
@@ -191,7 +194,7 @@ def evaluate_network(
     """Sample a network, going on from what an interrupted call has finished, and evaluate the images.
 
     Args:
-        unet, start, seeds, micro_batch: see `generate`.
+        unet, start, seeds, labels, micro_batch: see `generate`.
         data, holdout: see `evaluate`.
         identity: plain values that decide the images beside these, such as how the network was compiled.
         run: its folder keeps finished images until the record is written; a quarter of its memory holds images.
@@ -204,11 +207,18 @@ def evaluate_network(
     clamp = None if data.units is None else False
     if data.units is not None:
         check_unclipped(start.full, f"the samples of {data.name}")
-    made = decisive(unet, start, micro_batch, identity)["identity"]
-    sampling = run.identified({**made, "kind": "samples", "seeds": [int(s) for s in seeds]})
+    settings = decisive(unet, start, micro_batch, identity)
+    made = settings["identity"]
+    classes = labels.of(seeds) if isinstance(labels, Classes) else labels
+    of_classes = {} if classes is None else {"classes": torch.as_tensor(classes).tolist()}
+    sampling = run.identified({**made, **of_classes, "kind": "samples", "seeds": [int(s) for s in seeds]})
     room = sampling.share(1 / 4)
-    images = generate_shards(unet, start, seeds, micro_batch=micro_batch, clamp=clamp, run=room)
+    images = generate_shards(unet, start, seeds, classes, micro_batch=micro_batch, clamp=clamp, run=room)
     content = evaluate(images, data, holdout, run=run if run.memory is None else run.share(3 / 4), **measuring)
+    names = ("calls", "steps", "level", "guidance", "classes")
+    content["sampling"] = {name: settings[name] for name in names if name in settings}
+    if run.folder is not None and rank_of()[0] == 0:
+        replace(Record.load(run.folder), content=content).save(run.folder)
     sampling.close()
     return content
 
