@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from symbreak.data.images import Units
 from symbreak.report.figures import COLORS, figure_of
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["directions", "png_row", "shown"]
@@ -88,17 +89,18 @@ def _grey(x: torch.Tensor) -> torch.Tensor:
 
 
 def _signals(x: torch.Tensor, units: Units | None) -> str:
-    """Signals [N, C, L], one panel each."""
-    width = min(14.0, 1.5 * len(x) + 0.5)
-    # There may be many of these, and finding a layout takes longest.
-    figure, axes = figure_of(width, 1.5, len(x), fixed=True, sharey=True)
-    figure.subplots_adjust(0.45 / width, 0.15, 0.99, 0.95, 0.1)
-    for ax, one in zip(axes, x.numpy()):
-        for channel, color in zip(one, COLORS * len(one), strict=False):
-            ax.plot(channel, color=color, linewidth=0.9)
-        ax.tick_params(labelsize=6)
-    if units is not None and x.shape[1] > 1:
-        axes[0].legend(units.columns[:4], fontsize=6, frameon=False)
+    """Signals [N, C, L] side by side, a line a channel."""
+    width, length = min(14.0, 1.3 * len(x) + 0.7), x.shape[2]
+    figure, (ax,) = figure_of(width, 1.4, fixed=True)
+    figure.subplots_adjust(0.45 / width, 0.05, 1 - 0.01 / width, 0.97)
+    for channel, color in enumerate((COLORS * x.shape[1])[: x.shape[1]]):
+        for i, one in enumerate(x[:, channel].numpy()):
+            name = "_" if i or units is None else units.columns[channel]
+            ax.plot(np.arange(length) + 1.15 * length * i, one, color=color, linewidth=0.9, label=name)
+    ax.set_xticks([])
+    ax.tick_params(labelsize=6)
+    if units is not None and 1 < x.shape[1] <= len(COLORS):
+        _plain_legend(ax)
     return _png(figure)
 
 
@@ -125,9 +127,10 @@ def _lines(rows: np.ndarray, names: list[str]) -> str:
     for i, (row, color) in enumerate(zip(rows, COLORS * len(rows), strict=False)):
         ax.plot(row, "o-", color=color, linewidth=0.9, markersize=2.5, label=f"{i + 1}")
     if len(names) <= NAMED:
-        ax.set_xticks(range(len(names)), [n[:18] for n in names], rotation=40, ha="right", fontsize=6)
+        labels = [n[:18] for n in names]
+        ax.set_xticks(range(len(names)), labels, rotation=40, ha="right", fontsize=6, parse_math=False)
     ax.tick_params(axis="y", labelsize=6)
-    ax.legend(fontsize=6, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _plain_legend(ax, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
 
 
@@ -147,17 +150,18 @@ def _pairs(sets: list[np.ndarray], names: list[str]) -> str:
                     ax.plot(part[:, j], part[:, i], ".", color=color, markersize=1.6, alpha=0.6, rasterized=True)
             ax.tick_params(labelsize=5)
             if i == k - 1:
-                ax.set_xlabel(names[j][:24], fontsize=6)
+                ax.set_xlabel(names[j][:24], fontsize=6, parse_math=False)
             if j == 0 and i > 0:
-                ax.set_ylabel(names[i][:24], fontsize=6)
+                ax.set_ylabel(names[i][:24], fontsize=6, parse_math=False)
     return _png(figure)
 
 
-def _png(figure: Figure) -> str:
-    from matplotlib.text import Text
-
-    for text in figure.findobj(Text):
+def _plain_legend(ax: Axes, **where: Any) -> None:
+    for text in ax.legend(fontsize=6, frameon=False, **where).get_texts():
         text.set_parse_math(False)  # a name with dollars is no formula
+
+
+def _png(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return base64.b64encode(buffer.getvalue()).decode()
