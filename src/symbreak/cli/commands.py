@@ -31,6 +31,7 @@ from symbreak.cli.options import (
     Limit,
     Machine,
     Memory,
+    NullLabel,
     Reading,
     SamplesRange,
     Sha256,
@@ -96,7 +97,7 @@ def study(
         **reading.options(),
     )
     with running(out, memory_size(memory)) as work:
-        record = run(settings.smoke() if quick else settings, machine.load(model), work)
+        record = run(settings.smoke() if quick else settings, machine.load(model, classes=True), work)
     note(data, *record.content["data"]["notes"])
     say_record(record, out, as_json, {**record.to_dict(), "report": str(out / "report.html")})
 
@@ -116,6 +117,7 @@ def phases(
     pairs: Annotated[int | None, option(None, "pairs of clones (default 300)")] = None,
     steps: Annotated[int | None, option(None, "sampler steps of a trajectory (default 40)")] = None,
     branches: Annotated[int | None, option(None, "branch levels of the clones (default 12)")] = None,
+    null_label: NullLabel = None,
     seed: Annotated[int, option(None, "of all noise")] = 0,
     quick: Annotated[bool, flag(None, "about a minute on the digits: wider intervals")] = False,
     reading: Reading = Reading(),
@@ -135,7 +137,9 @@ def phases(
     sizes: dict[str, Any] = {"pairs": pairs, "steps": steps, "branches": branches}
     effort = Effort().quick() if quick else Effort()
     with running(out, memory_size(memory)) as work:
-        pipe = machine.load_if(model)
+        pipe = machine.load_if(model, classes=True)
+        if null_label is not None:
+            pipe = _without_condition(pipe, null_label)
         named = None if classify in (None, "classifier") else extractor(str(classify))
         opened = reading.open(data, limit)
         record = diagnose(
@@ -149,6 +153,16 @@ def phases(
             run=work,
         )
     say_record(record, out, as_json)
+
+
+def _without_condition(pipe: Any, null: int) -> Any:
+    """The denoiser of a pipeline's network with its null class."""
+    from symbreak.networks.families import denoiser
+    from symbreak.networks.guidance import without_condition
+
+    if pipe is None:
+        raise InputError("--null-label belongs to a network. Add --model.")
+    return without_condition(denoiser(pipe.unet, pipe.scheduler), null)
 
 
 @app.command(
@@ -396,6 +410,7 @@ def audit(
     steps: Annotated[int | None, option(None, "with --model (default: 50)")] = None,
     sampler: Annotated[str | None, option(None, "with --model (default: dpm++2m)")] = None,
     seeds: Annotated[str | None, option(None, "with --model, instead of --count, such as 0-99")] = None,
+    conditions: Conditions = Conditions(),
     seed: Annotated[int, option(None, "of the thinned references and the permutations")] = 0,
     memory: Memory = None,
     out: Folder = None,
@@ -421,15 +436,22 @@ def audit(
         raise InputError("--count and --seeds came together; pass one of them.")
     if seeds is not None:
         sampling["seeds"] = parse_seeds(seeds)
+    if model is None and conditions != Conditions():
+        raise InputError("--class, --null-label, --guidance and --window belong to a network. Add --model.")
+    conditions.check()
     with running(out, memory_size(memory)) as work:
-        pipe = machine.load_if(model)
+        pipe: Any = machine.load_if(model, classes=True)
         opened = reading.open(data, limit)
+        held_out = reading.open_if(holdout, opened)
+        if pipe is not None:
+            unet, sampling["classes"], _ = conditions.told(pipe, opened, held_out, work.unstored())
+            pipe = pipe if unet is pipe.unet else unet
         record = measure(
             opened,
             None if samples is None else Reading(samples_range, reading.skip_bad).open(samples, like=opened),
             model=pipe,
             sampling=Sampling(**sampling),
-            holdout=reading.open_if(holdout, opened),
+            holdout=held_out,
             features=NamedExtractor(features, weights, weights_sha256, machine.place()),
             threshold=threshold,
             **({} if near is None else {"near": near}),

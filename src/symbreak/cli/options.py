@@ -52,6 +52,10 @@ Limit = Annotated[int | None, option("--limit", "keep only N of the images, spre
 Memory = Annotated[str | None, option("--memory", "working memory, such as 4GB")]
 Clusters = Annotated[int | None, option("--clusters", "clusters of a start's mixture law")]
 SamplesRange = Annotated[str | None, option("--samples-range", "--range of the samples")]
+NullLabel = Annotated[
+    int | None,
+    option("--null-label", "label of the network's class that stands for none (default: the one that it names)"),
+]
 Weights = Annotated[str | None, option("--weights", "of inception (file) or dinov2 (folder)")]
 Sha256 = Annotated[str | None, option("--weights-sha256", "of other Inception weights than FID's")]
 Folder = Annotated[Path | None, option("--out", "folder for record.json and report.html; resumable")]
@@ -308,9 +312,7 @@ class Conditions:
         str | None,
         option("--class", "classes to sample, in turn over the seeds, such as 0,3,7; or data: in the shares of --data"),
     ] = None
-    null_label: Annotated[
-        int | None, option(None, "label of the network's class that stands for none (default: the one that it names)")
-    ] = None
+    null_label: NullLabel = None
     guidance: Annotated[float | None, option(None, "scale of classifier-free guidance (default: 1, none)")] = None
     window: Annotated[
         str | None,

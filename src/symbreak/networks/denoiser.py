@@ -30,10 +30,12 @@ __all__ = [
     "class_count",
     "fingerprint",
     "fingerprints",
+    "fixed_class",
     "images_for",
     "network_of",
     "null_label",
     "of_network",
+    "open_classes",
     "score",
 ]
 
@@ -163,7 +165,7 @@ def fingerprint(denoiser: Denoiser) -> str:
     """
     low, high = denoiser.sigma_range
     low, high = max(low, 1e-3), min(high, 1e3)
-    x, classes = torch.randn(4, *denoiser.shape, generator=generator(0, 97)), class_count(denoiser)
+    x, classes = torch.randn(4, *denoiser.shape, generator=generator(0, 97)), open_classes(denoiser)
     y = None if classes is None or not hasattr(denoiser, "bind") else torch.arange(4) % classes
     with torch.inference_mode():
         return digest(*(ask(denoiser, s * x, s, y) for s in (low**w * high ** (1 - w) for w in (0.8, 0.5, 0.2))))
@@ -174,7 +176,8 @@ def of_network(denoiser: Denoiser, scheduler: Any = None) -> Identity:
 
     Names and paths do not count. The answers are the first process's: machines may differ in the last bits.
     """
-    network, guidance = network_of(denoiser), getattr(denoiser, "guidance", None)
+    network = network_of(denoiser)
+    guidance = getattr(denoiser, "guidance", getattr(network, "guidance", None))
     return {
         **({} if guidance is None else {"guidance": guidance}),
         "weights": None if network is None else weights_hash(network),
@@ -191,11 +194,21 @@ def network_of(denoiser: object) -> torch.nn.Module | None:
 
 
 def class_count(network: object) -> int | None:
-    """Rows of the class embedding of a network or of a denoiser's, the null class's among them.
+    """Rows of the class embedding of a network or of a denoiser's, the null class's among them, where it says."""
+    return _said(network, "num_class_embeds")
 
-    ``None`` where it does not say, and where the class is fixed.
-    """
-    return None if "class_labels" in getattr(network, "condition", {}) else _said(network, "num_class_embeds")
+
+def open_classes(denoiser: object) -> int | None:
+    """The same of a denoiser whose class is still open; ``None`` where it is fixed."""
+    return None if "class_labels" in getattr(denoiser, "condition", {}) else class_count(denoiser)
+
+
+def fixed_class(denoiser: object) -> int | None:
+    """The class that a denoiser is fixed to, where it is a single one."""
+    label = getattr(denoiser, "condition", {}).get("class_labels")
+    if not isinstance(label, torch.Tensor) or label.numel() != 1 or label.is_floating_point():
+        return None
+    return int(label)
 
 
 def null_label(network: object) -> int | None:

@@ -21,7 +21,7 @@ from diffusers.configuration_utils import FrozenDict
 from diffusers.models.unets.unet_1d import UNet1DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
-from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser, class_count, network_of, null_label
+from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser, network_of, null_label, open_classes
 from symbreak.networks.samplers import kind_of
 from symbreak.networks.types import Network, Scheduler
 from symbreak.noise import NoiseLevel, schedule, sigma_of
@@ -284,7 +284,7 @@ class _Posing(torch.nn.Module):
         self.config = FrozenDict(
             in_channels=shape[0],
             out_channels=shape[0],
-            num_class_embeds=class_count(source),
+            num_class_embeds=open_classes(source),
             null_label=null_label(source),
             **({"sample_size": shape[1:]} if len(shape) == 3 else {"sample_shape": shape}),
         )
@@ -303,6 +303,11 @@ class _Posing(torch.nn.Module):
             # Pure noise says nothing about x_0; a sigma of 1e6 says as little, and stays finite.
             return NoiseLevel(1e6, alpha=1 / (1 + 1e6)) if self.says.kind == "flow" else NoiseLevel(1e6)
         return level
+
+    @property
+    def guidance(self) -> dict[str, object] | None:
+        """Scale and window of its guidance, where it has some."""
+        return getattr(self.source, "guidance", None)
 
     def evaluations(self, t: float) -> int:
         """Network evaluations (NFE) at a time: two where guidance asks with a condition and without."""

@@ -8,7 +8,16 @@ from typing import Any
 
 import torch
 
-from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, as_denoiser, class_count, network_of, null_label
+from symbreak.networks.denoiser import (
+    Denoiser,
+    Denoises,
+    LawDenoiser,
+    as_denoiser,
+    class_count,
+    fixed_class,
+    network_of,
+    null_label,
+)
 from symbreak.networks.families import SigmaDenoiser
 from symbreak.noise import sigma_of
 from symbreak.runtime.errors import InputError
@@ -28,7 +37,7 @@ def conditional(denoiser: Denoiser) -> Any:
     known = not hasattr(network, "config") or class_count(denoiser) is not None
     if not hasattr(denoiser, "bind") or not known:
         name = type(denoiser if network is None else network).__name__
-        raise InputError(f"{name} is a network without classes, or of a fixed one; expected a class-conditional one.")
+        raise InputError(f"{name} is a network without classes; expected a class-conditional one.")
     return denoiser
 
 
@@ -53,7 +62,7 @@ def without_condition(denoiser: Denoises | Denoiser, null: int | None = None) ->
 
     Args:
         denoiser: class-conditional network as a `Denoiser`, or a law.
-        null: label of the null class; by default the one that the network says it has.
+        null: label of the null class; by default the one that the denoiser is fixed to, or the network says it has.
 
     Raises:
         InputError: for a network without classes, or one that does not have or say its null class.
@@ -64,7 +73,8 @@ def without_condition(denoiser: Denoises | Denoiser, null: int | None = None) ->
             raise InputError(f"the null class {null} came for a law, which has the law of all classes. Leave it out.")
         return source
     network, count = conditional(source), class_count(source)
-    label = null_label(source) if null is None else null
+    label = fixed_class(source) if null is None else null
+    label = null_label(source) if label is None else label
     last = 10 if count is None else count - 1
     if label is None:
         raise InputError(

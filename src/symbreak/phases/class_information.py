@@ -25,7 +25,15 @@ from symbreak.data.images import Images
 from symbreak.intervals import resampled
 from symbreak.laws.class_posterior import Labels, labels_of
 from symbreak.laws.law import Law
-from symbreak.networks.denoiser import Batches, Denoiser, LawDenoiser, as_denoiser, fingerprints, images_for, null_label
+from symbreak.networks.denoiser import (
+    Batches,
+    Denoiser,
+    LawDenoiser,
+    as_denoiser,
+    fingerprints,
+    fixed_class,
+    images_for,
+)
 from symbreak.networks.guidance import check_classes, conditional, without_condition
 from symbreak.phases.losses import between, energy, filled, integral_above, nowhere, pieces, posterior_mean
 from symbreak.runtime.errors import InputError
@@ -128,7 +136,8 @@ def condition_information(
         sigma: a level, or levels [G] at which the information is given; by default from a hundredth of the spread of
             the data to ten times that of a whole sample, as far as the network knows them. The lowest one is where the
             limit is taken.
-        null: label of the network's null class; by default the one that the network says it has.
+        null: label of the network's null class; by default the one that the denoiser is fixed to, or the network says
+            it has.
         seed: of the noise, which every level has for itself.
         draws: noise draws an image, averaged.
         run: a finished part a level, and progress in levels.
@@ -164,7 +173,7 @@ def condition_information(
     requested = None if sigma is None else levels(sigma)
     images = images_for(network, data, np.array(network.sigma_range)[:1] if requested is None else requested[0])
     classes = torch.from_numpy(labels_of(labels, len(images)))
-    check_classes(classes, source if law is None else law, null_label(source) if null is None else null)
+    check_classes(classes, source if law is None else law, None if law is not None else fixed_class(without))
     counts = np.unique(classes.numpy(), return_counts=True)[1]
     if len(counts) < 2:
         raise InputError(f"all images are of the class {int(classes[0])}; expected at least two classes.")

@@ -10,17 +10,21 @@ from pathlib import Path
 import diffusers
 import torch
 
+from symbreak.data.images import Images
+from symbreak.networks.denoiser import class_count
 from symbreak.networks.foreign import check_pipeline, from_hub, stored_numbers, variant_of
+from symbreak.networks.guidance import check_classes
 from symbreak.networks.residual import backbone
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline
 from symbreak.noise import schedule
 from symbreak.runtime.files import InputError
 from symbreak.runtime.ranks import usable
+from symbreak.start.classes import Classes
 from symbreak.start.late_start import LateStart
 from symbreak.start.pipeline import RESIDUAL, read_residual
 
-__all__ = ["load_pipeline", "refuse_conditional"]
+__all__ = ["classes_for", "load_pipeline", "refuse_conditional"]
 
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -156,3 +160,19 @@ def refuse_conditional(pipe: Pipeline, source: str, classes: bool = False) -> No
             f"the network of {source} needs a condition (text, or another than a class's number). Use "
             "start.latents(noise) with its own pipeline."
         )
+
+
+def classes_for(pipe: Pipeline, source: str, data: Images, classes: Classes | None = None) -> Classes | None:
+    """Which class every seed has for a class-conditional network: what was named, or the data's; else ``None``.
+
+    Raises:
+        InputError: for data without labels, classes that the network does not have, or another condition.
+    """
+    refuse_conditional(pipe, source, classes=True)
+    if class_count(pipe.unet) is None:
+        if classes is not None:
+            raise InputError(f"the network of {source} has no classes, but some were named. Leave them out.")
+        return None
+    chosen = Classes.of_data(data) if classes is None else classes
+    check_classes(torch.tensor(sorted(set(chosen.pool))), pipe.unet)
+    return chosen

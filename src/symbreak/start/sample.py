@@ -326,7 +326,7 @@ class _Images:
             inputs = [v for v in (self.labels, self.clean, *self.condition.values()) if isinstance(v, torch.Tensor)]
             settings = {**of_scheduler(start.full), "times": torch.as_tensor(start.scheduler.timesteps)}
             scheduler = weights_hash(self.unet), identity_of("images", **settings), start.steps, start.level
-            guidance = getattr(getattr(self.unet, "source", None), "guidance", None)
+            guidance = getattr(self.unet, "guidance", None)
             guided = () if guidance is None else (json.dumps(guidance),)
             return digest(state, answer, law, *inputs, *scheduler, *guided, self.micro_batch, self.clamp, self.seeds)
 

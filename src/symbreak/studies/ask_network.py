@@ -14,11 +14,12 @@ from symbreak.critical import CriticalTime, Curve, crossing
 from symbreak.laws import Empirical
 from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import Denoiser
+from symbreak.networks.denoiser import Denoiser, fixed_class
 from symbreak.networks.residual import LawResidual, residual_of
 from symbreak.noise import generator
 from symbreak.phases.branches import Classify
 from symbreak.phases.class_entropy import class_entropy_bound
+from symbreak.phases.class_information import condition_information, guidance_window
 from symbreak.phases.clones import Clones, clones
 from symbreak.phases.condensation import nearest_flips, nearest_of
 from symbreak.phases.kicks import Opportunity, opportunity
@@ -121,6 +122,8 @@ def ask_network(d: Diagnosis, network: Denoiser, laws: Laws, moments: Moments, r
     _added(d, network, images)
     if reader.features is not None and labels is not None:
         _class_entropy(d, network, reader.features, images, labels)
+    if labels is not None:
+        _class_information(d, network, images, labels)
     _stability(d, network, classify)
     _mechanism(d, network, laws, moments, images, levels)
     _opportunity(d, network, classify, pairs)
@@ -230,6 +233,29 @@ def _class_entropy(
             d.draw("entropy", "network, upper bound", "network", entropy, "o-")
         except InputError as error:  # a class that is too rare must not cost the other criteria
             d.add("class entropy", "network", CriticalTime(None, criterion="class entropy", reason=str(error)))
+
+
+def _class_information(d: Diagnosis, network: Denoiser, images: torch.Tensor, labels: torch.Tensor) -> None:
+    """Of a class-conditional network that is asked with its null class: when it decides the class, and its window."""
+    null = fixed_class(network)
+    if null is None or bool((labels == null).any()) or len(labels.unique()) < 2:
+        return
+    with d.stage("class information") as run:
+        information = condition_information(network, images, labels, seed=d.seed, run=run)
+        window = guidance_window(information, seed=d.seed)
+        d.add("class information, 10 %", "network", window.high)
+        d.add("class information, 90 %", "network", window.low)
+        sigma, total = information.sigma, information.total
+        rest = Curve(sigma, total - information.value, total - information.high, total - information.low)
+        d.draw("entropy", "network, H[c] - class information", "network", rest)
+        d.mark("entropy", total, "H[c]")
+        limit, (low, high) = information.limit, window.levels
+        d.notes.append(
+            f"Class information goes to {limit['value']:.3g} [{limit['low']:.3g}, {limit['high']:.3g}] nats at low "
+            f"noise, the classes have {total:.3g}. Guidance acts at sigma {low:.3g} to {high:.3g}. All else is of the "
+            f"network with its null class, {null}."
+        )
+        d.notes.extend(information.notes)
 
 
 def _stability(d: Diagnosis, network: Denoiser, classify: Classify) -> None:

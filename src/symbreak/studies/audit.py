@@ -37,9 +37,10 @@ from symbreak.runtime.identity import identity_of, of_data
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
+from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.late_start import standard_start
-from symbreak.start.loading import refuse_conditional
+from symbreak.start.loading import classes_for
 from symbreak.start.sample import decisive, generate_shards
 from symbreak.studies.evaluate import checked
 from symbreak.studies.measure import pipeline_of
@@ -69,12 +70,14 @@ class Sampling:
         sampler: name of `scheduler`.
         steps: num_inference_steps.
         seeds: instead of 0 .. count - 1.
+        classes: of a class-conditional network, which class every seed has; by default those of the data.
     """
 
     count: int = 1000
     sampler: str = "dpm++2m"
     steps: int = 50
     seeds: Sequence[int] | None = None
+    classes: Classes | None = None
 
     def list(self) -> list[int]:
         """The seeds, one an image."""
@@ -262,7 +265,7 @@ def _sampled(
 ) -> tuple[Values, Run, Shards]:
     """What the samples are, the run that keeps finished ones, and the samples."""
     model = pipeline_of(model, train)
-    refuse_conditional(model, "the network")
+    labels = classes_for(model, "the network", train, sampling.classes)
     network, seeds = denoiser(model.unet, model.scheduler), sampling.list()
     if tuple(network.shape) != train.shape:
         raise InputError(
@@ -282,13 +285,16 @@ def _sampled(
         "scheduler": plain(dict(model.scheduler.config)),
         "sampler": sampling.sampler,
         "steps": sampling.steps,
-        "calls": begin.calls,
+        "calls": of["calls"],
+        **({} if labels is None else {"classes": labels.to_dict()}),
+        **({"guidance": of["guidance"]} if "guidance" in of else {}),
         "seeds": f"{seeds[0]}-{seeds[-1]}" if whole else ",".join(map(str, seeds)),
     }
-    run = run.identified({**of["identity"], "kind": "samples of an audit", "seeds": seeds})
+    of_classes = {} if labels is None else {"classes": labels.of(seeds).tolist()}
+    run = run.identified({**of["identity"], **of_classes, "kind": "samples of an audit", "seeds": seeds})
     with run.timed("samples") as part:  # three sides, of images and features
         clamp = None if train.units is None else False
-        x = generate_shards(model.unet, begin, seeds, micro_batch=MICRO, clamp=clamp, run=part.share(1 / 12))
+        x = generate_shards(model.unet, begin, seeds, labels, micro_batch=MICRO, clamp=clamp, run=part.share(1 / 12))
     return made, run, x
 
 

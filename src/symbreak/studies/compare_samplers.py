@@ -39,7 +39,7 @@ from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.fit import late_start
 from symbreak.start.grids import standard_starts, steps_for
 from symbreak.start.late_start import LateStart, standard_start
-from symbreak.start.loading import load_pipeline, refuse_conditional
+from symbreak.start.loading import classes_for, load_pipeline
 from symbreak.studies.diagnosis import spectral_times
 from symbreak.studies.evaluate import REFERENCE_PARTS, default_extractor
 from symbreak.studies.measure import SELECTION_SEED, Comparison, pipeline_of
@@ -169,6 +169,8 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
             pipe.unet, extract, reference, x, reported, choosing, study.repeats, study.micro_batch, run, stream=11
         )
         comparison.units = train.units
+        comparison.classes = classes_for(pipe, study.model, train)
+        comparison.labels = None if comparison.classes is None else train.labels
         comparison.searched = None if parts.train is everything else everything
         rows = _table(study, plans, comparison)
         best = None
@@ -225,7 +227,7 @@ def _prepared(
     parts = held_out(everything, holdout, share=0.5)
     train = parts.train
     pipe = load_pipeline(study.model) if pipeline is None else pipeline_of(pipeline, train)
-    refuse_conditional(pipe, study.model)
+    classes_for(pipe, study.model, train)
     shape = NetworkDenoiser(pipe.unet, pipe.scheduler).shape
     if tuple(shape) != train.shape:
         raise InputError(

@@ -19,8 +19,9 @@ from symbreak.data.images import Images
 from symbreak.laws.class_posterior import class_of
 from symbreak.metrics.extractors import device_of
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, network_of, of_network
+from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, network_of, of_network, open_classes
 from symbreak.networks.families import denoises
+from symbreak.networks.guidance import without_condition
 from symbreak.networks.types import Pipeline
 from symbreak.noise import schedule
 from symbreak.phases.branches import Classify
@@ -60,7 +61,9 @@ def diagnose(
     Args:
         data: images, or `samples` of any shape; their labels give the classes.
         model: a diffusers pipeline with ``.unet`` and ``.scheduler``, whose own schedule gives the steps; or a
-            `denoiser`, or a law.
+            `denoiser`, or a law. A class-conditional network is asked with its null class, and for its class
+            information; one that does not say which class that is comes as a denoiser with it:
+            ``sb.denoiser(unet, scheduler, class_labels=torch.tensor([10]))``.
         modes: rungs of the ladder, and pictures of modes.
         moments: of the data, where they are already fitted.
         holdout: images for losses and U-turns that neither laws nor network have seen; by default the other half of
@@ -167,8 +170,10 @@ def _network(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser:
             f"model of the type {type(model).__name__}; expected a diffusers pipeline, sb.denoiser(...) or a law."
         )
     else:
-        refuse_conditional(model, "the network")
+        refuse_conditional(model, "the network", classes=True)
         network = denoises(model.unet, model.scheduler)
+        if open_classes(network) is not None:
+            network = without_condition(network)
     if tuple(network.shape) != data.shape:
         raise InputError(
             f"the network makes {data.noun} of {tuple(network.shape)}, but the data are {data.shape}. Resize the data "

@@ -26,7 +26,8 @@ from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.memorization import Different, different, nearest_summary
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser, of_network
-from symbreak.networks.families import as_unet, denoiser
+from symbreak.networks.families import NetworkDenoiser, as_unet, denoiser
+from symbreak.networks.guidance import Guided
 from symbreak.networks.samplers import LEAST_LEVEL, levels_scheduler
 from symbreak.networks.types import Network, Pipeline
 from symbreak.noise import generator
@@ -36,6 +37,7 @@ from symbreak.runtime.identity import identity_of, of_data, unrepeatable
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
+from symbreak.start.classes import Classes
 from symbreak.start.late_start import LateStart
 from symbreak.start.sample import generate
 from symbreak.studies.diagnosis import spread_of
@@ -83,6 +85,8 @@ class Comparison:
         stream: of the random numbers that pick training images to noise.
         searched: the images among which copies are looked for, where they are more than ``train``.
         units: of samples that are no pictures, which are not cut to [-1, 1].
+        classes: of a class-conditional network, which class every seed has.
+        labels: of the training images then, for those that are noised.
     """
 
     unet: Network
@@ -98,6 +102,8 @@ class Comparison:
     stream: int = 62
     searched: Images | None = None
     units: Units | None = None
+    classes: Classes | None = None
+    labels: torch.Tensor | None = None
 
     @cached_property
     def known(self) -> Different:
@@ -108,14 +114,17 @@ class Comparison:
         self, start: LateStart, seeds: Sequence[int], noised: bool = False, unet: Network | None = None
     ) -> torch.Tensor:
         """Images [N, C, H, W] of a start, or from training images noised to its level."""
-        clean = None
+        clean: torch.Tensor | None = None
+        labels: Classes | torch.Tensor | None = self.classes
         if noised:
             # Without replacement, as the floor draws: every image once before any comes again.
             source, count = generator(self.stream, seeds[0]), len(self.train)
             rounds = [torch.randperm(count, generator=source) for _ in range(-(-len(seeds) // count))]
-            clean = self.train.at(torch.cat(rounds)[: len(seeds)])
+            chosen = torch.cat(rounds)[: len(seeds)]
+            clean = self.train.at(chosen)
+            labels = None if self.labels is None else self.labels[chosen]
         clamp = None if self.units is None else False
-        return generate(unet or self.unet, start, seeds, micro_batch=self.micro_batch, clean=clean, clamp=clamp)
+        return generate(unet or self.unet, start, seeds, labels, micro_batch=self.micro_batch, clean=clean, clamp=clamp)
 
     def cell(
         self,
@@ -197,7 +206,13 @@ def pipeline_of(model: Pipeline | Denoises | Denoiser, data: Images) -> Pipeline
     Raises:
         InputError: for anything else, or data that vary by less than the levels of diffusers' schedulers.
     """
-    if hasattr(model, "unet"):
+    if isinstance(model, Guided | NetworkDenoiser):
+        if isinstance(model, NetworkDenoiser) and not model.condition:
+            return model
+        source = model.conditional if isinstance(model, Guided) else model
+        if isinstance(source, NetworkDenoiser):  # whose scheduler is known
+            return SimpleNamespace(unet=as_unet(model, source.scheduler), scheduler=source.scheduler)
+    elif hasattr(model, "unet"):
         return model
     if not isinstance(model, Denoises | Denoiser):
         raise InputError(
