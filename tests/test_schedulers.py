@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import diffusers
 import pytest
 import torch
@@ -200,6 +202,38 @@ def test_zero_snr_and_flow_settings():
             5,
             at=400,
         )
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_cut_flow_wastes_no_evaluation_on_its_last_step(shift):
+    """Equal steps down to 0; the class's own grid, which ends at 1 / T, is up to three times as far from the law."""
+    law = gaussian_law()
+    base = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+
+    def distance(start):
+        _, cov = recovered("flow-euler", law, start, as_unet(law, base))
+        values = torch.linalg.eigvalsh(cov).clamp_min(0).sqrt() - law.eigenvalues.flip(0).sqrt()
+        return float(values.square().sum())
+
+    for steps, least in ((2, 3.5), (3, 2.0), (4, 1.6), (5, 1.4)):
+        start = late_start(base, law, steps, at=NoiseLevel(1.0), check=False)
+        s = start.scheduler.sigmas.double()
+        equal = s / (shift - (shift - 1) * s)  # the shift undone
+        torch.testing.assert_close(equal, float(equal[0]) * torch.linspace(1, 0, steps + 1, dtype=s.dtype))
+        own = start.fresh()
+        own.sigma_min = base.sigma_min
+        own.set_timesteps(steps)
+        own.set_begin_index(0)
+        assert float(own.sigmas[-2]) < 0.01
+        assert distance(dataclasses.replace(start, scheduler=own)) > least * distance(start)
+        again = start.fresh()
+        again.set_timesteps(steps)  # as pipelines do
+        assert torch.equal(again.sigmas, start.scheduler.sigmas)
+    for other in (
+        diffusers.FlowMatchHeunDiscreteScheduler(shift=shift),
+        diffusers.FlowMatchEulerDiscreteScheduler(shift=shift, use_karras_sigmas=True),
+    ):  # a last step of Euler spoils a second-order sampler; other grids have their own ends
+        assert float(late_start(other, law, 4, at=NoiseLevel(1.0), check=False).scheduler.sigmas[-2]) < 0.01
 
 
 def test_the_cut_scheduler_survives_set_timesteps_and_save(tmp_path):

@@ -1,8 +1,8 @@
 """Cutting a schedule: a scheduler that begins at a level.
 
 Beta-type schedules are cut by rebuilding the scheduler from its first t + 1 betas, so the network still
-sees its own times; EDM schedulers by ``sigma_max``; flow matching with the shift undone first. The level at
-which the scheduler then really begins is read back from it.
+sees its own times; EDM schedulers by ``sigma_max``; flow matching with the shift undone first, Euler's in equal steps
+down to 0. The level at which the scheduler then really begins is read back from it.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ KINDS = {
     "FlowMatchHeunDiscreteScheduler": FLOW,
 }
 SUPPORTED = frozenset(KINDS)
+GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+SECOND_ORDER = {"FlowMatchHeunDiscreteScheduler"}  # whose step to 0 is Euler's and had better be short
 # These step from k to k - T // n whatever their grid says, so T has to be a multiple of n.
 WHOLE_STRIDE = {"DDIMScheduler", "PNDMScheduler"}
 INSTEAD = {
@@ -147,9 +149,12 @@ def cut_scheduler(scheduler: Scheduler, level: NoiseLevel, steps: int, full: Sch
         s, shift = level.sigma / (1 + level.sigma), float(config.get("shift") or 1.0)
         # set_timesteps runs from sigma_max down and applies the shift: hand it the unshifted start.
         shorter.sigma_max = s / (shift - (shift - 1) * s)
+        if name not in SECOND_ORDER and not any(config.get(grid) for grid in GRIDS):
+            # Its own grid ends at 1 / T and steps from there to 0: an evaluation for nothing. So all steps are equal.
+            shorter.sigma_min = shorter.sigma_max / steps
         return timed(shorter, steps)
     if full.steps is None:  # the network's time is log(sigma) / 4
-        if not any(config.get(grid) for grid in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")):
+        if not any(config.get(grid) for grid in GRIDS):
             raise InputError(f"{name} with continuous times is cut on a grid of sigmas. Set use_karras_sigmas=True.")
         return timed(cls.from_config(config, sigma_max=level.sigma), steps)
     t = full.step(level)

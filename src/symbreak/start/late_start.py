@@ -241,9 +241,9 @@ class LateStart:
             raise InputError(f"{path} holds a broken start ({type(error).__name__}: {what}). Save it again.") from None
         if not same:
             raise InputError(
-                f"{path}: this diffusers {diffusers.__version__} gives {name} other timesteps than the start was saved "
-                f"with (diffusers {about['scheduler'].get('_diffusers_version')}). Use that version, or make the start "
-                "again."
+                f"{path}: this symbreak with diffusers {diffusers.__version__} gives {name} other timesteps than the "
+                f"start was saved with (diffusers {about['scheduler'].get('_diffusers_version')}). Make the start "
+                "again, or use the older versions."
             )
         return replace(start, asked=level, notes=notes)
 
