@@ -37,6 +37,7 @@ __all__ = ["opened", "samples"]
 
 Scale: TypeAlias = "str | tuple[Any, Any] | Images | None"
 PICTURES = ("value_range", "size", "crop", "mode", "pad", "layout", "split")  # options of `images` alone
+GENERATED = ("samples.csv", "samples.npy")  # samples in the units of their data, in a folder of `symbreak sample`
 SHOWN = 5  # columns in a note
 APART = 10.0  # spreads of columns that differ by more hide columns
 SINGLE = 2.0**-24  # rounding of single precision, in which samples are handed on
@@ -60,7 +61,8 @@ def samples(
     Args:
         source: an array or tensor [N, *S] of numbers, such as vectors [N, d], signals [N, C, L] or volumes
             [N, C, D, H, W]; a ``.npy`` or ``.npz`` file of one; a table of numbers, a ``.csv``, ``.tsv`` or
-            ``.parquet`` file, a folder of the latter, a pandas data frame, or a data set of `datasets`: a row a sample.
+            ``.parquet`` file, a folder of the latter, a pandas data frame, or a data set of `datasets`: a row a sample;
+            a folder of ``symbreak sample --data``.
         labels: name or names of label columns of a table (by default one called label, class or target; ``"none"`` for
             no labels); one label a sample of anything else.
         scale: ``None`` leaves the values as they are; ``"standard"`` takes off the mean of every column, or of every
@@ -235,6 +237,9 @@ def _read(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
     if not isinstance(source, str | Path):
         raise InputError(f"samples of the type {type(source).__name__}; expected an array, a table or a file.")
     path = Path(source).expanduser()
+    made = [path / name for name in GENERATED if (path / name).is_file()]
+    if made:  # a folder of `symbreak sample`
+        return replace(_read(made[0], labels, like), name=str(path))
     if path.is_dir():
         shards = [path / shard for shard in look_into(path, None).shards]
         if not shards:

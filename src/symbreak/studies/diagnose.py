@@ -29,7 +29,7 @@ from symbreak.report.record import Record
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.files import digest
 from symbreak.runtime.identity import Identity, identity_of, of_callable, of_data
-from symbreak.runtime.plain import plain, versions
+from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.loading import refuse_conditional
 from symbreak.studies.ask_data import class_laws, collapse, law_losses, laws_of, spectrum, told_apart
@@ -101,7 +101,6 @@ def diagnose(
         )
     of = None if network is None else of_network(network, scheduler)
     name = "ddpm-linear" if scheduler is None else type(scheduler).__name__
-    inner = None if network is None else network_of(network)
     settings = {
         "data": data.name,
         "content": data.fingerprint(),
@@ -145,11 +144,7 @@ def diagnose(
     collapse(d, laws)
     if network is not None:
         ask_network(d, network, laws, moments, reader)
-        content["network"] = {
-            "parameters": 0 if inner is None else sum(p.numel() for p in inner.parameters()),
-            "prediction": getattr(network, "prediction", "sample"),
-            "sigma_range": list(network.sigma_range),
-        }
+        content["network"] = _about(network)
     content |= {"schedule": name, "held_out": parts.to_dict(), **d.content()}
     record = Record("phases", settings, content, packages, run.timings)
     if run.folder is not None:
@@ -180,6 +175,16 @@ def _network(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser:
             "(--pad) or choose another network."
         )
     return network
+
+
+def _about(network: Denoiser) -> Values:
+    """What a record says of a network."""
+    inner = network_of(network)
+    return {
+        "parameters": 0 if inner is None else sum(p.numel() for p in inner.parameters()),
+        "prediction": getattr(network, "prediction", "sample"),
+        "sigma_range": list(network.sigma_range),
+    }
 
 
 def _classifier(classify: Classify, test: Images) -> Identity:
