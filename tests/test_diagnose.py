@@ -141,6 +141,11 @@ def test_what_a_network_adds_to_its_law(tmp_path, monkeypatch):
             raw = x * (column**2 + d.size).sqrt()
             return (truth.denoise(raw, sigma) - law.denoise(raw, sigma)) / d.scale(sigma).reshape(column.shape)
 
+    class WithNull(Perfect):
+        def forward(self, x, sigma, class_labels):
+            assert class_labels.tolist() == [2] * len(x)
+            return super().forward(x, sigma)
+
     d.network = Perfect()
     pipe.unet = as_unet(d, pipe.scheduler)
     alone = lambda d, network, *_: ask_network._added(d, network, d.test.tensor()[: d.effort.images])  # noqa: E731
@@ -167,6 +172,10 @@ def test_what_a_network_adds_to_its_law(tmp_path, monkeypatch):
     assert html.index("What did the network add") < html.index(added["sentence"]) < html.index("<h2>Look")
     assert html.count("<h3>sigma") == 4
     assert overflow(path, 480) <= 0
+    d.num_class_embeds, d.null_label, d.network = 3, 2, WithNull()  # a network with classes is asked with its null one
+    pipe.unet = as_unet(d, pipe.scheduler)
+    again = diagnose(data, pipe, classify=nearest_sign, effort=TINY).content["added"]
+    assert again["net"] == pytest.approx(added["net"])
     del found.content["added"]  # a record of before
     assert "What did the network add" not in write_report(found, tmp_path / "before.html").read_text()
 

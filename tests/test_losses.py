@@ -551,6 +551,24 @@ def test_a_network_that_adds_nothing():
     assert "the network is worse than the law: -" in worse.sentence
 
 
+def test_what_a_network_is_added_to_where_the_law_fades_or_has_classes():
+    truth = points(-1.0, 1.0)
+    images = truth.sample(300, 0.0, generator(9))
+    d = sb.LawResidual(unit_gaussian(), lambda x, s: torch.zeros_like(x), top=2.0, fade=0.5)
+    found = added_to_law(d, images)
+    assert np.abs(found.nats.value).max() < 1e-12
+    g = generator(10)
+    y = torch.arange(200) % 2
+    some = 0.3 * torch.randn(200, 1, 2, 2, generator=g) + (y - 0.5).reshape(-1, 1, 1, 1)
+    law = PrincipalMixture.fit(some, labels=y)
+    d = sb.LawResidual(law, lambda x, s, class_labels: 0.1 * torch.ones_like(x), top=1.0)
+    of_classes = added_to_law(d, some, 4, labels=y)
+    own = loss_curve(law, some, of_classes.nats.sigma, labels=y)
+    np.testing.assert_allclose(of_classes.losses.of("law"), own.network, rtol=1e-4)
+    shift = d.scale(torch.tensor(of_classes.nats.sigma)).numpy() * 0.1
+    np.testing.assert_allclose(of_classes.losses.apart["law"].mean(1), 4 * shift**2, rtol=1e-3)
+
+
 def test_what_a_network_loses_at_low_noise_is_said():
     truth, law = Mixture.from_parameters(torch.tensor([[-1.0], [1.0]]).reshape(2, 1, 1, 1), 0.02), unit_gaussian()
     found = added_to_law(residual(truth, law, below=0.3, lowest=0.05), truth.sample(2000, 0.0, generator(7)))

@@ -114,7 +114,7 @@ def loss_curve(
     denoiser: Law | Denoiser,
     images: Batches,
     sigma: Levels,
-    laws: Mapping[str, Law] | None = None,
+    laws: Mapping[str, Law | Denoiser] | None = None,
     labels: Labels | None = None,
     seed: int = 0,
     draws: int = 1,
@@ -130,7 +130,7 @@ def loss_curve(
         denoiser: network as a `Denoiser`, or a law.
         images: [N, *S], an `Images` or batches; best ones that neither network nor laws were fitted on.
         sigma: levels [G]; they are sorted.
-        laws: laws with ``.denoise``, by name.
+        laws: laws with ``.denoise``, or other denoisers, by name.
         labels: class [N] of every image, only for a class-conditional network (or law); laws with classes then
             answer with the law of that class.
         seed: of the noise.
@@ -153,7 +153,8 @@ def loss_curve(
     True
     """
     s, network = np.unique(levels(sigma)[0]), as_denoiser(denoiser)
-    sources: dict[str | None, Law | Denoiser] = {None: network} | dict(laws or {})
+    others: dict[str | None, Law | Denoiser] = dict((laws or {}).items())
+    sources = {None: network} | others
     data = images_for(network, images, s)
     for name, law in sources.items():
         if tuple(law.shape) != tuple(network.shape):
@@ -190,8 +191,8 @@ def loss_curve(
     run = run or Run()
     mapped = None if through is None else through(data[:4], float(s[0]))
     who = (*sources, *fingerprints(run, *sources.values()))
-    settings = (*who, s.tolist(), data, classes, seed, draws, centre, mapped)
-    parts = run.parts("losses", s.tolist(), level, *settings)
+    settings = (*who, s.tolist(), data, classes, seed, draws, centre, mapped, 3)  # rows of `around`
+    parts = run.parts("loss", s.tolist(), level, *settings)
     errors, apart, far = np.stack([part["sums"] for part in parts], axis=2)
     spread, state, moved = np.stack([part["around"] for part in parts], axis=1)
     names = list(laws or {})

@@ -22,7 +22,7 @@ from symbreak.laws.class_posterior import Labels
 from symbreak.laws.law import Law, top_eigenvalue
 from symbreak.networks.denoiser import Batches, Denoiser, as_denoiser, images_for
 from symbreak.networks.families import denoiser as denoiser_of
-from symbreak.networks.residual import LawResidual
+from symbreak.networks.residual import LawResidual, law_answer
 from symbreak.phases.losses import Losses, between, filled, integral_above, loss_curve, nowhere
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Run, renamed
@@ -220,6 +220,9 @@ def _far_above(images: torch.Tensor) -> float:
 class Added(Result):
     """What a network adds to the law that it is the residual of, D = D_law + c_out F, by level.
 
+    Where the law gives way to an isotropic Gaussian at low noise (``fade`` of a `LawResidual`), D_law is what the
+    network is added to there.
+
     Attributes:
         losses: errors of the law (``"law"``) and of the sum (``network``) on the same noised images.
         gain: E|x_0 - D_law|^2 - E|x_0 - D|^2; the interval is of the paired differences.
@@ -230,7 +233,8 @@ class Added(Result):
             adds no nats it says how wrong the network is there, not the law.
         nats: what the network adds above each level, the integral of gain / u^3 du from there to the top. In
             expectation at most KL(p_sigma || q_sigma) - KL(p_top || q_top) of truth p and law q, and that for a
-            perfect network; negative where the network is worse than the law. Intervals over images.
+            perfect network (with a fade, of the reverse processes of the two denoisers); negative where the network is
+            worse than the law. Intervals over images.
         whole: the share over all levels, each unit of log sigma counting alike, with the ends of its interval.
         net: nats above ``lowest``, with the ends of their interval.
         lowest: where the nats above are most, if what lies below loses some of them beyond its interval; else the
@@ -262,7 +266,7 @@ class Added(Result):
     def sentence(self) -> str:
         """All of it in words."""
         sigma, (share, *ends) = self.losses.sigma, self.whole
-        nats = "{:.3g} [{:.3g}, {:.3g}] nats".format(*self.net)
+        nats = "{:.4g} [{:.4g}, {:.4g}] nats".format(*self.net)
         said = f"The law explains {share:.1%} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}] of the denoiser's variance "
         said += f"above sigma {sigma[0]:.3g}; the network "
         if self.between is None:
@@ -322,13 +326,17 @@ def added_to_law(
     if count < 4:
         raise InputError(f"{count} levels; expected at least 4.")
     low, high = residual.sigma_range
-    network = denoiser_of(residual, shape=tuple(residual.shape), sigma_range=(low, high))
+
+    def alone(x: torch.Tensor, sigma: torch.Tensor, class_labels: torch.Tensor | None = None) -> torch.Tensor:
+        return law_answer(residual.law, x, sigma, class_labels, residual.fade)
+
+    network, law = (denoiser_of(d, shape=tuple(residual.shape), sigma_range=(low, high)) for d in (residual, alone))
     clean = images_for(network, images, np.array([2 * low]))
     top = residual.top if residual.top < math.inf else _far_above(clean)
     if not top > 2 * low:
         raise InputError(f"levels from sigma {2 * low:.4g} to the residual's top, {top:.4g}; expected them to rise.")
     sigma = np.geomspace(2 * low, top, max(count, 1 + math.ceil(math.log(top / (2 * low)) / 0.3)))
-    losses = loss_curve(network, clean, sigma, {"law": residual.law}, labels, seed, run=run)
+    losses = loss_curve(network, clean, sigma, {"law": law}, labels, seed, run=run)
     excess, left = _excess(losses, "law"), losses.apart["law"]
     each = integral_above(excess, sigma)
     nats = mean_curve(sigma, each, "nats that the network adds above a level")

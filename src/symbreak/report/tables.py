@@ -230,7 +230,7 @@ def _added(content: Values) -> Table:
     for i in range(count - 1, -1, -max(1, count // ADDED)):
         means = (added["nats"]["sigma"], added["law"]["value"], added["sum"]["value"])
         cells = [Cell(number(values[i], ".3g")) for values in means]
-        for key, form in (("gain", ".3g"), ("share", ".1%"), ("score", ".1%"), ("nats", ".3g")):
+        for key, form in (("gain", ".3g"), ("share", ".1%"), ("score", ".1%"), ("nats", ".4g")):
             value, low, high = (added[key][k][i] for k in ("value", "low", "high"))
             cells.append(measured(value, low, high, form))
         table.add(*cells)

@@ -15,7 +15,7 @@ from symbreak.laws import Empirical
 from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser, fixed_class
-from symbreak.networks.residual import LawResidual, residual_of
+from symbreak.networks.residual import LawResidual, law_answer, residual_of
 from symbreak.noise import generator
 from symbreak.phases.branches import Classify
 from symbreak.phases.class_entropy import class_entropy_bound
@@ -195,19 +195,22 @@ def _losses(d: Diagnosis, network: Denoiser, laws: Laws, images: torch.Tensor) -
 
 
 def _added(d: Diagnosis, network: Denoiser, images: torch.Tensor) -> None:
-    """What the network adds to the law that it is the residual of, in numbers and in pictures."""
+    """What the network, with the class that it is fixed to, adds to the law that it is the residual of."""
     residual = network if isinstance(network, LawResidual) else residual_of(getattr(network, "unet", None))
     if residual is None:
         return
+    fixed = fixed_class(network)
+    labels = None if fixed is None else torch.full((len(images),), fixed)
     with d.stage("what the network adds") as run:
-        added = added_to_law(residual, images, d.effort.losses, seed=d.seed, run=run)
-        clean, top = images[:SHOWN], added.nats.sigma[-1]
+        added = added_to_law(residual, images, d.effort.losses, labels, d.seed, run)
+        clean, top, y = images[:SHOWN], added.nats.sigma[-1], None if labels is None else labels[:SHOWN]
         noise = torch.randn(clean.shape, generator=generator(d.seed, 23))
         pictures = []
         for sigma in np.geomspace(max(added.nats.sigma[0], top / 10), top, SHOWN_LEVELS)[::-1].tolist():
             x = clean + sigma * noise
             with torch.inference_mode():
-                law, whole = residual.law.denoise(x, sigma), residual(x, sigma)
+                s = torch.full((len(x),), sigma)
+                law, whole = law_answer(residual.law, x, s, y, residual.fade), residual(x, s, y)
             times = 1 / float((whole - law).abs().quantile(0.98).clamp_min(1e-30))
             rows = [
                 d.picture("noised", "", x / math.sqrt(1 + sigma**2)),
@@ -217,7 +220,7 @@ def _added(d: Diagnosis, network: Denoiser, images: torch.Tensor) -> None:
             ]
             pictures.append({"sigma": sigma, "rows": rows})
         shown = {"clean": d.picture(f"held-out {d.data.noun}", "", clean), "pictures": pictures}
-        d.added = {**added.to_dict(), **shown, "top": float(top), "law_name": repr(residual.law)}
+        d.added = {**added.to_dict(), **shown, "top": float(top), "fade": residual.fade[0]}
 
 
 def _class_entropy(
