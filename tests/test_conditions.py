@@ -86,6 +86,11 @@ def test_the_sampling_loop_is_diffusers_own_guidance(window):
     assert evaluations(guide, start) == cost == (12 if window is None else 9)
     assert evaluations(unet, start) == 6
     assert torch.equal(generate(as_unet(guide, base), start, range(3), labels, clamp=False), images)
+    pipe = sb.LateStartPipeline(as_unet(guide, base), start.scheduler, start)
+    pipe.set_progress_bar_config(disable=True)
+    generators = [generator_of(s) for s in range(3)]
+    out = pipe(3, generators, class_labels=labels, output_type="latent").images
+    assert torch.equal(out, images)
     other = generate(sb.guided(denoiser(unet, base), 10, 4.0, window), start, range(3), labels, clamp=False)
     assert float((other - images).abs().max()) > 1e-2
 

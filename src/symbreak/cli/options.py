@@ -399,7 +399,7 @@ class Conditions:
         from symbreak.phases.class_information import condition_information, guidance_window
         from symbreak.studies.diagnosis import some_images
 
-        if self.guidance is None:
+        if self.guidance is None or (self.guidance == 1 and self.window != "auto"):
             return pipe.unet, {}
         network = denoiser(pipe.unet, pipe.scheduler)
         window, found = limits(None if self.window == "auto" else self.window, "--window"), {}

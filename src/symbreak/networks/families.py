@@ -146,8 +146,10 @@ class NetworkDenoiser:
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         _check_shape(x, self.shape)
         sigmas = torch.as_tensor(sigma_of(sigma), dtype=torch.float64).reshape(-1)
-        times = torch.tensor([self.schedule.time(float(s)) for s in sigmas], dtype=torch.float64)
-        alpha, _ = _columns([self.schedule.level(float(t)) for t in times], x)
+        known = {s: self.schedule.time(s) for s in set(sigmas.tolist())}  # a batch has one level, or few
+        times = torch.tensor([known[s] for s in sigmas.tolist()], dtype=torch.float64)
+        levels = {t: self.schedule.level(t) for t in known.values()}
+        alpha, _ = _columns([levels[t] for t in times.tolist()], x)
         s = sigmas.to(x).reshape(alpha.shape)  # as it came: time and back rounds
         t = times.to(x).expand(len(x)) if len(times) == 1 else times.to(x)
         if self.says.kind == "vp":
