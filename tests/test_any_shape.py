@@ -208,6 +208,25 @@ def test_a_law_is_asked_at_the_levels_of_the_data(unit):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("load", "decided", "collapse"), [(load_breast_cancer, 2.77, 0.739), (load_diabetes, 0.699, 0.486)]
+)
+def test_tables_are_decided_and_collapse_where_the_page_says(load, decided, collapse):
+    """By class; of diabetes, whose target is a number, by whether it lies above the median."""
+    bunch = load()
+    labels = bunch.target if len(np.unique(bunch.target)) < 10 else bunch.target > np.median(bunch.target)
+    data = sb.samples(bunch.data, labels=labels, scale="standard")
+    at = levels(sb.diagnose(data), "data")
+    assert at["cloning"] == pytest.approx(decided, rel=0.01)
+    assert at["collapse"] == pytest.approx(collapse, rel=0.01)
+    # The same with every column in another unit, up to the last digits of single precision.
+    unit = 10.0 ** np.random.default_rng(0).integers(-3, 4, bunch.data.shape[1])
+    again = levels(sb.diagnose(sb.samples(bunch.data * unit, labels=labels, scale="standard")), "data")
+    assert again["cloning"] == pytest.approx(at["cloning"], rel=0.02)
+    assert again["spectral"] == pytest.approx(at["spectral"], rel=1e-4)
+
+
 def test_models_of_another_kind_are_named():
     w = world("vector")
     with pytest.raises(InputError, match=r"model of the type str; expected a diffusers pipeline, sb\.denoiser"):

@@ -290,3 +290,48 @@ def test_the_command_line_reads_tables(tmp_path, capsys):
         code, out, err = cli(*fit, *more, capsys=capsys)
         assert (code, out, err.count("\n")) == (2, "", 1), (more, err)
         assert said in err
+
+
+PIECES = [b",", b"\n", b'"', b"NaN", b"inf", b"1e999", b"\0", b";;", b"\r", b"-", b"\xff", b"a"]
+
+
+def damaged(content: bytes, rng: np.random.Generator) -> bytes:
+    """A file with some bytes changed, cut, doubled, or replaced by what tables may hold."""
+    out = bytearray(content)
+    for _ in range(int(rng.integers(1, 6))):
+        at = int(rng.integers(len(out))) if out else 0
+        kind = rng.integers(5)
+        if kind == 0:
+            out[at : at + 1] = bytes([rng.integers(256)])
+        elif kind == 1:
+            del out[at : at + int(rng.integers(1, 40))]
+        elif kind == 2:
+            out[at:at] = out[at : at + int(rng.integers(1, 40))]
+        elif kind == 3:
+            out[at:at] = rng.choice(PIECES)
+        else:
+            out = out[:at]
+    return bytes(out)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "npy", "npz"])
+def test_damaged_files_are_read_or_one_line(tmp_path, suffix):
+    table, path = frame(30), tmp_path / f"t.{suffix}"
+    if suffix in ("npy", "npz"):
+        x = table[["height", "income"]].to_numpy()
+        np.save(path, x) if suffix == "npy" else np.savez(path, x=x)
+    else:
+        table.to_csv(path, index=False) if suffix == "csv" else table.to_parquet(path)
+    content, rng, lines = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(100):
+        path.write_bytes(damaged(content, rng))
+        options = {"scale": str(rng.choice(["none", "standard"])), "labels": rng.choice([None, "kind", "none"])}
+        said = ""
+        try:
+            data = opened(str(path), **options)
+            assert bool(torch.isfinite(data.tensor()).all())
+        except InputError as error:
+            said = str(error)
+            lines += 1
+        assert "\n" not in said
+    assert lines > 20

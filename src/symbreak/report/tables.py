@@ -423,7 +423,7 @@ def tables(record: Record) -> tuple[dict[str, Table], list[str]]:
     """The tables of a record by name, and what is said beside them."""
     content = plain(record.content)
     made, said = TABLES[record.kind](record, content)
-    if record.kind in ("audit", "evaluation") and noun_of(content) == "samples":
+    if record.kind in ("audit", "evaluation", "study") and noun_of(content) == "samples":
         for table in made.values():
             _reword(table)
     return made, said
