@@ -130,6 +130,28 @@ def test_schedulers_that_cut_to_the_range_of_pixels_are_named():
     assert float((x - CENTRE).flatten(1).norm(dim=1).mean()) == pytest.approx(NORM / 2, rel=0.1)
 
 
+def test_fields_of_one_channel_are_not_cut_as_pictures_are(tmp_path):
+    """Of the shape of a grey picture, with values from -4 to 10: the start knows that they are no pixels."""
+    shape = (1, 3, 3)
+    means = CENTRE + torch.stack([-torch.ones(shape), torch.ones(shape)]).double() * 3
+    law = Mixture.from_parameters(means, SPREAD**2, WEIGHTS)
+    data, holdout = (sb.samples(law.sample(200, generator=generator(3, i))) for i in (1, 2))
+    start = sb.fit_start(data, law, sb.scheduler("dpm++2m"), 4, holdout)
+    x = sb.generate(law, start, range(100))
+    assert float(x.max()) > 5
+    start.save(tmp_path / "start.safetensors")
+    again = sb.LateStart.load(tmp_path / "start.safetensors")
+    assert torch.equal(sb.generate(law, again, range(100)), x)
+    write_images(law, again, [4], tmp_path / "made")
+    assert np.load(tmp_path / "made" / "00000004.npy").max() == float(x[4].max())
+    with pytest.raises(InputError, match="clip_sample"):
+        sb.fit_start(data, law, sb.scheduler("ddim"), 4, holdout)
+    content = sb.evaluate_network(
+        law, sb.standard_start(sb.scheduler("dpm++2m"), 20), range(100), data, holdout, cache=False
+    )
+    assert content["two_sample"]["knn"]["p_value"] > 0.01  # not cut, though the start does not know
+
+
 def test_networks_of_diffusers_for_signals_say_their_shape():
     unet = diffusers.UNet1DModel(
         sample_size=64, in_channels=2, out_channels=2, extra_in_channels=64, block_out_channels=(32, 32, 64),

@@ -218,4 +218,5 @@ def fit_start(
         if labels is None:
             raise InputError("the network is class-conditional, but the images to choose with have no labels.")
     laws = candidate_laws(data, clusters)
-    return late_start(scheduler, laws, steps, denoiser=network, data=holdout, labels=labels, check=check)
+    start = late_start(scheduler, laws, steps, denoiser=network, data=holdout, labels=labels, check=check)
+    return replace(start, pictures=data.units is None)

@@ -61,6 +61,7 @@ class LateStart:
         full: the scheduler before it was cut.
         notes: one line each on what was rounded or is outside the theory.
         choice: why it was chosen, where ``at="auto"`` did.
+        pictures: whether samples of the shape of pictures are pixels, which `generate` cuts to [-1, 1].
     """
 
     scheduler: Scheduler
@@ -71,6 +72,7 @@ class LateStart:
     full: Scheduler
     notes: tuple[str, ...] = field(default=())
     choice: Any | None = None
+    pictures: bool = True
 
     def __repr__(self) -> str:
         begins = f"sigma {self.level.sigma:.4g} with {self.calls} network evaluations"
@@ -186,6 +188,7 @@ class LateStart:
             "steps": self.steps,
             "notes": list(self.notes),
             "law": self.law is not None,
+            **({} if self.pictures else {"pictures": False}),
         }
         metadata = {"format": FORMAT, "version": VERSION, "start": json.dumps(about, sort_keys=True)}
         tensors = {"asked": _pair(self.asked), **self._realised()}
@@ -245,7 +248,7 @@ class LateStart:
                 f"start was saved with (diffusers {about['scheduler'].get('_diffusers_version')}). Make the start "
                 "again, or use the older versions."
             )
-        return replace(start, asked=level, notes=notes)
+        return replace(start, asked=level, notes=notes, pictures=about.get("pictures") is not False)
 
     def _realised(self) -> dict[str, torch.Tensor]:
         """What tells, in a file, whether the scheduler was cut again to the same."""

@@ -88,7 +88,7 @@ def check_shape(unet: Network, start: LateStart, micro_batch: int) -> tuple[int,
         raise InputError(
             f"the start's law has the shape {tuple(start.law.shape)}, the network {shape}. Fit it on such data."
         )
-    if not is_picture(shape):
+    if not (start.pictures and is_picture(shape)):
         check_unclipped(start.full, f"samples of {' x '.join(map(str, shape))}")
     return shape
 
@@ -272,7 +272,7 @@ class _Images:
         self.unet, self.start, self.seeds, self.micro_batch = unet, start, [int(s) for s in seeds], micro_batch
         self.clean, self.condition = clean, condition
         n, self.shape = len(self.seeds), check(unet, start, self.seeds, micro_batch)
-        self.clamp = is_picture(self.shape) if clamp is None else clamp
+        self.clamp = start.pictures and is_picture(self.shape) if clamp is None else clamp
         # Who hands the network its classes directly keeps them from the start, and answers for them.
         labels = labels.of(self.seeds) if isinstance(labels, Classes) else labels
         self.labels = None if "class_labels" in condition else check_labels(unet, labels, n)
@@ -359,7 +359,7 @@ def generate(
         clean: images [N, *S] to noise to the start level instead of drawing from the law
             (the best any law could do there).
         clamp: cut the result to [-1, 1], as pixels are; by default where samples have the shape of pictures of 1 or 3
-            channels.
+            channels, unless the start was fitted to data that are none.
         run: with a folder, finished blocks of images are kept there; tells how many images are done.
         **condition: passed to the network.
 
@@ -520,7 +520,8 @@ def write_images(
         settings = decisive(unet, start, micro_batch, None if classes is None else {"classes": classes.to_dict()})
     folder = Path(folder)
     info = folder / "sample.json"
-    fresh, pictures = not info.exists(), is_picture(shape) and (data is None or data.units is None)
+    fresh, pictures = not info.exists(), start.pictures and is_picture(shape)
+    pictures = pictures and (data is None or data.units is None)
     suffix = "png" if pictures else "npy"
     with locked(folder):
         missing = agreed(lambda: _missing(folder, seeds, settings, shape, suffix))
