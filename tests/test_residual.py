@@ -21,6 +21,7 @@ from symbreak.start.objectives import noising
 from symbreak.start.pipeline import LateStartPipeline
 from symbreak.start.recipe import Recipe
 from symbreak.start.train import train_network
+from tests.test_cli import symbreak
 
 SMALL = Recipe(channels=(8, 16), steps=24, batch=64, warmup=5, dropout=0.0, lr=3e-3, clusters=10, folds=2)
 
@@ -164,7 +165,7 @@ def test_one_folder_serves_all_ways_of_sampling(folder):
         diffusers.DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
 
 
-def test_classes_and_the_null_class(digits, tmp_path):
+def test_classes_and_the_null_class(digits, tmp_path, capsys):
     recipe = dataclasses.replace(SMALL, conditional=True, steps=16)
     train_network(digits, tmp_path / "a", recipe, law="auto")
     pipe = load_pipeline(tmp_path / "a")
@@ -183,6 +184,15 @@ def test_classes_and_the_null_class(digits, tmp_path):
         with_class, without = (d.bind(class_labels=c)(x, 0.5) for c in (y, torch.full((4,), 10)))
         torch.testing.assert_close(guide.bind(class_labels=y)(x, 0.5), 2 * with_class - without, rtol=1e-4, atol=1e-4)
     assert not torch.equal(sb.generate(guide, pipe.start, range(4), labels=3), images)
+    command = ("sample", "--model", tmp_path / "a", "--class", "3", "--seeds", "0-3", "--json")
+    code, out, err = symbreak(capsys, *command, "--out", tmp_path / "x")  # from its own start, in the class's own law
+    assert (code, "null_label" in err) == (0, False), err  # as diffusers would say of a setting that is not its own
+    assert json.loads(out)["calls"] == pipe.start.calls
+    code, out, err = symbreak(capsys, *command, "--guidance", 2, "--out", tmp_path / "y")
+    assert json.loads(out)["calls"] == 2 * pipe.start.calls
+    fit = ("fit", "--start", "--data", "digits", "--model", tmp_path / "a", "--steps", 3, "--clusters", 20)
+    code, out, err = symbreak(capsys, *fit, "--out", tmp_path / "s.safetensors")
+    assert code == 0, err
     with pytest.raises(InputError, match="has no labels"):
         train_network(sb.images(torch.rand(300, 1, 8, 8)), tmp_path / "b", recipe, law="auto")
 

@@ -10,6 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values
 
-__all__ = ["check_pipeline", "check_settings", "from_hub", "stored_numbers", "variant_of"]
+__all__ = ["check_pipeline", "check_settings", "from_hub", "quiet", "stored_numbers", "variant_of"]
 
 LIBRARIES = ("diffusers", "transformers")
 OURS = ["symbreak.networks.residual", "Mlp"]  # the one network of this package
@@ -204,3 +205,18 @@ def from_hub(source: str, say: Callable[[str], object] | None = None) -> Path:
         what = " ".join(str(error).split())[:120]
         raise InputError(f"{source} is no folder here, and the hub did not give it ({what}). Check the path.") from None
     return folder
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without progress bars and warnings of diffusers."""
+    logs = diffusers.utils.logging
+    bars, verbosity = logs.is_progress_bar_enabled(), logs.get_verbosity()
+    logs.disable_progress_bar()
+    logs.set_verbosity(logs.CRITICAL)
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        if bars:
+            logs.enable_progress_bar()

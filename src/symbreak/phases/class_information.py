@@ -161,7 +161,7 @@ def condition_information(
     source, run = as_denoiser(denoiser), run or Run()
     without = without_condition(source, null)
     law: Any = source.law if isinstance(source, LawDenoiser) else None
-    network = source if law is not None else conditional(source)
+    network: Any = source if law is not None else conditional(source)
     if law is not None and getattr(law, "classes", None) is None:
         raise InputError(f"{type(law).__name__} has no classes; expected a law with classes, or a conditional network.")
     if labels is None and isinstance(data, Images):
@@ -188,14 +188,15 @@ def condition_information(
         for draw in range(draws):
             # Noise of its own at every level: their errors average out in the integral.
             for rows, clean, x in pieces(images, u, seed, 33, i, draw):
-                given, free = posterior_mean(network, x, u, classes[rows]), posterior_mean(without, x, u)
-                sums[0, rows] += energy(given - free)
-                sums[1, rows] += energy(clean - free) - energy(clean - given)
+                of_class, of_all = posterior_mean(network, x, u, classes[rows]), posterior_mean(without, x, u)
+                sums[0, rows] += energy(of_class - of_all)
+                sums[1, rows] += energy(clean - of_all) - energy(clean - of_class)
         if not np.isfinite(sums).all():
             raise InputError(f"the network answers NaN or infinity at sigma {u:.4g}; expected denoised images.")
         return {"sums": sums / draws}
 
-    settings = (*fingerprints(run, without), null, grid.tolist(), images, classes, seed, draws)
+    first = network if law is not None else network.bind(class_labels=classes[:1])
+    settings = (*fingerprints(run, without, first), null, grid.tolist(), images, classes, seed, draws)
     parts = run.parts("class-information", list(enumerate(grid.tolist())), level, *settings)
     apart, gain = np.stack([part["sums"] for part in parts], axis=1)
     if not apart.any():

@@ -12,7 +12,7 @@ import torch
 
 from symbreak.data.images import Images
 from symbreak.networks.denoiser import class_count
-from symbreak.networks.foreign import check_pipeline, from_hub, stored_numbers, variant_of
+from symbreak.networks.foreign import check_pipeline, from_hub, quiet, stored_numbers, variant_of
 from symbreak.networks.guidance import check_classes
 from symbreak.networks.residual import backbone
 from symbreak.networks.samplers import scheduler
@@ -78,23 +78,16 @@ def _loaded(source: str | Path) -> diffusers.DiffusionPipeline:
         raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
     variant = variant_of(folder / "unet")
     numbers = stored_numbers(folder / "unet", variant)
-    logs = diffusers.utils.logging
-    bars, verbosity = logs.is_progress_bar_enabled(), logs.get_verbosity()
-    logs.disable_progress_bar()  # two components need no bar between our own lines
-    logs.set_verbosity(logs.CRITICAL)  # what it would say of the weights is an error below
     try:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            str(folder), use_safetensors=True, local_files_only=True, variant=variant
-        )
+        with quiet():  # two components need no bar between our own lines; what it says of the weights is an error below
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                str(folder), use_safetensors=True, local_files_only=True, variant=variant
+            )
     except Exception as error:
         what = " ".join(str(error).split())[:160]
         raise InputError(
             f"{source} cannot be loaded as a diffusers pipeline ({type(error).__name__}: {what})."
         ) from None
-    finally:
-        logs.set_verbosity(verbosity)
-        if bars:
-            logs.enable_progress_bar()
     if not hasattr(pipe, "unet") or not hasattr(pipe, "scheduler"):
         raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
     try:

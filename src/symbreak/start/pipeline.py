@@ -20,7 +20,7 @@ from symbreak.laws.class_posterior import Labels
 from symbreak.laws.law import fresh
 from symbreak.laws.saving import law_hash
 from symbreak.networks.families import as_unet
-from symbreak.networks.foreign import check_pipeline
+from symbreak.networks.foreign import check_pipeline, quiet
 from symbreak.networks.residual import LawResidual, Mlp, backbone, residual_of
 from symbreak.networks.types import Scheduler
 from symbreak.runtime.files import InputError, read_json, write_json
@@ -211,7 +211,8 @@ class LateStartPipeline(DiffusionPipeline):
             return cls(read_residual(folder, start, **kwargs), start.scheduler, start)
         options = {"use_safetensors": True, **kwargs, "local_files_only": True}
         try:
-            pipe = super().from_pretrained(str(folder), start=start, scheduler=start.scheduler, **options)
+            with quiet():
+                pipe = super().from_pretrained(str(folder), start=start, scheduler=start.scheduler, **options)
         except InputError:
             raise
         except Exception as error:
@@ -243,7 +244,8 @@ def read_residual(folder: str | Path, start: LateStart, **kwargs: Any) -> Any:
         raise InputError(f"{folder} has a network of the class {str(name)[:60]!r}, which diffusers does not have.")
     options = {**kwargs, "use_safetensors": True, "local_files_only": True}
     try:
-        network: Any = kind.from_pretrained(str(Path(folder) / "unet"), **options).eval()
+        with quiet():
+            network: Any = kind.from_pretrained(str(Path(folder) / "unet"), **options).eval()
         residual = LawResidual(
             start.law,
             network,
