@@ -421,7 +421,8 @@ class _Training:
         mine = slice(len(clean) * rank // ranks, len(clean) * (rank + 1) // ranks)
         batch = Batch(clean, index, None if self.labels is None else self.labels[index], mine)
         mean = self.objective.loss(batch, g, self.device)
-        rate = min(1.0, (step + 1) / max(1, recipe.warmup)) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        warmup = recipe.warmup if recipe.minutes is None else min(recipe.warmup, self.steps // 10)
+        rate = min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.lr * rate
         gpus = [self.device] if self.device.type == "cuda" else []  # whose global generator dropout draws from
