@@ -330,7 +330,7 @@ def test_studies_of_a_denoiser(tmp_path):
     np.savez(tmp_path / "t.npz", x=w.holdout.tensor().numpy(), y=w.holdout.labels.numpy())
     settings = sb.Study(
         str(tmp_path / "x.npz"), holdout=str(tmp_path / "t.npz"), samplers=("dpm++2m",), calls=(4,),
-        samples=120, repeats=2, selection=40, sweep=(0.6,), reference_calls=0,
+        samples=80, repeats=2, selection=30, sweep=(0.6,), reference_calls=0,
     )  # fmt: skip
     record = sb.run(settings, w.network(), run=sb.Run(tmp_path / "study"))
     assert record.content["extractor"]["name"] == "values"
@@ -358,7 +358,9 @@ def test_starts_are_compared_on_vectors():
 TABLES = {"wine": load_wine, "breast cancer": load_breast_cancer, "diabetes": load_diabetes}
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize(
+    "name", ["wine", *(pytest.param(k, marks=pytest.mark.slow) for k in ("breast cancer", "diabetes"))]
+)
 def test_planted_rows_of_tables_are_found_in_the_units_of_their_columns(name, tmp_path):
     bunch = TABLES[name](as_frame=True)
     table = bunch.frame.drop(columns="target")
