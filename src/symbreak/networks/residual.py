@@ -42,12 +42,12 @@ def law_answer(
 
     Where the law has classes, a label [B] that is none of them, as the null class is none, gets the law of all. With
     ``fade`` = (f, v) the answer gives way to that of N(0, v I) below sigma = f, with the weight
-    sigma^4 / (sigma^4 + f^4) of the law's.
+    sigma^8 / (sigma^8 + f^8) of the law's.
     """
     out = _of_class(law, x, sigma, labels)
     if fade[0] > 0:
         s = sigma.reshape(-1, *[1] * (x.ndim - 1))
-        weight = 1 / (1 + (fade[0] / s) ** 4)
+        weight = 1 / (1 + (fade[0] / s) ** 8)
         out = weight * out + (1 - weight) * x * (fade[1] / (fade[1] + s * s))
     return out
 

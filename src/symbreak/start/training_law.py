@@ -40,7 +40,7 @@ from symbreak.start.recipe import Recipe
 __all__ = ["TOP", "TrainingLaw", "training_law"]
 
 TOP = 0.75  # of the leading mode's standard deviation: the level above which the law answers alone
-KNOWS = 0.8  # of the noise's squared error: where the law's is larger, it knows little
+KNOWS = 0.81  # of the noise's squared error: where the law's is larger, it knows little
 STEPS = 5  # network evaluations that the start is chosen for
 COLLAPSED = 2000  # training images that the collapse level is computed from, and copies are looked for among
 DRAWS = 256  # of the law, for copies
@@ -162,9 +162,12 @@ def training_law(data: Images, recipe: Recipe, law: Law | str) -> TrainingLaw:
 
 def _fade(error: torch.Tensor) -> float:
     """The level below which the law takes away little of the noise's squared error; 0 where there is none."""
-    knows = (error[1] < KNOWS * error[0] ** 2).nonzero()[:, 0]
-    first = int(knows[0]) if len(knows) else 0
-    return float(error[0, first]) if first > 0 else 0.0
+    share = error[1] / error[0] ** 2
+    first = int((share < KNOWS).nonzero()[0, 0]) if bool((share < KNOWS).any()) else 0
+    if first == 0:
+        return 0.0
+    (a, b), (low, high) = share[first - 1 : first + 1].tolist(), error[0, first - 1 : first + 1].log().tolist()
+    return math.exp(low + (high - low) * (a - KNOWS) / (a - b))
 
 
 def _copies(law: Law, points: torch.Tensor) -> Values:
