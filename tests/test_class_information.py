@@ -157,6 +157,12 @@ def test_a_network_that_is_unsure_or_in_error_is_named():
     # |D_u + 2 (D_c - D_u) - D_u|^2 is four times as large; the losses lose by it.
     assert wild.limit["value"] / shy.limit["value"] == pytest.approx(16)
     assert wild.by_losses.value[0] < 0.5 * wild.limit["value"]
+    windows = [guidance_window(info).levels for info in (condition_information(law, x, y), shy, wild)]
+    assert windows[0] == pytest.approx(windows[1], rel=0.02)  # shares of its own limit
+    # Four times the information: the shares are of H[c], and not of what the errors add up to.
+    curve = exact(law, list(windows[2]), 20_000) / class_entropy(law, 1.0).total
+    np.testing.assert_allclose(4 * curve, [0.9, 0.1], rtol=0.15)
+    assert guidance_window(wild).low.criterion == "class information at 0.9 of H[c]"
     short = Conditional(law)
     short.sigma_range = (0.02, 1.2)
     info = condition_information(short, x, y)

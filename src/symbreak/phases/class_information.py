@@ -93,7 +93,7 @@ class GuidanceWindow(Result):
     Attributes:
         low: the level where the information has all but reached its limit; below it the class is fixed.
         high: the level where it begins to rise; above it the class makes no difference.
-        shares: of the limit that is passed at ``high`` and at ``low``.
+        shares: of the limit, or of H[c] where that is smaller, that is passed at ``high`` and at ``low``.
         notes: those of the information.
     """
 
@@ -213,6 +213,8 @@ def guidance_window(
 ) -> GuidanceWindow:
     """Where the class is being decided: the levels between which I(c; x_sigma) goes from 10 to 90 % of its limit.
 
+    Or of H[c], where the network's limit is above it: errors at low noise, which the integral adds to all it has.
+
     A prediction of the interval of levels in which guidance pays, without a scan: above it the conditional and the
     unconditional answer agree, and one evaluation is saved; below it the class is fixed.
 
@@ -236,9 +238,13 @@ def guidance_window(
     nats = _above(information.apart, information.grid, fine)
     curves = np.concatenate([nats.mean(1)[None], resampled(nats, seed, resamples)])
 
+    # A sum of positive parts keeps all errors of the levels below: no class has more information than H[c].
+    beyond = information.limit["low"] > information.total
+    whole = np.full(len(curves), information.total) if beyond else curves[:, 0]
+
     def time(share: float) -> CriticalTime:
-        thresholds = share * curves[:, 0]
-        why, criterion = nowhere(fine, curves[0], thresholds[0]), f"class information at {share:g} of its limit"
+        thresholds, of = share * whole, "H[c]" if beyond else "its limit"
+        why, criterion = nowhere(fine, curves[0], thresholds[0]), f"class information at {share:g} of {of}"
         return passing_time(fine, curves, thresholds, why, criterion, SOURCE)
 
     return GuidanceWindow(low=time(last), high=time(first), shares=(first, last), notes=information.notes)
