@@ -57,7 +57,7 @@ def test_audit_samples_the_classes_and_counts_both_evaluations(capsys, folder, t
     assert code == 0, err
     made = json.loads(out)["settings"]["made"]
     assert made["classes"] == {"in_turn": [1, 2]}
-    assert (made["calls"], made["guidance"]) == (6, {"scale": 2.0, "window": [1.0, 20.0]})
+    assert (made["calls"], made["guidance"]) == (6, {"scale": 2.0, "window": [1.0, 20.0], "steps": 2})
     for wrong, line in ((("--class", "12"), "the class 12, but"), (("--guidance", "nan"), "a guidance scale of nan")):
         code, _, err = symbreak(capsys, *common, *wrong)
         assert (code, line in err) == (2, True)

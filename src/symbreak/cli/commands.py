@@ -379,6 +379,7 @@ def evaluate(
             content = evaluate_network(
                 unet, begin, wanted, train, held_out, classes, micro_batch=MICRO, identity=identity | about, **measuring
             )
+            note("network", *guided_lines(content["sampling"]))
         else:
             images = Reading(samples_range, reading.skip_bad).open(required(samples, "--samples"), like=train)
             content = measure(images, train, held_out, **measuring)

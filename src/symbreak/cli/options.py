@@ -421,7 +421,10 @@ def guided_lines(settings: Values) -> list[str]:
         return []
     low, high = guidance["window"]
     where = f"at sigma {low:.4g} to " + ("infinity" if high is None else f"{high:.4g}")
-    return [f"Guidance of scale {guidance['scale']:g} {where}: {settings['calls']} network evaluations a sample."]
+    nothing = "" if guidance["steps"] else " No step of the sampler lies there: guidance changes nothing."
+    return [
+        f"Guidance of scale {guidance['scale']:g} {where}: {settings['calls']} network evaluations a sample.{nothing}"
+    ]
 
 
 def own_start(pipe: Pipeline) -> LateStart | None:

@@ -461,9 +461,14 @@ def decisive(
         micro_batch=micro_batch,
         **{k: v for k, v in (more or {}).items() if k not in (*SPELLED, *of)},
     )
+    calls, guidance = evaluations(unet, start), of.get("guidance")
+    if guidance is not None:  # how many of its steps are guided: those inside the window
+        more = {
+            **(more or {}),
+            "guidance": {**guidance, **(more or {}).get("guidance", {}), "steps": calls - start.calls},
+        }
     settings: Values = plain(
         {
-            **{k: of[k] for k in ("guidance",) if k in of},
             **(more or {}),
             "probe": of["answers"],  # to fixed states
             "weights": of["weights"],
@@ -472,7 +477,7 @@ def decisive(
             "micro_batch": micro_batch,
             "device": of["device"].partition(" ")[0],
             "steps": start.steps,
-            "calls": evaluations(unet, start),
+            "calls": calls,
             "level": start.level.to_dict(),
             "identity": decides,
         }
