@@ -1,6 +1,7 @@
 """A folder of small pictures for trying things out: coloured circles, squares, triangles and rings, 32 x 32 pixels.
 
-    python scripts/draw_shapes.py build/shapes 2000
+    python scripts/draw_shapes.py build/shapes 2000                draws them
+    python scripts/draw_shapes.py build/shapes build/net FILE.png  draws samples of a network that was trained on them
 
 Sub-folders are the four shapes. Picture i is drawn from the generator of seed i.
 """
@@ -41,7 +42,28 @@ def draw(seed: int) -> tuple[str, Image.Image]:
     return kind, image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
 
 
+def compare(pictures: str, net: str, path: str) -> None:
+    """Sixteen pictures of the folder above, below samples of a network with 3 and 5 evaluations from its own start."""
+    import symbreak as sb
+    from symbreak.start.training_looks import grid
+
+    data, pipe = sb.images(pictures), sb.load_pipeline(net)
+    rows = [data.subset(16).tensor()]
+    for steps in (3, 5):
+        sampler = sb.scheduler("dpm++2m-karras", like=pipe.scheduler)
+        start = sb.late_start(sampler, pipe.start.law, steps, at=pipe.start.level, check=False)
+        rows.append(sb.generate(pipe.unet, start, range(16)))
+    sheets = [grid(x, columns=16) for x in rows]
+    page = Image.new("RGB", (sheets[0].width, sum(sheet.height + 8 for sheet in sheets) - 8), "white")
+    for i, sheet in enumerate(sheets):
+        page.paste(sheet, (0, i * (sheet.height + 8)))
+    page.save(path)
+
+
 if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        compare(*sys.argv[1:])
+        raise SystemExit
     if len(sys.argv) != 3 or not sys.argv[2].isdecimal():
         raise SystemExit(__doc__)
     for seed in range(int(sys.argv[2])):

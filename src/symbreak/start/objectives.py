@@ -107,7 +107,7 @@ class Residual:
 
     def loss(self, batch: Batch, g: torch.Generator, device: torch.device) -> Any:
         clean, rows = batch.clean, batch.rows
-        levels = self.low * (self.residual.top / self.low) ** torch.rand(len(clean), generator=g, dtype=torch.float64)
+        levels = self.levels(len(clean), g)
         noise = torch.randn(clean.shape, generator=g)
         condition = {k: v.to(device) for k, v in batch.condition(_classes(self.network), g).items()}
         sigma, clean = levels[rows].float().to(device), clean[rows].to(device)
@@ -122,6 +122,10 @@ class Residual:
             return torch.nn.functional.mse_loss(answer.float(), target)
 
         return mean
+
+    def levels(self, n: int, g: torch.Generator) -> torch.Tensor:
+        """Levels [n] float64 of a batch."""
+        return self.low * (self.residual.top / self.low) ** torch.rand(n, generator=g, dtype=torch.float64)
 
     def _base(
         self, x: torch.Tensor, sigma: torch.Tensor, fold: torch.Tensor, labels: torch.Tensor | None

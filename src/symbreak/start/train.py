@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,7 @@ class _Job:
     before: Any
     place: torch.device
     decides: Identity
+    began: float = field(default_factory=time.monotonic)
 
     @property
     def checkpoint(self) -> Path:
@@ -364,7 +365,8 @@ class _Training:
             times.append(time.perf_counter() - began)
         self.optimizer.zero_grad(set_to_none=True)
         each = sorted(times[WARM:])[TIMED // 2]
-        self.steps = agreed(lambda: max(2 * TIMES, int(SPENT * 60 * minutes / each)))
+        left = 60 * minutes - (time.monotonic() - self.job.began)  # what reading and the law took is spent
+        self.steps = agreed(lambda: max(2 * TIMES, int(SPENT * left / each)))
 
     def go_on(self, images: Shards, every: float, run: Run) -> None:
         """Steps up to the last one, with a checkpoint every so many seconds and where the run is interrupted."""

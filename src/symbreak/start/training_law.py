@@ -37,7 +37,7 @@ from symbreak.start.late_start import LateStart, LateStartWarning
 from symbreak.start.objectives import noising
 from symbreak.start.recipe import Recipe
 
-__all__ = ["TOP", "TrainingLaw", "training_law"]
+__all__ = ["TOP", "TrainingLaw", "fading", "training_law"]
 
 TOP = 0.75  # of the leading mode's standard deviation: the level above which the law answers alone
 KNOWS = 0.81  # of the noise's squared error: where the law's is larger, it knows little
@@ -145,7 +145,7 @@ def training_law(data: Images, recipe: Recipe, law: Law | str) -> TrainingLaw:
         raise InputError(f"a residual below sigma {top:.3g}; the noise levels go from {low:.3g} to {high:.4g}.")
     labels = parts.test.labels if recipe.conditional else None
     error = law_error(whole, held, top, low / 2, labels)
-    fade = _fade(error), law_size(whole)
+    fade = fading(error), law_size(whole)
     error = law_error(whole, held, top, low / 2, labels, fade) if fade[0] else error
     some = parts.train.subset(min(COLLAPSED, len(parts.train))).tensor()
     collapse = collapse_time(Empirical(some)).sigma
@@ -160,7 +160,7 @@ def training_law(data: Images, recipe: Recipe, law: Law | str) -> TrainingLaw:
     return TrainingLaw(whole, folds, parts, error, fade[0], top, collapse, copies)
 
 
-def _fade(error: torch.Tensor) -> float:
+def fading(error: torch.Tensor) -> float:
     """The level below which the law takes away little of the noise's squared error; 0 where there is none."""
     share = error[1] / error[0] ** 2
     first = int((share < KNOWS).nonzero()[0, 0]) if bool((share < KNOWS).any()) else 0
