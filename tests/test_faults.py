@@ -959,6 +959,10 @@ def test_seeds(text):
     assert isinstance(found, InputError) or 0 < len(found) <= 10_000_000
 
 
+def test_seeds_that_come_twice_are_one():
+    assert parse_seeds("0-3,2,5,5") == [0, 1, 2, 3, 5]
+
+
 def test_seeds_without_end():
     assert isinstance(reads(lambda: parse_seeds(",".join(["0-9999999"] * 100_000))), InputError)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import warnings
 
 import diffusers
 import numpy as np
@@ -21,6 +22,7 @@ from symbreak.start.objectives import noising
 from symbreak.start.pipeline import LateStartPipeline
 from symbreak.start.recipe import Recipe
 from symbreak.start.train import train_network
+from symbreak.start.training_law import _copies, training_law
 from tests.test_cli import symbreak
 
 SMALL = Recipe(channels=(8, 16), steps=24, batch=64, warmup=5, dropout=0.0, lr=3e-3, clusters=10, folds=2)
@@ -313,3 +315,31 @@ def test_the_command_line(capsys, tmp_path):
     code, out, err = symbreak(capsys, "train", "--data", "digits", "--minutes", "1", "--steps", "3", "--out", net)
     assert code == 2
     assert "--steps and --minutes" in err
+
+
+def test_classes_with_gaps_are_trained_and_shown(tmp_path):
+    """The grids show the classes that there are, not 0, 1, 2, ..."""
+    x = torch.rand(160, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    data = sb.images(x, labels=[3] * 80 + [70] * 80)
+    made = train_network(data, tmp_path / "net", dataclasses.replace(SMALL, steps=2, conditional=True), law="auto")
+    assert len(list((tmp_path / "net" / "previews").glob("*.png"))) == len(made["looks"]["rows"])
+    pipe = load_pipeline(tmp_path / "net")
+    assert sb.generate(pipe.unet, pipe.start, [0, 1], torch.tensor([3, 70])).shape == (2, 1, 8, 8)
+
+
+def test_copies_are_told_from_chance_and_from_doubles():
+    g = torch.Generator().manual_seed(0)
+    numbers = torch.randn(2000, 1, generator=g)
+    share = _copies(sb.Gaussian.fit(numbers), numbers)
+    assert share["low"] < 1 / 3 < share["high"]  # in one dimension every third is that near, by chance
+    pairs = torch.randn(10, 20, generator=g).repeat_interleave(50, 0)
+    law = sb.Empirical(pairs)
+    assert _copies(law, pairs)["low"] > 0.9
+    assert _copies(law, pairs[:50])["count"] == 256  # of one image
+
+
+def test_chance_is_no_copying(tmp_path):
+    numbers = sb.samples(torch.randn(200, 1, generator=torch.Generator().manual_seed(0)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", LateStartWarning)
+        training_law(numbers, SMALL, "auto")

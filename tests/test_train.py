@@ -12,6 +12,7 @@ from symbreak.runtime.run import Run
 from symbreak.start.loading import load_pipeline
 from symbreak.start.recipe import Recipe
 from symbreak.start.train import train_network
+from tests.test_cli import symbreak
 
 SMALL = Recipe(channels=(8, 16), steps=30, batch=32, warmup=5, dropout=0.1)
 
@@ -127,7 +128,18 @@ def test_the_bundled_network_is_what_its_recipe_says():
         ('{"channels": [7]}', "multiples of 8"),
         ('{"steps": 0}', ">= 1"),
         ('{"dropout": 1}', "dropout"),
-        ('{"steps": "many"}', "whole numbers"),
+        ('{"steps": "many"}', "recipe steps 'many'; expected a whole number"),
+        ('{"channels": [8.0]}', "recipe channels 8.0; expected a whole number"),
+        ('{"channels": 8}', "'int' object is not iterable"),
+        ('{"lr": "1e-3"}', "recipe lr '1e-3'; expected a number"),
+        ('{"lr": null}', "recipe lr None; expected a number"),
+        ('{"minutes": true}', "recipe minutes True; expected a number"),
+        ('{"clusters": "a"}', "recipe clusters 'a'; expected a whole number"),
+        ('{"clusters": 1.5}', "recipe clusters 1.5; expected a whole number"),
+        ('{"clusters": -3}', "recipe clusters -3; expected at least 1"),
+        ('{"folds": true}', "recipe folds True; expected a whole number"),
+        ('{"conditional": "no"}', "recipe conditional 'no'; expected true or false"),
+        ('{"top": [1]}', r"recipe top \[1\]; expected a number"),
         ("[]", "no settings"),
         ("{", "not JSON"),
     ],
@@ -138,8 +150,22 @@ def test_bad_recipes(tmp_path, text, match):
         Recipe.load(tmp_path / "r.json")
 
 
+def test_minutes_of_zero_are_no_default_and_steps_win_over_a_recipes_minutes(tmp_path, capsys):
+    (tmp_path / "r.json").write_text('{"channels": [8, 8], "batch": 8, "warmup": 0, "minutes": 500}')
+    train = ("train", "--data", "digits", "--out", tmp_path / "a", "--recipe", tmp_path / "r.json")
+    assert symbreak(capsys, *train, "--minutes", 0)[2].count("needs minutes and top above 0") == 1
+    code, out, _ = symbreak(capsys, *train, "--steps", 2, "--json")
+    assert code == 0
+    assert json.loads(out)["recipe"]["steps"] == 2
+
+
 def test_images_that_do_not_fit(tmp_path):
-    with pytest.raises(InputError, match="Pad them"):
+    known = {"law": "auto", "recipe": SMALL}
+    with pytest.raises(InputError, match="9 x 9 do not fit"):  # before a law is fitted, which would want more of them
+        train_network(images(torch.rand(4, 9, 9)), tmp_path / "a", **known)
+    with pytest.raises(InputError, match=r"at least 160\. Pass more, or train without a law"):
+        train_network(images(torch.rand(20, 8, 8)), tmp_path / "a", **known)
+    with pytest.raises(InputError, match="pad them"):
         train_network(images(torch.rand(4, 9, 9)), tmp_path / "a", SMALL)
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is a file"):

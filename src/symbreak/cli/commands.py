@@ -493,11 +493,12 @@ def train(
         opened = reading.open(data, limit)
         settings = recipe_for(opened.shape, loaded, init, residual)
         settings = settings if steps is None else replace(settings, steps=steps)
-        minutes, conditional = minutes or settings.minutes, conditional or settings.conditional
+        if steps is None and minutes is None:
+            minutes = settings.minutes
         result = train_network(
             opened,
             out,
-            replace(settings, minutes=minutes, conditional=conditional),
+            replace(settings, minutes=minutes, conditional=conditional or settings.conditional),
             law="auto" if residual else None,
             init=init,
             device=machine.place(),

@@ -12,6 +12,14 @@ from symbreak.runtime.plain import Values
 __all__ = ["Recipe"]
 
 LARGEST = 8192  # channels, layers: beyond what any machine trains
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("channels", "layers", "steps", "batch", "warmup", "seed", "folds"), (int,)),
+    "clusters": (int, type(None)),
+    **dict.fromkeys(("dropout", "lr", "ema", "weight_decay"), (float, int)),
+    **dict.fromkeys(("minutes", "top"), (float, int, type(None))),
+    "conditional": (bool,),
+}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -67,16 +75,21 @@ class Recipe:
             raise InputError(f"{path} holds {extra}; a recipe has the settings {', '.join(sorted(known))}.")
         try:
             recipe = cls(**{**raw, "channels": tuple(raw.get("channels", cls.channels))})
+        except TypeError as error:
+            raise InputError(f"{path} is no recipe ({error}).") from None
+        try:
             recipe.check()
-        except (TypeError, OverflowError) as error:
+        except OverflowError as error:
             raise InputError(f"{path} is no recipe ({error}).") from None
         return recipe
 
     def check(self) -> None:
         """Settings that cannot be trained raise an error that names them."""
-        whole = (*self.channels, self.layers, self.steps, self.batch, self.warmup, self.seed)
-        if any(isinstance(n, bool) or not isinstance(n, int) for n in whole):
-            raise InputError("recipe channels, layers, steps, batch, warmup and seed are whole numbers.")
+        for name, kinds in KINDS.items():
+            value = getattr(self, name)
+            for one in value if name == "channels" else (value,):
+                if isinstance(one, bool) != (kinds == (bool,)) or not isinstance(one, kinds):
+                    raise InputError(f"recipe {name} {one!r}; expected {WORDS[kinds[0]]}.")
         if not self.channels or any(c < 8 or c % 8 for c in self.channels):
             raise InputError(f"recipe channels {self.channels}; expected positive multiples of 8.")
         if min(self.layers, self.steps, self.batch) < 1 or not self.lr > 0 or not 0 <= self.ema < 1:
@@ -91,5 +104,7 @@ class Recipe:
             raise InputError(f"recipe dropout {self.dropout}; expected 0 <= dropout < 1.")
         if not (self.minutes is None or 0 < self.minutes < 1e6) or not (self.top is None or 0 < self.top < 1e6):
             raise InputError("a recipe needs minutes and top above 0, or none of them.")
-        if not isinstance(self.folds, int) or not 1 <= self.folds <= 64:
+        if self.clusters is not None and self.clusters < 1:
+            raise InputError(f"recipe clusters {self.clusters}; expected at least 1, which is a Gaussian.")
+        if not 1 <= self.folds <= 64:
             raise InputError(f"recipe folds {self.folds}; expected a whole number from 1 (no folds) to 64.")

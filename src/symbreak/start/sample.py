@@ -67,7 +67,7 @@ def parse_seeds(text: str) -> list[int]:
         if b < a or len(seeds) + b - a >= 10_000_000:
             raise InputError(f"the seed range {part.strip()} is empty, or makes more than ten million seeds.")
         seeds.extend(range(a, b + 1))
-    return seeds
+    return list(dict.fromkeys(seeds))  # 0-3,2 names 2 once
 
 
 def check(unet: Network, start: LateStart, seeds: Sequence[int], micro_batch: int) -> tuple[int, ...]:

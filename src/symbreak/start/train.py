@@ -55,18 +55,27 @@ WARM, TIMED = 2, 5  # steps by which the time of one is measured
 SPENT = 0.85  # share of the minutes that goes into steps; the rest is for the looks and the choice of a start
 
 
+def _is_picture(shape: tuple[int, ...]) -> bool:
+    return len(shape) == 3 and 1 not in shape[1:]
+
+
+def _check_sides(recipe: Recipe, shape: tuple[int, ...]) -> None:
+    """Pictures that cannot be halved as often as the network does raise an error before a law is fitted."""
+    halvings = len(recipe.channels) - 1
+    if _is_picture(shape) and (shape[1] != shape[2] or shape[1] % 2**halvings):
+        raise InputError(
+            f"images of {shape[1]} x {shape[2]} do not fit a network with {halvings + 1} resolutions: expected squares "
+            f"whose side {2**halvings} divides. Resize (--size) or pad them (--pad), or change the recipe's channels."
+        )
+
+
 def _network(recipe: Recipe, shape: tuple[int, ...], classes: int | None, inputs: int) -> torch.nn.Module:
     """The backbone: a UNet2DModel of pictures, an `Mlp` of everything else."""
     embeds = None if classes is None else classes + 1
-    if len(shape) != 3 or 1 in shape[1:]:
+    if not _is_picture(shape):
         return Mlp(shape, recipe.channels[0] * 4, max(2, recipe.layers + 1), inputs, embeds)
-    c, h, w = shape
+    c, h, _ = shape
     halvings = len(recipe.channels) - 1
-    if h != w or h % 2**halvings:
-        raise InputError(
-            f"images of {h} x {w} do not fit a network with {len(recipe.channels)} resolutions: expected squares whose "
-            f"side {2**halvings} divides. Pad them (--pad) or change the recipe's channels."
-        )
     plain = ["DownBlock2D"] * halvings
     return UNet2DModel(
         sample_size=h,
@@ -146,6 +155,7 @@ def train_network(
         )
     if law is None and len(data.shape) != 3:
         raise InputError(f"data of shape {data.shape} are trained with a law. Pass law='auto' (--residual).")
+    _check_sides(recipe, data.shape)
     out, ranks = Path(out), rank_of()[1]
     place = usable(device)
     with locked(out):
@@ -327,7 +337,7 @@ class _Training:
         self.objective: Objective = (
             Epsilon(self.network) if known is None else Residual(known.residual(self.network), known.folds, low)
         )
-        self.looks = Looks(job.out, data.shape, known, recipe.conditional)
+        self.looks = Looks(job.out, data.shape, known, data.labels if recipe.conditional else None)
         self.parameters = list(self.network.parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
         self.average = EMAModel(self.parameters, decay=recipe.ema, use_ema_warmup=True, power=0.75)

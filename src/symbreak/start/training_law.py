@@ -123,6 +123,11 @@ def training_law(data: Images, recipe: Recipe, law: Law | str) -> TrainingLaw:
         raise InputError(
             f"a law of shape {tuple(law.shape)} for data of {tuple(data.shape)}. Fit it on the data, or pass 'auto'."
         )
+    if len(data) < 10 * FEWEST:
+        raise InputError(
+            f"{data.name} has {len(data)} {data.noun}, of which a tenth is kept back to measure with; expected "
+            f"at least {10 * FEWEST}. Pass more, or train without a law (without --residual)."
+        )
     # the digits' other half is what networks are evaluated on
     parts = held_out(data, None, min(0.1, CHOOSERS / len(data)), fewest=FEWEST, bundled=False)
     held = parts.test.tensor()
@@ -150,7 +155,8 @@ def training_law(data: Images, recipe: Recipe, law: Law | str) -> TrainingLaw:
     some = parts.train.subset(min(COLLAPSED, len(parts.train))).tensor()
     collapse = collapse_time(Empirical(some)).sigma
     copies = _copies(whole, some)
-    if copies["low"] > 0.01:
+    # by chance a point is three times nearer to one than to the next in 3^-d of the cases
+    if copies["low"] > 0.01 + 3.0 ** -math.prod(data.shape):
         warnings.warn(
             f"{copies['count']} of {copies['of']} draws of the law are copies of training images: so will be what is "
             "sampled from it. Use fewer clusters.",
@@ -171,7 +177,10 @@ def fading(error: torch.Tensor) -> float:
 
 
 def _copies(law: Law, points: torch.Tensor) -> Values:
-    """How many draws of a law lie three times nearer to one training image than to the next."""
+    """How many draws of a law lie three times nearer to one training image than to the next other one."""
+    points = torch.unique(points, dim=0)  # beside an image that comes twice, a copy is as near to both
+    if len(points) < 2:
+        return proportion(DRAWS, DRAWS)
     draws = law.sample(DRAWS, generator=torch.Generator().manual_seed(0)).to(points)
     d, _ = neighbours(draws, points, 2)
     return proportion(int((d[:, 0] < d[:, 1] / 3).sum()), DRAWS)

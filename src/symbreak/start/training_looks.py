@@ -54,20 +54,24 @@ class Looks:
         folder: of the training; grids go into ``previews/``.
         shape: sample shape.
         known: the law that is trained below; without one there are no held-out losses.
-        conditional: whether the network is told the classes.
+        labels: classes of the training images, of which the grids show one after the other; ``None`` for a network that
+            is told none.
 
     Attributes:
         rows: step and held-out squared error per element at each of ``sigma``, a row a look.
     """
 
-    def __init__(self, folder: Path, shape: tuple[int, ...], known: TrainingLaw | None, conditional: bool) -> None:
+    def __init__(
+        self, folder: Path, shape: tuple[int, ...], known: TrainingLaw | None, labels: torch.Tensor | None
+    ) -> None:
         self.folder, self.shape, self.known = folder, tuple(shape), known
+        self.classes = None if labels is None else labels.unique()
         self.rows: list[list[float]] = []
         self.sigma: list[float] = []
         self.law: list[float] = []
         if known is not None:
             held = self.clean = known.parts.test.tensor()
-            self.labels = known.parts.test.labels if conditional else None
+            self.labels = None if labels is None else known.parts.test.labels
             self.noise = torch.randn(held.shape, generator=generator(0, 411))
             self.sigma = [float(s) for s in np.geomspace(max(0.02, 1.01 * float(known.error[0, 0])), known.top, LEVELS)]
             self.law = [self._error(self._answer, s) for s in self.sigma]
@@ -96,8 +100,7 @@ class Looks:
             start = standard_start(base, MANY)
             if self.known is not None:
                 start = late_start(base, self.known.law, FEW, at=NoiseLevel(self.known.top * 0.75), check=False)
-            embeds = unet.config.get("num_class_embeds")
-            labels = None if not embeds else torch.arange(IMAGES) % (embeds - 1)
+            labels = None if self.classes is None else self.classes[torch.arange(IMAGES) % len(self.classes)]
             try:
                 x = generate(unet, start, range(IMAGES), labels, micro_batch=IMAGES, device=device)
             except StepError:  # a network that is not trained yet may diverge; the training goes on
