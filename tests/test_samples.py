@@ -335,3 +335,40 @@ def test_damaged_files_are_read_or_one_line(tmp_path, suffix):
             lines += 1
         assert "\n" not in said
     assert lines > 20
+
+
+TEXTS = {  # the lines of a table with the columns a and b, its name, and what is said of it
+    "decimal commas": ("a;b\n1,5;2\n-3,25;4e0\n", "t.csv", "Commas in numbers are read as decimal points"),
+    "bars": ("a|b\n1.5|2\n-3.25|4\n", "t.csv", ""),
+    "blanks": (" 1.5   2.0\n-3.25  4.0\n", "t.txt", "columns have no names"),
+    "blanks under names": ("a b\n1.5 2\n-3.25 4\n", "t.csv", ""),
+    "savetxt": ("# a b\n1.5e+00 2.0e+00\n-3.25e+00 4.0e+00\n", "t.txt", ""),
+    "comments": ("# by a camera\n# in 2020\na,b\n1.5,2\n-3.25,4\n", "t.csv", ""),
+    "blanks behind commas": ("a, b\n1.5, 2\n-3.25, 4\n", "t.csv", ""),
+    "a last comma": ("a,b,\n1.5,2,\n-3.25,4,\n", "t.csv", ""),
+    "shuffled rows": (",a,b\n7,1.5,2\n3,-3.25,4\n", "t.csv", "'' only numbers the rows"),
+    "rows with an ID": ("ID,a,b\n31,1.5,2\n20,-3.25,4\n", "t.csv", "'ID' only numbers the rows"),
+    "a Label": ("a,b,Label\n1.5,2,0\n-3.25,4,1\n", "t.csv", "The column Label is read as labels"),
+}
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_tables_as_programs_write_them(tmp_path, text):
+    content, name, said = TEXTS[text]
+    (tmp_path / name).write_text(content)
+    data = opened(str(tmp_path / name))
+    assert data.tensor().tolist() == [[1.5, 2.0], [-3.25, 4.0]]
+    assert data.units.columns == (("column 0", "column 1") if "no names" in said else ("a", "b"))
+    assert (said in data.notes[0]) if said else not data.notes
+    assert (data.labels is not None) == ("Label" in text)
+
+
+def test_one_column_whose_name_has_blanks(tmp_path):
+    (tmp_path / "t.csv").write_text("my column\n1\n2\n")
+    assert opened(str(tmp_path / "t.csv")).units.columns == ("my column",)
+
+
+def test_parquet_files_of_structs_are_no_paths_of_pictures(tmp_path):
+    pd.DataFrame({"v": [{"x": 1}, {"x": 2}]}).to_parquet(tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="in the column 'v'; expected a number"):
+        opened(str(tmp_path / "t.parquet"))

@@ -104,7 +104,7 @@ def from_columns(
     may = [name for name, fits in columns.items() if fits]
     choice = f"It has: {', '.join(may[:60])}." if may else "It has no column with labels."
     if wanted is None:
-        name = next((c for c in LABEL_COLUMNS if c in columns), None)
+        name = next((n for c in LABEL_COLUMNS for n in columns if n.lower() == c), None)
         if name is not None and columns[name]:
             return classes_of(source, *read(name), column=name)
         if name is None and not may:

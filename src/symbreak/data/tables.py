@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +23,9 @@ __all__ = ["CSV", "Columns", "has_pictures", "read_table", "values_of"]
 
 CSV = (".csv", ".tsv", ".txt")
 MOST_CLASSES = 100  # different whole numbers that a column called "label" may have, and still be read as labels unasked
-INDEX = ("", "index", "id", "Unnamed: 0", "__index_level_0__")  # names of columns that may only number the rows
+INDEX = ("", "index", "id", "unnamed: 0", "__index_level_0__")  # names of columns that may only number the rows
+DECIMAL_COMMA = re.compile(r"(?<![\w.,])[-+]?\d+,\d+(?![\w.,])")  # a number such as 1,5
+DECIMAL_POINT = re.compile(r"\d\.\d")
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,13 @@ class Columns:
 
 def has_pictures(path: Path) -> bool:
     """Whether a parquet file has a column of encoded pictures, or of their paths."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with readable(path):
         schema = pq.read_schema(path)
-    return any(holds_pictures(kind) or str(kind).startswith("struct") for kind in schema.types)
+    paths = (pa.types.is_struct(kind) and "path" in [field.name for field in kind] for kind in schema.types)
+    return any(paths) or any(map(holds_pictures, schema.types))
 
 
 def read_table(paths: Sequence[Path]) -> tuple[pa.Table, tuple[str, ...]]:
@@ -84,23 +90,47 @@ def _read_text(path: Path) -> tuple[pa.Table, tuple[str, ...]]:
             head = "".join(line for _, line in zip(range(20), stream, strict=False))
     except UnicodeDecodeError:
         raise InputError(f"{path} is no text in UTF-8. Save it as UTF-8.") from None
+    lines = head.splitlines()
+    comments = next((i for i, line in enumerate(lines) if not line.startswith("#")), 0)
+    head, above = "\n".join(lines[comments:]), lines[comments - 1].lstrip("# ") if comments else ""
+    words = {len(line.split()) for line in lines[comments:]} - {0}
+    # columns between blanks, as numpy.savetxt writes them
+    spaced = not set(",;\t|") & set(head) and len(words) == 1 and min(words) > 1
     try:
-        delimiter = csv.Sniffer().sniff(head, ",;\t").delimiter
+        delimiter = " " if spaced else csv.Sniffer().sniff(head, ",;\t|").delimiter
     except csv.Error:
         delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    first = next(csv.reader(head.splitlines()[:1], delimiter=delimiter), [])
-    bare = bool(first) and all(_is_number(name) for name in first)  # a table without a header
-    notes = ("The first line holds numbers: the columns have no names.",) if bare else ()
+
+    def cells(line: str) -> list[str]:
+        return line.split() if spaced else next(csv.reader([line], delimiter=delimiter), [])
+
+    comma = delimiter != "," and bool(DECIMAL_COMMA.search(head)) and not DECIMAL_POINT.search(head)
+    first = cells(lines[comments]) if lines else []
+    numbers = [name.replace(",", ".") if comma else name for name in first]
+    bare = bool(first) and all(_is_number(name) for name in numbers)  # a table without a header
+    names = cells(above) if bare and len(cells(above)) == len(first) else []  # savetxt puts it behind a #
+    notes = ("Commas in numbers are read as decimal points.",) if comma else ()
+    if bare and not names:
+        notes += ("The first line holds numbers: the columns have no names.",)
     try:
+        content: Path | io.BytesIO = path
+        if spaced:
+            rows = (" ".join(line.split()) for line in path.read_text("utf-8-sig").splitlines()[comments:])
+            content = io.BytesIO("\n".join(rows).encode())
         table = text.read_csv(
-            path,
-            read_options=text.ReadOptions(autogenerate_column_names=bare),
+            content,
+            read_options=text.ReadOptions(autogenerate_column_names=bare, skip_rows=0 if spaced else comments),
             parse_options=text.ParseOptions(delimiter=delimiter),
+            convert_options=text.ConvertOptions(decimal_point="," if comma else "."),
         )
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as a table: {' '.join(str(error).split())[:120]}.") from None
     if bare:
-        table = table.rename_columns([f"column {i}" for i in range(table.num_columns)])
+        return table.rename_columns(names or [f"column {i}" for i in range(table.num_columns)]), notes
+    table = table.rename_columns([name.strip() for name in table.column_names])
+    # a delimiter at the end of every line
+    if table.num_columns and table.column_names[-1] == "" and table.column(-1).null_count == len(table):
+        table = table.remove_column(table.num_columns - 1)
     return table, notes
 
 
@@ -149,9 +179,10 @@ def values_of(source: str, table: pa.Table, wanted: Sequence[str] | None, like: 
             [f"The columns {', '.join(left[:5])} are not among those of the data and are left out."] if left else []
         )
         rest = list(like)
-    for name in [n for n in rest if n in INDEX and n not in like]:
+    for name in [n for n in rest if n.lower() in INDEX and n not in like]:
         values = _numbers(source, table, name)
-        if values.ndim == 1 and len(values) > 1 and np.array_equal(values, values[0] + np.arange(len(values))):
+        whole = values.ndim == 1 and len(values) > 1 and np.array_equal(values, np.floor(values))
+        if whole and len(np.unique(values)) == len(values):  # shuffled and filtered rows keep their numbers
             notes.append(f"The column {name!r} only numbers the rows and is left out.")
             rest.remove(name)
     if not rest:
@@ -170,13 +201,13 @@ def values_of(source: str, table: pa.Table, wanted: Sequence[str] | None, like: 
 
 def _labels_by_name(table: pa.Table) -> tuple[tuple[str, ...], list[str]]:
     """The column that is read as labels unasked, and what is said of it."""
-    name = next((c for c in LABEL_COLUMNS if c in table.column_names), None)
+    name = next((n for c in LABEL_COLUMNS for n in table.column_names if n.lower() == c), None)
     if name is None:
         return (), []
     different = len(table.column(name).unique())
     if not may_be_labels(table.field(name).type) or different > MOST_CLASSES:
         few = f"The column {name} holds {different:,} different values: it is read as numbers, not as classes."
-        return (), [f"{few} labels={name} (--labels) reads it as classes."]
+        return (), [f"{few} labels={name} (--labels {name}) reads it as classes."]
     return (name,), [f"The column {name} is read as labels; labels=none (--labels none) reads it as numbers."]
 
 
