@@ -109,7 +109,7 @@ def _read_text(path: Path) -> tuple[pa.Table, tuple[str, ...]]:
     numbers = [name.replace(",", ".") if comma else name for name in first]
     bare = bool(first) and all(_is_number(name) for name in numbers)  # a table without a header
     names = cells(above) if bare and len(cells(above)) == len(first) else []  # savetxt puts it behind a #
-    notes = ("Commas in numbers are read as decimal points.",) if comma else ()
+    notes: tuple[str, ...] = ("Commas in numbers are read as decimal points.",) if comma else ()
     if bare and not names:
         notes += ("The first line holds numbers: the columns have no names.",)
     try:
