@@ -651,3 +651,30 @@ def test_nobody_asks_the_hub_for_data_without_a_word(tmp_path, monkeypatch, caps
     assert said == [
         "" if offline else "symbreak: note: owner/no-such-data is no file here; asking the Hugging Face hub for it\n"
     ]
+
+
+def test_dark_pictures_are_said(tmp_path):
+    """16-bit pictures of which the lower bits are used, as cameras write them, and masks of numbered classes."""
+    for name, top, kind, said in (("deep", 200, np.uint16, 0), ("deeper", 4095, np.uint16, 15), ("mask", 20, "u1", 20)):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Image.fromarray(np.full((8, 8), top - i, kind)).save(tmp_path / name / f"{i}.png")
+        notes = " ".join(sb.images(tmp_path / name).notes)
+        assert f"No picture looked at has a value above {said}, read as 0 .. 255" in notes
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "said"),
+    [
+        ("", {}, "an empty path"),
+        ("digits", {"size": True}, "size of True pixels"),
+        ("digits", {"crop": True}, "crop True"),
+        ("digits", {"limit": 2.5}, "subset of 2.5 images"),
+        ("digits", {"limit": "9"}, "subset of 9 images"),
+        ("digits", {"classes": []}, "0 images of these classes"),
+        (np.ma.masked_greater(np.random.default_rng(0).random((4, 8, 8)), 0.5), {}, "values of the array are masked"),
+    ],
+)
+def test_options_of_other_kinds_are_one_line(source, options, said):
+    with pytest.raises(InputError, match=said):
+        sb.images(source, **options)

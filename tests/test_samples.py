@@ -206,6 +206,17 @@ BAD = {
     "bytes": (lambda t: ((t / "a.csv").write_bytes(b"\xff\xfe\x00\x81") and t / "a.csv", {}), "no text in UTF-8"),
     "other lists": (lambda t: (pd.DataFrame({"a": [[1.0], [2.0, 3.0]]}), {}), "lists of different lengths"),
     "dates": (lambda t: (pd.DataFrame({"a": pd.to_datetime(["2020-01-01", "2020-01-02"])}), {}), "row 0 .*'2020-01-01"),
+    "mixed values": (lambda t: (pd.DataFrame({"a": [1, "2"]}), {}), "no table of numbers .*column a"),
+    "complex column": (lambda t: (pd.DataFrame({"a": [1j, 2]}), {}), "no table of numbers .*column a"),
+    "two columns of one name": (lambda t: (pd.DataFrame(np.eye(2), columns=["a", "a"]), {}), "Duplicate column names"),
+    "a missing number of a list": (lambda t: (pd.DataFrame({"v": [[1.0, None]] * 2}), {}), "row 0, column 1"),
+    "no values": (lambda t: (torch.empty(3, 2, device="meta"), {}), "a tensor of torch.float32 on meta"),
+    "labels of two columns": (
+        lambda t: (np.savez(t / "a.npz", x=np.eye(3), labels=np.eye(3)) or t / "a.npz", {}),
+        r"labels of shape \(3, 3\) for 3 samples",
+    ),
+    "an infinite label": (lambda t: (np.eye(3), {"labels": [0, np.inf, 1]}), "infinite label"),
+    "half a limit": (lambda t: (np.eye(3), {"limit": 2.5}), "subset of 2.5 samples"),
     "only labels": (lambda t: (pd.DataFrame({"a": [1, 2, 3]}), {"labels": "a"}), "no columns of numbers beside"),
 }
 
@@ -372,3 +383,29 @@ def test_parquet_files_of_structs_are_no_paths_of_pictures(tmp_path):
     pd.DataFrame({"v": [{"x": 1}, {"x": 2}]}).to_parquet(tmp_path / "t.parquet")
     with pytest.raises(InputError, match="in the column 'v'; expected a number"):
         opened(str(tmp_path / "t.parquet"))
+
+
+def test_tensors_as_they_come():
+    x = torch.arange(6.0).reshape(3, 2)
+    for like in (x.to_sparse(), (x * 1j).conj().imag.neg(), x.to(torch.float8_e4m3fn), x.clone().requires_grad_()):
+        assert torch.equal(sb.samples(like).tensor(), x)
+    assert torch.equal(sb.samples([row.clone().requires_grad_() for row in x]).tensor(), x)
+
+
+def test_a_column_of_lists_names_its_numbers():
+    data = sb.samples(pd.DataFrame({"v": [[1.0, 20.0], [3.0, 80.0]]}), scale="standard")
+    assert data.units.columns == ("column 0", "column 1")
+    assert data.units.sigma(0.5).tolist() == [0.5, 15.0]
+
+
+def test_labels_in_one_column_and_masked_ones(tmp_path):
+    np.savez(tmp_path / "a.npz", x=np.eye(4), labels=[[0], [1], [0], [1]])
+    assert opened(str(tmp_path / "a.npz")).labels.tolist() == [0, 1, 0, 1]
+    data = sb.samples(np.eye(4), labels=np.ma.masked_equal([0, 1, 7, 1], 7))
+    assert data.labels.tolist() == [0, 1, 1]
+    assert any("1 of 4 samples have no label" in note for note in data.notes)
+
+
+def test_channels_that_come_last_are_said(tmp_path):
+    np.save(tmp_path / "rgba.npy", np.random.default_rng(0).integers(0, 255, (4, 8, 6, 4)))
+    assert "read as 8 channels of 6 x 4. Where channels come last" in opened(str(tmp_path / "rgba.npy")).notes[0]

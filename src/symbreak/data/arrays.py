@@ -58,6 +58,8 @@ def load_array(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
                 array = _unpacked(path, archive, key) if array is None else array
                 tag = next((k for k in LABEL_KEYS if k in names), None)
                 labels = None if tag is None else _unpacked(path, archive, tag)
+                if labels is not None and labels.ndim == 2 and labels.shape[1] == 1:  # a column, as MedMNIST has it
+                    labels = labels[:, 0]
         if not all(isinstance(a, (np.ndarray, type(None))) for a in (array, labels)):
             raise InputError(f"{path} holds no plain array. Expected a {path.suffix} file that numpy wrote.")
     except InputError:

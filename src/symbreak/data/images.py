@@ -22,7 +22,7 @@ from symbreak.runtime.ranks import from_each, own_rows, shares, summed
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
 
-__all__ = ["BLOCK_BYTES", "BYTES", "Images", "Item", "Raw", "Unfit", "Units", "describe"]
+__all__ = ["BLOCK_BYTES", "BYTES", "Images", "Item", "Raw", "Unfit", "Units", "describe", "is_count"]
 
 BLOCK_BYTES = 32 * 2**20
 BYTES = (0.0, 255.0)  # range of 8-bit values
@@ -31,6 +31,11 @@ SPLIT_SEED = 20231  # the digits are split once, for everybody
 # One item: how to load its raw [C, H, W] array (or the error in its place).
 Raw = np.ndarray | Exception
 Item = Callable[[], Raw]
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a whole number from 1 on; a truth value is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) > 0
 
 
 class Unfit(ValueError):
@@ -259,7 +264,7 @@ class Images:
 
     def subset(self, count: int, seed: int = SPLIT_SEED) -> Images:
         """``count`` of the images, stratified by label where there are labels; fixed by the seed."""
-        if not 2 <= count <= len(self):
+        if not (is_count(count) and 2 <= count <= len(self)):
             raise InputError(
                 f"a subset of {count} {self.noun} of {len(self):,} in {self.name}; expected 2 to {len(self):,}."
             )

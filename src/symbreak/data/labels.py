@@ -59,6 +59,8 @@ def classes_of(source: str, values: np.ndarray, names: Sequence[str] = (), colum
     if not len(present):
         return Classes(codes, ())
     kind = present.dtype.kind
+    if kind == "f" and np.isinf(present).any():
+        raise InputError(f"{source} has an infinite label; expected class numbers, or NaN where there is none.")
     if kind == "b":
         plain = column in ("", *LABEL_COLUMNS)
         codes[where] = present

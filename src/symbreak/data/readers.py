@@ -22,7 +22,7 @@ import torch
 
 from symbreak.data.arrays import PART_BYTES, Range, check_range, from_array, from_file
 from symbreak.data.folders import look_into
-from symbreak.data.images import BLOCK_BYTES, BYTES, Images, Item
+from symbreak.data.images import BLOCK_BYTES, BYTES, Images, Item, is_count
 from symbreak.data.labels import Classes, classes_of, from_columns, labelled
 from symbreak.data.parquet import Shards
 from symbreak.data.pictures import Encoded, attempt, is_colour, what_is_decided
@@ -52,6 +52,7 @@ __all__ = ["Options", "file_content", "images", "numpy_of"]
 HASHED = 1000  # files that one process hashes at a time
 LOOKED_AT = 256  # pictures whose headers tell whether a data set is in colour
 LARGEST = 8192  # pixels of a side
+DARK = 64  # below it, pictures may be masks, or numbers of another range
 
 
 class Options(TypedDict, total=False):
@@ -110,12 +111,14 @@ def images(source: Source, **options: Unpack[Options]) -> Images:
     if mode is not None and mode not in ("RGB", "L"):
         raise InputError(f"mode {mode!r}; expected RGB or L (grey).")
     for name, value in (("padding to", pad), ("size of", options.get("size"))):
-        if value is not None and not (isinstance(value, int | np.integer) and 0 < value <= LARGEST):
+        if value is not None and not (is_count(value) and value <= LARGEST):
             raise InputError(f"{name} {value!r} pixels; expected one whole number, at most {LARGEST}.")
     opened = _opened(source, options)
     opened = shaped(opened, options.get("size"), options.get("crop"), mode)
     if (classes := options.get("classes")) is not None:
         opened = opened.only(classes)
+        if len(opened) < 2:
+            raise InputError(f"{opened.name} holds {len(opened)} images of these classes; at least 2 are needed.")
     c, h, w = opened.shape if pad is None else (opened.shape[0], pad, pad)
     size = options.get("batch_size") or max(1, min(1024, BLOCK_BYTES // (4 * c * h * w)))
     opened = replace(opened, shape=(c, h, w), pad=opened.pad if pad is None else pad, batch_size=size)
@@ -145,6 +148,11 @@ def _opened(source: Source, options: Options) -> Images:
             raise InputError(f"{source.name} holds samples that are no pictures. Pass it as it is.")
         opened = source
     elif isinstance(source, (np.ndarray, torch.Tensor)):
+        if np.ma.is_masked(source):
+            raise InputError(
+                f"{np.ma.count_masked(source):,} values of the array are masked, and pictures have no missing pixels. "
+                "Fill them, as x.filled(0) does."
+            )
         opened = from_array("array", numpy_of(source), None, value_range, layout)
     elif isinstance(source, (list, tuple)):
         opened = _from_list(source, value_range, layout)
@@ -157,7 +165,7 @@ def _opened(source: Source, options: Options) -> Images:
     if columns == () and opened.labels is not None:
         opened = replace(opened, labels=None, classes=(), history=(*opened.history, "without labels"))
     if each is not None:
-        values = each.detach().cpu().numpy() if isinstance(each, torch.Tensor) else np.asarray(each)
+        values = numpy_of(each)
         if values.shape != (len(opened),):
             raise InputError(
                 f"labels of shape {values.shape} for {len(opened):,} images of {opened.name}; expected one an image."
@@ -170,16 +178,32 @@ def _opened(source: Source, options: Options) -> Images:
     return opened
 
 
-def numpy_of(x: np.ndarray | torch.Tensor) -> np.ndarray:
-    if isinstance(x, np.ndarray):
-        return x
-    x = x.detach().cpu()
-    return np.asarray((x.float() if x.dtype == torch.bfloat16 else x).numpy())
+def numpy_of(x: object) -> np.ndarray:
+    """An array, a tensor of any device and layout, or a list; masked values are NaN.
+
+    Raises:
+        InputError: for a tensor that has no values to read.
+    """
+    if isinstance(x, torch.Tensor):
+        try:
+            x = x.detach().cpu()
+            x = (x if x.layout == torch.strided else x.to_dense()).resolve_neg().resolve_conj()
+            known = not x.is_floating_point() or x.dtype in (torch.float16, torch.float32, torch.float64)
+            return np.asarray((x if known else x.float()).numpy())
+        except (RuntimeError, TypeError) as error:
+            raise InputError(f"a tensor of {x.dtype} on {x.device} cannot be read ({str(error)[:60]}).") from None
+    if isinstance(x, list | tuple):
+        return np.asarray([numpy_of(v) if isinstance(v, torch.Tensor) else v for v in x])
+    if isinstance(x, np.ma.MaskedArray) and np.ma.is_masked(x):
+        return np.where(np.ma.getmaskarray(x), np.nan, np.ma.getdata(x))
+    return np.asarray(x)
 
 
 def _open(
     source: str | Path, value_range: Range | None, layout: str | None, split: str | None, columns: Sequence[str] | None
 ) -> Images:
+    if source == "":
+        raise InputError("an empty path; expected digits, a folder of images, or a .parquet, .npz or .npy file.")
     path = Path(source).expanduser()
     suffix = path.suffix.lower()
     if isinstance(source, str) and source in ("digits", "digits:held-out", "digits:all"):
@@ -219,25 +243,29 @@ def _ranged(opened: Images, value_range: Range | None) -> Images:
     """8-bit pictures with a range of their own; those of nothing but 0 and 1 are masks."""
     if value_range is not None:
         low, high = check_range(value_range)
-    elif _are_masks(opened):
+    elif (largest := _brightest(opened)) >= DARK:
+        return opened
+    elif largest == 1:
         low, high = 0.0, 1.0
         text = "The pictures looked at hold nothing but 0 and 1, which are read as black and white."
         opened = replace(opened, remarks=(*opened.remarks, text))
-    else:
-        return opened
+    else:  # 16 bits of which the lower ones are used, masks of numbered classes, or what is dark indeed
+        dark = f"No picture looked at has a value above {largest}, read as 0 .. 255"
+        mend = "where those are no shades, pass an array with value_range= (--range)."
+        return replace(opened, remarks=(*opened.remarks, f"{dark}; {mend}"))
     history = opened.history if (low, high) == BYTES else (*opened.history, f"range {low:g},{high:g}")
     return replace(opened, scale=(high - low) / 2, offset=-(high + low) / 2, history=history)
 
 
-def _are_masks(opened: Images) -> bool:
-    """Whether no picture has a value above 1, and not all are black; the first brighter one ends the search."""
+def _brightest(opened: Images) -> int:
+    """The largest value of some pictures; the first that is not dark ends the search."""
     largest = 0
     for load in islice(opened._items(0), LOOKED_AT):
         raw = load()
         largest = max(largest, 0 if isinstance(raw, Exception) else int(raw.max()))
-        if largest > 1:
-            return False
-    return largest == 1
+        if largest >= DARK:
+            break
+    return largest
 
 
 def _from_digits(source: str) -> Images:

@@ -96,7 +96,7 @@ def samples(
             )
         raise InputError(f"samples() has no option {name!r}. Expected labels, scale, classes, limit, skip_bad.")
     array, name = raw.array, raw.name
-    columns = raw.columns or tuple(f"{'column' if array.ndim == 2 else 'channel'} {i}" for i in range(array.shape[1]))
+    columns = raw.columns or _numbered(array)
     pass_ = _looked_through(array)
     if len(pass_.bad) and not skip_bad:
         where = f", {columns[pass_.column]}" if array.ndim == 2 or array.shape[1] > 1 else ""
@@ -120,7 +120,7 @@ def samples(
         offset=0.0,
         integer=False,
         batch_size=size,
-        remarks=(*raw.notes, *notes),
+        remarks=(*raw.notes, *_channels_last(array.shape), *notes),
         units=units,
         _rows=partial(_rows, array, units),
     )
@@ -209,7 +209,7 @@ def _raw(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
         named = labels if isinstance(labels, str) else labels[0]
         if isinstance(labels, str) or len(labels) != len(array):
             raise InputError(f"{name} has no columns, so labels={named!r} names none. Pass one label a sample.")
-    values = numpy_of(labels) if isinstance(labels, torch.Tensor) else np.asarray(labels)
+    values = numpy_of(labels)
     if values.shape != (len(array),):
         raise InputError(f"labels of shape {values.shape} for {len(array):,} samples of {name}; expected one a sample.")
     classes = classes_of(name, values)
@@ -223,14 +223,19 @@ def _read(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
         import pyarrow as pa
 
         labels = str(labels) if isinstance(labels, int) else labels  # a column that pandas numbered
-        return _from_table("data frame", pa.Table.from_pandas(source, preserve_index=False), labels, like)
+        try:
+            table = pa.Table.from_pandas(source, preserve_index=False)
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            said = " ".join(map(str, error.args))[:160]
+            raise InputError(f"the data frame is no table of numbers ({said}). Repair or drop the column.") from None
+        return _from_table("data frame", table, labels, like)
     if isinstance(source, Images):
         raise InputError(f"{source.name} is a data set already. Pass it as it is, or what it was opened from.")
-    if isinstance(source, np.ma.MaskedArray):
-        source = np.where(np.ma.getmaskarray(source), np.nan, np.ma.getdata(source))
     if isinstance(source, np.ndarray | torch.Tensor | list | tuple):
         try:
-            array = numpy_of(source) if isinstance(source, np.ndarray | torch.Tensor) else np.asarray(source)
+            array = numpy_of(source)
+        except InputError:
+            raise
         except ValueError:
             raise InputError("a list of samples of different shapes; expected one shape.") from None
         return _Raw("array", array, partial(_array_hash, array))
@@ -250,9 +255,11 @@ def _read(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
         raise InputError(f"{source} does not exist. Pass a .csv, .parquet, .npy or .npz file, or an array.")
     if suffix in (".npy", ".npz"):
         array, tags = load_array(path)
+        if tags is not None and labels is None and tags.shape != array.shape[:1]:
+            raise InputError(
+                f"{path} has labels of shape {tags.shape} for {len(array):,} samples; expected one a sample."
+            )
         classes = None if tags is None or labels is not None else classes_of(str(path), tags)
-        if classes is not None and len(classes.codes) != len(array):
-            raise InputError(f"{path} has {len(classes.codes):,} labels for {len(array):,} samples; expected as many.")
         return _Raw(str(path), array, partial(file_content, path), classes=classes)
     if suffix in (*CSV, ".parquet"):
         return _from_table(str(path), [path], labels, like)
@@ -272,7 +279,7 @@ def _from_table(name: str, source: pa.Table | list[Path], labels: Any, like: tup
     content = partial(_files_hash, source) if isinstance(source, list) else partial(_array_hash, read.values)
     classes, history = read.classes, f"labels {','.join(names)}" if names else ""
     if beside:
-        values = numpy_of(labels) if isinstance(labels, torch.Tensor) else np.asarray(labels)
+        values = numpy_of(labels)
         if values.shape != (len(table),):
             raise InputError(
                 f"labels of shape {values.shape} for {len(table):,} samples of {name}; expected one a sample."
@@ -281,7 +288,25 @@ def _from_table(name: str, source: pa.Table | list[Path], labels: Any, like: tup
         history = f"labels {digest(torch.from_numpy(classes.codes), classes.names)}"
     if names == () and not beside:
         history = "without labels"
-    return _Raw(name, read.values, content, read.names or ("channel 0",), classes, history, (*notes, *read.notes))
+    return _Raw(
+        name, read.values, content, read.names or _numbered(read.values), classes, history, (*notes, *read.notes)
+    )
+
+
+def _numbered(array: np.ndarray) -> tuple[str, ...]:
+    """Names of the columns of vectors, or of the channels of anything else."""
+    return tuple(f"{'column' if array.ndim == 2 else 'channel'} {i}" for i in range(array.shape[1]))
+
+
+def _channels_last(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """What is said of [N, H, W, C], which is read as [N, C, H, W]."""
+    if len(shape) != 4 or not shape[3] <= 4 < min(shape[1:3]):
+        return ()
+    _, c, h, w = shape
+    return (
+        f"The shape {tuple(shape)} is read as {c} channels of {h} x {w}. Where channels come last, pass "
+        "x.transpose(0, 3, 1, 2).",
+    )
 
 
 def _files_hash(paths: list[Path]) -> str:
@@ -419,7 +444,7 @@ def _units(
 def _given(columns: tuple[str, ...], scale: Any, kind: str) -> Units:
     """Units of a mean and a standard deviation that came with the data."""
     try:
-        mean, std = (np.asarray(numpy_of(v) if isinstance(v, torch.Tensor) else v, np.float64) for v in scale)
+        mean, std = (np.asarray(numpy_of(v), np.float64) for v in scale)
         mean, std = (np.broadcast_to(v.reshape(-1) if v.ndim else v, len(columns)).copy() for v in (mean, std))
     except (TypeError, ValueError):
         raise InputError(

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from symbreak.data.images import BYTES, Images, Item, Raw, Unfit
+from symbreak.data.images import BYTES, Images, Item, Raw, Unfit, is_count
 from symbreak.data.pictures import DECISIONS
 from symbreak.runtime.errors import InputError
 
@@ -33,7 +33,7 @@ def shaped(images: Images, size: int | None, crop: int | str | None, mode: str |
     """
     if isinstance(crop, str) and crop.isdecimal():
         crop = int(crop)
-    if not (crop in (None, "center") or (isinstance(crop, int | np.integer) and crop > 0)):
+    if not (crop in (None, "center") or is_count(crop)):
         raise InputError(f"crop {crop!r}; expected center or a number of pixels.")
     c, h, w = images.shape
     if crop is not None and not isinstance(crop, str) and crop > min(h, w):
