@@ -160,6 +160,8 @@ def test_records_refuse_what_is_no_record(tmp_path):
         ({"model": "nope"}, "does not exist"),
         ({"calls": (3, 2), "samplers": ("ddim", "pndm")}, "too few"),
         ({"features": "magic"}, "unknown extractor"),
+        ({"calls": (3, 5, 3)}, "3, 5, 3: a number of network evaluations comes twice"),
+        ({"samplers": ("ddim", "ddim")}, "a sampler comes twice"),
     ],
 )
 def test_bad_studies(change, match, tmp_path):

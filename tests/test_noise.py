@@ -109,3 +109,8 @@ def test_generators_are_keyed_and_leave_the_global_one_alone():
     draws = {tuple(torch.randn(3, generator=generator(*key)).tolist()) for key in [(0, 0), (0, 1), (1, 0), (1, 1)]}
     assert len(draws) == 4
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_seed_below_zero_is_one_line():
+    with pytest.raises(ValueError, match="a seed of -1; expected a whole number of at least 0"):
+        generator(-1, 31)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from symbreak.runtime.errors import InputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -304,5 +306,7 @@ def generator(*key: int, device: str | torch.device = "cpu") -> torch.Generator:
     """
     import torch
 
+    if min(key, default=0) < 0:
+        raise InputError(f"a seed of {min(key)}; expected a whole number of at least 0.")
     state = np.random.SeedSequence(list(key)).generate_state(1, np.uint64)[0]
     return torch.Generator(device=device).manual_seed(int(state))

@@ -270,7 +270,7 @@ def _sampled(
     if tuple(network.shape) != train.shape:
         raise InputError(
             f"the network makes {train.noun} of {tuple(network.shape)}, but the training {train.noun} are "
-            f"{train.shape}. Resize them (--pad) or choose another network."
+            f"{train.shape}. Resize them (--size) or choose another network."
         )
     if not seeds:
         raise InputError("0 samples of the network; expected at least one.")

@@ -217,6 +217,9 @@ def _prepared(
 
     What cannot be done raises an error before the first image.
     """
+    for what, values in (("sampler", study.samplers), ("number of network evaluations", study.calls)):
+        if len(set(values)) < len(values):  # rows would be counted twice
+            raise InputError(f"{', '.join(map(str, values))}: a {what} comes twice; expected each once.")
     if study.samples < 2 * study.repeats or study.repeats < 1:
         raise InputError(f"{study.samples} samples in {study.repeats} repeats; expected at least 2 samples a repeat.")
     names = ("value_range", "skip_bad", "classes", "pad", "size", "crop", "mode", "labels", "layout")

@@ -172,7 +172,7 @@ def _network(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser:
     if tuple(network.shape) != data.shape:
         raise InputError(
             f"the network makes {data.noun} of {tuple(network.shape)}, but the data are {data.shape}. Resize the data "
-            "(--pad) or choose another network."
+            "(--size) or choose another network."
         )
     return network
 
