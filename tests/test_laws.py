@@ -712,3 +712,13 @@ def test_fitted_on_a_real_data_set_by_labels_and_by_clusters():
     by_label = Mixture.fit(digits, labels=True)
     guess = by_label.responsibilities(digits.tensor().double(), 0.3).argmax(1)
     assert (guess == digits.labels).double().mean() > 0.95
+
+
+def test_classes_of_equal_samples_are_named_however_sums_are_rounded():
+    points = torch.randn(10, 20, generator=torch.Generator().manual_seed(0)).repeat_interleave(50, 0)
+    labels = torch.arange(10).repeat_interleave(50)
+    for options in ({"labels": labels}, {"components": 10}):
+        with pytest.raises(InputError, match="all 50 samples of class 0 are equal"):
+            Mixture.fit(points, **options)
+    near = points.double() + 1e6 + 1e-4 * torch.randn(500, 20, dtype=torch.float64)
+    assert Mixture.fit(near, labels=labels).dim == 20

@@ -42,6 +42,7 @@ from symbreak.runtime.files import InputError
 __all__ = ["Mixture"]
 
 CHUNK = 2**25  # numbers [components, B, d] held at a time
+EPSILON = float(np.finfo(np.float64).eps)
 KINDS = ("full", "low-rank", "isotropic")
 
 
@@ -232,8 +233,10 @@ class Mixture(ExactLaw):
                 "ask for fewer components."
             )
         moments = grouped(batches, code)
+        means = torch.stack([m.mean for m in moments])
+        largest = float((means - means.mean(0)).square().max())  # to which sums of squares are rounded
         for label, m in zip(classes, moments):
-            if not bool(m.cov.diagonal().any()):
+            if not float(m.cov.diagonal().max()) > 64 * EPSILON * largest:
                 raise InputError(
                     f"all {m.count:,} samples of class {label} are equal; they have no spread to learn from."
                 )
