@@ -578,7 +578,7 @@ def _counted(out, train, arguments):
     import symbreak.data.readers
 
     read, real = set(), symbreak.data.readers.attempt
-    symbreak.data.readers.attempt = lambda data: read.add(data) or real(data)
+    symbreak.data.readers.attempt = lambda data, *more: read.add(data) or real(data, *more)
     try:
         main(arguments)
     finally:

@@ -14,11 +14,14 @@ from rich.console import Console
 from symbreak.runtime.errors import visible
 
 if TYPE_CHECKING:
+    from symbreak.data.images import Images
     from symbreak.report.record import Record
     from symbreak.runtime.run import Run
 
 err = Console(stderr=True)
 _notes: list[str] = []  # to be told once there is something to show: an error prints one line only
+_unread: list[Images] = []  # whose notes the first pass over them brings along
+_told: set[str] = set()
 
 
 def note(source: str, *texts: str) -> None:
@@ -26,9 +29,26 @@ def note(source: str, *texts: str) -> None:
     _notes.extend(f"{source}: {text}" for text in texts)
 
 
-def _tell_notes() -> None:
+def note_of(data: Images) -> None:
+    """What reading a data set decided; of pictures that were not read yet as soon as they were."""
+    from symbreak.runtime.ranks import rank_of
+
+    if data.noted or rank_of()[1] > 1:  # processes must count together
+        note(data.name, *data.notes)
+    else:
+        note(data.name, *data.remarks)
+        _unread.append(data)
+
+
+def _tell_notes(all_of_them: bool = False) -> None:
+    for data in _unread:
+        if all_of_them or data.noted:
+            note(data.name, *data.notes)
+    _unread[:] = [data for data in _unread if not (all_of_them or data.noted)]
     for text in dict.fromkeys(_notes):
-        err.print(text, markup=False, highlight=False, soft_wrap=True)
+        if text not in _told:
+            err.print(text, markup=False, highlight=False, soft_wrap=True)
+    _told.update(_notes)
     _notes.clear()
 
 
@@ -55,8 +75,8 @@ def running(out: Path | None, memory: int | None = None) -> Iterator[Run]:
     tasks: dict[str, Any] = {}
 
     def tell(stage: str, done: int, total: int) -> None:
+        _tell_notes()
         if not tasks:
-            _tell_notes()
             progress.start()  # not before there is something to show
         if stage not in tasks:
             tasks[stage] = progress.add_task(stage, total=total)
@@ -76,7 +96,8 @@ def say(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> None:
 
     if rank_of()[0]:
         return
-    _tell_notes()
+    _tell_notes(all_of_them=True)
+    _told.clear()
     if as_json:
         sys.stdout.write(json.dumps(plain(value), sort_keys=True) + "\n")
     else:
@@ -102,6 +123,8 @@ def say_record(record: Record, out: Path | None, as_json: bool, value: dict[str,
 def fail(code: int, line: str) -> NoReturn:
     """Leave with one line on stderr."""
     _notes.clear()
+    _unread.clear()
+    _told.clear()
     sys.stderr.write(visible(" ".join(line.split())) + "\n")
     sys.stderr.flush()
     raise SystemExit(code)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Parameter
 
-from symbreak.cli.console import err, note
+from symbreak.cli.console import err, note, note_of
 from symbreak.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ class Reading:
         if like is not None and like.units is not None:
             settings["scale"] = like
         data = opened(source, **settings, limit=limit)
-        note(data.name, *data.notes)
+        note_of(data)
         return data
 
     def open_if(self, source: str | None, data: Images) -> Images | None:

@@ -50,7 +50,9 @@ def look_into(path: Path, split: str | None = None) -> Folder:
         InputError: for a folder without pictures, and for a split that it does not have.
     """
     files, notes = _files(path)
-    pictures = sorted(p for p in files if is_picture(p.name) and (path / p).is_file())
+    root = str(path)  # for a hundred thousand files paths of text are several times as fast as `Path`
+    pictures = [p for p in files if is_picture(p.name) and os.path.isfile(os.path.join(root, p))]
+    pictures.sort(key=lambda p: p.parts)
     shards = [] if pictures else sorted(p for p in files if p.suffix.lower() == ".parquet")
     kept = pictures or shards
     left = sorted(set(files) - set(kept) - {Path(name) for name in OURS})

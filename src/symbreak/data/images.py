@@ -21,11 +21,13 @@ from symbreak.runtime.plain import Values
 from symbreak.runtime.ranks import from_each, own_rows, shares, summed
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
+from symbreak.runtime.threads import ahead_of
 
 __all__ = ["BLOCK_BYTES", "BYTES", "Images", "Item", "Raw", "Unfit", "Units", "describe", "is_count"]
 
 BLOCK_BYTES = 32 * 2**20
 BYTES = (0.0, 255.0)  # range of 8-bit values
+FEW = 256  # pictures that one thread decodes
 SPLIT_SEED = 20231  # the digits are split once, for everybody
 
 # One item: how to load its raw [C, H, W] array (or the error in its place).
@@ -114,9 +116,11 @@ class Images:
     history: tuple[str, ...] = ()
     remarks: tuple[str, ...] = field(default=(), repr=False)
     _looked: Callable[[], tuple[str, ...]] = field(default=tuple, repr=False)  # at every picture of the source
+    _seen: Callable[[], bool] = field(default=lambda: True, repr=False)  # whether that takes no reading any more
     _index: np.ndarray | None = field(default=None, repr=False)  # positions in the source, of a selection
     units: Units | None = None
     _rows: Callable[[np.ndarray], np.ndarray] | None = field(default=None, repr=False)  # instead of items
+    _threads: bool = field(default=False, repr=False)  # whether items take time to load, without the GIL
 
     def __len__(self) -> int:
         return self.count
@@ -126,11 +130,16 @@ class Images:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was decided in reading the source, a sentence each; headers of pictures are read once for it."""
+        """What was decided in reading the source, a sentence each; headers of pictures not read yet are read for it."""
         left = [
             f"{len(self.skipped):,} unusable {self.noun} are left out (first: {first})." for first in self.skipped[:1]
         ]
         return (*self.remarks, *self._looked(), *left)
+
+    @property
+    def noted(self) -> bool:
+        """Whether `notes` are there without reading: a pass over all pictures brings them along."""
+        return self._seen()
 
     @property
     def noun(self) -> str:
@@ -168,6 +177,24 @@ class Images:
             items = itertools.islice(self._items(first), len(wanted))  # what comes after is not read
             yield from itertools.compress(enumerate(items, first), wanted)
 
+    def _loaded(self) -> Iterator[tuple[int, Raw]]:
+        """The items of this selection with their positions in the source; encoded pictures come from all cores.
+
+        Raw values are padded; what cannot be used is `Unfit`, which says why.
+        """
+        threads = torch.get_num_threads()
+        if not self._threads or len(self) <= FEW or threads == 1:
+            yield from map(self._fitted, self._selected())
+            return
+        most = BLOCK_BYTES // (math.prod(self.shape) * (1 if self.integer else 4))
+        yield from ahead_of(self._selected(), self._fitted, threads, most)
+
+    def _fitted(self, item: tuple[int, Item]) -> tuple[int, Raw]:
+        index, load = item
+        raw = load()
+        fault = self._fault(raw)
+        return index, self._padded(raw) if fault is None and isinstance(raw, np.ndarray) else Unfit(fault)
+
     def blocks(self) -> Iterator[np.ndarray]:
         """Raw blocks [B, *S]: uint8 where ``integer``, else float32 in the file's own range."""
         if self._rows is not None:
@@ -176,12 +203,10 @@ class Images:
                 yield self._rows(places[first : first + self.batch_size])
             return
         block: list[np.ndarray] = []
-        for index, load in self._selected():
-            raw = load()
-            fault = self._fault(raw)
-            if isinstance(raw, Exception) or fault is not None:
-                raise self._report(self._name_of(index), str(fault))
-            block.append(self._padded(raw))
+        for index, raw in self._loaded():
+            if isinstance(raw, Exception):
+                raise self._report(self._name_of(index), str(raw))
+            block.append(raw)
             if len(block) == self.batch_size:
                 yield np.stack(block)
                 block = []
@@ -191,7 +216,7 @@ class Images:
     def usable(self) -> Images:
         """The images without a fault; the others are named in ``skipped``. One pass, which processes share."""
         part, first, shared = own_rows(self)
-        faulty = [first + i for i, (_, load) in enumerate(part._selected()) if self._fault(load()) is not None]
+        faulty = [first + i for i, (_, raw) in enumerate(part._loaded()) if isinstance(raw, Exception)]
         bad = np.concatenate([f["bad"] for f in from_each({"bad": np.array(faulty, np.int64)}, shared)])
         good = np.setdiff1d(np.arange(len(self)), bad)
         skipped = [f"{self._name_of(i)}: {self._fault(load())}" for i, load in self.take(bad, "bad")._selected()]
@@ -324,7 +349,7 @@ class Images:
 
     def _report(self, name: str, fault: str) -> InputError:
         """Count the unusable images before failing, so that the message is useful at once."""
-        bad = sum(self._fault(load()) is not None for _, load in self._selected())
+        bad = sum(isinstance(raw, Exception) for _, raw in self._loaded())
         advice = "Repair or remove them, or pass --skip-bad."
         if fault.startswith("is ") and " not " in fault:
             advice = "Pass --size N (with --crop center for the middle), or --skip-bad."

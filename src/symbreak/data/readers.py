@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from functools import cache, partial
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, TypedDict
 
@@ -25,11 +25,11 @@ from symbreak.data.folders import look_into
 from symbreak.data.images import BLOCK_BYTES, BYTES, Images, Item, is_count
 from symbreak.data.labels import Classes, classes_of, from_columns, labelled
 from symbreak.data.parquet import Shards
-from symbreak.data.pictures import Encoded, attempt, is_colour, what_is_decided
+from symbreak.data.pictures import Encoded, Seen, attempt, is_colour, what_is_decided
 from symbreak.data.shape import shaped
 from symbreak.runtime.errors import InputError, note
 from symbreak.runtime.files import digest, file_hash
-from symbreak.runtime.ranks import agreed, map_over_ranks
+from symbreak.runtime.ranks import Arrays, agreed, map_over_ranks, shares
 
 if TYPE_CHECKING:
     import datasets
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Options", "file_content", "images", "numpy_of"]
 
-HASHED = 1000  # files that one process hashes at a time
 LOOKED_AT = 256  # pictures whose headers tell whether a data set is in colour
 LARGEST = 8192  # pixels of a side
 DARK = 64  # below it, pictures may be masks, or numbers of another range
@@ -294,6 +293,8 @@ def _pictures(
     content: Callable[[], str],
     name_of: Callable[[int], str] = "row {}".format,
     notes: tuple[str, ...] = (),
+    seen: Seen | None = None,
+    threads: bool = True,
 ) -> Images:
     """Images of encoded pictures; their size is that of the first one that can be read.
 
@@ -302,16 +303,28 @@ def _pictures(
     if count < 2:
         raise InputError(f"{name} holds {count} image{'s' * (count != 1)}; at least 2 are needed.")
     colour = is_colour(islice(encoded(0), LOOKED_AT))
+    seen = seen or Seen(count, files=False)
 
     def items(start: int) -> Iterator[Item]:
-        return (partial(attempt, data) for data in encoded(start))
+        return (partial(attempt, data, seen, i) for i, data in enumerate(encoded(start), start))
 
     fault: Exception | None = None
     for load in items(0):
         raw = load()
         if not isinstance(raw, Exception):
-            looked = cache(partial(what_is_decided, encoded, count, colour, name_of))
-            first = Images(name, raw.shape, count, items, cache(content), name_of, remarks=notes, _looked=looked)
+            looked = cache(partial(what_is_decided, encoded, seen, colour, name_of))
+            first = Images(
+                name,
+                raw.shape,
+                count,
+                items,
+                cache(content),
+                name_of,
+                remarks=notes,
+                _looked=looked,
+                _seen=seen.whole,
+                _threads=threads,
+            )
             return shaped(first, None, None, "RGB", told=False) if colour else first
         fault = fault or raw
     raise InputError(
@@ -328,17 +341,23 @@ def _from_folder(path: Path, places: list[Path], notes: tuple[str, ...]) -> Imag
         notes = (*notes, f"{alone:,} images lie beside the sub-folders, so these are not read as classes.")
         classes = ()
 
-    def hashed(start: int) -> bytes:
-        return b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files[start : start + HASHED])
+    seen = Seen(len(files), files=True)
+
+    def hashed(place: tuple[int, int]) -> Arrays:
+        for i in range(*place):
+            seen.hash(i, files[i])
+        return {"hash": seen.hashes[slice(*place)]}
 
     def content() -> str:
-        digest, hashes = hashlib.sha256(), _hashes(range(0, len(files), HASHED), hashed)
+        # every process hashes the part that it reads, or has read
+        parts = map_over_ranks(list(pairwise(shares(len(files)))), hashed)
+        digest, hashes = hashlib.sha256(), b"".join(part["hash"].tobytes() for part in parts)
         for i, place in enumerate(places):
             digest.update(os.fsencode(place) + b"\0" + hashes[32 * i : 32 * i + 32])
         return digest.hexdigest()
 
     opened = _pictures(
-        str(path), lambda start: iter(files[start:]), len(files), content, lambda i: str(places[i]), notes
+        str(path), lambda start: iter(files[start:]), len(files), content, lambda i: str(places[i]), notes, seen
     )
     if not classes:
         return opened
@@ -455,7 +474,10 @@ def _from_list(
                 digest.update(f"{x.mode} {x.size} ".encode() + x.tobytes())
             return digest.hexdigest()
 
-        opened = _pictures("list", lambda start: iter(pictures[start:]), len(pictures), content, "image {}".format)
+        # a picture may be in the list twice, and two threads must not decode it at once
+        opened = _pictures(
+            "list", lambda start: iter(pictures[start:]), len(pictures), content, "image {}".format, threads=False
+        )
         return _ranged(opened, value_range)
     arrays = [numpy_of(x) for x in source if isinstance(x, (np.ndarray, torch.Tensor))]
     if len(arrays) != len(source):

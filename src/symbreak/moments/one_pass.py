@@ -163,7 +163,7 @@ class Moments:
             passes: of a fit with ``rank``, at least 2; one more sharpens the last eigenpairs.
             seed: of the random vectors of a fit with ``rank``.
             run: its memory is for a full covariance and all that is made of it: fewer parts where there is room for
-                fewer. By default 4 GiB of parts. Not with ``rank``, see `sketch_moments`.
+                fewer. By default 4 GiB of parts. Not with ``rank``, see `sketch_moments`. Its progress counts rows.
 
         Ranks share `Images` (`symbreak.runtime.ranks`): bit for bit the same moments of 8-bit ones.
 
@@ -183,18 +183,27 @@ class Moments:
                 )
             return sketch_moments(batches, rank, passes, seed)
         sums: _Sums | None = None
+        run, memory, total, done = (run or Run()).named("moments"), None if run is None else run.memory, 0, 0
+        if hasattr(batches, "rows"):  # its length is that of its rows, not of its batches
+            total = len(batches)  # type: ignore[arg-type]
         batches, first, shared = own_rows(batches)
         stream = _Stream(batches)
         for rows in stream:
             if sums is None:
-                sums = _Sums(rows.shape[1:], parts, stream.exact, first, None if run is None else run.memory)
+                sums = _Sums(rows.shape[1:], parts, stream.exact, first, memory)
                 sums.begin(rows, shared)
+            if done and total:  # no bar before an error that one block shows
+                run.tell(total * done // len(batches), total)  # type: ignore[arg-type]
             sums.add(rows)
+            done += len(rows)
         if sums is None:
             raise InputError("no batches came; expected at least 2 samples.")
         if shared:
             sums.share()
-        return sums.finish(cls, stream.scale, stream.offset)
+        moments = sums.finish(cls, stream.scale, stream.offset)
+        if total:
+            run.tell(total, total)
+        return moments
 
     @cached_property
     def _total(self) -> _Part:
