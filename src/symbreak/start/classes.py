@@ -27,8 +27,8 @@ class Classes:
 
     >>> Classes((0, 3, 7)).of([0, 1, 2, 3]).tolist()
     [0, 3, 7, 0]
-    >>> Classes((0, 0, 0, 5), shares=True).of(range(8)).tolist().count(5)
-    2
+    >>> Classes((0, 0, 0, 5), shares=True).of(range(100)).tolist().count(5)
+    24
     """
 
     pool: tuple[int, ...]
