@@ -230,6 +230,11 @@ class Moments:
         return torch.from_numpy(self._total.scatter / (self.count - 1))
 
     @cached_property
+    def trace(self) -> float:
+        """Total variance."""
+        return float(np.trace(self._total.scatter)) / (self.count - 1)
+
+    @cached_property
     def eigh(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Eigenvalues [d], falling and cut at 0, and eigenvectors [d, d] in columns.
 
@@ -263,15 +268,14 @@ class Moments:
         if not self.sampled:
             return Population(**vars(self.spectrum(k)), hidden=np.zeros(k, bool))
         known = self.dim if self.dim <= 256 else max(k, 32)
-        trace = float(np.trace(self._total.scatter)) / (self.count - 1)
-        out = population(self._values(known), trace, self.dim, self.count, k)
+        out = population(self._values(known), self.trace, self.dim, self.count, k)
         left_out = self._left_out(known)
         if left_out is None:
             return out
         parts = len(left_out)
         some = max(3, round(self.count * (1 - 1 / parts)))
         share = left_out.sum(1) / max(float(left_out.sum(1).mean()), 1e-300)
-        others = [population(v, trace * float(f), self.dim, some, k).values for v, f in zip(left_out, share)]
+        others = [population(v, self.trace * float(f), self.dim, some, k).values for v, f in zip(left_out, share)]
         for i in np.flatnonzero(~out.hidden & (out.values > 0)):
             column = np.array(others)[:, i]
             if (column > 0).all():

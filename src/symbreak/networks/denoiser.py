@@ -28,6 +28,7 @@ __all__ = [
     "as_denoiser",
     "ask",
     "class_count",
+    "denoise_by_class",
     "fingerprint",
     "fingerprints",
     "fixed_class",
@@ -156,6 +157,33 @@ def ask(
             of_class = denoiser.bind(class_labels=labels[i : i + rows].to(weight.device))
         done.append(of_class(x[i : i + rows].to(weight.device), sigma).to(x))
     return done[0] if len(done) == 1 else torch.cat(done)
+
+
+def denoise_by_class(
+    law: Any, x: torch.Tensor, sigma: float | torch.Tensor, labels: torch.Tensor | None, null: bool = False
+) -> torch.Tensor:
+    """A law's posterior mean [B, *S], of every state's own class where it has classes and labels [B] come.
+
+    Args:
+        law: a law; one with classes has ``given(label)``.
+        x: VE states [B, *S].
+        sigma: level, or levels [B].
+        labels: classes [B].
+        null: whether a label that is no class of the law stands for none, and gets the law of all.
+
+    Raises:
+        InputError: for a label that is no class of the law, without ``null``.
+    """
+    classes = getattr(law, "classes", None)
+    if labels is None or classes is None:
+        whole: torch.Tensor = law.denoise(x, sigma)
+        return whole
+    there, out = set(classes.tolist()), torch.empty_like(x)
+    for label in labels.unique().tolist():
+        rows = (labels == label).to(x.device)
+        own = law.given(label) if label in there or not null else law
+        out[rows] = own.denoise(x[rows], sigma[rows] if isinstance(sigma, torch.Tensor) and sigma.ndim else sigma)
+    return out
 
 
 def fingerprint(denoiser: Denoiser) -> str:

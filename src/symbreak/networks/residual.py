@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from symbreak.networks.denoiser import Denoises
+from symbreak.networks.denoiser import Denoises, denoise_by_class
 from symbreak.noise import generator, sigma_of
 from symbreak.runtime.errors import InputError
 
@@ -44,7 +44,7 @@ def law_answer(
     ``fade`` = (f, v) the answer gives way to that of N(0, v I) below sigma = f, with the weight
     sigma^8 / (sigma^8 + f^8) of the law's.
     """
-    out = _of_class(law, x, sigma, labels)
+    out = denoise_by_class(law, x, sigma, labels, null=True)
     if fade[0] > 0:
         s = sigma.reshape(-1, *[1] * (x.ndim - 1))
         weight = 1 / (1 + (fade[0] / s) ** 8)
@@ -52,23 +52,12 @@ def law_answer(
     return out
 
 
-def _of_class(law: Any, x: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-    classes = getattr(law, "classes", None)
-    if labels is None or classes is None:
-        return cast(torch.Tensor, law.denoise(x, sigma))
-    known: dict[int, Any] = law.__dict__.setdefault("_of_class", {})
-    there, out = set(classes.tolist()), torch.empty_like(x)
-    for label in labels.unique().tolist():
-        rows = (labels == label).to(x.device)
-        if label in there and label not in known:
-            known[label] = law.given(label)
-        out[rows] = known.get(label, law).denoise(x[rows], sigma[rows])
-    return out
-
-
 def law_size(law: Any) -> float:
-    """E x_0^2 of an element of x_0, by draws that are always the same."""
-    return float(law.sample(1024, generator=generator(0, 403)).square().mean())
+    """E x_0^2 of an element of x_0; of a law without moments by draws that are always the same."""
+    moments = getattr(law, "moments", None)
+    if moments is None:
+        return float(law.sample(1024, generator=generator(0, 403)).square().mean())
+    return (moments.trace + float(moments.mean.square().sum())) / moments.dim
 
 
 def law_error(

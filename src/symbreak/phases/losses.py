@@ -26,7 +26,17 @@ from scipy.interpolate import make_interp_spline
 from symbreak.critical import Curve, Levels, levels, mean_curve
 from symbreak.laws.class_posterior import Labels, labels_of
 from symbreak.laws.law import Law, is_law
-from symbreak.networks.denoiser import CHUNK, Batches, Denoiser, LawDenoiser, as_denoiser, ask, fingerprints, images_for
+from symbreak.networks.denoiser import (
+    CHUNK,
+    Batches,
+    Denoiser,
+    LawDenoiser,
+    as_denoiser,
+    ask,
+    denoise_by_class,
+    fingerprints,
+    images_for,
+)
 from symbreak.noise import generator
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
@@ -295,17 +305,7 @@ def posterior_mean(
 ) -> torch.Tensor:
     """D(x, sigma) of a network or law, of every image's own class where labels are given."""
     law: Any = source.law if isinstance(source, LawDenoiser) else source
-    exact = is_law(law)
-    if not exact:
-        return ask(source, x, sigma, labels)
-    if labels is None or getattr(law, "classes", None) is None:
-        mean: torch.Tensor = law.denoise(x, sigma)
-        return mean
-    out = torch.empty_like(x)
-    for label in labels.unique().tolist():
-        rows = labels == label
-        out[rows] = law.given(label).denoise(x[rows], sigma)
-    return out
+    return denoise_by_class(law, x, sigma, labels) if is_law(law) else ask(source, x, sigma, labels)
 
 
 def energy(r: torch.Tensor) -> np.ndarray:

@@ -378,7 +378,7 @@ def _correlations(products: np.ndarray, seed: int, resamples: int = 1000) -> np.
 def _trace(moments: Moments | LowRankMoments | Law) -> tuple[float, int]:
     """Total variance and dimension."""
     m: Any = getattr(moments, "moments", moments)
-    return (m.trace if isinstance(m, LowRankMoments) else float(torch.trace(m.cov))), m.dim
+    return m.trace, m.dim
 
 
 def _level(

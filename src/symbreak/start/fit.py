@@ -28,7 +28,7 @@ from symbreak.start.choose import choose
 from symbreak.start.cut_schedule import check_scheduler, check_steps, check_unclipped, schedule_of
 from symbreak.start.late_start import LateStart, LateStartWarning, cut
 
-__all__ = ["candidate_laws", "fit_start", "late_start"]
+__all__ = ["candidate_laws", "cluster_count", "fit_start", "gaussian_law", "late_start"]
 
 CHOOSERS = 256  # images kept back for choosing
 FEWEST = 16  # images to choose with
@@ -141,24 +141,33 @@ def late_start(
     return start
 
 
+def gaussian_law(data: Images) -> Gaussian:
+    """The Gaussian of a data set, of rank 100 above 4,096 dimensions."""
+    return Gaussian.fit(data) if math.prod(data.shape) <= FULL else Gaussian(Moments.fit(data, rank=RANK))
+
+
+def cluster_count(n: int) -> int:
+    """Clusters of a mixture law of n images: one for 20, at least 2 and at most 60."""
+    return min(60, max(2, n // 20))
+
+
 def candidate_laws(data: Images, clusters: int | None = None) -> list[Gaussian | PrincipalMixture]:
     """Laws worth trying for a data set: one Gaussian, one a class where there are labels, and clusters.
 
     Args:
         data: images.
-        clusters: of the last law; by default one for 20 images, at least 2 and at most 60.
+        clusters: of the last law; by default those of `cluster_count`.
 
     Returns:
-        A `Gaussian` (of rank 100 above 4,096 dimensions) and `PrincipalMixture` laws over it.
+        A `gaussian_law` and `PrincipalMixture` laws over it.
     """
-    d = math.prod(data.shape)
-    gaussian = Gaussian.fit(data) if d <= FULL else Gaussian(Moments.fit(data, rank=RANK))
+    gaussian = gaussian_law(data)
     laws: list[Gaussian | PrincipalMixture] = [gaussian]
     if data.labels is not None:
         _, counts = data.labels.unique(return_counts=True)
         if len(counts) > 1 and int(counts.min()) >= 2:
             laws.append(PrincipalMixture.fit(data, labels=True, gaussian=gaussian))
-    k = min(60, max(2, len(data) // 20)) if clusters is None else int(clusters)
+    k = cluster_count(len(data)) if clusters is None else int(clusters)
     if clusters is not None and not 2 <= k <= len(data) // 2:
         raise InputError(f"{k} clusters for {len(data):,} images; expected 2 to {len(data) // 2:,}.")
     if k <= len(data) // 2:

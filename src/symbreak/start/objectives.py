@@ -5,7 +5,7 @@ An objective draws the step's randomness from one generator, and computes the lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -57,7 +57,7 @@ class Objective(Protocol):
 
     network: torch.nn.Module
 
-    def loss(self, batch: Batch, g: torch.Generator, device: torch.device) -> Any:
+    def loss(self, batch: Batch, g: torch.Generator, device: torch.device) -> Callable[[], torch.Tensor]:
         """Draws what the whole batch needs; a function of no argument then gives the loss of the own rows."""
 
     def unet(self) -> Network:
@@ -74,7 +74,7 @@ class Epsilon:
     def __init__(self, network: torch.nn.Module) -> None:
         self.network, self.noising = network, noising()
 
-    def loss(self, batch: Batch, g: torch.Generator, device: torch.device) -> Any:
+    def loss(self, batch: Batch, g: torch.Generator, device: torch.device) -> Callable[[], torch.Tensor]:
         clean, rows = batch.clean, batch.rows
         t = torch.randint(0, 1000, (len(clean),), generator=g)
         noise = torch.randn(clean.shape, generator=g)
@@ -105,7 +105,7 @@ class Residual:
         self.residual, self.folds, self.low = residual, list(folds), low
         self.network = residual.network
 
-    def loss(self, batch: Batch, g: torch.Generator, device: torch.device) -> Any:
+    def loss(self, batch: Batch, g: torch.Generator, device: torch.device) -> Callable[[], torch.Tensor]:
         clean, rows = batch.clean, batch.rows
         levels = self.levels(len(clean), g)
         noise = torch.randn(clean.shape, generator=g)

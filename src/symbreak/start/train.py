@@ -122,8 +122,8 @@ def train_network(
         data: images in [-1, 1]; with a law also data of other shapes, for which a small `Mlp` is trained.
         out: folder for the pipeline, ``training.json``, pictures of how it went and, while it runs, the checkpoint.
         recipe: settings; by default those of `recipe_for`.
-        law: ``"auto"`` fits one, by `candidate_laws`; or a law of the data's shape; ``None`` for a network that knows
-            none.
+        law: ``"auto"`` fits one: clusters, within the classes for a conditional network; or a law of the data's shape;
+            ``None`` for a network that knows none.
         init: a finished network of the same architecture to go on from: a folder, ``"digits"`` or a hub id.
         checkpoint_seconds: time between checkpoints.
         device: where the network is trained; batches and noise are drawn on the CPU, the same everywhere.
@@ -141,8 +141,7 @@ def train_network(
             did not write, or a loss or a weight is no number any more; the last good checkpoint is then left.
 
     Warns:
-        LateStartWarning: as `late_start`; and where the law is to answer below the level at which the training images
-            can be told apart.
+        LateStartWarning: where draws of the law are copies of training images.
     """
     run = run or Run()
     recipe = recipe_for(data.shape, recipe, init, law is not None)

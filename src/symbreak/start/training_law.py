@@ -22,7 +22,7 @@ from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.law import Law
 from symbreak.laws.nearest_neighbours import neighbours
 from symbreak.laws.saving import law_hash
-from symbreak.moments.one_pass import LowRankMoments, Moments
+from symbreak.moments.one_pass import LowRankMoments
 from symbreak.networks.families import denoiser
 from symbreak.networks.residual import LawResidual, law_error, law_size
 from symbreak.networks.samplers import scheduler
@@ -32,7 +32,7 @@ from symbreak.phases.collapse import collapse_time
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.plain import Values
 from symbreak.start.choose import check_range
-from symbreak.start.fit import CHOOSERS, FEWEST, FULL, RANK, late_start
+from symbreak.start.fit import CHOOSERS, FEWEST, cluster_count, gaussian_law, late_start
 from symbreak.start.late_start import LateStart, LateStartWarning
 from symbreak.start.objectives import noising
 from symbreak.start.recipe import Recipe
@@ -191,14 +191,13 @@ def _fitted(data: Images, recipe: Recipe, like: Any) -> Gaussian | PrincipalMixt
 
     ``like`` is the law of all images, of which a fold takes the number of modes and the prior.
     """
-    d, n = math.prod(data.shape), len(data)
-    gaussian = Gaussian.fit(data) if d <= FULL else Gaussian(Moments.fit(data, rank=RANK))
-    k = min(60, max(2, n // 20)) if recipe.clusters is None else recipe.clusters
+    gaussian = gaussian_law(data)
+    k = cluster_count(len(data)) if recipe.clusters is None else recipe.clusters
     known = isinstance(like, PrincipalMixture)
     leading, prior = (like.leading, like.prior) if known else (None, None)
     options: Values = {"leading": leading, "prior": prior, "gaussian": gaussian}
     if recipe.conditional and data.labels is not None and int(data.labels.bincount().max()) >= 2:
         return PrincipalMixture.fit(data, labels=True, components=max(k, len(data.labels.unique())), **options)
-    if k < 2 or k > n // 2:
+    if k < 2 or k > len(data) // 2:
         return gaussian
     return PrincipalMixture.fit(data, components=k, **options)

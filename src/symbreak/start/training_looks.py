@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from symbreak.networks.denoiser import ask
+from symbreak.networks.denoiser import ask, denoise_by_class
 from symbreak.networks.families import denoiser
-from symbreak.networks.residual import law_answer
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Network
 from symbreak.noise import NoiseLevel, generator
@@ -74,11 +74,8 @@ class Looks:
             self.labels = None if labels is None else known.parts.test.labels
             self.noise = torch.randn(held.shape, generator=generator(0, 411))
             self.sigma = [float(s) for s in np.geomspace(max(0.02, 1.01 * float(known.error[0, 0])), known.top, LEVELS)]
-            self.law = [self._error(self._answer, s) for s in self.sigma]
-
-    def _answer(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        """The law's."""
-        return law_answer(self.known and self.known.law, x, torch.full((len(x),), sigma), self.labels)
+            alone = partial(denoise_by_class, known.law, labels=self.labels, null=True)
+            self.law = [self._error(alone, s) for s in self.sigma]
 
     def _error(self, denoise: Any, sigma: float) -> float:
         return float((self.clean - denoise(self.clean + sigma * self.noise, sigma)).square().mean())

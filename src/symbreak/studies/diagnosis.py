@@ -187,7 +187,7 @@ def spectral_times(data: Images, steps: Schedule, moments: Moments, modes: int =
         "eigenvalues": spectrum.values.tolist(),
         "eigenvalues_low": spectrum.low.tolist(),
         "eigenvalues_high": spectrum.high.tolist(),
-        "total_variance": float(torch.trace(moments.cov)),
+        "total_variance": moments.trace,
         "speciation": {
             "[-1, 1]": view(speciation_time(moments), steps),
             "[0, 1]": view(speciation_time(moments, scale=0.5), steps),
