@@ -17,7 +17,7 @@ from symbreak.runtime.errors import InputError
 from symbreak.start.classes import Classes
 from symbreak.start.late_start import standard_start
 from symbreak.start.recipe import Recipe
-from symbreak.start.sample import evaluations, generate, write_images
+from symbreak.start.sample import decisive, evaluations, generate, write_images
 from symbreak.start.train import train_network
 from tests.test_class_information import LAWS, Conditional, classy
 from tests.test_cli import symbreak
@@ -93,6 +93,18 @@ def test_the_sampling_loop_is_diffusers_own_guidance(window):
     assert torch.equal(out, images)
     other = generate(sb.guided(denoiser(unet, base), 10, 4.0, window), start, range(3), labels, clamp=False)
     assert float((other - images).abs().max()) > 1e-2
+
+
+def test_another_null_class_is_another_network_wherever_the_window_lies(tmp_path):
+    """The window holds none of the levels at which a network's answers are compared, nor the sampler's first."""
+    unet, base = network(), sb.scheduler("ddim", clip_sample=False)
+    start, identities = standard_start(base, 6), []
+    for null in (10, 9):
+        guide = sb.guided(denoiser(unet, base), null, 3.0, (2.0, 8.0))
+        images = generate(guide, start, range(3), [0, 3, 7], run=sb.Run(tmp_path))
+        assert torch.equal(images, generate(guide, start, range(3), [0, 3, 7]))
+        identities.append(decisive(guide, start, 64)["identity"])
+    assert identities[0] != identities[1]
 
 
 def test_both_branches_are_one_batch_where_they_are_one_network():

@@ -8,6 +8,7 @@ are adapted to one (`symbreak.networks.families.denoiser`). x is a VE state [B, 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -189,14 +190,18 @@ def denoise_by_class(
 def fingerprint(denoiser: Denoiser) -> str:
     """A digest of what a denoiser answers to fixed states: names and weights do not tell all of them apart.
 
-    At a low, a middle and a high level of its range, and to the first classes of a class-conditional network.
+    At a low, a middle and a high level of its range, and to the first classes of a class-conditional network. A guided
+    one asks its unconditional denoiser inside its window only, which may lie between these levels: so it counts itself.
     """
     low, high = denoiser.sigma_range
     low, high = max(low, 1e-3), min(high, 1e3)
     x, classes = torch.randn(4, *denoiser.shape, generator=generator(0, 97)), open_classes(denoiser)
     y = None if classes is None or not hasattr(denoiser, "bind") else torch.arange(4) % classes
+    guidance, without = (_of(denoiser, name) for name in ("guidance", "unconditional"))
+    guided = () if without is None else (json.dumps(guidance), fingerprint(without))
     with torch.inference_mode():
-        return digest(*(ask(denoiser, s * x, s, y) for s in (low**w * high ** (1 - w) for w in (0.8, 0.5, 0.2))))
+        levels = (low**w * high ** (1 - w) for w in (0.8, 0.5, 0.2))
+        return digest(*(ask(denoiser, s * x, s, y) for s in levels), *guided)
 
 
 def of_network(denoiser: Denoiser, scheduler: Any = None) -> Identity:
@@ -205,7 +210,7 @@ def of_network(denoiser: Denoiser, scheduler: Any = None) -> Identity:
     Names and paths do not count. The answers are the first process's: machines may differ in the last bits.
     """
     network = network_of(denoiser)
-    guidance = getattr(denoiser, "guidance", getattr(network, "guidance", None))
+    guidance = _of(denoiser, "guidance")
     return {
         **({} if guidance is None else {"guidance": guidance}),
         "weights": None if network is None else weights_hash(network),
@@ -219,6 +224,11 @@ def network_of(denoiser: object) -> torch.nn.Module | None:
     """The network behind a denoiser; none behind a law or a plain function."""
     inner = getattr(denoiser, "unet", getattr(denoiser, "model", None))
     return inner if isinstance(inner, torch.nn.Module) else None
+
+
+def _of(denoiser: object, name: str) -> Any:
+    """What a denoiser, or the network behind it, has under a name; else ``None``."""
+    return getattr(denoiser, name, getattr(network_of(denoiser), name, None))
 
 
 def class_count(network: object) -> int | None:

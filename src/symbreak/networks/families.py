@@ -311,6 +311,11 @@ class _Posing(torch.nn.Module):
         """Scale and window of its guidance, where it has some."""
         return getattr(self.source, "guidance", None)
 
+    @property
+    def unconditional(self) -> Denoiser | None:
+        """The denoiser that its guidance leads away from, where it has some."""
+        return getattr(self.source, "unconditional", None)
+
     def evaluations(self, t: float) -> int:
         """Network evaluations (NFE) at a time: two where guidance asks with a condition and without."""
         count: int = getattr(self.source, "evaluations", lambda _: 1)(self._level(t).sigma)

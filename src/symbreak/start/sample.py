@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from symbreak.data.images import Images
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.saving import law_hash
-from symbreak.networks.denoiser import Denoiser, Denoises, of_network
+from symbreak.networks.denoiser import Denoiser, Denoises, fingerprint, of_network
 from symbreak.networks.families import answer, denoises, is_picture, posing, sample_shape
 from symbreak.networks.types import Network
 from symbreak.noise import generator as seeded
@@ -326,8 +326,8 @@ class _Images:
             inputs = [v for v in (self.labels, self.clean, *self.condition.values()) if isinstance(v, torch.Tensor)]
             settings = {**of_scheduler(start.full), "times": torch.as_tensor(start.scheduler.timesteps)}
             scheduler = weights_hash(self.unet), identity_of("images", **settings), start.steps, start.level
-            guidance = getattr(self.unet, "guidance", None)
-            guided = () if guidance is None else (json.dumps(guidance),)
+            without = getattr(self.unet, "unconditional", None)
+            guided = () if without is None else (json.dumps(getattr(self.unet, "guidance", None)), fingerprint(without))
             return digest(state, answer, law, *inputs, *scheduler, *guided, self.micro_batch, self.clamp, self.seeds)
 
         return f"images-{agreed(digested)}"
