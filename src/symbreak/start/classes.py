@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,8 +52,12 @@ class Classes:
         places = [int(n * (s * GOLDEN % 1.0)) if self.shares else s % n for s in seeds]
         return torch.tensor([self.pool[i] for i in places], dtype=torch.int64)
 
+    def different(self) -> torch.Tensor:
+        """Every class once, rising."""
+        return torch.tensor(sorted(set(self.pool)))
+
     def to_dict(self) -> Values:
         """Plain values, for records: the classes in turn, or how many images of every class there are."""
         if not self.shares:
             return {"in_turn": list(self.pool)}
-        return {"shares": {str(k): self.pool.count(k) for k in sorted(set(self.pool))}}
+        return {"shares": {str(k): count for k, count in sorted(Counter(self.pool).items())}}

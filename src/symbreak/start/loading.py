@@ -167,5 +167,5 @@ def classes_for(pipe: Pipeline, source: str, data: Images, classes: Classes | No
             raise InputError(f"the network of {source} has no classes, but some were named. Leave them out.")
         return None
     chosen = Classes.of_data(data) if classes is None else classes
-    check_classes(torch.tensor(sorted(set(chosen.pool))), pipe.unet)
+    check_classes(chosen.different(), pipe.unet)
     return chosen

@@ -519,7 +519,7 @@ def write_images(
     run, unet = (run or Run()).named("images"), posing(unet, start.full)
     shape = check(unet, start, seeds, micro_batch)
     classes = Classes((labels,)) if isinstance(labels, int) else labels
-    known = None if classes is None else torch.tensor(sorted(set(classes.pool)))
+    known = None if classes is None else classes.different()
     check_labels(unet, known, 0 if known is None else len(known))
     if settings is None:
         settings = decisive(unet, start, micro_batch, None if classes is None else {"classes": classes.to_dict()})
