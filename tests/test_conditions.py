@@ -251,6 +251,8 @@ BAD = {
     "words": (("--class", "cat"), "--class cat; expected numbers such as 0,3,7, or data"),
     "data": (("--class", "data"), "--data is missing"),
     "null": (("--class", "1", "--guidance", "2", "--null-label", "11"), "the null class 11; expected a label"),
+    "itself": (("--class", "1,0", "--guidance", "2", "--null-label", "0"), "some labels are 0, the null class"),
+    "its own null": (("--class", "10", "--guidance", "2"), "some labels are 10, the null class"),
     "scale": (("--class", "1", "--guidance", "nan"), "a guidance scale of nan"),
     "no scale": (("--class", "1", "--window", "1,2"), "--window 1,2 came without a scale of guidance"),
     "upside down": (("--class", "1", "--guidance", "2", "--window", "5,2"), "from sigma 5 to 2; expected 0 <= low"),

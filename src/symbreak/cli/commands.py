@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -284,7 +284,7 @@ def sample(
     if data is None and reading != Reading():
         raise InputError(misplaced)
     beginning.check()
-    conditions.check()
+    conditions.check(model)
     source = required(data, "--data") if reads else data
     opened = None if source is None else reading.open(source)
     if not reads and opened is not None and opened.units is None:
@@ -292,11 +292,10 @@ def sample(
     with running(out) as work:
         pipe = machine.load(model, classes=True)
         held_out = None if opened is None else reading.open_if(holdout, opened)
-        unet, classes, about = conditions.told(pipe, opened, held_out, work.unstored())
-        if auto and opened is not None:
-            begin = beginning.fit(pipe, opened, held_out, clusters, steps=5)
-        else:
-            begin = beginning.plan(pipe, steps=5)
+        begin = None if auto else beginning.plan(pipe, steps=5)  # before a window is looked for
+        unet, classes, about = conditions.applied(pipe, opened, held_out, work.unstored())
+        if begin is None:
+            begin = beginning.fit(pipe, cast("Images", opened), held_out, clusters, steps=5)
         settings = decisive(unet, begin, micro_batch, {**beginning.names(model, machine, pipe), **about})
         made = write_images(unet, begin, wanted, out, settings, classes, micro_batch=micro_batch, data=opened, run=work)
     value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": made}
@@ -355,11 +354,9 @@ def evaluate(
 
     if (samples is None) == (model is None):
         raise InputError("evaluate needs either --samples or --model.")
-    if model is None and conditions != Conditions():
-        raise InputError("--class, --null-label, --guidance and --window belong to a network. Add --model.")
     beginning.check()
-    conditions.check()
-    where = machine.place()
+    conditions.check(model)
+    wanted, where = parse_seeds(seeds), machine.place()
     with running(out, memory_size(memory)) as work:
         pipe = machine.load_if(model, classes=True)
         measuring: dict[str, Any] = {
@@ -374,8 +371,8 @@ def evaluate(
         train = reading.open(data)
         held_out = reading.open_if(holdout, train)
         if pipe is not None:
-            wanted, (unet, classes, about) = parse_seeds(seeds), conditions.told(pipe, train, held_out, work.unstored())
             begin, identity = beginning.plan(pipe, steps=10), beginning.names(str(model), machine, pipe)
+            unet, classes, about = conditions.applied(pipe, train, held_out, work.unstored())
             content = evaluate_network(
                 unet, begin, wanted, train, held_out, classes, micro_batch=MICRO, identity=identity | about, **measuring
             )
@@ -437,15 +434,13 @@ def audit(
         raise InputError("--count and --seeds came together; pass one of them.")
     if seeds is not None:
         sampling["seeds"] = parse_seeds(seeds)
-    if model is None and conditions != Conditions():
-        raise InputError("--class, --null-label, --guidance and --window belong to a network. Add --model.")
-    conditions.check()
+    conditions.check(model)
     with running(out, memory_size(memory)) as work:
         pipe: Any = machine.load_if(model, classes=True)
         opened = reading.open(data, limit)
         held_out = reading.open_if(holdout, opened)
         if pipe is not None:
-            unet, sampling["classes"], _ = conditions.told(pipe, opened, held_out, work.unstored())
+            unet, sampling["classes"], _ = conditions.applied(pipe, opened, held_out, work.unstored())
             pipe = pipe if unet is pipe.unet else unet
         record = measure(
             opened,

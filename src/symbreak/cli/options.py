@@ -324,8 +324,10 @@ class Conditions:
         """Whether labelled data decide something."""
         return self.of_class == "data" or self.window == "auto"
 
-    def check(self) -> None:
+    def check(self, model: str | None) -> None:
         """Raise what can be known before anything is loaded."""
+        if model is None and self != Conditions():
+            raise InputError("--class, --null-label, --guidance and --window belong to a network. Add --model.")
         if self.guidance is None and self.window is not None:
             raise InputError(f"--window {self.window} came without a scale of guidance. Add --guidance, such as 2.")
         if self.window != "auto":
@@ -347,32 +349,23 @@ class Conditions:
         Raises:
             InputError: for classes that the network does not have, or a network with classes and none to give.
         """
-        import torch
-
         from symbreak.networks.denoiser import class_count
-        from symbreak.networks.guidance import check_classes
         from symbreak.start.classes import Classes
+        from symbreak.start.loading import classes_for
 
-        count = class_count(pipe.unet)
-        if count is None:
-            if self != Conditions():
-                raise InputError(
-                    "--class, --null-label, --guidance and --window are for class-conditional networks; this one has "
-                    "no classes. Leave them out."
-                )
-            return None
-        if self.of_class is None and data is None:
+        count, named = class_count(pipe.unet), self._named()
+        if count is None and self != Conditions():
+            raise InputError(
+                "--class, --null-label, --guidance and --window are for class-conditional networks; this one has "
+                "no classes. Leave them out."
+            )
+        if count is not None and self.of_class is None and data is None:
             raise InputError(
                 f"the network has {count} classes. Say which to sample: --class 0,3,7, or --class data with --data."
             )
-        if self.of_class in (None, "data"):
-            chosen = Classes.of_data(cast("Images", data))
-        else:
-            chosen = Classes(self._named())
-        check_classes(torch.tensor(sorted(set(chosen.pool))), pipe.unet)
-        return chosen
+        return classes_for(pipe, "the network", cast("Images", data), Classes(named) if named else None)
 
-    def told(
+    def applied(
         self, pipe: Pipeline, data: Images | None, unseen: Images | None, run: Run
     ) -> tuple[Network | Guided, Classes | None, Values]:
         """The network with its guidance, the class of every seed, and what the record says of both.
@@ -382,36 +375,41 @@ class Conditions:
             run: see `network`.
         """
         classes = self.classes(pipe, data)
-        unet, about = self.network(pipe, unseen or data, run=run)
+        unet, about = self.network(pipe, classes, unseen or data, run)
         return unet, classes, about | ({} if classes is None else {"classes": classes.to_dict()})
 
     def network(
-        self, pipe: Pipeline, data: Images | None, seed: int = 0, run: Run | None = None
+        self, pipe: Pipeline, classes: Classes | None, data: Images | None, run: Run
     ) -> tuple[Network | Guided, Values]:
         """The network, guided where a scale came, and what the record says of it.
 
         Args:
+            classes: those that are sampled, of which the null class is none: it would be guided against itself.
             data: for a window that is found, labelled images, best ones that the network has not seen.
-            seed, run: of the information of the classes.
+            run: of the information of the classes.
         """
+        from symbreak.networks.denoiser import fixed_class
         from symbreak.networks.families import denoiser
-        from symbreak.networks.guidance import guided, without_condition
+        from symbreak.networks.guidance import check_classes, guided, without_condition
         from symbreak.phases.class_information import condition_information, guidance_window
         from symbreak.studies.diagnosis import some_images
 
         if self.guidance is None or (self.guidance == 1 and self.window != "auto"):
             return pipe.unet, {}
         network = denoiser(pipe.unet, pipe.scheduler)
-        window, found = limits(None if self.window == "auto" else self.window, "--window"), {}
+        without = without_condition(network, self.null_label)
+        if classes is not None:
+            check_classes(classes.different(), pipe.unet, fixed_class(without))
+        window, by_data = limits(None if self.window == "auto" else self.window, "--window"), {}
         if self.window == "auto":
-            images, labels = some_images(cast("Images", data), CONDITIONED, seed)
-            information = condition_information(network, images, labels, null=self.null_label, seed=seed, run=run)
-            predicted = guidance_window(information, seed=seed)
+            images, labels = some_images(cast("Images", data), CONDITIONED, seed=0)
+            information = condition_information(network, images, labels, null=self.null_label, run=run)
+            predicted = guidance_window(information)
             low, high = window = predicted.levels
             note("guidance", f"the class is decided between sigma {low:.4g} and {high:.4g}", *information.notes)
-            found = {"information": information.to_dict(), "predicted": predicted.to_dict()}
-        model = guided(network, without_condition(network, self.null_label), self.guidance, window)
-        return model, {"guidance": {**model.guidance, "null_label": self.null_label, **found}}
+            by_data = {"information": information.to_dict(), "predicted": predicted.to_dict()}
+        model = guided(network, without, self.guidance, window)
+        return model, {"guidance": {**model.guidance, "null_label": self.null_label, **by_data}}
 
 
 def guided_lines(settings: Values) -> list[str]:
