@@ -107,6 +107,21 @@ def test_another_null_class_is_another_network_wherever_the_window_lies(tmp_path
     assert identities[0] != identities[1]
 
 
+def test_finished_samples_of_another_class_are_others_where_it_counts_below_the_first_step_only(tmp_path):
+    class Late(torch.nn.Module):
+        num_class_embeds = 3
+
+        def forward(self, x, sigma, class_labels):
+            below = (sigma < 1.0).double() * class_labels
+            return (x / (1 + sigma.reshape(-1, 1) ** 2) + below.reshape(-1, 1)).to(x)
+
+    start = standard_start(sb.scheduler("ddim", clip_sample=False), 6)
+    for label in (1, 2):
+        d = denoiser(Late(), shape=(2,), sigma_range=(0.01, 100.0), class_labels=torch.tensor([label]))
+        cached, fresh = (generate(d, start, range(3), run=run) for run in (sb.Run(tmp_path), None))
+        assert torch.equal(cached, fresh)
+
+
 def test_both_branches_are_one_batch_where_they_are_one_network():
     class Counting(torch.nn.Module):
         num_class_embeds, sizes = 3, []

@@ -326,9 +326,9 @@ class _Images:
             inputs = [v for v in (self.labels, self.clean, *self.condition.values()) if isinstance(v, torch.Tensor)]
             settings = {**of_scheduler(start.full), "times": torch.as_tensor(start.scheduler.timesteps)}
             scheduler = weights_hash(self.unet), identity_of("images", **settings), start.steps, start.level
-            without = getattr(self.unet, "unconditional", None)
-            guided = () if without is None else (json.dumps(getattr(self.unet, "guidance", None)), fingerprint(without))
-            return digest(state, answer, law, *inputs, *scheduler, *guided, self.micro_batch, self.clamp, self.seeds)
+            # Of a denoiser the weights do not say its class or guidance, which may count below the first step only.
+            posed = (fingerprint(denoises(self.unet, start.full)),) if hasattr(self.unet, "source") else ()
+            return digest(state, answer, law, *inputs, *scheduler, *posed, self.micro_batch, self.clamp, self.seeds)
 
         return f"images-{agreed(digested)}"
 
