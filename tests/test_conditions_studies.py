@@ -150,3 +150,11 @@ def test_finished_parts_of_other_classes_are_others(digits, tmp_path):
         )
         counts[classes.pool] = record.settings["samples"]
     assert counts[1,] != counts[2,]
+
+
+def test_studies_of_starts_need_a_class_or_none(digits):
+    data, pipe = digits
+    measure = sb.Measure(extract=sb.extractor("pixels"), samples=20, repeats=2)
+    for study in (sb.compare_starts, sb.sensitivity):
+        with pytest.raises(InputError, match="the pipeline has classes, which are not given here"):
+            study(data, pipe, holdout=data, measure=measure)

@@ -363,7 +363,7 @@ class Conditions:
             raise InputError(
                 f"the network has {count} classes. Say which to sample: --class 0,3,7, or --class data with --data."
             )
-        return classes_for(pipe, "the network", cast("Images", data), Classes(named) if named else None)
+        return classes_for(pipe, "the pipeline", cast("Images", data), Classes(named) if named else None)
 
     def applied(
         self, pipe: Pipeline, data: Images | None, unseen: Images | None, run: Run

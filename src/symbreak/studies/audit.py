@@ -265,7 +265,7 @@ def _sampled(
 ) -> tuple[Values, Run, Shards]:
     """What the samples are, the run that keeps finished ones, and the samples."""
     model = pipeline_of(model, train)
-    labels = classes_for(model, "the network", train, sampling.classes)
+    labels = classes_for(model, "the pipeline", train, sampling.classes)
     network, seeds = denoiser(model.unet, model.scheduler), sampling.list()
     if tuple(network.shape) != train.shape:
         raise InputError(

@@ -165,7 +165,7 @@ def _network(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser:
             f"model of the type {type(model).__name__}; expected a diffusers pipeline, sb.denoiser(...) or a law."
         )
     else:
-        refuse_conditional(model, "the network", classes=True)
+        refuse_conditional(model, "the pipeline", classes=True)
         network = denoises(model.unet, model.scheduler)
         if open_classes(network) is not None:
             network = without_condition(network)

@@ -39,6 +39,7 @@ from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
 from symbreak.start.classes import Classes
 from symbreak.start.late_start import LateStart
+from symbreak.start.loading import refuse_conditional
 from symbreak.start.sample import generate
 from symbreak.studies.diagnosis import spread_of
 
@@ -237,12 +238,14 @@ def compared(
     """The comparison of starts of a pipeline, with features of all held-out images, and the settings that decide it.
 
     Raises:
-        InputError: for images of another shape than the network's, and for fewer than two repeats.
+        InputError: for images of another shape than the network's, a network with classes that are open, and for fewer
+            than two repeats.
     """
     if measure.samples < 2 or measure.repeats < 2:
         raise InputError(
             f"{measure.repeats} repeats of {measure.samples} samples; expected at least 2 of each for an interval."
         )
+    refuse_conditional(pipeline, "the pipeline")
     network = denoiser(pipeline.unet, pipeline.scheduler)
     for name, images in (("the data", data), ("the held-out images", holdout)):
         if images.shape != tuple(network.shape):
