@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 err = Console(stderr=True)
 _notes: list[str] = []  # to be told once there is something to show: an error prints one line only
 _unread: list[Images] = []  # whose notes the first pass over them brings along
-_told: set[str] = set()
+_printed: set[str] = set()
 
 
 def note(source: str, *texts: str) -> None:
@@ -46,9 +46,9 @@ def _tell_notes(all_of_them: bool = False) -> None:
             note(data.name, *data.notes)
     _unread[:] = [data for data in _unread if not (all_of_them or data.noted)]
     for text in dict.fromkeys(_notes):
-        if text not in _told:
+        if text not in _printed:
             err.print(text, markup=False, highlight=False, soft_wrap=True)
-    _told.update(_notes)
+    _printed.update(_notes)
     _notes.clear()
 
 
@@ -97,7 +97,7 @@ def say(as_json: bool, value: dict[str, Any], draw: Callable[[], None]) -> None:
     if rank_of()[0]:
         return
     _tell_notes(all_of_them=True)
-    _told.clear()
+    _printed.clear()
     if as_json:
         sys.stdout.write(json.dumps(plain(value), sort_keys=True) + "\n")
     else:
@@ -124,7 +124,7 @@ def fail(code: int, line: str) -> NoReturn:
     """Leave with one line on stderr."""
     _notes.clear()
     _unread.clear()
-    _told.clear()
+    _printed.clear()
     sys.stderr.write(visible(" ".join(line.split())) + "\n")
     sys.stderr.flush()
     raise SystemExit(code)

@@ -253,13 +253,13 @@ class Beginning:
         from symbreak.start.late_start import LateStart, LateStartWarning, check_same_network, standard_start
 
         number = steps if self.steps is None else self.steps
-        base, own = self.scheduler(pipe), own_start(pipe)
-        if self.start is None and own is not None:
+        base, default = self.scheduler(pipe), own_start(pipe)
+        if self.start is None and default is not None:
             if (self.at, self.sampler, self.steps) == (None,) * 3:
-                return own
-            at = own.level if self.at is None else level(self.at)
+                return default
+            at = default.level if self.at is None else level(self.at)
             with warnings_as_lines(LateStartWarning):
-                return late_start(base, cast("Gaussian", own.law), number, at=at, check=self.at is not None)
+                return late_start(base, cast("Gaussian", default.law), number, at=at, check=self.at is not None)
         if self.start is None or self.start == "none":
             if self.at is not None:
                 raise InputError(f"--at {self.at} came for a model without a start of its own. Pass --start FILE.")

@@ -250,8 +250,8 @@ def _ranged(opened: Images, value_range: Range | None) -> Images:
         opened = replace(opened, remarks=(*opened.remarks, text))
     else:  # 16 bits of which the lower ones are used, masks of numbered classes, or what is dark indeed
         dark = f"No picture looked at has a value above {largest}, read as 0 .. 255"
-        mend = "where those are no shades, pass an array with value_range= (--range)."
-        return replace(opened, remarks=(*opened.remarks, f"{dark}; {mend}"))
+        repair = "where those are no shades, pass an array with value_range= (--range)."
+        return replace(opened, remarks=(*opened.remarks, f"{dark}; {repair}"))
     history = opened.history if (low, high) == BYTES else (*opened.history, f"range {low:g},{high:g}")
     return replace(opened, scale=(high - low) / 2, offset=-(high + low) / 2, history=history)
 

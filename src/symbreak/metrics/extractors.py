@@ -77,11 +77,11 @@ class Extractor(ABC):
         ``None`` where two calls do not answer the same: then nothing it made may be used again.
         """
         network = _network(self)
-        asked = of_callable(self, fixed_images(shape), self.device)
-        if asked is None:
+        decided = of_callable(self, fixed_images(shape), self.device)
+        if decided is None:
             return None
         weights = None if network is None else weights_hash(network)
-        return {**asked, "resize": self.resize, "identity": self.identity, "weights": weights}
+        return {**decided, "resize": self.resize, "identity": self.identity, "weights": weights}
 
     def sketch(self, shape: tuple[int, ...]) -> list[float]:
         """Features of fixed images, clean and noised, on a few random axes: equal everywhere but for rounding."""

@@ -288,13 +288,13 @@ def _two_samples(content: Values, add: Callable[..., None]) -> None:
         add("sliced Wasserstein distance", sliced, "value", f"{sliced['directions']} directions; spread, not bias", "")
         if sliced["floor"] is not None:
             add("floor: training images", {**sliced["floor"], "extractor": sliced["extractor"]}, "value", ends="")
-    if (told := content.get("two_sample")) is not None:
+    if (test := content.get("two_sample")) is not None:
         for name, words in (("logistic", "logistic regression"), ("knn", "nearest neighbours")):
-            counts = {k: told[k] for k in ("samples", "reference", "extractor")}
-            said = f"1/2 where it cannot; p = {number(told[name]['p_value'], '.2g')}"
-            if told["floor"] is not None:
-                said += f"; of training images {number(told['floor'][name]['share'], '.3g')}"
-            add(f"told apart by {words}", {**told[name], **counts}, "share", said, "")
+            counts = {k: test[k] for k in ("samples", "reference", "extractor")}
+            said = f"1/2 where it cannot; p = {number(test[name]['p_value'], '.2g')}"
+            if test["floor"] is not None:
+                said += f"; of training images {number(test['floor'][name]['share'], '.3g')}"
+            add(f"told apart by {words}", {**test[name], **counts}, "share", said, "")
 
 
 def _composition(composed: Values) -> Table:

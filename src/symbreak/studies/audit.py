@@ -247,14 +247,11 @@ def _check(
 
 
 def _side(source: Images | Shards, eight_bit: bool, extract: Extractor, run: Run) -> _Side:
-    blocks = 1 if extract.name in ("pixels", "values") else BATCH
-    x = source.shards(run, blocks) if isinstance(source, Images) else source
+    raw = extract.name in ("pixels", "values")
+    x = source.shards(run, 1 if raw else BATCH) if isinstance(source, Images) else source
     # as 8-bit numbers, or as the floats they came as
     digests = x.digests(lambda b: ((b.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8) if eight_bit else b + 0.0)
-    if extract.name in (
-        "pixels",
-        "values",
-    ):  # as they are: no float64 copy, and no bound on their number as for a distance
+    if raw:  # as they are: no float64 copy, and no bound on their number as for a distance
         return _Side(x, x, digests, digest(digests))
     rows = feature_shards(extract, x, run)
     return _Side(x, rows, digests, digest(rows.digests()))

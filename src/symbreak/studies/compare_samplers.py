@@ -48,17 +48,8 @@ from symbreak.studies.pictures import png_row, shown
 __all__ = ["SAMPLERS", "Study", "run"]
 
 SAMPLERS = ("ddpm", "ddim", "pndm", "dpm++2m", "dpm++2m-karras")
-SPELLED = (
-    "data",
-    "model",
-    "holdout",
-    "features",
-    "value_range",
-    "skip_bad",
-    "classes",
-    "pad",
-    "scale",
-)  # content counts
+# Names and ways of reading: their content counts.
+SPELLED = ("data", "model", "holdout", "features", "value_range", "skip_bad", "classes", "pad", "scale")
 GRID = 10  # images of a sample grid
 PHASES = ("schedule", "eigenvalues", "eigenvalues_low", "eigenvalues_high", "speciation", "ladder", "total_variance")
 

@@ -422,7 +422,7 @@ def checked(samples: torch.Tensor | np.ndarray | Images | Shards, data: Images) 
     if shape != data.shape:
         raise InputError(f"the samples have the shape {shape}, the training {data.noun} {data.shape}. Resize them.")
     if data.units is not None or isinstance(samples, Images):
-        _check_units(samples, data)
+        _check_scale(samples, data)
     if isinstance(samples, Images):
         return samples  # opened with a range, which they were checked against, or without NaN
     at, first, ends = samples.first, len(samples), [math.inf, -math.inf]
@@ -457,7 +457,7 @@ def checked(samples: torch.Tensor | np.ndarray | Images | Shards, data: Images) 
     return samples
 
 
-def _check_units(samples: Images | Shards, data: Images) -> None:
+def _check_scale(samples: Images | Shards, data: Images) -> None:
     """Samples that look as if they were in other units than the data raise an error: raw ones, or scaled once more.
 
     How far they are off is the median over columns of |mean| + |log standard deviation|, both 0 for the data.
