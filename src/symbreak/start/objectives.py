@@ -97,7 +97,7 @@ class Residual:
     Args:
         residual: law and network.
         folds: laws, the k-th fitted without the images whose position is k modulo their number: at an image's own
-            law a network learns to mend what a law knows by heart.
+            law a network learns to correct what a law knows by heart.
         low: lowest level.
     """
 

@@ -1,7 +1,7 @@
 """The law that a network is trained below: fitted, with what it does not know and where it answers alone.
 
-The law knows its own training images better than others at low noise, where a network would learn to mend what the law
-has by heart. So held-out images measure its error, and the network is trained at laws of folds, each fitted without
+The law knows its own training images better than others at low noise, where a network would learn to correct what the
+law has by heart. So held-out images measure its error, and the network is trained at laws of folds, each fitted without
 the images that it is asked about.
 """
 
