@@ -47,7 +47,7 @@ if TYPE_CHECKING:
         | datasets.DatasetDict
     )
 
-__all__ = ["Options", "file_content", "images", "numpy_of"]
+__all__ = ["Options", "file_content", "images", "numpy_of", "one_each"]
 
 LOOKED_AT = 256  # pictures whose headers tell whether a data set is in colour
 LARGEST = 8192  # pixels of a side
@@ -163,18 +163,27 @@ def _opened(source: Source, options: Options) -> Images:
         raise InputError(f"{opened.name} has no columns, so labels={columns[0]!r} names none. Pass one label an image.")
     if columns == () and opened.labels is not None:
         opened = replace(opened, labels=None, classes=(), history=(*opened.history, "without labels"))
+    text = f"labels {','.join(columns)}" if columns else ""
     if each is not None:
-        values = numpy_of(each)
-        if values.shape != (len(opened),):
-            raise InputError(
-                f"labels of shape {values.shape} for {len(opened):,} images of {opened.name}; expected one an image."
-            )
-        classes = classes_of(opened.name, values)
+        classes, text = one_each(each, opened.name, len(opened), "image")
         opened = labelled(opened, classes)
-        columns = (digest(torch.from_numpy(classes.codes), classes.names),)
-    if columns:  # splits, subsets and classes are picked by these labels, of which the pictures' content says nothing
-        opened = replace(opened, history=(*opened.history, f"labels {','.join(columns)}"))
+    if text:  # splits, subsets and classes are picked by these labels, of which the pictures' content says nothing
+        opened = replace(opened, history=(*opened.history, text))
     return opened
+
+
+def one_each(labels: object, name: str, count: int, noun: str) -> tuple[Classes, str]:
+    """The classes of one label a sample, and what a selection's history says of them.
+
+    Raises:
+        InputError: for labels of another shape.
+    """
+    values = numpy_of(labels)
+    if values.shape != (count,):
+        one = f"{'an' if noun == 'image' else 'a'} {noun}"
+        raise InputError(f"labels of shape {values.shape} for {count:,} {noun}s of {name}; expected one {one}.")
+    classes = classes_of(name, values)
+    return classes, f"labels {digest(torch.from_numpy(classes.codes), classes.names)}"
 
 
 def numpy_of(x: object) -> np.ndarray:

@@ -21,7 +21,7 @@ from symbreak.data.arrays import load_array, slabs
 from symbreak.data.folders import look_into
 from symbreak.data.images import BLOCK_BYTES, Images, Units
 from symbreak.data.labels import Classes, classes_of, labelled
-from symbreak.data.readers import file_content, images, numpy_of
+from symbreak.data.readers import file_content, images, numpy_of, one_each
 from symbreak.data.tables import CSV, has_pictures, read_table, values_of
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.files import digest
@@ -203,17 +203,14 @@ def _raw(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
         raise InputError(f"{name} has the shape {array.shape}: there are no values.")
     if len(array) < 2:
         raise InputError(f"{name} holds 1 sample; at least 2 are needed.")
-    if raw.columns or labels is None or (isinstance(labels, str) and labels == "none"):
-        return replace(raw, classes=None) if isinstance(labels, str) and labels == "none" else raw
-    if isinstance(labels, str) or (isinstance(labels, list | tuple) and any(isinstance(c, str) for c in labels[:1])):
-        named = labels if isinstance(labels, str) else labels[0]
-        if isinstance(labels, str) or len(labels) != len(array):
-            raise InputError(f"{name} has no columns, so labels={named!r} names none. Pass one label a sample.")
-    values = numpy_of(labels)
-    if values.shape != (len(array),):
-        raise InputError(f"labels of shape {values.shape} for {len(array):,} samples of {name}; expected one a sample.")
-    classes = classes_of(name, values)
-    return replace(raw, classes=classes, history=f"labels {digest(torch.from_numpy(classes.codes), classes.names)}")
+    if labels is None or raw.history or (isinstance(labels, str) and labels == "none"):
+        return raw  # the labels are columns of a table, or the file's own, or there are none
+    several = isinstance(labels, list | tuple) and len(labels) != len(array)
+    names: Sequence[object] = [labels] if isinstance(labels, str) else labels[:1] if several else ()
+    if not raw.columns and any(isinstance(c, str) for c in names):
+        raise InputError(f"{name} has no columns, so labels={names[0]!r} names none. Pass one label a sample.")
+    classes, history = one_each(labels, name, len(array), "sample")
+    return replace(raw, classes=classes, history=history)
 
 
 def _read(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
@@ -267,30 +264,18 @@ def _read(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
 
 
 def _from_table(name: str, source: pa.Table | list[Path], labels: Any, like: tuple[str, ...]) -> _Raw:
-    """A table with its label columns, or labels that came beside it."""
+    """A table with its label columns; labels that came beside it are not among them."""
     table, notes = read_table(source) if isinstance(source, list) else (source, ())
-    names: Sequence[str] | None = None
-    if isinstance(labels, str):
-        names = () if labels == "none" else [labels] if labels in table.column_names else labels.split(",")
-    elif isinstance(labels, list | tuple) and labels and all(isinstance(c, str) for c in labels):
-        names = list(labels) if len(labels) != len(table) else ()
-    beside = labels is not None and not names and not isinstance(labels, str)
-    read = values_of(name, table, () if beside else names, like)
+    names: Sequence[str] | None = None if labels is None else ()
+    if isinstance(labels, str) and labels != "none":
+        names = [labels] if labels in table.column_names else labels.split(",")
+    elif isinstance(labels, list | tuple) and all(isinstance(c, str) for c in labels) and len(labels) != len(table):
+        names = list(labels)
+    read = values_of(name, table, names, like)
     content = partial(_files_hash, source) if isinstance(source, list) else partial(_array_hash, read.values)
-    classes, history = read.classes, f"labels {','.join(names)}" if names else ""
-    if beside:
-        values = numpy_of(labels)
-        if values.shape != (len(table),):
-            raise InputError(
-                f"labels of shape {values.shape} for {len(table):,} samples of {name}; expected one a sample."
-            )
-        classes = classes_of(name, values)
-        history = f"labels {digest(torch.from_numpy(classes.codes), classes.names)}"
-    if names == () and not beside:
-        history = "without labels"
-    return _Raw(
-        name, read.values, content, read.names or _numbered(read.values), classes, history, (*notes, *read.notes)
-    )
+    history = f"labels {','.join(names)}" if names else "without labels" if isinstance(labels, str) else ""
+    columns = read.names or _numbered(read.values)
+    return _Raw(name, read.values, content, columns, read.classes, history, (*notes, *read.notes))
 
 
 def _numbered(array: np.ndarray) -> tuple[str, ...]:
