@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from symbreak.data.images import Images
 from symbreak.runtime.errors import InputError
 
-__all__ = ["Classes", "classes_of", "from_columns", "labelled"]
+__all__ = ["Classes", "classes_of", "from_columns", "label_column", "labelled"]
 
 MAX_CLASSES = 2**20
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
@@ -86,6 +86,11 @@ def classes_of(source: str, values: np.ndarray, names: Sequence[str] = (), colum
     return Classes(codes, texts, (f"The labels {', '.join(texts[:5])} are numbered 0 .. {len(texts) - 1} in order.",))
 
 
+def label_column(names: Collection[str]) -> str | None:
+    """The column that is read as labels unasked: the first of `LABEL_COLUMNS`, in whatever case."""
+    return next((n for c in LABEL_COLUMNS for n in names if n.lower() == c), None)
+
+
 def from_columns(
     source: str,
     columns: dict[str, bool],
@@ -106,7 +111,7 @@ def from_columns(
     may = [name for name, fits in columns.items() if fits]
     choice = f"It has: {', '.join(may[:60])}." if may else "It has no column with labels."
     if wanted is None:
-        name = next((n for c in LABEL_COLUMNS for n in columns if n.lower() == c), None)
+        name = label_column(columns)
         if name is not None and columns[name]:
             return classes_of(source, *read(name), column=name)
         if name is None and not may:

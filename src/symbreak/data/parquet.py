@@ -114,10 +114,7 @@ class Shards:
                     chunk.dictionary_encode() if pa.types.is_string(chunk.type) else chunk
                     for chunk in file.read(columns=[column]).column(0).chunks
                 ]
-        values = [plain_values(chunk) for chunk in chunks]
-        if any(v.dtype.kind == "O" for v in values):
-            values = [v.astype(object) for v in values]
-        return np.concatenate(values) if values else np.array([]), _names(self.schema.metadata, column)
+        return plain_values(chunks), _names(self.schema.metadata, column)
 
 
 @contextmanager
@@ -146,8 +143,16 @@ def may_be_labels(kind: pa.DataType) -> bool:
     return bool(texts or t.is_integer(kind) or t.is_boolean(kind) or t.is_floating(kind))
 
 
-def plain_values(chunk: pa.Array) -> np.ndarray:
-    """A chunk of a column; one with missing values as objects, ``None`` among them."""
+def plain_values(chunks: Sequence[pa.Array]) -> np.ndarray:
+    """The values of a column; those of one with missing values as objects, ``None`` among them."""
+    values = [_plain(chunk) for chunk in chunks]
+    if any(v.dtype.kind == "O" for v in values):
+        values = [v.astype(object) for v in values]
+    return np.concatenate(values) if values else np.array([])
+
+
+def _plain(chunk: pa.Array) -> np.ndarray:
+    """The values of one chunk, likewise."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(chunk.type):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from symbreak.data.labels import LABEL_COLUMNS, Classes, from_columns
+from symbreak.data.labels import Classes, from_columns, label_column
 from symbreak.data.parquet import holds_pictures, may_be_labels, plain_values, readable, unpacked_size
 from symbreak.runtime.errors import InputError
 
@@ -164,7 +164,7 @@ def values_of(source: str, table: pa.Table, wanted: Sequence[str] | None, like: 
     classes = None
     if wanted:
         columns = {name: may_be_labels(table.field(name).type) for name in names}
-        classes = from_columns(source, columns, lambda name: (_labels(table, name), ()), wanted)
+        classes = from_columns(source, columns, lambda name: (plain_values(table.column(name).chunks), ()), wanted)
         notes += classes.notes if classes is not None else ()
         classes = None if classes is None else replace(classes, notes=())
     rest = [name for name in names if name not in (wanted or ())]
@@ -201,7 +201,7 @@ def values_of(source: str, table: pa.Table, wanted: Sequence[str] | None, like: 
 
 def _labels_by_name(table: pa.Table) -> tuple[tuple[str, ...], list[str]]:
     """The column that is read as labels unasked, and what is said of it."""
-    name = next((n for c in LABEL_COLUMNS for n in table.column_names if n.lower() == c), None)
+    name = label_column(table.column_names)
     if name is None:
         return (), []
     different = len(table.column(name).unique())
@@ -209,13 +209,6 @@ def _labels_by_name(table: pa.Table) -> tuple[tuple[str, ...], list[str]]:
         few = f"The column {name} holds {different:,} different values: it is read as numbers, not as classes."
         return (), [f"{few} labels={name} (--labels {name}) reads it as classes."]
     return (name,), [f"The column {name} is read as labels; labels=none (--labels none) reads it as numbers."]
-
-
-def _labels(table: pa.Table, name: str) -> np.ndarray:
-    chunks = [plain_values(chunk) for chunk in table.column(name).chunks]
-    if any(v.dtype.kind == "O" for v in chunks):
-        chunks = [v.astype(object) for v in chunks]
-    return np.concatenate(chunks) if chunks else np.array([])
 
 
 def _numbers(source: str, table: pa.Table, name: str) -> np.ndarray:
