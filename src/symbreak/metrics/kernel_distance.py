@@ -18,13 +18,28 @@ from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values
 from symbreak.runtime.run import renamed
 
-__all__ = ["kid"]
+__all__ = ["kid", "rows_for_blocks"]
 
 DEGREE = 3
 SUBSETS, SUBSET_SIZE = 100, 1000
 BLOCKS = 10
 TILE = 1024
 FEW = 40  # rows below which the interval covers less than 90 % of skewed worlds
+
+
+def rows_for_blocks(samples: torch.Tensor, real: torch.Tensor, blocks: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Both sets as float64 rows [N, F] and [M, F], and how many blocks of at least 2 rows both of them have.
+
+    Raises:
+        InputError: for too few rows or unequal features.
+    """
+    x, y = samples.double(), real.double()
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise InputError(f"features of shape {tuple(x.shape)} and {tuple(y.shape)}; expected [N, F] and [M, F].")
+    blocks = min(blocks, len(x) // 2, len(y) // 2)
+    if blocks < 2:
+        raise InputError(f"{len(x)} samples and {len(y)} real ones; expected at least 4 of each.")
+    return x, y, blocks
 
 
 @renamed(found="samples=...")
@@ -56,12 +71,7 @@ def kid(
 
     Source: Binkowski et al., arXiv:1801.01401; subsets as in torch-fidelity.
     """
-    x, y = samples.double(), real.double()
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise InputError(f"features of shape {tuple(x.shape)} and {tuple(y.shape)}; expected [N, F] and [M, F].")
-    blocks = min(blocks, len(x) // 2, len(y) // 2)
-    if blocks < 2:
-        raise InputError(f"{len(x)} samples and {len(y)} real images; expected at least 4 of each.")
+    x, y, blocks = rows_for_blocks(samples, real, blocks)
     size = min(subset_size, len(x), len(y))
     marks, counts = [], []
     for side, z in enumerate((x, y)):

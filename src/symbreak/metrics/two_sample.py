@@ -13,6 +13,7 @@ import torch
 from scipy import stats
 
 from symbreak.intervals import jackknife, proportion
+from symbreak.metrics.kernel_distance import rows_for_blocks
 from symbreak.noise import generator
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.plain import Values
@@ -54,12 +55,7 @@ def sliced_wasserstein(
     >>> round(sliced_wasserstein(x, x + 2.0)["value"], 6)
     2.0
     """
-    x, y = samples.double(), real.double()
-    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise InputError(f"features of shape {tuple(x.shape)} and {tuple(y.shape)}; expected [N, F] and [M, F].")
-    blocks = min(blocks, len(x) // 2, len(y) // 2)
-    if blocks < 2:
-        raise InputError(f"{len(x)} samples and {len(y)} real ones; expected at least 4 of each.")
+    x, y, blocks = rows_for_blocks(samples, real, blocks)
     # Whole orthonormal bases, by which a shift is measured exactly.
     width, g = x.shape[1], generator(seed, 41)
     bases = torch.randn(max(1, -(-directions // width)), width, min(width, directions), generator=g).double()
