@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from symbreak.runtime.files import InputError
-from symbreak.runtime.identity import Identity, fixed_images, of_callable, weights_hash
+from symbreak.runtime.identity import Identity, fixed_images, module_of, of_callable, weights_hash
 from symbreak.runtime.ranks import usable
 
 __all__ = ["BATCH", "Extractor", "FromFunction", "Function", "device_of"]
@@ -56,7 +56,7 @@ class Extractor(ABC):
         Raises:
             InputError: for a device that is not there.
         """
-        network, there = _network(self), None if device is None else usable(device)
+        network, there = module_of(self), None if device is None else usable(device)
         if network is not None and there is not None:
             network.to(there)
         return self
@@ -76,12 +76,8 @@ class Extractor(ABC):
 
         ``None`` where two calls do not answer the same: then nothing it made may be used again.
         """
-        network = _network(self)
         decided = of_callable(self, fixed_images(shape), self.device)
-        if decided is None:
-            return None
-        weights = None if network is None else weights_hash(network)
-        return {**decided, "resize": self.resize, "identity": self.identity, "weights": weights}
+        return None if decided is None else {**decided, "resize": self.resize, "identity": self.identity}
 
     def sketch(self, shape: tuple[int, ...]) -> list[float]:
         """Features of fixed images, clean and noised, on a few random axes: equal everywhere but for rounding."""
@@ -117,16 +113,8 @@ class FromFunction(Extractor):
         return out
 
 
-def _network(function: object) -> nn.Module | None:
-    """What has weights in an extractor, a classifier or a method of one."""
-    function = getattr(function, "function", function)
-    owner = getattr(function, "__self__", function)
-    network = getattr(owner, "network", owner)
-    return network if isinstance(network, nn.Module) else None
-
-
 def device_of(function: object) -> torch.device:
     """Where an extractor, a classifier or a method of one wants its images."""
-    network = _network(function)
+    network = module_of(function)
     weight = None if network is None else next(network.parameters(), None)
     return torch.device("cpu") if weight is None else weight.device

@@ -22,8 +22,8 @@ from symbreak.runtime.errors import note
 from symbreak.runtime.files import digest
 from symbreak.runtime.plain import plain, versions
 
-__all__ = ["Identity", "answers", "differences", "fixed_images", "identity_of", "of_callable", "of_data", "of_device"]
-__all__ += ["of_scheduler", "unrepeatable", "weights_hash"]
+__all__ = ["Identity", "answers", "differences", "fixed_images", "identity_of", "module_of", "of_callable", "of_data"]
+__all__ += ["of_device", "of_scheduler", "unrepeatable", "weights_hash"]
 
 Identity = dict[str, Any]  # plain values by dotted name
 Answer = Callable[[torch.Tensor], object]
@@ -200,10 +200,17 @@ def of_callable(function: Any, images: torch.Tensor, device: torch.device | None
     said = answers(function, images, device)
     if said is None:
         return None
-    inner = getattr(function, "function", function)
-    owner = getattr(inner, "__self__", inner)
-    weights = weights_hash(owner) if isinstance(owner, nn.Module) else None
+    network, inner = module_of(function), getattr(function, "function", function)
+    weights = None if network is None else weights_hash(network)
     return {"answers": said, "code": digest(*_codes(inner)), "weights": weights}
+
+
+def module_of(function: object) -> nn.Module | None:
+    """What has weights in a function of images: itself, the object whose method it is, or the ``network`` of either."""
+    function = getattr(function, "function", function)
+    owner = getattr(function, "__self__", function)
+    network = owner if isinstance(owner, nn.Module) else getattr(owner, "network", None)
+    return network if isinstance(network, nn.Module) else None
 
 
 def unrepeatable(name: str) -> Identity:
