@@ -373,24 +373,19 @@ def _from_folder(path: Path, places: list[Path], notes: tuple[str, ...]) -> Imag
     return replace(opened, labels=torch.tensor([classes.index(p.parts[0]) for p in places]), classes=classes)
 
 
-def _hashes(starts: Sequence[int], hashed: Callable[[int], bytes]) -> bytes:
-    """The hashes of pieces of a source, one after the other; every process makes a part of them."""
-    parts = map_over_ranks(starts, lambda start: {"hash": np.frombuffer(hashed(start), np.uint8)})
-    return b"".join(part["hash"].tobytes() for part in parts)
-
-
 def file_content(path: Path) -> str:
     """SHA-256 of a file; of a large one that of its parts' hashes, so that ranks read a part each."""
     size = path.stat().st_size
     if size <= PART_BYTES:
         return agreed(partial(file_hash, path))
 
-    def hashed(start: int) -> bytes:
+    def hashed(start: int) -> Arrays:
         with path.open("rb") as stream:
             stream.seek(start)
-            return hashlib.sha256(stream.read(PART_BYTES)).digest()
+            return {"hash": np.frombuffer(hashlib.sha256(stream.read(PART_BYTES)).digest(), np.uint8)}
 
-    return hashlib.sha256(_hashes(range(0, size, PART_BYTES), hashed)).hexdigest()
+    parts = map_over_ranks(range(0, size, PART_BYTES), hashed)
+    return hashlib.sha256(b"".join(part["hash"].tobytes() for part in parts)).hexdigest()
 
 
 def _from_parquet(name: str, paths: list[Path], columns: Sequence[str] | None, notes: tuple[str, ...]) -> Images:
