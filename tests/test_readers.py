@@ -464,6 +464,20 @@ def test_sources_in_memory():
     same(law.denoise(wanted[:1], sigma=1e-3), wanted[:1])
 
 
+def test_files_of_a_data_set_are_read_once(tmp_path, monkeypatch):
+    """A cell of `datasets` may hold a path alone: its pixels come from the bytes that were read, not from it again."""
+    import datasets
+
+    for i in range(4):
+        Image.new("RGB", (8, 8), (60 * i, 0, 200)).save(tmp_path / f"{i}.jpg")
+    paths = [str(tmp_path / f"{i}.jpg") for i in range(4)]
+    data = sb.images(datasets.Dataset.from_dict({"pic": paths}).cast_column("pic", datasets.Image()))
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda source, **options: opened.append(type(source)) or real(source, **options))
+    assert data.tensor().shape == (4, 3, 8, 8)
+    assert opened == [io.BytesIO] * 4
+
+
 # Sizes
 
 

@@ -59,9 +59,9 @@ class Seen:
         return bool(self.decided.all())
 
     def bytes_of(self, index: int, path: Path) -> bytes:
-        """The bytes of a file, whose hash is remembered."""
+        """The bytes of a file, whose hash is remembered where the source is made of files."""
         content = path.read_bytes()
-        if not self.hashed[index]:
+        if len(self.hashed) and not self.hashed[index]:
             self.hashes[index] = np.frombuffer(hashlib.sha256(content).digest(), np.uint8)
             self.hashed[index] = True
         return content
