@@ -237,12 +237,12 @@ def _numbers(source: str, table: pa.Table, name: str) -> np.ndarray:
     elif t.is_null(kind):
         return np.full(len(column), np.nan)
     elif not (t.is_integer(kind) or t.is_floating(kind) or t.is_decimal(kind)):
-        for row, value in enumerate(column.to_pylist()):
+        texts = column.to_pylist()
+        for row, value in enumerate(texts):
             if value is not None and not (isinstance(value, str) and (not value.strip() or _is_number(value))):
                 raise InputError(
                     f"row {row} of {source} holds {str(value)[:40]!r} in the column {name!r}; expected a number. "
                     f"Repair it, drop the column, or read it as labels with labels={name} (--labels {name})."
                 )
-        texts = column.to_pylist()
         return np.array([float(v) if v is not None and v.strip() else np.nan for v in texts])
     return np.asarray(column.cast(pa.float64(), safe=False).to_numpy(), np.float64)
