@@ -93,7 +93,8 @@ def is_picture(name: str) -> bool:
 
 
 _quiet_lock = threading.Lock()
-_quiet_pictures = 0
+_quiet_pictures = 0  # that are open now
+_quiet_filters: list[object] = []  # while there are some
 
 
 @contextmanager
@@ -118,9 +119,6 @@ def _quiet() -> Iterator[None]:
                 for one in _quiet_filters:
                     with suppress(ValueError):
                         warnings.filters.remove(one)  # type: ignore[attr-defined]
-
-
-_quiet_filters: list[object] = []
 
 
 @contextmanager
