@@ -22,7 +22,14 @@ import torch
 
 import symbreak as sb
 from symbreak.metrics.coverage import precision_recall
-from symbreak.metrics.features import accuracy, extractor, features, load_classifier, save_classifier, train_classifier
+from symbreak.metrics.feature_rows import (
+    accuracy,
+    extractor,
+    features,
+    load_classifier,
+    save_classifier,
+    train_classifier,
+)
 from symbreak.metrics.frechet import distance, floor
 from symbreak.networks.denoiser import fingerprint
 from symbreak.runtime.files import write_json

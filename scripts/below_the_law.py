@@ -25,7 +25,7 @@ from diffusers.training_utils import EMAModel
 import symbreak as sb
 from symbreak.metrics.composition import class_entropy
 from symbreak.metrics.coverage import precision_recall
-from symbreak.metrics.features import features, load_classifier, save_classifier, train_classifier
+from symbreak.metrics.feature_rows import features, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.frechet import frechet_distance
 from symbreak.metrics.memorization import nearest
 from symbreak.networks.residual import LawResidual, law_error, law_size
@@ -158,7 +158,7 @@ class Ruler:
     def __init__(self, name: str, train: sb.Images, test: sb.Images) -> None:
         path = OUT / f"{name}-classifier.safetensors"
         if name == "digits":
-            from symbreak.metrics.features import BUNDLED
+            from symbreak.metrics.feature_rows import BUNDLED
 
             self.extract = load_classifier(BUNDLED)
         else:

@@ -23,9 +23,9 @@ from matplotlib.figure import Figure
 
 import symbreak as sb
 from symbreak.intervals import mean_interval
-from symbreak.metrics.features import extractor, load_classifier, save_classifier, train_classifier
-from symbreak.phases.gaussianity import MULTIVARIATE, PROJECTED, Gaussianity, gaussianity
-from symbreak.phases.non_gaussianity import non_gaussianity
+from symbreak.metrics.feature_rows import extractor, load_classifier, save_classifier, train_classifier
+from symbreak.phases.beyond_gaussian import non_gaussianity
+from symbreak.phases.gaussian_tests import MULTIVARIATE, PROJECTED, Gaussianity, gaussianity
 from symbreak.phases.reverse_paths import reverse_states
 from symbreak.phases.speciation import cloning_time
 from symbreak.report.record import Record

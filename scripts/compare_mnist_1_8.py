@@ -20,7 +20,7 @@ import torch
 from matplotlib.figure import Figure
 
 import symbreak as sb
-from symbreak.metrics.features import accuracy, load_classifier, save_classifier, train_classifier
+from symbreak.metrics.feature_rows import accuracy, load_classifier, save_classifier, train_classifier
 from symbreak.runtime.files import write_json
 from symbreak.runtime.identity import weights_hash
 from symbreak.runtime.plain import plain, versions

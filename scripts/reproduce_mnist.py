@@ -27,7 +27,7 @@ from diffusers import PNDMScheduler
 import symbreak as sb
 from symbreak.metrics.composition import class_entropy
 from symbreak.metrics.coverage import precision_recall
-from symbreak.metrics.features import accuracy, features, load_classifier, save_classifier, train_classifier
+from symbreak.metrics.feature_rows import accuracy, features, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.frechet import distance
 from symbreak.metrics.memorization import different, nearest_summary
 from symbreak.runtime.files import write_json, write_whole

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from symbreak.data.readers import images
-from symbreak.metrics.features import save_classifier, train_classifier
+from symbreak.metrics.feature_rows import save_classifier, train_classifier
 
 torch.set_num_threads(1)
 out = Path(__file__).parents[1] / "src" / "symbreak" / "weights" / "digits-classifier.safetensors"

@@ -14,10 +14,10 @@ from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases import branches, kicks
 from symbreak.phases.branches import Paths
-from symbreak.phases.clones import _with_steps, clones
+from symbreak.phases.cloning import _with_steps, clones
 from symbreak.phases.kicks import opportunity
 from symbreak.phases.speciation import cloning_probability, cloning_time
-from symbreak.phases.u_turns import u_turns
+from symbreak.phases.turns import u_turns
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
 

@@ -11,7 +11,7 @@ from symbreak.laws.pairwise_weights import overlaps
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
 from symbreak.phases.collapse import collapse_scaling, collapse_time, samples_needed
-from symbreak.phases.excess_entropy import excess_entropy, mutual_information
+from symbreak.phases.information import excess_entropy, mutual_information
 from symbreak.runtime.files import InputError
 from symbreak.runtime.ranks import over_ranks
 from symbreak.runtime.run import Run

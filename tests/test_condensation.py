@@ -10,7 +10,7 @@ from symbreak.laws import Empirical, Mixture
 from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.samplers import scheduler
 from symbreak.noise import generator
-from symbreak.phases.clones import clones
+from symbreak.phases.cloning import clones
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.condensation import nearest_flips, nearest_of
 from symbreak.runtime.files import InputError

@@ -13,7 +13,7 @@ from symbreak.intervals import entropy_interval
 from symbreak.metrics import extractor, features, kernel_distance
 from symbreak.metrics.composition import class_counts, composition
 from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
-from symbreak.metrics.features import feature_blocks
+from symbreak.metrics.feature_rows import feature_blocks
 from symbreak.metrics.frechet import extrapolated, frechet_distance, group_distance
 from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.pretrained import INCEPTION_SHA256, Dinov2

@@ -40,7 +40,7 @@ from symbreak.data.readers import images
 from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.laws.saving import load_law, save_law
 from symbreak.metrics import extractor
-from symbreak.metrics.features import load_classifier, save_classifier
+from symbreak.metrics.feature_rows import load_classifier, save_classifier
 from symbreak.metrics.reference import load_statistics, statistics
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.samplers import scheduler

@@ -14,9 +14,9 @@ from scipy.optimize import brentq, minimize_scalar
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
-from symbreak.phases.bifurcation import bifurcation
-from symbreak.phases.fixed_points import System, fixed_points, march
-from symbreak.phases.potential import drift, potential
+from symbreak.phases.bifurcations import bifurcation
+from symbreak.phases.fixed_point_search import System, fixed_points, march
+from symbreak.phases.potentials import drift, potential
 from symbreak.runtime.files import InputError
 
 TWO = Empirical([[-1.0], [1.0]])

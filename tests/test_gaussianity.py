@@ -11,7 +11,7 @@ from symbreak.laws import Gaussian
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import as_denoiser
 from symbreak.noise import generator
-from symbreak.phases.gaussianity import (
+from symbreak.phases.gaussian_tests import (
     MULTIVARIATE,
     PROJECTED,
     Gaussianity,

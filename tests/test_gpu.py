@@ -19,7 +19,7 @@ from PIL import Image
 
 import symbreak as sb
 from symbreak.cli.commands import main
-from symbreak.metrics.features import features, train_classifier
+from symbreak.metrics.feature_rows import features, train_classifier
 from symbreak.networks.denoiser import ask
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, write_json

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import symbreak as sb
 from symbreak.laws import Gaussian
 from symbreak.metrics.extractors import FromFunction
-from symbreak.metrics.features import extractor
+from symbreak.metrics.feature_rows import extractor
 from symbreak.metrics.reference import statistics
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import NoiseLevel

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import symbreak
 
 ROOT = Path(symbreak.__file__).parent
@@ -105,8 +107,23 @@ def test_every_public_name_exists():
 def test_no_package_offers_a_function_under_the_name_of_a_module():
     """Else `from symbreak.laws import x` would give one or the other, whichever was imported first."""
     for package in {path.parent for path in sources()} - {ROOT}:
-        offered = vars(importlib.import_module(f"symbreak.{package.relative_to(ROOT).as_posix().replace('/', '.')}"))
+        name = f"symbreak.{package.relative_to(ROOT).as_posix().replace('/', '.')}"
+        offered = set(dir(importlib.import_module(name)))
         for module in (path.stem for path in package.glob("*.py")):
-            name = f"{package.name}.{module}"
-            if name != "metrics.features":  # the last one, until its module is renamed
-                assert inspect.ismodule(offered.get(module, inspect)), f"{name} is a function and a module"
+            thing = getattr(importlib.import_module(name), module) if module in offered else inspect
+            assert inspect.ismodule(thing), f"{name}.{module} is a function and a module"
+
+
+@pytest.mark.parametrize("group", symbreak.GROUPS)
+def test_groups_are_the_public_names_by_kind(group):
+    code = f"import sys, symbreak as sb; print(*dir(sb.{group})); print(sorted({{'torch'}} & set(sys.modules)))"
+    names, heavy = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert heavy == "[]"
+    homes = {n for n in symbreak.__all__ if getattr(symbreak, n).__module__.startswith(f"symbreak.{group}.")}
+    assert homes <= set(names.split())
+    for name in homes:
+        assert getattr(getattr(symbreak, group), name) is getattr(symbreak, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        getattr(symbreak, group).nothing  # noqa: B018

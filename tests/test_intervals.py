@@ -10,9 +10,9 @@ import torch
 from symbreak.laws import Gaussian, Mixture, Sphere
 from symbreak.moments.one_pass import Moments, grouped
 from symbreak.noise import generator
+from symbreak.phases.beyond_gaussian import fitting_error, non_gaussianity
 from symbreak.phases.class_entropy import class_entropy, class_entropy_bound
-from symbreak.phases.clones import clones
-from symbreak.phases.non_gaussianity import fitting_error, non_gaussianity
+from symbreak.phases.cloning import clones
 from symbreak.phases.speciation import cloning_probability, cloning_time, ladder, speciation_time
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Run

@@ -15,6 +15,7 @@ from symbreak.intervals import resampled
 from symbreak.laws import Gaussian, Mixture, PrincipalMixture
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
+from symbreak.phases.beyond_gaussian import added_to_law, divergence_bound, non_gaussianity
 from symbreak.phases.class_entropy import class_entropy, class_entropy_bound
 from symbreak.phases.losses import (
     Losses,
@@ -24,7 +25,6 @@ from symbreak.phases.losses import (
     integral_above,
     loss_curve,
 )
-from symbreak.phases.non_gaussianity import added_to_law, divergence_bound, non_gaussianity
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import plain
 from symbreak.runtime.run import Run

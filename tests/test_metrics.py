@@ -7,7 +7,7 @@ import torch
 
 from symbreak.data.readers import images
 from symbreak.metrics import distance, extractor, features, floor
-from symbreak.metrics.features import accuracy, load_classifier, save_classifier, train_classifier
+from symbreak.metrics.feature_rows import accuracy, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.frechet import difference, frechet_distance
 from symbreak.metrics.memorization import apart, groups, nearest, nearest_in, nearest_summary
 from symbreak.moments.one_pass import Moments

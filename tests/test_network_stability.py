@@ -10,9 +10,9 @@ from symbreak.laws import Empirical, Gaussian, Mixture
 from symbreak.moments.one_pass import Moments, mode_images
 from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.samplers import scheduler
-from symbreak.phases.bifurcation import bifurcation
-from symbreak.phases.network_stability import network_stability, stability_times
-from symbreak.phases.potential import Wells, arc_potential, potential
+from symbreak.phases.bifurcations import bifurcation
+from symbreak.phases.potentials import Wells, arc_potential, potential
+from symbreak.phases.stability import network_stability, stability_times
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
 
@@ -181,7 +181,7 @@ def test_the_asymmetry_of_a_known_matrix():
 
 def test_products_on_the_bundled_network():
     """Forward-mode products pass through attention and group norms, and agree with differences."""
-    from symbreak.phases.fixed_points import System
+    from symbreak.phases.fixed_point_search import System
     from symbreak.start.loading import load_pipeline
 
     pipe = load_pipeline("digits")

@@ -14,8 +14,8 @@ import torch
 from symbreak.laws import Empirical, Mixture
 from symbreak.noise import generator
 from symbreak.phases.branches import Paths
-from symbreak.phases.clones import clone_agreement
-from symbreak.phases.excess_entropy import excess_entropy
+from symbreak.phases.cloning import clone_agreement
+from symbreak.phases.information import excess_entropy
 from symbreak.phases.speciation import cloning_probability
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text(encoding="utf-8"))

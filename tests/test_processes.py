@@ -429,9 +429,9 @@ def test_a_collapse_of_points_that_ranks_share(tmp_path):
 
 def _network_phases(out):
     from symbreak.phases.branches import Paths
-    from symbreak.phases.clones import clones
+    from symbreak.phases.cloning import clones
     from symbreak.phases.losses import loss_curve
-    from symbreak.phases.u_turns import u_turns
+    from symbreak.phases.turns import u_turns
 
     with joined() as (rank, _):
         pipe = sb.load_pipeline("digits")

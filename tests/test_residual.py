@@ -13,8 +13,8 @@ import symbreak as sb
 from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.residual import LawResidual, Mlp, law_error
 from symbreak.noise import NoiseLevel
-from symbreak.phases.fixed_points import System
-from symbreak.phases.network_stability import network_stability
+from symbreak.phases.fixed_point_search import System
+from symbreak.phases.stability import network_stability
 from symbreak.runtime.files import InputError
 from symbreak.start.late_start import LateStartWarning
 from symbreak.start.loading import load_pipeline

@@ -12,7 +12,7 @@ from symbreak.laws import Empirical, Mixture
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
 from symbreak.phases.branches import Paths
-from symbreak.phases.clones import clone_agreement
+from symbreak.phases.cloning import clone_agreement
 from symbreak.phases.speciation import SpeciationTime, cloning_probability, cloning_time, ladder, speciation_time
 from symbreak.runtime.files import InputError
 

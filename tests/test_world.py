@@ -18,7 +18,7 @@ import torch
 
 from symbreak.cli.commands import main
 from symbreak.laws import Empirical
-from symbreak.phases.bifurcation import bifurcation
+from symbreak.phases.bifurcations import bifurcation
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError

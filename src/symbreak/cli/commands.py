@@ -127,7 +127,7 @@ def phases(
     as_json: Json = False,
 ) -> None:
     """When does it decide? Every criterion on one sigma axis, of a data set and, with --model, of a network."""
-    from symbreak.metrics.features import extractor
+    from symbreak.metrics.feature_rows import extractor
     from symbreak.studies.diagnose import Effort, diagnose
 
     if classify == "pixels":
@@ -345,7 +345,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How far samples are from held-out images, what they leave out, and whether they copy training images."""
-    from symbreak.metrics.features import NamedExtractor
+    from symbreak.metrics.feature_rows import NamedExtractor
     from symbreak.report.record import Record
     from symbreak.runtime.ranks import rank_of
     from symbreak.start.sample import parse_seeds
@@ -419,7 +419,7 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Does it copy? Duplicates in the data, memorized samples, training against held-out images."""
-    from symbreak.metrics.features import NamedExtractor
+    from symbreak.metrics.feature_rows import NamedExtractor
     from symbreak.start.sample import parse_seeds
     from symbreak.studies.audit import Sampling
     from symbreak.studies.audit import audit as measure

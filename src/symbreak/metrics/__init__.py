@@ -1,7 +1,16 @@
 """Metrics: arrays in, numbers out."""
 
-from symbreak.metrics.extractors import Extractor
-from symbreak.metrics.features import extractor, features
-from symbreak.metrics.frechet import Distance, distance, floor
+from typing import TYPE_CHECKING
 
-__all__ = ["Distance", "Extractor", "distance", "extractor", "features", "floor"]
+from symbreak.runtime.lazy import lazily
+
+if TYPE_CHECKING:
+    from symbreak.metrics.extractors import Extractor
+    from symbreak.metrics.feature_rows import extractor, features
+    from symbreak.metrics.frechet import Distance, distance, floor, frechet_distance
+
+__getattr__, __all__ = lazily(__name__, __file__)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -20,7 +20,7 @@ import torch
 
 from symbreak.data.images import Images
 from symbreak.metrics.extractors import Extractor, Function
-from symbreak.metrics.features import feature_blocks
+from symbreak.metrics.feature_rows import feature_blocks
 from symbreak.moments.one_pass import Moments, grouped
 from symbreak.noise import generator
 from symbreak.runtime.errors import note

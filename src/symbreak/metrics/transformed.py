@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from symbreak.metrics.extractors import BATCH, FromFunction
-from symbreak.metrics.features import feature_shards
+from symbreak.metrics.feature_rows import feature_shards
 from symbreak.metrics.memorization import NEAR, apart, groups
 from symbreak.runtime.ranks import rank_of, shares
 from symbreak.runtime.rows import Shards

@@ -1,6 +1,6 @@
 """Collapse: the noise level below which a reverse trajectory is bound to one training sample.
 
-    I(x_0; x) = log n                                              (`symbreak.phases.excess_entropy`)
+    I(x_0; x) = log n                                              (`symbreak.phases.information`)
 
 For a data set the information is an estimate of its law's, extrapolated in n, and the collapse where that passes log n.
 
@@ -24,7 +24,7 @@ from symbreak.laws.empirical import Empirical
 from symbreak.laws.gaussian import Gaussian
 from symbreak.laws.pairwise_weights import Overlaps, SharedPoints, overlaps
 from symbreak.noise import NoiseLevel, generator
-from symbreak.phases.excess_entropy import (
+from symbreak.phases.information import (
     FEW,
     POINTS,
     Source,

@@ -17,10 +17,10 @@ from symbreak.laws.law import Law
 from symbreak.laws.pairwise_weights import SharedPoints
 from symbreak.moments.one_pass import Moments, mode_images
 from symbreak.noise import NoiseLevel
-from symbreak.phases.bifurcation import bifurcation
+from symbreak.phases.bifurcations import bifurcation
 from symbreak.phases.class_entropy import class_entropy
 from symbreak.phases.collapse import collapse_time, samples_needed
-from symbreak.phases.excess_entropy import excess_entropy
+from symbreak.phases.information import excess_entropy
 from symbreak.phases.losses import loss_curve
 from symbreak.phases.speciation import cloning_probability, cloning_time, speciation_time
 from symbreak.runtime.errors import InputError

@@ -12,24 +12,24 @@ import torch
 
 from symbreak.critical import CriticalTime, Curve, crossing
 from symbreak.laws import Empirical
-from symbreak.metrics.features import Classifier, accuracy, extractor, train_classifier
+from symbreak.metrics.feature_rows import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser, fixed_class
 from symbreak.networks.residual import LawResidual, law_answer, residual_of
 from symbreak.noise import generator
+from symbreak.phases.beyond_gaussian import added_to_law, divergence_bound, fitting_error
 from symbreak.phases.branches import Classify
 from symbreak.phases.class_entropy import class_entropy_bound
 from symbreak.phases.class_information import condition_information, guidance_window
-from symbreak.phases.clones import Clones, clones
+from symbreak.phases.cloning import Clones, clones
 from symbreak.phases.condensation import nearest_flips, nearest_of
 from symbreak.phases.kicks import Opportunity, opportunity
 from symbreak.phases.losses import entropy_rate, loss_curve
 from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
-from symbreak.phases.network_stability import network_stability
-from symbreak.phases.non_gaussianity import added_to_law, divergence_bound, fitting_error
-from symbreak.phases.potential import arc_potential
+from symbreak.phases.potentials import arc_potential
 from symbreak.phases.speciation import speciation_time
-from symbreak.phases.u_turns import u_turns
+from symbreak.phases.stability import network_stability
+from symbreak.phases.turns import u_turns
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.identity import weights_hash
 from symbreak.runtime.plain import Values

@@ -23,7 +23,7 @@ from symbreak.data.images import Images, describe
 from symbreak.intervals import proportion
 from symbreak.laws.nearest_neighbours import neighbours
 from symbreak.metrics.extractors import BATCH, Extractor
-from symbreak.metrics.features import Features, chosen, feature_shards
+from symbreak.metrics.feature_rows import Features, chosen, feature_shards
 from symbreak.metrics.memorization import NEAR, THRESHOLD, apart, groups, nearer_to_train
 from symbreak.metrics.transformed import nearest_transformed, transformations
 from symbreak.networks.denoiser import Denoiser, Denoises

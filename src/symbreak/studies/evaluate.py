@@ -17,8 +17,8 @@ from symbreak.laws.class_posterior import Labels
 from symbreak.metrics.composition import CLASSES, class_counts, composition
 from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
 from symbreak.metrics.extractors import BATCH, Extractor, FromFunction
-from symbreak.metrics.features import Features, NamedExtractor, chosen
-from symbreak.metrics.features import features as feature_rows
+from symbreak.metrics.feature_rows import Features, NamedExtractor, chosen
+from symbreak.metrics.feature_rows import features as feature_rows
 from symbreak.metrics.frechet import extrapolated, group_distance
 from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.memorization import nearest_summary

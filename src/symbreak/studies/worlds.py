@@ -32,10 +32,10 @@ from symbreak.laws.law import Law
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser, as_denoiser
 from symbreak.noise import NoiseLevel, generator, schedule
-from symbreak.phases.bifurcation import bifurcation
+from symbreak.phases.bifurcations import bifurcation
 from symbreak.phases.collapse import collapse_time
-from symbreak.phases.fixed_points import FixedPoints, fixed_points
-from symbreak.phases.potential import potential
+from symbreak.phases.fixed_point_search import FixedPoints, fixed_points
+from symbreak.phases.potentials import potential
 from symbreak.phases.reverse_paths import descend
 from symbreak.phases.speciation import cloning_probability, cloning_time, speciation_time
 from symbreak.report.html import write_report

@@ -12,7 +12,7 @@ their standardised form has the same law whatever their covariance.
 
 Data that are not Gaussian are so at no level (Cramer 1936: if x_0 + sigma eps is Gaussian, x_0 is). A test only says
 whether n samples see it, and the level of the first rejection falls with fewer samples. What the departure costs is
-measured in nats by `symbreak.phases.non_gaussianity`, which the caller may put beside.
+measured in nats by `symbreak.phases.beyond_gaussian`, which the caller may put beside.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The noise level at which a flow's symmetry breaks: its central fixed point loses stability, or other wells appear.
 
 A fixed point D(x*) = kappa x* is unstable where the top eigenvalue of Cov(x_0 | x*) / sigma^2 exceeds kappa; kappa of
-every flow and frame stands in `symbreak.phases.fixed_points`. The VP criteria depend on the data's scale and can fire
-where nothing breaks; the VE one never fires for a log-concave law.
+every flow and frame stands in `symbreak.phases.fixed_point_search`. The VP criteria depend on the data's scale and can
+fire where nothing breaks; the VE one never fires for a log-concave law.
 
 Source: Raya & Ambrogioni 2023, arXiv:2305.19693; the general criterion is derived for this package.
 """
@@ -18,7 +18,7 @@ import torch
 from symbreak.critical import CriticalTime
 from symbreak.laws.law import Law
 from symbreak.networks.denoiser import Denoiser
-from symbreak.phases.fixed_points import (
+from symbreak.phases.fixed_point_search import (
     SOURCE,
     Point,
     System,

@@ -1,6 +1,6 @@
 """The stability of a trained network's flow: its centre followed down from high noise, and where other wells appear.
 
-At high noise a flow has one fixed point D(x*) = kappa x* (`symbreak.phases.fixed_points` has kappa for every flow
+At high noise a flow has one fixed point D(x*) = kappa x* (`symbreak.phases.fixed_point_search` has kappa for every flow
 and frame). Going down, one of three things happens to it:
 
     it loses stability      the top eigenvalue of J = dD/dx at x* passes kappa: classes that mirror each other
@@ -32,7 +32,7 @@ from symbreak.critical import CriticalTime, Levels
 from symbreak.laws.law import Law
 from symbreak.networks.denoiser import Denoiser, as_denoiser, fingerprints
 from symbreak.noise import NoiseLevel
-from symbreak.phases.fixed_points import (
+from symbreak.phases.fixed_point_search import (
     SOURCE,
     System,
     Track,
@@ -43,7 +43,7 @@ from symbreak.phases.fixed_points import (
     level_at,
     loss_of_stability,
 )
-from symbreak.phases.potential import levels_within, plain_fields, trajectories
+from symbreak.phases.potentials import levels_within, plain_fields, trajectories
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
 
@@ -415,7 +415,7 @@ def _splitting(down: _Descent, starts: np.ndarray, tell: Callable[[], None]) -> 
 def _settled(system: System, rows: np.ndarray, centre: list[np.ndarray], lam: float) -> Arrays:
     """Rows followed to a level, and how many distinct stable points they have settled at, with the centre.
 
-    `symbreak.phases.fixed_points.wells_at` for networks: each row that stands still costs no eigenvalue, and two
+    `symbreak.phases.fixed_point_search.wells_at` for networks: each row that stands still costs no eigenvalue, and two
     points that Newton confirms decide.
     """
     far = 0.1 * system.scale

@@ -1,7 +1,7 @@
 """The drift of a generative flow, its potential along a path, and the potential along arcs between two trajectories.
 
 At high noise the potential has one well, below the symmetry breaking several; kappa and gain of every flow's drift
-stand in `symbreak.phases.fixed_points`.
+stand in `symbreak.phases.fixed_point_search`.
 
 Source: Raya & Ambrogioni 2023, arXiv:2305.19693.
 """
@@ -23,7 +23,7 @@ from symbreak.laws.class_posterior import class_of
 from symbreak.laws.law import Law, is_law
 from symbreak.networks.denoiser import Denoiser, as_denoiser, ask, fingerprints
 from symbreak.noise import NoiseLevel, generator
-from symbreak.phases.fixed_points import System, checked_flow, level_at, rates
+from symbreak.phases.fixed_point_search import System, checked_flow, level_at, rates
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
 
