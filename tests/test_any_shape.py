@@ -93,7 +93,9 @@ def test_starts_are_chosen_for_a_denoiser_and_sampled_from(kind, tmp_path):
     assert write_images(w.law, start, [3, 5], tmp_path) == 2
     np.testing.assert_array_equal(np.load(tmp_path / "00000005.npy"), sb.generate(w.law, start, [5])[0])
     scaled = sb.samples(w.data.tensor(), scale=(1.0, 2.0))
-    assert write_images(w.law, start, [3, 5, 6], tmp_path, data=scaled) == 1
+    with pytest.raises(InputError, match=r"the network's samples are measured in the values as they are"):
+        write_images(w.law, start, [3, 5, 6], tmp_path, data=scaled)
+    assert write_images(w.law, start.of(scaled), [3, 5, 6], tmp_path) == 1
     made = 1 + 2 * sb.generate(w.law, start, [3, 5, 6]).double()
     if kind == "vector":
         table = pd.read_csv(tmp_path / "samples.csv")

@@ -618,3 +618,24 @@ def test_samples_out_of_range_are_refused(factor, shift):
         with pytest.raises(InputError, match=r"(?i)expected \[-1, 1\]: pass images") as error:
             evaluate(digits.tensor() * factor + shift, data, cache=False)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--size", 16), "the network makes images of (1, 8, 8), but the training images are (1, 16, 16)"),
+        (("--features", "inception"), "the extractor inception needs"),
+        (("--features", "nothing"), "unknown extractor 'nothing'"),
+        (("--classify", "no.module:f"), "cannot be imported"),
+        (("--seeds", "0-3"), "4 samples in 5 repeats"),
+        (("--holdout", "OTHER"), "the data are (1, 8, 8), the held-out images (1, 6, 6)"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_a_network_is_sampled(tmp_path, monkeypatch, capsys, options, said):
+    np.save(tmp_path / "other.npy", np.random.default_rng(0).random((40, 6, 6), np.float32))
+    monkeypatch.setattr("symbreak.studies.evaluate.generate_shards", lambda *_, **__: pytest.fail("it was sampled"))
+    options = [str(tmp_path / "other.npy") if o == "OTHER" else str(o) for o in options]
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", "--model", "digits", "--data", "digits", *options])
+    assert left.value.code == 2
+    assert said in capsys.readouterr().err

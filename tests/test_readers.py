@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
 import symbreak as sb
 from symbreak.cli.commands import main
@@ -542,7 +542,6 @@ def test_parquet_files_without_pictures_or_rows(tmp_path):
         ({"image": [{"bytes": None, "path": "x.png"}] * 4}, "paths of pictures"),
         ({"image": pa.array([], pa.binary())}, "holds 0 images"),
         ({"left": cells, "right": cells}, "expected 'image' with encoded bytes"),
-        ({"image": cells, "label": [2**40, 1, 2]}, "class numbers below"),
     ):
         pq.write_table(pa.table(columns), tmp_path / "y.parquet")
         with pytest.raises(InputError, match=match):
@@ -692,3 +691,33 @@ def test_dark_pictures_are_said(tmp_path):
 def test_options_of_other_kinds_are_one_line(source, options, said):
     with pytest.raises(InputError, match=said):
         sb.images(source, **options)
+
+
+def swapped_profile():
+    """sRGB with the red and the green primary exchanged: what is red in it is green."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for a, b in ((b"sRGB", b"swap"), ("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))):
+        profile = profile.replace(a, b)
+    count = int.from_bytes(profile[128:132], "big")
+    entry = {profile[132 + 12 * i : 136 + 12 * i]: 132 + 12 * i for i in range(count)}
+    out, places = bytearray(profile), [entry[b"rXYZ"], entry[b"gXYZ"]]
+    for here, there in (places, places[::-1]):
+        out[here + 4 : here + 12] = profile[there + 4 : there + 12]
+    return bytes(out)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_pictures_with_a_colour_profile_are_shown_in_srgb(tmp_path, kind):
+    flat = [Image.new("RGB", (8, 8), c) for c in ((200, 40, 90), (30, 220, 60))]
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    options = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    for i, x in enumerate(flat):
+        x.save(tmp_path / f"{i}.{kind.lower()}", icc_profile=swapped_profile(), **options)
+        x.save(tmp_path / f"plain{i}.{kind.lower()}", icc_profile=(srgb, b"broken")[i], **options)
+    data = sb.images(tmp_path)
+    x = data.unscaled(data.tensor()).numpy()[:, :, 4, 4]
+    np.testing.assert_allclose(x, [[40, 200, 90], [220, 30, 60], [200, 40, 90], [30, 220, 60]], atol=3)
+    said(
+        data,
+        "2 of 4 pictures are with a colour profile other than sRGB, from which they are converted to it (first: 0.",
+    )

@@ -6,6 +6,7 @@ import warnings
 
 import diffusers
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from symbreak.phases.fixed_point_search import System
 from symbreak.phases.stability import network_stability
 from symbreak.runtime.files import InputError
 from symbreak.start.late_start import LateStartWarning
-from symbreak.start.loading import load_pipeline
+from symbreak.start.loading import _loaded, load_pipeline
 from symbreak.start.objectives import noising
 from symbreak.start.pipeline import LateStartPipeline
 from symbreak.start.recipe import Recipe
@@ -229,6 +230,91 @@ def test_going_on_from_a_finished_network(digits, folder, tmp_path):
         train_network(digits, tmp_path / "b", dataclasses.replace(SMALL, channels=(8, 24)), law="auto", init=folder)
 
 
+def test_a_network_goes_on_as_what_it_is(digits, folder, tmp_path, capsys, monkeypatch):
+    with pytest.raises(InputError, match=r"digits is a plain network, and would go on as the residual"):
+        train_network(digits, tmp_path / "b", law="auto", init="digits")
+    with pytest.raises(InputError, match=r"net is the residual of a law, and would go on as a plain network"):
+        train_network(digits, tmp_path / "b", init=folder)
+    loaded = []
+    monkeypatch.setattr(
+        "symbreak.start.loading._loaded", lambda source, of=_loaded: loaded.append(source) or of(source)
+    )
+    settings = ("--recipe", tmp_path / "r.json", "--init", folder, "--residual", "--out", tmp_path / "c", "--json")
+    (tmp_path / "r.json").write_text(json.dumps({**SMALL.settings(), "steps": 1}))
+    code, _, err = symbreak(capsys, "train", "--data", "digits", *settings)
+    assert code == 0, err
+    assert loaded == [str(folder)]
+
+
+def test_a_network_of_scaled_data_remembers_its_units(tmp_path, capsys):
+    """Samples come out in the columns' own units, by every way but `generate`, which says the network's."""
+    g = torch.Generator().manual_seed(0)
+    rows = torch.randn(300, 2, generator=g) * torch.tensor([2.0, 300.0]) + torch.tensor([50.0, -4000.0])
+    pd.DataFrame(rows.numpy(), columns=["height", "depth"]).to_csv(tmp_path / "t.csv", index=False)
+    data = sb.samples(tmp_path / "t.csv", scale="standard")
+    recipe = Recipe(channels=(8,), steps=2, batch=32, warmup=1, folds=2, clusters=2)
+    net = tmp_path / "net"
+    train_network(data, net, recipe, law="auto")
+    late, plain = LateStartPipeline.from_pretrained(net), load_pipeline(net)
+    assert plain.start.units.same(data.units)
+    assert plain.start.units.columns == ("height", "depth")
+    late.set_progress_bar_config(disable=True)
+    raw = sb.generate(plain.unet, plain.start, range(4))
+    seeds = [torch.Generator().manual_seed(i) for i in range(4)]
+    images = late(batch_size=4, generator=seeds, output_type="np").images
+    np.testing.assert_allclose(images, data.unscaled(raw), rtol=1e-12)
+    for i, more in enumerate(
+        ((), ("--steps", 3), ("--start", "none"), ("--data", tmp_path / "t.csv", "--scale", "standard"))
+    ):
+        command = ("sample", "--model", net, "--seeds", "0-199", "--out", tmp_path / f"s{i}", "--json", *more)
+        code, _, err = symbreak(capsys, *command)
+        assert code == 0, err
+        table = pd.read_csv(tmp_path / f"s{i}" / "samples.csv")
+        assert list(table) == ["height", "depth"]
+        # 200 samples of a barely trained network: its law knows mean and spread
+        np.testing.assert_allclose(table.mean(), rows.mean(0), atol=60)
+        assert 0.7 < table["depth"].std() / 300 < 1.4
+    code, _, err = symbreak(capsys, "sample", "--model", net, "--data", tmp_path / "t.csv", "--out", tmp_path / "x")
+    assert code == 2
+    assert "measured in standard deviations of each column (height " in err
+    for command in (("evaluate", "--seeds", "0-19"), ("audit", "--count", "20"), ("phases",)):
+        code, _, err = symbreak(capsys, *command, "--model", net, "--data", tmp_path / "t.csv")
+        assert code == 2, command
+        assert "the network's samples are measured in" in err
+    # a start that is fitted on its data and saved knows them, too
+    base = sb.scheduler("dpm++2m", like=plain.scheduler)
+    start = sb.fit_start(data, plain.unet, base, 3, check=False)
+    start.save(tmp_path / "start.safetensors")
+    assert sb.LateStart.load(tmp_path / "start.safetensors").units.same(data.units)
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 6), (1, 3, 4, 4), (5, 4, 4)])
+def test_pipelines_give_samples_that_are_no_pictures_as_they_are(shape, tmp_path):
+    g = torch.Generator().manual_seed(0)
+    data = sb.samples(torch.randn(60, *shape, generator=g) * 3 + 10, scale="standard")
+    law = sb.Gaussian.fit(data)
+    base = sb.scheduler("dpm++2m")
+    start = sb.late_start(base, law, 4, at=NoiseLevel(1.0), check=False).of(data)
+    pipe = LateStartPipeline(as_unet(law, base), start.scheduler, start)
+    pipe.set_progress_bar_config(disable=True)
+    raw, array, tensor = (
+        pipe(40, torch.Generator().manual_seed(1), output_type=o).images for o in ("latent", "np", "pt")
+    )
+    assert array.shape == tensor.shape == (40, *shape)
+    assert isinstance(array, np.ndarray)
+    np.testing.assert_allclose(array, data.unscaled(raw))
+    np.testing.assert_allclose(tensor, array)
+    assert abs(array.mean() - 10) < 1
+    assert 2 < array.std() < 4
+    with pytest.raises(InputError, match=r"are no pictures\. Pass output_type='latent', 'pt' or 'np'"):
+        pipe(2)
+    standard = sb.standard_start(base, 4)  # which knows no units: the network's own
+    plain = LateStartPipeline(as_unet(law, base), standard.scheduler, standard)
+    plain.set_progress_bar_config(disable=True)
+    a, b = (plain(3, torch.Generator().manual_seed(1), output_type=o).images for o in ("latent", "np"))
+    np.testing.assert_allclose(a, b)
+
+
 def test_minutes_become_steps_once(digits, tmp_path):
     recipe = dataclasses.replace(SMALL, minutes=0.02)
 
@@ -330,16 +416,22 @@ def test_classes_with_gaps_are_trained_and_shown(tmp_path):
 def test_copies_are_told_from_chance_and_from_doubles():
     g = torch.Generator().manual_seed(0)
     numbers = torch.randn(2000, 1, generator=g)
-    share = _copies(sb.Gaussian.fit(numbers), numbers)
+    share = _copies(sb.Gaussian.fit(numbers).sample(256, generator=g), numbers)
     assert share["low"] < 1 / 3 < share["high"]  # in one dimension every third is that near, by chance
     pairs = torch.randn(10, 20, generator=g).repeat_interleave(50, 0)
-    law = sb.Empirical(pairs)
-    assert _copies(law, pairs)["low"] > 0.9
-    assert _copies(law, pairs[:50])["count"] == 256  # of one image
+    draws = sb.Empirical(pairs).sample(256, generator=g)
+    assert _copies(draws, pairs)["low"] > 0.9
+    assert _copies(draws, pairs[:50])["count"] == 256  # of one image
 
 
 def test_chance_is_no_copying(tmp_path):
     numbers = sb.samples(torch.randn(200, 1, generator=torch.Generator().manual_seed(0)))
+    grey = torch.randint(0, 256, (300, 1, 1, 1), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    pixels = sb.images(grey, layout="NCHW")
     with warnings.catch_warnings():
         warnings.simplefilter("error", LateStartWarning)
         training_law(numbers, SMALL, "auto")
+        # of 256 values half of all new ones lie beside one: as many held-out pictures do
+        copies = training_law(pixels, SMALL, "auto").copies
+    assert copies["share"] > 0.4
+    assert copies["held_out"]["high"] > copies["low"]

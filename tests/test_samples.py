@@ -1,17 +1,25 @@
 """Samples of any shape: arrays and tables read right, measured in units of their own, or one line that says why not."""
 
+import bz2
+import gzip
+import io
 import json
+import lzma
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_wine
 
 import symbreak as sb
 from symbreak.cli.commands import main
 from symbreak.data.samples import opened
 from symbreak.runtime.errors import InputError
+from symbreak.start.train import train_network
 
 SHAPES = {"vector": (3,), "signal": (2, 16), "latent": (4, 4, 4), "five channels": (5, 6, 6), "volume": (1, 4, 5, 6)}
 
@@ -409,3 +417,69 @@ def test_labels_in_one_column_and_masked_ones(tmp_path):
 def test_channels_that_come_last_are_said(tmp_path):
     np.save(tmp_path / "rgba.npy", np.random.default_rng(0).integers(0, 255, (4, 8, 6, 4)))
     assert "read as 8 channels of 6 x 4. Where channels come last" in opened(str(tmp_path / "rgba.npy")).notes[0]
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_compressed_tables_are_read_as_they_are(tmp_path, kind, monkeypatch):
+    pack = {"gz": gzip, "bz2": bz2, "xz": lzma}[kind]
+    text = "a,b,label\n" + "".join(f"{i / 8},{i % 5 - 1},{'xy'[i % 2]}\n" for i in range(30))
+    (tmp_path / "t.csv").write_text(text)
+    packed = tmp_path / f"t.csv.{kind}"
+    packed.write_bytes(pack.compress(text.encode()))
+    plain, data = sb.samples(tmp_path / "t.csv"), opened(str(packed))
+    assert torch.equal(data.tensor(), plain.tensor())
+    assert (data.units.columns, data.classes) == (("a", "b"), ("x", "y"))
+    spaced = tmp_path / f"s.txt.{kind}"
+    spaced.write_bytes(pack.compress(b"# a b\n1 2\n3 4\n"))
+    assert sb.samples(spaced).tensor().tolist() == [[1, 2], [3, 4]]
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"cannot be unpacked|cannot be read as a table"):
+        sb.samples(packed)
+    monkeypatch.setattr("symbreak.data.tables.UNPACKED", 1000)
+    packed.write_bytes(pack.compress(b"a,b\n" + b"1,2\n" * 100_000))
+    with pytest.raises(InputError, match=r"unpacks to more than [\d,]+ bytes. Unpack it"):
+        sb.samples(packed)
+
+
+@pytest.mark.parametrize("name", ["x.npy.gz", "x.zip", "x.tar", "x.parquet.xz"])
+def test_other_packed_files_say_what_to_do(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PK")
+    for open_ in (opened, sb.samples):
+        with pytest.raises(InputError, match=r"is packed.*[Uu]npack it"):
+            open_(str(tmp_path / name))
+
+
+def test_bytes_beside_numbers_are_left_out(tmp_path):
+    numbers = {"a": np.arange(20.0) ** 2, "b": np.arange(20.0)}
+    pq.write_table(pa.table({**numbers, "blob": [b"%d" % i for i in range(20)]}), tmp_path / "t.parquet")
+    data = opened(str(tmp_path / "t.parquet"))
+    assert data.units.columns == ("a", "b")
+    assert any("'blob' hold bytes" in note for note in data.notes)
+    stream = io.BytesIO()
+    Image.new("L", (5, 6)).save(stream, "PNG")  # bytes of pictures beside numbers are pictures
+    pq.write_table(pa.table({**numbers, "blob": [stream.getvalue()] * 20}), tmp_path / "p.parquet")
+    assert opened(str(tmp_path / "p.parquet")).shape == (1, 6, 5)
+
+
+@pytest.mark.parametrize("large", [70_000, 10**12])
+def test_a_huge_label_is_a_name_and_no_number_of_classes(large):
+    x = np.random.default_rng(0).normal(size=(6, 2))
+    data = sb.samples(x, labels=[3, large, 3, -1, large, 3])
+    assert data.classes == ("3", str(large))
+    assert data.labels.tolist() == [0, 1, 0, 1, 0]
+    assert any(f"The labels 3, {large} are numbered 0 .. 1" in note for note in data.notes)
+
+
+def test_rgba_arrays_are_said_where_they_cannot_be_trained(tmp_path):
+    data = sb.samples(np.random.default_rng(0).random((40, 8, 8, 4)))
+    with pytest.raises(InputError, match=r"read as 8 channels of 8 x 4\. .*sb\.images\(x\[\.\.\., :3\]\)"):
+        train_network(data, tmp_path / "net")
+
+
+def test_units_of_a_start_lead_to_the_same_samples():
+    x = np.random.default_rng(0).normal(5, 3, (40, 2))
+    data = sb.samples(x, scale="standard")
+    again = type(data.units).of(json.loads(json.dumps(data.units.to_dict())))
+    assert data.units.same(again)
+    assert torch.equal(sb.samples(x, scale=again).tensor(), data.tensor())
+    assert not data.units.same(sb.samples(x).units)

@@ -299,7 +299,7 @@ def sample(
         settings = decisive(unet, begin, micro_batch, {**beginning.names(model, machine, pipe), **about})
         made = write_images(unet, begin, wanted, out, settings, classes, micro_batch=micro_batch, data=opened, run=work)
     value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": made}
-    together = [path for path in (out / "samples.csv", out / "samples.npy") if opened is not None and path.is_file()]
+    together = [path for path in (out / "samples.csv", out / "samples.npy") if path.is_file()]
     lines = [begin.explain(), *guided_lines(settings), f"{made} of {len(wanted)} samples made: {out}"]
     lines += [f"in the units of the data: {p}" for p in together]
     say(as_json, value, lambda: _print(*lines))
@@ -478,15 +478,17 @@ def train(
 ) -> None:
     """Train a small network; continues from its checkpoint when called again."""
     from symbreak.start.late_start import LateStartWarning
+    from symbreak.start.loading import load_pipeline
     from symbreak.start.recipe import Recipe
     from symbreak.start.train import recipe_for, train_network
 
     if steps is not None and minutes is not None:
         raise InputError("--steps and --minutes came together; pass one of them.")
     loaded = None if recipe is None else Recipe.load(recipe)
+    before = None if init is None else load_pipeline(init)
     with running(out, memory_size(memory)) as work, warnings_as_lines(LateStartWarning):
         opened = reading.open(data, limit)
-        settings = recipe_for(opened.shape, loaded, init, residual)
+        settings = recipe_for(opened.shape, loaded, before, residual)
         settings = settings if steps is None else replace(settings, steps=steps)
         if steps is None and minutes is None:
             minutes = settings.minutes
@@ -495,7 +497,7 @@ def train(
             out,
             replace(settings, minutes=minutes, conditional=conditional or settings.conditional),
             law="auto" if residual else None,
-            init=init,
+            init=before,
             device=machine.place(),
             precision=machine.precision,
             compiled=machine.compiled,

@@ -244,7 +244,13 @@ class Beginning:
             raise InputError(f"{path} {what}; expected a file of `symbreak fit`, auto or none.")
 
     def plan(self, pipe: Pipeline, steps: int) -> LateStart:
-        """The start that the options name, for a network."""
+        """The start that the options name, for a network whose own start may say what its samples are measured in."""
+        default, start = own_start(pipe), self._plan(pipe, steps)
+        if default is None or start.units is not None:
+            return start
+        return replace(start, pictures=default.pictures, units=default.units)
+
+    def _plan(self, pipe: Pipeline, steps: int) -> LateStart:
         from symbreak.laws import Gaussian
         from symbreak.laws.saving import law_from_tensors
         from symbreak.moments.one_pass import Moments
@@ -292,6 +298,9 @@ class Beginning:
 
         number = steps if self.steps is None else self.steps
         with err.status("fitting laws and choosing"), warnings_as_lines(LateStartWarning):
+            own = own_start(pipe)
+            if own is not None:
+                own.check_units(data)
             return fit_start(data, pipe.unet, self.scheduler(pipe), number, holdout, clusters)
 
     def names(self, model: str, machine: Machine, pipe: Pipeline) -> Values:

@@ -70,6 +70,13 @@ class Units:
         each = [f"{c} {v:.3g}" for c, v in zip(self.columns[:most], self.sigma(sigma))]
         return f"{self.text} ({', '.join(each)}{', ...' if len(self.columns) > most else ''})"
 
+    def unscaled(self, x: torch.Tensor) -> torch.Tensor:
+        """Samples [B, *S] in the units of their source: x std + mean, float64."""
+        if self.mean is None or self.std is None:
+            return x.double()
+        mean, std = (torch.from_numpy(self.along(v, x.shape[1:])).to(x.device) for v in (self.mean, self.std))
+        return x.double() * std + mean
+
     def along(self, values: np.ndarray, like: Sequence[int]) -> np.ndarray:
         """Numbers of the columns beside samples of a shape [*S]."""
         return values.reshape(-1, *[1] * (len(like) - 1))
@@ -78,6 +85,20 @@ class Units:
         """Plain values, for records."""
         numbers = {k: None if v is None else v.tolist() for k, v in (("mean", self.mean), ("std", self.std))}
         return {"text": self.text, "columns": list(self.columns), **numbers}
+
+    @classmethod
+    def of(cls, values: Values) -> Units:
+        """Back from `to_dict`."""
+        numbers = (None if values[k] is None else np.array(values[k], np.float64) for k in ("mean", "std"))
+        return cls(tuple(map(str, values["columns"])), str(values["text"]), *numbers)
+
+    def same(self, other: Units) -> bool:
+        """Whether 1 means the same in both, up to rounding."""
+        pairs = ((self.mean, other.mean), (self.std, other.std))
+        return all(
+            a is b is None or (a is not None and b is not None and a.shape == b.shape and np.allclose(a, b))
+            for a, b in pairs
+        )
 
 
 @dataclass(frozen=True)
@@ -148,14 +169,7 @@ class Images:
 
     def unscaled(self, x: torch.Tensor) -> torch.Tensor:
         """Samples [B, *S], these or generated ones, in the units of the source: x std + mean, float64."""
-        if self.units is None:
-            return x.double() * self.scale - self.offset
-        if self.units.mean is None or self.units.std is None:
-            return x.double()
-        mean, std = (
-            torch.from_numpy(self.units.along(v, self.shape)).to(x.device) for v in (self.units.mean, self.units.std)
-        )
-        return x.double() * std + mean
+        return x.double() * self.scale - self.offset if self.units is None else self.units.unscaled(x)
 
     @property
     def range(self) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from symbreak.runtime.errors import InputError
 __all__ = ["Classes", "classes_of", "from_columns", "label_column", "labelled"]
 
 MAX_CLASSES = 2**20
+MAX_NUMBER = 2**16  # larger whole numbers are names, of which the few that there are get numbers
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 
 
@@ -35,8 +36,8 @@ class Classes:
 def classes_of(source: str, values: np.ndarray, names: Sequence[str] = (), column: str = "") -> Classes:
     """Class numbers and names of labels.
 
-    Whole numbers stay the class numbers that they are; text, truth values and other numbers are numbered in sorted
-    order. ``None``, NaN and -1 (where a network or the hub writes it for "no label") are missing.
+    Whole numbers below 65,536 stay the class numbers that they are; text, truth values and other numbers are numbered
+    in sorted order. ``None``, NaN and -1 (where a network or the hub writes it for "no label") are missing.
 
     Args:
         source: names the data in messages.
@@ -67,13 +68,15 @@ def classes_of(source: str, values: np.ndarray, names: Sequence[str] = (), colum
         return Classes(codes, ("False", "True") if plain else (f"not {column}", column))
     if kind in "iu" or (kind == "f" and bool((present == np.floor(present)).all())):
         least, most = int(present.min()), int(present.max())
-        if most >= MAX_CLASSES:
-            raise InputError(f"{source} has the label {most}; expected class numbers below {MAX_CLASSES:,}.")
-        if least >= -1 and not (least == -1 and set(np.unique(present)) == {-1, 1}):  # -1 and 1 are two classes
+        if names and len(names) <= most:
+            raise InputError(f"{source} has the label {most}, but only {len(names)} class names.")
+        signs = least == -1 and set(np.unique(present)) == {-1, 1}  # two classes
+        if least >= -1 and most < MAX_NUMBER and not signs:
             codes[where] = present.astype(np.int64)
-            if names and len(names) <= most:
-                raise InputError(f"{source} has the label {most}, but only {len(names)} class names.")
             return Classes(codes, tuple(names) or tuple(str(i) for i in range(most + 1)))
+        if least == -1 and not signs:
+            where[where] = present != -1
+            present = present[present != -1]
     elif kind not in "fSU":
         raise InputError(f"{source} has labels of the type {values.dtype}; expected numbers or text.")
     unique, numbered = np.unique(present, return_inverse=True)

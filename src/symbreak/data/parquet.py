@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-__all__ = ["Shards", "holds_pictures", "may_be_labels", "plain_values", "readable", "unpacked_size"]
+__all__ = ["IMAGE_COLUMNS", "Shards", "holds_pictures", "may_be_labels", "plain_values", "readable", "unpacked_size"]
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp")
 BATCH_BYTES = 2**27  # that a batch of rows may take at most, however often its dictionary repeats a value

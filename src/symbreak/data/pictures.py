@@ -1,4 +1,4 @@
-"""One encoded picture to an array, as every viewer shows it: upright, its transparency laid on black.
+"""One encoded picture to an array, as every viewer shows it: upright, in sRGB, its transparency laid on black.
 
 Only formats that are announced here are opened: Pillow knows others, of which one starts Ghostscript.
 """
@@ -12,17 +12,27 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, lru_cache
 from itertools import compress, count, islice
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from symbreak.data.images import Raw
 from symbreak.runtime.ranks import from_each, rank_of, shares
 
-__all__ = ["DECISIONS", "MAX_PIXELS", "Encoded", "Seen", "attempt", "is_colour", "is_picture", "what_is_decided"]
+__all__ = [
+    "DECISIONS",
+    "MAX_PIXELS",
+    "Encoded",
+    "Seen",
+    "attempt",
+    "can_be_opened",
+    "is_colour",
+    "is_picture",
+    "what_is_decided",
+]
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "JPEG2000", "PCX", "SGI", "QOI", "DDS", "ICO")
 TARGA = ("TGA",)  # has no signature, so only where a file's name says so
@@ -36,6 +46,7 @@ DECISIONS = {  # about single pictures, in the order in which they are told
     "pages": "in a file with several pages or frames, of which the first is read",
     "deep": "in 16 bits, of which the upper 8 are read",
     "space": "in another colour space (such as CMYK), and converted to RGB",
+    "profile": "with a colour profile other than sRGB, from which they are converted to it",
 }
 LOOKED = 1 << len(DECISIONS)  # beside a bit for each decision: the header was looked at
 Encoded = bytes | Path | Image.Image | None
@@ -175,13 +186,43 @@ def _turned(picture: Image.Image) -> bool:
     return False
 
 
+@lru_cache(64)
+def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """What brings pictures of a colour profile to sRGB; ``None`` for sRGB itself, greys and what cannot be read."""
+    if mode not in ("RGB", "RGBA", "CMYK"):
+        return None
+    with suppress(Exception):  # a broken profile is none
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return None
+        target = "RGBA" if mode == "RGBA" else "RGB"
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target)
+    return None
+
+
+def _profiled(picture: Image.Image) -> ImageCms.ImageCmsTransform | None:
+    profile = picture.info.get("icc_profile")
+    return _to_srgb(profile, picture.mode) if isinstance(profile, bytes) and profile else None
+
+
 def _flat(picture: Image.Image) -> Image.Image:
-    """The picture in L or RGB; where it is transparent, black shows."""
+    """The picture in L or RGB of sRGB; where it is transparent, black shows."""
+    transform = _profiled(picture)
+    picture = picture if transform is None else transform.apply(picture)
     mode = "L" if picture.mode in GREY else "RGB"
     if not picture.has_transparency_data:
         return picture if picture.mode == mode else picture.convert(mode)
     whole = picture.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", whole.size, (0, 0, 0, 255)), whole).convert("RGB").convert(mode)
+
+
+def can_be_opened(data: Encoded) -> bool:
+    """Whether bytes look like a picture, from their header alone."""
+    with suppress(Exception):
+        if data:
+            with _opened(data):
+                return True
+    return False
 
 
 def is_colour(encoded: Iterator[Encoded]) -> bool:
@@ -213,6 +254,7 @@ def _decided(picture: Image.Image) -> Iterator[bool]:
     yield getattr(picture, "n_frames", 1) > 1
     yield picture.mode.startswith("I;16")
     yield picture.mode in ("CMYK", "YCbCr", "LAB", "HSV")
+    yield _profiled(picture) is not None
 
 
 def look(data: Encoded, targa: bool = False) -> int:

@@ -27,6 +27,7 @@ from symbreak.data.labels import Classes, classes_of, from_columns, labelled
 from symbreak.data.parquet import Shards
 from symbreak.data.pictures import Encoded, Seen, attempt, is_colour, what_is_decided
 from symbreak.data.shape import shaped
+from symbreak.data.tables import ARCHIVES, PACKED, is_text_table
 from symbreak.runtime.errors import InputError, note
 from symbreak.runtime.files import digest, file_hash
 from symbreak.runtime.ranks import Arrays, agreed, map_over_ranks, shares
@@ -235,8 +236,10 @@ def _open(
             return _ranged(_from_parquet(str(path), [path], columns, ()), value_range)
         if suffix in (".npz", ".npy"):
             return from_file(path, value_range, layout, partial(file_content, path))
-        if suffix in (".csv", ".tsv"):
+        if is_text_table(path):
             raise InputError(f"{source} is a table, which holds no pictures. Open it with sb.samples(...).")
+        if suffix in (*PACKED, *ARCHIVES):
+            raise InputError(f"{source} is packed. Unpack it, and pass the folder or the file that is in it.")
         raise InputError(
             f"{source} is a {suffix or 'nameless'} file. Expected a folder of images or a .parquet, .npz or .npy file."
         )

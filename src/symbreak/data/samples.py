@@ -22,7 +22,7 @@ from symbreak.data.folders import look_into
 from symbreak.data.images import BLOCK_BYTES, Images, Units
 from symbreak.data.labels import Classes, classes_of, labelled
 from symbreak.data.readers import file_content, images, numpy_of, one_each
-from symbreak.data.tables import CSV, has_pictures, read_table, values_of
+from symbreak.data.tables import ARCHIVES, PACKED, has_pictures, is_text_table, read_table, values_of
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.files import digest
 from symbreak.runtime.ranks import map_over_ranks
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
     Table: TypeAlias = str | Path | np.ndarray | torch.Tensor | Sequence[Any] | pd.DataFrame
 
-__all__ = ["opened", "samples"]
+__all__ = ["channels_last", "opened", "samples"]
 
-Scale: TypeAlias = "str | tuple[Any, Any] | Images | None"
+Scale: TypeAlias = "str | tuple[Any, Any] | Images | Units | None"
 PICTURES = ("value_range", "size", "crop", "mode", "pad", "layout", "split")  # options of `images` alone
 GENERATED = ("samples.csv", "samples.npy")  # samples in the units of their data, in a folder of `symbreak sample`
 SHOWN = 5  # columns in a note
@@ -60,14 +60,15 @@ def samples(
 
     Args:
         source: an array or tensor [N, *S] of numbers, such as vectors [N, d], signals [N, C, L] or volumes
-            [N, C, D, H, W]; a ``.npy`` or ``.npz`` file of one; a table of numbers, a ``.csv``, ``.tsv`` or
-            ``.parquet`` file, a folder of the latter, a pandas data frame, or a data set of `datasets`: a row a sample;
-            a folder of ``symbreak sample --data``.
+            [N, C, D, H, W]; a ``.npy`` or ``.npz`` file of one; a table of numbers, a ``.csv`` or ``.tsv`` (also
+            ``.csv.gz``, ``.bz2``, ``.xz``) or ``.parquet`` file, a folder of the latter, a pandas data frame, or a data
+            set of `datasets`: a row a sample; a folder of ``symbreak sample --data``.
         labels: name or names of label columns of a table (by default one called label, class or target; ``"none"`` for
             no labels); one label a sample of anything else.
         scale: ``None`` leaves the values as they are; ``"standard"`` takes off the mean of every column, or of every
             channel of samples [C, ...], and divides by its standard deviation (of all samples, divided by N);
-            (mean, std), numbers or one a column, does so with these; another data set's `Images` with what it has.
+            (mean, std), numbers or one a column, does so with these; another data set's `Images`, or ``start.units`` of
+            a network, with what they have.
         classes: keep only these class names.
         limit: keep only so many samples, spread evenly over the classes.
         skip_bad: leave rows with NaN or infinity out (named in ``.skipped``) instead of failing.
@@ -86,8 +87,8 @@ def samples(
     >>> data.unscaled(data.tensor()).tolist(), data.units.sigma(0.5).tolist()
     ([[1.0, 200.0], [3.0, 800.0]], [0.5, 150.0])
     """
-    like = scale.units.columns if isinstance(scale, Images) and scale.units is not None else ()
-    raw = _raw(source, labels, like)
+    of = scale.units if isinstance(scale, Images) else scale if isinstance(scale, Units) else None
+    raw = _raw(source, labels, () if of is None else of.columns)
     for name in (n for n, value in pictures.items() if value is not None):
         if name in PICTURES:
             flag = {"value_range": "range"}.get(name, name)
@@ -120,7 +121,7 @@ def samples(
         offset=0.0,
         integer=False,
         batch_size=size,
-        remarks=(*raw.notes, *_channels_last(array.shape), *notes),
+        remarks=(*raw.notes, *channels_last(array.shape), *notes),
         units=units,
         _rows=partial(_rows, array, units),
     )
@@ -166,7 +167,7 @@ def _pair(text: str) -> tuple[float, float]:
 def _no_pictures(path: Path) -> bool:
     """Whether a file holds a table, or an array that can be no pictures."""
     suffix = path.suffix.lower()
-    if not path.is_file() or suffix in CSV:
+    if not path.is_file() or is_text_table(path):
         return path.is_file()
     if suffix == ".parquet":
         return not has_pictures(path)
@@ -258,8 +259,10 @@ def _read(source: Table, labels: Any, like: tuple[str, ...]) -> _Raw:
             )
         classes = None if tags is None or labels is not None else classes_of(str(path), tags)
         return _Raw(str(path), array, partial(file_content, path), classes=classes)
-    if suffix in (*CSV, ".parquet"):
+    if is_text_table(path) or suffix == ".parquet":
         return _from_table(str(path), [path], labels, like)
+    if suffix in (*PACKED, *ARCHIVES):
+        raise InputError(f"{source} is packed, and only tables of text are read so (.csv.gz). Unpack it first.")
     raise InputError(f"{source} is a {suffix or 'nameless'} file. Expected a .csv, .parquet, .npy or .npz file.")
 
 
@@ -283,14 +286,14 @@ def _numbered(array: np.ndarray) -> tuple[str, ...]:
     return tuple(f"{'column' if array.ndim == 2 else 'channel'} {i}" for i in range(array.shape[1]))
 
 
-def _channels_last(shape: tuple[int, ...]) -> tuple[str, ...]:
+def channels_last(shape: tuple[int, ...]) -> tuple[str, ...]:
     """What is said of [N, H, W, C], which is read as [N, C, H, W]."""
     if len(shape) != 4 or not shape[3] <= 4 < min(shape[1:3]):
         return ()
     _, c, h, w = shape
     return (
         f"The shape {tuple(shape)} is read as {c} channels of {h} x {w}. Where channels come last, pass "
-        "x.transpose(0, 3, 1, 2).",
+        "x.transpose(0, 3, 1, 2); of RGBA pictures sb.images(x[..., :3]).",
     )
 
 
@@ -382,14 +385,13 @@ def _units(
             f"{most:g}. Measure it in another unit."
         )
     flat = seen.std <= 1e-12 * np.maximum(seen.largest, 1e-300)  # constant up to rounding
-    if isinstance(scale, Images):
-        if scale.units is None:
-            raise InputError(f"scale={scale.name}, which are pictures. Expected a data set that samples() opened.")
-        if len(scale.units.columns) != len(columns):
-            raise InputError(
-                f"{name} has {len(columns)} {kind}s, {scale.name} {len(scale.units.columns)}. Expected as many."
-            )
-        return scale.units, ()
+    if isinstance(scale, Images | Units):
+        units, of = (scale.units, scale.name) if isinstance(scale, Images) else (scale, "its scale")
+        if units is None:
+            raise InputError(f"scale={of}, which are pictures. Expected a data set that samples() opened.")
+        if len(units.columns) != len(columns):
+            raise InputError(f"{name} has {len(columns)} {kind}s, {of} {len(units.columns)}. Expected as many.")
+        return units, ()
     if scale is None:
         spread = np.where(flat, np.nan, seen.std)
         blurred = np.flatnonzero(~flat & (seen.largest * SINGLE > VISIBLE * seen.std))

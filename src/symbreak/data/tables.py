@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import bz2
 import csv
+import gzip
 import io
+import lzma
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from symbreak.data.arrays import RATIO, UNPACKED
 from symbreak.data.labels import Classes, from_columns, label_column
-from symbreak.data.parquet import holds_pictures, may_be_labels, plain_values, readable, unpacked_size
+from symbreak.data.parquet import IMAGE_COLUMNS, holds_pictures, may_be_labels, plain_values, readable, unpacked_size
+from symbreak.data.pictures import can_be_opened
 from symbreak.runtime.errors import InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-__all__ = ["CSV", "Columns", "has_pictures", "read_table", "values_of"]
+__all__ = ["ARCHIVES", "PACKED", "Columns", "has_pictures", "is_text_table", "read_table", "values_of"]
 
 CSV = (".csv", ".tsv", ".txt")
+ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar", ".zst")  # which are not read
+PACKED: dict[str, Callable[[Path], io.BufferedIOBase]] = {
+    ".gz": gzip.GzipFile,
+    ".bz2": bz2.BZ2File,
+    ".xz": lzma.LZMAFile,
+}
+LOOKED_AT = 32  # cells of a column of bytes that say whether they are pictures
 MOST_CLASSES = 100  # different whole numbers that a column called "label" may have, and still be read as labels unasked
 INDEX = ("", "index", "id", "unnamed: 0", "__index_level_0__")  # names of columns that may only number the rows
 DECIMAL_COMMA = re.compile(r"(?<![\w.,])[-+]?\d+,\d+(?![\w.,])")  # a number such as 1,5
@@ -45,15 +58,31 @@ class Columns:
     notes: tuple[str, ...]
 
 
+def is_text_table(path: Path) -> bool:
+    """Whether a file's name is that of a table of text, compressed or not."""
+    return (path.with_suffix("") if path.suffix.lower() in PACKED else path).suffix.lower() in CSV
+
+
 def has_pictures(path: Path) -> bool:
-    """Whether a parquet file has a column of encoded pictures, or of their paths."""
+    """Whether a parquet file has a column of encoded pictures, or of their paths; other bytes are none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     with readable(path):
         schema = pq.read_schema(path)
     paths = (pa.types.is_struct(kind) and "path" in [field.name for field in kind] for kind in schema.types)
-    return any(paths) or any(map(holds_pictures, schema.types))
+    bytes_ = [name for name, kind in zip(schema.names, schema.types) if holds_pictures(kind)]
+    named = any(name in IMAGE_COLUMNS or pa.types.is_struct(schema.field(name).type) for name in bytes_)
+    if any(paths) or named or len(bytes_) == len(schema.names):
+        return True
+    for name in bytes_:
+        with readable(path), pq.ParquetFile(path) as file:
+            unpacked_size(path, file, name)
+            rows = next(file.iter_batches(LOOKED_AT, columns=[name]), None)
+        cells = () if rows is None else rows.column(0).to_pylist()
+        if any(map(can_be_opened, cells)):
+            return True
+    return False
 
 
 def read_table(paths: Sequence[Path]) -> tuple[pa.Table, tuple[str, ...]]:
@@ -65,7 +94,7 @@ def read_table(paths: Sequence[Path]) -> tuple[pa.Table, tuple[str, ...]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if paths[0].suffix.lower() in CSV:
+    if is_text_table(paths[0]):
         return _read_text(paths[0])
     tables: list[pa.Table] = []
     for path in paths:
@@ -85,8 +114,10 @@ def _read_text(path: Path) -> tuple[pa.Table, tuple[str, ...]]:
     import pyarrow as pa
     from pyarrow import csv as text
 
+    whole = _unpacked(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
+        with path.open("rb") if whole is None else io.BytesIO(whole) as raw:
+            stream = io.TextIOWrapper(raw, encoding="utf-8-sig", newline="")
             head = "".join(line for _, line in zip(range(20), stream, strict=False))
     except UnicodeDecodeError:
         raise InputError(f"{path} is no text in UTF-8. Save it as UTF-8.") from None
@@ -99,7 +130,7 @@ def _read_text(path: Path) -> tuple[pa.Table, tuple[str, ...]]:
     try:
         delimiter = " " if spaced else csv.Sniffer().sniff(head, ",;\t|").delimiter
     except csv.Error:
-        delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+        delimiter = "\t" if ".tsv" in path.name.lower() else ","
 
     def cells(line: str) -> list[str]:
         return line.split() if spaced else next(csv.reader([line], delimiter=delimiter), [])
@@ -113,9 +144,10 @@ def _read_text(path: Path) -> tuple[pa.Table, tuple[str, ...]]:
     if bare and not names:
         notes += ("The first line holds numbers: the columns have no names.",)
     try:
-        content: Path | io.BytesIO = path
+        content: Path | io.BytesIO = path if whole is None else io.BytesIO(whole)
         if spaced:
-            rows = (" ".join(line.split()) for line in path.read_text("utf-8-sig").splitlines()[comments:])
+            text_ = (path.read_bytes() if whole is None else whole).decode("utf-8-sig")
+            rows = (" ".join(line.split()) for line in text_.splitlines()[comments:])
             content = io.BytesIO("\n".join(rows).encode())
         table = text.read_csv(
             content,
@@ -132,6 +164,26 @@ def _read_text(path: Path) -> tuple[pa.Table, tuple[str, ...]]:
     if table.num_columns and table.column_names[-1] == "" and table.column(-1).null_count == len(table):
         table = table.remove_column(table.num_columns - 1)
     return table, notes
+
+
+def _unpacked(path: Path) -> bytes | None:
+    """The content of a compressed table; ``None`` for a plain one.
+
+    Raises:
+        InputError: where it is damaged, or unpacks to far more than it holds.
+    """
+    unpack = PACKED.get(path.suffix.lower())
+    if unpack is None:
+        return None
+    most = max(UNPACKED, RATIO * path.stat().st_size)
+    try:
+        with unpack(path) as stream:
+            content: bytes = stream.read(most + 1)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise InputError(f"{path} cannot be unpacked ({type(error).__name__}). Pack it again, or unpack it.") from None
+    if len(content) > most:
+        raise InputError(f"{path} unpacks to more than {most:,} bytes. Unpack it, and pass the table.")
+    return content
 
 
 def _is_number(text: str) -> bool:
@@ -168,6 +220,12 @@ def values_of(source: str, table: pa.Table, wanted: Sequence[str] | None, like: 
         notes += classes.notes if classes is not None else ()
         classes = None if classes is None else replace(classes, notes=())
     rest = [name for name in names if name not in (wanted or ())]
+    blobs = [name for name in rest if holds_pictures(table.field(name).type)]
+    if blobs and set(rest) - set(blobs):
+        rest = [name for name in rest if name not in blobs]
+        notes.append(
+            f"The columns {', '.join(map(repr, blobs[:5]))} hold bytes, which are no numbers, and are left out."
+        )
     if set(like) & set(rest):
         missing = next((n for n in like if n not in rest), None)
         if missing is not None:

@@ -228,4 +228,4 @@ def fit_start(
             raise InputError("the network is class-conditional, but the images to choose with have no labels.")
     laws = candidate_laws(data, clusters)
     start = late_start(scheduler, laws, steps, denoiser=network, data=holdout, labels=labels, check=check)
-    return replace(start, pictures=data.units is None)
+    return start.of(data)

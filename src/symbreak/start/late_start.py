@@ -19,6 +19,7 @@ import diffusers
 import numpy as np
 import torch
 
+from symbreak.data.images import Images, Units
 from symbreak.laws.law import Transports
 from symbreak.laws.saving import law_from_tensors, law_tensors
 from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, as_denoiser
@@ -62,6 +63,7 @@ class LateStart:
         notes: one line each on what was rounded or is outside the theory.
         choice: why it was chosen, where ``at="auto"`` did.
         pictures: whether samples of the shape of pictures are pixels, which `generate` cuts to [-1, 1].
+        units: of the network's samples, where they are no pictures: what brings them back to the data's own.
     """
 
     scheduler: Scheduler
@@ -73,6 +75,7 @@ class LateStart:
     notes: tuple[str, ...] = field(default=())
     choice: Any | None = None
     pictures: bool = True
+    units: Units | None = None
 
     def __repr__(self) -> str:
         begins = f"sigma {self.level.sigma:.4g} with {self.calls} network evaluations"
@@ -159,6 +162,20 @@ class LateStart:
             )
         return _Hybrid(LawDenoiser(cast(Denoises, self.law)), below, self.level.sigma)
 
+    def of(self, data: Images) -> LateStart:
+        """The same start of a network whose samples are in the units of its data."""
+        return replace(self, pictures=data.units is None, units=data.units)
+
+    def check_units(self, data: Images) -> None:
+        """Data in other units than the network's samples raise an error that names both."""
+        if self.units is None or (data.units is not None and self.units.same(data.units)):
+            return
+        here, there = ("pixels" if u is None else u.spelled(1.0) for u in (self.units, data.units))
+        raise InputError(
+            f"the network's samples are measured in {here}, {data.name} in {there}. Open it as for the training "
+            "(--scale), or with sb.samples(..., scale=start.units)."
+        )
+
     def to_dict(self) -> Values:
         """Plain values, for records."""
         return {
@@ -189,6 +206,7 @@ class LateStart:
             "notes": list(self.notes),
             "law": self.law is not None,
             **({} if self.pictures else {"pictures": False}),
+            **({} if self.units is None else {"units": self.units.to_dict()}),
         }
         metadata = {"format": FORMAT, "version": VERSION, "start": json.dumps(about, sort_keys=True)}
         tensors = {"asked": _pair(self.asked), **self._realised()}
@@ -234,6 +252,7 @@ class LateStart:
                 start = cut(full, law_from_tensors(parts, head, path), steps, level)
             else:
                 start = standard_start(full, steps)
+            units = Units.of(about["units"]) if "units" in about else None
             pairs = [(value, tensors[key]) for key, value in start._realised().items()]
             # Another machine's logarithm may differ in the last digits; another rule of diffusers in the first.
             same = all(a.shape == b.shape and torch.allclose(a, b.double()) for a, b in pairs)
@@ -248,7 +267,7 @@ class LateStart:
                 f"start was saved with (diffusers {about['scheduler'].get('_diffusers_version')}). Make the start "
                 "again, or use the older versions."
             )
-        return replace(start, asked=level, notes=notes, pictures=about.get("pictures") is not False)
+        return replace(start, asked=level, notes=notes, pictures=about.get("pictures") is not False, units=units)
 
     def _realised(self) -> dict[str, torch.Tensor]:
         """What tells, in a file, whether the scheduler was cut again to the same."""

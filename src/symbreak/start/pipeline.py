@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from PIL import Image
 
+from symbreak.data.images import Units
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.law import fresh
 from symbreak.laws.saving import law_hash
@@ -106,7 +107,8 @@ class LateStartPipeline(DiffusionPipeline):
                 global generator is left alone.
             class_labels: class of every image [batch_size], or one for all, for the start and the network.
             output_type: ``"pil"``; ``"np"`` [B, H, W, C] and ``"pt"`` [B, C, H, W] in [0, 1]; ``"latent"``, the
-                states [B, C, H, W] as the sampler leaves them.
+                states [B, *S] as the sampler leaves them. Of samples that are no pictures ``"np"`` and ``"pt"`` are
+                [B, *S] in the units of the data (float64), where the start knows them.
             return_dict: an ``ImagePipelineOutput``, or a tuple of the images alone.
             callback_on_step_end: called after every step as ``callback(pipe, index, t, {"latents": states})``,
                 with all states of the batch; ``latents`` in the dict it returns replace them.
@@ -126,8 +128,10 @@ class LateStartPipeline(DiffusionPipeline):
             raise InputError(f"a batch of {batch_size} images; expected a whole number of at least 1.")
         if output_type not in OUTPUTS:
             raise InputError(f"output_type {output_type!r}; expected one of {', '.join(OUTPUTS)}.")
-        if output_type == "pil" and shape[0] not in (1, 3, 4):
-            raise InputError(f"states of {shape[0]} channels are no pictures. Pass output_type='latent', 'pt' or 'np'.")
+        pictures = self.start.pictures and len(shape) == 3 and shape[0] in (1, 3, 4)
+        if output_type == "pil" and not pictures:
+            what = f"{shape[0]} channels" if len(shape) == 3 and self.start.pictures else " x ".join(map(str, shape))
+            raise InputError(f"states of {what} are no pictures. Pass output_type='latent', 'pt' or 'np'.")
         inputs = getattr(callback_on_step_end, "tensor_inputs", callback_on_step_end_tensor_inputs)
         unknown = [name for name in inputs if name not in self._callback_tensor_inputs]
         if unknown:
@@ -152,9 +156,12 @@ class LateStartPipeline(DiffusionPipeline):
                 micro_batch=micro_batch,
                 each=each,
             )
-        images: Any = state if output_type == "latent" else (state / 2 + 0.5).clamp(0, 1)
+        images: Any = state
+        if output_type != "latent":
+            units = self.start.units or Units(())
+            images = (state / 2 + 0.5).clamp(0, 1) if pictures else units.unscaled(state)
         if output_type in ("np", "pil"):
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
+            images = (images.permute(0, 2, 3, 1) if pictures else images).cpu().numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         self.maybe_free_model_hooks()

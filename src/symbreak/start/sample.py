@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from symbreak.data.images import Images
+from symbreak.data.images import Images, Units
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.saving import law_hash
 from symbreak.networks.denoiser import Denoiser, Denoises, fingerprint, of_network
@@ -506,8 +506,9 @@ def write_images(
         folder: where the images go; those that are there are not made again.
         settings: of `decisive`, which is called where none come.
         labels: of a class-conditional network: a rule that gives every seed its class, or one for all.
-        data: what the network was trained on. Where `samples` opened it, all samples are also written together in the
-            source's own units: ``samples.csv`` with the columns' names, or ``samples.npy`` of what is no vector.
+        data: what the network was trained on, where the start does not know its units. All samples that are no pictures
+            are also written together in the source's own units: ``samples.csv`` with the columns' names, or
+            ``samples.npy`` of what is no vector.
         run: tells how many images are done.
 
     Returns:
@@ -526,7 +527,10 @@ def write_images(
     folder = Path(folder)
     info = folder / "sample.json"
     fresh, pictures = not info.exists(), start.pictures and is_picture(shape)
-    pictures = pictures and (data is None or data.units is None)
+    if data is not None:
+        start.check_units(data)
+    units = start.units if data is None else data.units
+    pictures = pictures and units is None
     suffix = "png" if pictures else "npy"
     with locked(folder):
         missing = agreed(lambda: _missing(folder, seeds, settings, shape, suffix))
@@ -557,23 +561,23 @@ def write_images(
             if fresh and not list(folder.glob(f"*.{suffix}")):
                 info.unlink(missing_ok=True)  # nothing is left of images that cannot be made
             raise
-        if data is not None and data.units is not None:
-            _write_together(folder, seeds, data)
+        if units is not None:
+            _write_together(folder, seeds, units)
     return len(missing)
 
 
-def _write_together(folder: Path, seeds: Sequence[int], data: Images) -> None:
+def _write_together(folder: Path, seeds: Sequence[int], units: Units) -> None:
     """All samples in the units of the data's source; one process writes."""
     if rank_of()[0]:
         return
     x = torch.from_numpy(np.stack([np.load(folder / f"{seed:08d}.npy", allow_pickle=False) for seed in seeds]))
-    rows = data.unscaled(x).numpy()
-    if rows.ndim > 2 or data.units is None:
+    rows = units.unscaled(x).numpy()
+    if rows.ndim > 2:
         write_whole(folder / "samples.npy", partial(_save, rows))
         return
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(data.units.columns)
+    table.writerow(units.columns)
     table.writerows([f"{v:.9g}" for v in row] for row in rows.tolist())
     write_whole(folder / "samples.csv", lambda path: path.write_text(text.getvalue(), encoding="utf-8"))
 

@@ -22,9 +22,11 @@ from diffusers import DDPMPipeline, UNet2DModel
 from diffusers.training_utils import EMAModel
 
 from symbreak.data.images import Images
+from symbreak.data.samples import channels_last
 from symbreak.laws.law import Law
 from symbreak.laws.saving import law_hash
-from symbreak.networks.residual import Mlp, backbone
+from symbreak.networks.residual import Mlp, backbone, residual_of
+from symbreak.networks.types import Pipeline
 from symbreak.noise import generator, schedule
 from symbreak.runtime.errors import note
 from symbreak.runtime.files import InputError, damaged, file_hash, read_json, read_tensors, write_json, write_tensors
@@ -59,13 +61,14 @@ def _is_picture(shape: tuple[int, ...]) -> bool:
     return len(shape) == 3 and 1 not in shape[1:]
 
 
-def _check_sides(recipe: Recipe, shape: tuple[int, ...]) -> None:
+def _check_sides(recipe: Recipe, data: Images) -> None:
     """Pictures that cannot be halved as often as the network does raise an error before a law is fitted."""
-    halvings = len(recipe.channels) - 1
+    halvings, shape = len(recipe.channels) - 1, data.shape
     if _is_picture(shape) and (shape[1] != shape[2] or shape[1] % 2**halvings):
         raise InputError(
             f"images of {shape[1]} x {shape[2]} do not fit a network with {halvings + 1} resolutions: expected squares "
             f"whose side {2**halvings} divides. Resize (--size) or pad them (--pad), or change the recipe's channels."
+            + "".join(f" {note}" for note in channels_last((len(data), *shape)))
         )
 
 
@@ -99,7 +102,7 @@ def train_network(
     recipe: Recipe | None = None,
     *,
     law: Law | str | None = None,
-    init: str | Path | None = None,
+    init: str | Path | Pipeline | None = None,
     checkpoint_seconds: float = 60.0,
     device: str | torch.device = "cpu",
     precision: str = "fp32",
@@ -124,7 +127,8 @@ def train_network(
         recipe: settings; by default those of `recipe_for`.
         law: ``"auto"`` fits one: clusters, within the classes for a conditional network; or a law of the data's shape;
             ``None`` for a network that knows none.
-        init: a finished network of the same architecture to go on from: a folder, ``"digits"`` or a hub id.
+        init: a finished network of the same architecture and kind to go on from: a folder, ``"digits"``, a hub id, or a
+            loaded pipeline.
         checkpoint_seconds: time between checkpoints.
         device: where the network is trained; batches and noise are drawn on the CPU, the same everywhere.
         precision: ``"fp32"``, or ``"bf16"``: forward passes under autocast; weights and averages stay float32.
@@ -144,8 +148,11 @@ def train_network(
         LateStartWarning: where draws of the law are copies of training images.
     """
     run = run or Run()
-    recipe = recipe_for(data.shape, recipe, init, law is not None)
+    before = load_pipeline(init) if isinstance(init, str | Path) else init
+    recipe = recipe_for(data.shape, recipe, before, law is not None)
     recipe.check()
+    if before is not None:
+        _same_kind(before, init, law is not None)
     if precision not in ("fp32", "bf16"):
         raise InputError(f"precision {precision!r} for training; expected fp32 or bf16, which needs no scaled loss.")
     if recipe.conditional and data.labels is None:
@@ -154,7 +161,7 @@ def train_network(
         )
     if law is None and len(data.shape) != 3:
         raise InputError(f"data of shape {data.shape} are trained with a law. Pass law='auto' (--residual).")
-    _check_sides(recipe, data.shape)
+    _check_sides(recipe, data)
     out, ranks = Path(out), rank_of()[1]
     place = usable(device)
     with locked(out):
@@ -165,7 +172,6 @@ def train_network(
         if recipe.minutes is not None:
             del settings["steps"]
         more: Values = {} if law is None else {"law": law if isinstance(law, str) else law_hash(law)}
-        before = None if init is None else load_pipeline(init)
         if before is not None:
             more["init"] = weights_hash(before.unet)
         decides = identity_of(
@@ -185,7 +191,7 @@ def train_network(
 
 
 def recipe_for(
-    shape: tuple[int, ...], recipe: Recipe | None = None, init: str | Path | None = None, law: bool = False
+    shape: tuple[int, ...], recipe: Recipe | None = None, init: Pipeline | None = None, law: bool = False
 ) -> Recipe:
     """The recipe, or one for data of a shape: with the architecture of the network that training goes on from.
 
@@ -199,7 +205,7 @@ def recipe_for(
         default = replace(default, steps=2000, warmup=50, lr=1.5e-3 if small else 2e-3, dropout=0.0)
     if init is None:
         return default
-    config = backbone(load_pipeline(init).unet).config
+    config = backbone(init.unet).config
     channels, layers = config.get("block_out_channels"), config.get("layers_per_block")
     return default if channels is None else replace(default, channels=tuple(channels), layers=int(layers))
 
@@ -212,7 +218,7 @@ class _Job:
     out: Path
     recipe: Recipe
     law: Law | str | None
-    before: Any
+    before: Pipeline | None
     place: torch.device
     decides: Identity
     began: float = field(default_factory=time.monotonic)
@@ -497,7 +503,22 @@ class _Training:
             self._before, self.steps = float(seconds), int(steps)
 
 
-def _continue(network: torch.nn.Module, before: Any) -> None:
+def _same_kind(before: Pipeline, init: object, law: bool) -> None:
+    """A network that predicts noise does not go on as the residual of a law, nor the other way round."""
+    name = str(init) if isinstance(init, str | Path) else "the network to go on from"
+    residual = residual_of(before.unet) is not None
+    if residual and not law:
+        raise InputError(
+            f"{name} is the residual of a law, and would go on as a plain network. Pass law='auto' (--residual)."
+        )
+    if law and not residual:
+        raise InputError(
+            f"{name} is a plain network, and would go on as the residual of a law. Leave law= (--residual) out, or go "
+            "on from a network that was trained with it."
+        )
+
+
+def _continue(network: torch.nn.Module, before: Pipeline) -> None:
     """Take over the weights of a finished network."""
     weights = backbone(before.unet).state_dict()
     try:

@@ -58,7 +58,8 @@ class TrainingLaw:
         error: the law's mean squared error per element on those kept back, see `law_error`.
         top: sigma above which the law answers alone.
         collapse: sigma below which the training images can be told apart, ``None`` where there is none.
-        copies: how many of 256 draws of the law are copies of training images, with the share's interval.
+        copies: how many of 256 draws of the law are copies of training images, with the share's interval; ``held_out``
+            says the same of the images kept back.
     """
 
     law: Any
@@ -89,7 +90,7 @@ class TrainingLaw:
         )
         if start.law is None:  # white noise was found cheaper; the law above the level is what the network was made for
             start = late_start(start.full, self.law, STEPS, at=NoiseLevel(self.top), check=False)
-        return start
+        return start.of(holdout)
 
     def to_dict(self) -> Values:
         """Plain values, for records."""
@@ -154,9 +155,12 @@ def training_law(data: Images, recipe: Recipe, law: Law | str) -> TrainingLaw:
     error = law_error(whole, held, top, low / 2, labels, fade) if fade[0] else error
     some = parts.train.subset(min(COLLAPSED, len(parts.train))).tensor()
     collapse = collapse_time(Empirical(some)).sigma
-    copies = _copies(whole, some)
-    # by chance a point is three times nearer to one than to the next in 3^-d of the cases
-    if copies["low"] > 0.01 + 3.0 ** -math.prod(data.shape):
+    draws = whole.sample(DRAWS, generator=torch.Generator().manual_seed(0))
+    known = {row.numpy().tobytes() for row in some}
+    new = torch.tensor([row.numpy().tobytes() not in known for row in held])  # images that come twice are no measure
+    copies = {**_copies(draws, some), "held_out": _copies(held[new] if int(new.sum()) >= FEWEST else held, some)}
+    # by chance 3^-d of points are that near to one; of few different values as many as of images that nobody copied
+    if copies["low"] > 0.01 + max(3.0 ** -math.prod(data.shape), copies["held_out"]["high"]):
         warnings.warn(
             f"{copies['count']} of {copies['of']} draws of the law are copies of training images: so will be what is "
             "sampled from it. Use fewer clusters.",
@@ -176,14 +180,13 @@ def fading(error: torch.Tensor) -> float:
     return math.exp(low + (high - low) * (a - KNOWS) / (a - b))
 
 
-def _copies(law: Law, points: torch.Tensor) -> Values:
-    """How many draws of a law lie three times nearer to one training image than to the next other one."""
+def _copies(draws: torch.Tensor, points: torch.Tensor) -> Values:
+    """How many draws lie three times nearer to one training image than to the next other one."""
     points = torch.unique(points, dim=0)  # beside an image that comes twice, a copy is as near to both
     if len(points) < 2:
-        return proportion(DRAWS, DRAWS)
-    draws = law.sample(DRAWS, generator=torch.Generator().manual_seed(0)).to(points)
-    d, _ = neighbours(draws, points, 2)
-    return proportion(int((d[:, 0] < d[:, 1] / 3).sum()), DRAWS)
+        return proportion(len(draws), len(draws))
+    d, _ = neighbours(draws.to(points), points, 2)
+    return proportion(int((d[:, 0] < d[:, 1] / 3).sum()), len(draws))
 
 
 def _fitted(data: Images, recipe: Recipe, like: Any) -> Gaussian | PrincipalMixture:

@@ -166,6 +166,8 @@ def _network(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser:
         )
     else:
         refuse_conditional(model, "the pipeline", classes=True)
+        if hasattr(model, "start"):
+            model.start.check_units(data)
         network = denoises(model.unet, model.scheduler)
         if open_classes(network) is not None:
             network = without_condition(network)

@@ -25,6 +25,7 @@ from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import ROWS, Statistics, cache_folder, load_statistics, statistics
 from symbreak.metrics.two_sample import classifier_test, sliced_wasserstein
 from symbreak.networks.denoiser import Denoiser, Denoises
+from symbreak.networks.families import denoises
 from symbreak.networks.types import Network
 from symbreak.noise import generator
 from symbreak.report.record import Record
@@ -204,9 +205,8 @@ def evaluate_network(
         As `evaluate`.
     """
     run = (run or Run()).taken()
+    _check_first(denoises(unet, start.full).shape, start, seeds, data, holdout, measuring)
     clamp = None if data.units is None else False
-    if data.units is not None:
-        check_unclipped(start.full, f"the samples of {data.name}")
     settings = decisive(unet, start, micro_batch, identity)
     made = settings["identity"]
     classes = labels.of(seeds) if isinstance(labels, Classes) else labels
@@ -221,6 +221,34 @@ def evaluate_network(
         replace(Record.load(run.folder), content=content).save(run.folder)
     sampling.close()
     return content
+
+
+def _check_first(
+    shape: Sequence[int],
+    start: LateStart,
+    seeds: Sequence[int],
+    data: Images,
+    holdout: Images | None,
+    measuring: dict[str, Any],
+) -> None:
+    """What can be known to fail raises its error before a network is sampled, which may take hours."""
+    if tuple(shape) != data.shape:
+        raise InputError(
+            f"the network makes {data.noun} of {tuple(shape)}, but the training {data.noun} are {data.shape}. Resize "
+            "them (--size) or choose another network."
+        )
+    start.check_units(data)
+    if data.units is not None:
+        check_unclipped(start.full, f"the samples of {data.name}")
+    reference, repeats = measuring.get("reference"), measuring.get("repeats", 5)
+    saved = load_statistics(reference) if reference is not None and agreed(Path(reference).exists) else None
+    _halves(data, holdout, saved, reference)
+    if repeats < 1 or len(seeds) < 2 * repeats:
+        raise InputError(f"{len(seeds)} samples in {repeats} repeats; expected at least 2 samples a repeat.")
+    for value in (measuring.get("features"), measuring.get("classify")):
+        named = NamedExtractor(value) if isinstance(value, str) else value
+        if isinstance(named, NamedExtractor) and named.name != "classifier":  # which is trained
+            feature_rows(chosen(named, default_extractor(data), data, Run()), _some(data, np.arange(1)))
 
 
 @dataclass

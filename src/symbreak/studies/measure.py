@@ -207,6 +207,8 @@ def pipeline_of(model: Pipeline | Denoises | Denoiser, data: Images) -> Pipeline
     Raises:
         InputError: for anything else, or data that vary by less than the levels of diffusers' schedulers.
     """
+    if hasattr(model, "start"):  # which knows what the network's samples are measured in
+        model.start.check_units(data)
     if isinstance(model, Guided | NetworkDenoiser):
         if isinstance(model, NetworkDenoiser) and not model.condition:
             return model
