@@ -17,6 +17,7 @@ from scipy.optimize import brentq
 from symbreak.intervals import mean_interval, percentiles, resampled
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.errors import InputError
+from symbreak.runtime.shown import LONGEST, Shown, axes, shortened, sigma_axis
 
 __all__ = [
     "CriticalTime",
@@ -36,6 +37,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.axes import Axes
 
 Levels: TypeAlias = "float | Sequence[float] | np.ndarray | torch.Tensor"  # a noise level sigma, or levels [G]
 Kind = TypeVar("Kind", bound="Curve")
@@ -49,7 +51,7 @@ def _plain(value: object) -> object:
     return value.tolist() if isinstance(value, np.ndarray) else value
 
 
-class Result:
+class Result(Shown):
     """What was measured: some of its attributes go into records."""
 
     record: ClassVar[tuple[str, ...]] = ()
@@ -105,6 +107,29 @@ class CriticalTime(Result):
         """sigma of the level, or ``None``."""
         return None if self.level is None else self.level.sigma
 
+    def __repr__(self) -> str:
+        where = "nowhere" if self.sigma is None else f"sigma {self.sigma:.4g}"
+        if self.low is not None or self.high is not None:
+            low, high = ("?" if end is None else f"{end.sigma:.4g}" for end in (self.low, self.high))
+            where += f" [{low}, {high}]"
+        process = " ".join(p.upper() for p in (self.frame, self.flow) if p)
+        parts = (self.criterion, process, where, self.interval, self.reason)
+        return shortened(f"{type(self).__name__}({', '.join(p for p in parts if p)})", LONGEST)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The level as a line on the axis of sigma, with its interval; the axes, new ones where none came."""
+        ax = axes(ax)
+        if self.sigma is None:
+            ax.text(0.5, 0.5, self.reason or "nowhere", transform=ax.transAxes, ha="center", wrap=True)
+        else:
+            line = ax.axvline(self.sigma, label=f"{self.criterion}: sigma {self.sigma:.4g}")
+            ends = [e.sigma for e in (self.low or self.level, self.high or self.level) if e is not None]
+            if math.isfinite(ends[1]):
+                ax.axvspan(*ends, color=line.get_color(), alpha=0.2, linewidth=0)
+            ax.legend(frameon=False)
+        sigma_axis(ax)
+        return ax
+
 
 @dataclass(frozen=True)
 class Curve(Result):
@@ -123,6 +148,20 @@ class Curve(Result):
             object.__setattr__(self, key, np.asarray(getattr(self, key), dtype=np.float64))
         if not (self.sigma.shape == self.value.shape == self.low.shape == self.high.shape):
             raise ValueError("a Curve needs sigma, value, low and high of one length.")
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The quantity against sigma with its interval; the axes, new ones where none came."""
+        ax = axes(ax)
+        order = np.argsort(self.sigma, axis=None)
+        s, v, low, high = (a.reshape(-1)[order] for a in (self.sigma, self.value, self.low, self.high))
+        (line,) = ax.plot(s, v, "-" if len(s) > 1 else "o", label=self.name)
+        if len(s) > 1:
+            ax.fill_between(s, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+        else:
+            ax.vlines(s, low, high, color=line.get_color())
+        sigma_axis(ax)
+        ax.set_ylabel(self.name)
+        return ax
 
     def map(self, function: Callable[[np.ndarray], np.ndarray], name: str) -> Curve:
         """A rising function of the quantity."""

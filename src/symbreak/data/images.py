@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,7 +22,11 @@ from symbreak.runtime.plain import Values
 from symbreak.runtime.ranks import from_each, own_rows, shares, summed
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run
+from symbreak.runtime.shown import LONGEST, Shown, axes, shortened
 from symbreak.runtime.threads import ahead_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["BLOCK_BYTES", "BYTES", "Images", "Item", "Raw", "Unfit", "Units", "describe", "is_count"]
 
@@ -45,7 +50,7 @@ class Unfit(ValueError):
 
 
 @dataclass(frozen=True, eq=False)
-class Units:
+class Units(Shown):
     """The units of samples that are no pictures: x = (value - mean) / std, column by column.
 
     Attributes:
@@ -102,7 +107,7 @@ class Units:
 
 
 @dataclass(frozen=True)
-class Images:
+class Images(Shown):
     """A data set of samples of one shape, iterable any number of times: pictures, or what `samples` opened.
 
     Iterating gives float32 tensors [B, *S]; pictures are [B, C, H, W] in [-1, 1].
@@ -145,6 +150,40 @@ class Images:
 
     def __len__(self) -> int:
         return self.count
+
+    def __repr__(self) -> str:
+        shape = " x ".join(map(str, self.shape))
+        classes = "" if self.labels is None else f", {len(self.classes)} classes"
+        units = "" if self.units is None else f", in {self.units.text}"
+        return shortened(f"Images({self.name}: {self.count:,} {self.noun} of {shape}{classes}{units})", LONGEST)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The first sixteen: pictures side by side, anything else as lines; the axes, new ones where none came.
+
+        Of fields with other channels than grey and RGB the first one is shown, of volumes the middle slice.
+        """
+        ax = axes(ax)
+        x = self.rows(0, min(16, self.count)).tensor().numpy()
+        if x.ndim < 4:
+            ax.plot(x.reshape(-1, x.shape[-1]).T, linewidth=0.8)
+            ax.set_xlabel("column" if x.ndim == 2 else "position")
+            return ax
+        while x.ndim > 4:
+            x = x[:, :, x.shape[2] // 2]
+        x = x if x.shape[1] == 3 else x[:, :1]
+        low, high = (-1.0, 1.0) if self.units is None else (float(x.min()), float(x.max()))
+        x = np.pad(x, ((0, -len(x) % 8), (0, 0), (0, 1), (0, 1)), constant_values=high)
+        sheet = x.reshape(-1, 8, *x.shape[1:]).transpose(0, 3, 1, 4, 2).reshape(-1, 8 * x.shape[3], x.shape[1])
+        ax.imshow(
+            np.clip((sheet - low) / max(high - low, 1e-30), 0, 1).squeeze(-1)
+            if x.shape[1] == 1
+            else np.clip((sheet - low) / max(high - low, 1e-30), 0, 1),
+            cmap="gray",
+            vmin=0,
+            vmax=1,
+        )
+        ax.set_axis_off()
+        return ax
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         yield from map(self.scaled, self.blocks())

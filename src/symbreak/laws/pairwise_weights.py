@@ -29,6 +29,7 @@ from symbreak.runtime.files import InputError, digest
 from symbreak.runtime.ranks import alone, from_each, summed
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Arrays, Run
+from symbreak.runtime.shown import Shown
 
 __all__ = ["PARTS", "Overlaps", "SharedPoints", "overlaps"]
 
@@ -39,7 +40,7 @@ LEAST = {torch.float32: -80.0, torch.float64: -700.0}
 
 
 @dataclass(frozen=True)
-class Overlaps:
+class Overlaps(Shown):
     """Overlaps of noised points with the other points.
 
     Attributes:

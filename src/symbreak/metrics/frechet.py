@@ -24,6 +24,7 @@ from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.run import renamed
+from symbreak.runtime.shown import Shown
 
 __all__ = ["Distance", "difference", "distance", "extrapolated", "floor", "frechet_distance", "group_distance"]
 
@@ -33,7 +34,7 @@ CONDITION = 1e-9  # reciprocal condition above which no eigenvalue is near round
 
 
 @dataclass(frozen=True)
-class Distance:
+class Distance(Shown):
     """Fréchet distance of repeats of samples to one reference.
 
     Attributes:

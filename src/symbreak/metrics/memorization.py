@@ -24,6 +24,7 @@ from symbreak.runtime.plain import Values
 from symbreak.runtime.ranks import from_each
 from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
+from symbreak.runtime.shown import Shown
 
 __all__ = ["Different", "apart", "different", "groups", "nearer_to_train", "nearest", "nearest_in", "nearest_summary"]
 
@@ -47,7 +48,7 @@ def nearest(samples: torch.Tensor, train: torch.Tensor, block: int = 1024, memor
 
 
 @dataclass(frozen=True)
-class Different:
+class Different(Shown):
     """Training images that differ, to look for copies among.
 
     Attributes:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import scipy.linalg
@@ -31,6 +32,10 @@ from symbreak.moments.covariance import Covariance
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.runtime.ranks import from_first, own_rows, summed
+from symbreak.runtime.shown import Shown, axes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = [
     "Batches",
@@ -61,7 +66,7 @@ FAINT = 1e-12  # directions below 1e-6 of the longest are rounding in float32
 
 
 @dataclass(frozen=True)
-class Spectrum:
+class Spectrum(Shown):
     """Leading eigenvalues of a covariance, falling, with jackknife intervals (NaN where unknown)."""
 
     values: np.ndarray
@@ -70,6 +75,14 @@ class Spectrum:
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Eigenvalues against their rank, with their intervals; the axes, new ones where none came."""
+        ax, rank = axes(ax), np.arange(1, len(self) + 1)
+        (line,) = ax.loglog(rank, np.where(self.values > 0, self.values, math.nan), ".-")
+        ax.fill_between(rank, self.low, self.high, color=line.get_color(), alpha=0.2, linewidth=0)
+        ax.set(xlabel="mode", ylabel="variance", ylim=(max(self.values.min(), 1e-6 * self.values.max()) / 2, None))
+        return ax
 
 
 @dataclass(frozen=True)
@@ -125,7 +138,7 @@ def population(values: np.ndarray, trace: float, dim: int, count: int, k: int) -
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Shown):
     """What a law of low rank loses at a level against the empirical covariance it was fitted to.
 
     Attributes:
@@ -206,7 +219,7 @@ def truncation_bound(
 
 
 @dataclass(eq=False, repr=False)
-class LowRankMoments:
+class LowRankMoments(Shown):
     """Mean, per-pixel variances and leading eigenpairs of an empirical covariance C, with what was left out.
 
     Made by ``Moments.fit(batches, rank=)`` and ``Moments.truncate``. C is the covariance of the samples that came,
@@ -296,6 +309,10 @@ class LowRankMoments:
         """The k largest Ritz values, at most the rank; a sketch has no parts, so the intervals are NaN."""
         k = at_most(k, self.rank)
         return Spectrum(self.eigenvalues[:k].numpy().copy(), np.full(k, math.nan), np.full(k, math.nan))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The `spectrum`, see `Spectrum.plot`."""
+        return self.spectrum().plot(ax)
 
     def population(self, k: int) -> Population:
         """The k largest eigenvalues of the law behind samples, without intervals; as they are where not ``sampled``."""

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import scipy.linalg
@@ -46,6 +46,10 @@ from symbreak.moments.low_rank import (
 from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.runtime.ranks import from_each, from_first, own_rows, summed
 from symbreak.runtime.run import Run, renamed
+from symbreak.runtime.shown import Shown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["LowRankMoments", "Moments", "Spectrum", "grouped", "mode_images"]
 
@@ -90,7 +94,7 @@ def _together(parts: list[_Part]) -> _Part:
     return _Part(n, mean, scatter.numpy())
 
 
-class Moments:
+class Moments(Shown):
     """Mean and covariance of a data set or a sample.
 
     Args:
@@ -258,6 +262,10 @@ class Moments:
                 a, b = jackknife(math.log(values[i]), np.log(column))
                 low[i], high[i] = math.exp(a), math.exp(b)
         return Spectrum(values, low, high)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The `spectrum`, of large covariances the first 32 values, see `Spectrum.plot`."""
+        return self.spectrum(self.dim if self.dim <= 256 else 32).plot(ax)
 
     def population(self, k: int) -> Population:
         """The k largest eigenvalues of the law behind the rows, with jackknife intervals on the log scale.

@@ -34,6 +34,7 @@ from symbreak.networks.denoiser import Batches
 from symbreak.noise import NoiseLevel, generator
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
+from symbreak.runtime.shown import Shown
 
 __all__ = [
     "MULTIVARIATE",
@@ -56,7 +57,7 @@ SOURCE = "Mardia 1970, Henze & Zirkler 1990, Anderson & Darling 1954, D'Agostino
 
 
 @dataclass(frozen=True)
-class Gaussianity:
+class Gaussianity(Shown):
     """What the tests say, level by level.
 
     Attributes:

@@ -40,6 +40,7 @@ from symbreak.networks.denoiser import (
 from symbreak.noise import generator
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
+from symbreak.runtime.shown import Shown
 
 __all__ = [
     "Losses",
@@ -61,7 +62,7 @@ FINE = 16  # points between two levels where a crossing is looked for
 
 
 @dataclass(frozen=True)
-class Losses:
+class Losses(Shown):
     """Denoising errors of a network and of laws on the same noised images, squared norms over all pixels.
 
     Attributes:

@@ -26,6 +26,7 @@ from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.fixed_point_search import System, checked_flow, level_at, rates
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
+from symbreak.runtime.shown import Shown
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -47,7 +48,7 @@ ARC = "arXiv:2305.19693, potential along an arc between two trajectories"
 
 
 @dataclass(frozen=True)
-class Potential:
+class Potential(Shown):
     """The potential along a path.
 
     Attributes:
@@ -68,7 +69,7 @@ class Potential:
 
 
 @dataclass(frozen=True)
-class Wells:
+class Wells(Shown):
     """Which minima of a potential count as wells.
 
     Attributes:
@@ -82,7 +83,7 @@ class Wells:
 
 
 @dataclass(frozen=True)
-class Arc:
+class Arc(Shown):
     """The potential along arcs between two trajectories, level by level, in the order in which the levels came.
 
     Attributes:

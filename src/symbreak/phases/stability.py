@@ -46,6 +46,7 @@ from symbreak.phases.fixed_point_search import (
 from symbreak.phases.potentials import levels_within, plain_fields, trajectories
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
+from symbreak.runtime.shown import Shown
 
 __all__ = ["Stability", "network_stability", "stability_times"]
 
@@ -53,7 +54,7 @@ FOLD = 0.8  # top eigenvalue over threshold from which a branch that ends did so
 
 
 @dataclass(frozen=True)
-class Stability:
+class Stability(Shown):
     """The central fixed point of a flow, level by level, in the order in which the levels came.
 
     Attributes:

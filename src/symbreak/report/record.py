@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from symbreak.report.summary import draw_summary
 from symbreak.runtime.files import InputError, output_folder, read_json, write_json
 from symbreak.runtime.plain import Values, plain
+from symbreak.runtime.shown import LONGEST, Shown, axes, brief, shortened
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Record"]
 
@@ -18,7 +24,7 @@ VERSION = 1
 
 
 @dataclass
-class Record:
+class Record(Shown):
     """What a run found.
 
     Attributes:
@@ -34,6 +40,21 @@ class Record:
     content: Values
     versions: dict[str, str] = field(default_factory=dict)
     timings: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{k}={brief(v)}" for k, v in sorted(self.settings.items()) if v not in (None, [], {}))
+        took = f", {sum(self.timings.values()):.0f} s" if self.timings else ""
+        return f"Record({self.kind}: {shortened(parts, LONGEST - 100)}{took}; content: {len(self.content)} entries)"
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """What it found, in one picture; the axes, new ones where none came. `write_report` draws everything.
+
+        Raises:
+            InputError: for a record of another kind or with missing parts.
+        """
+        ax = axes(ax)
+        draw_summary(self.kind, plain(self.content), ax)
+        return ax
 
     def to_dict(self) -> Values:
         """Plain values, ready for JSON."""

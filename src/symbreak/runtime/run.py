@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from symbreak.runtime.bars import Bars
 from symbreak.runtime.errors import note
 from symbreak.runtime.files import InputError, digest, output_folder, read_json, read_tensors, write_json, write_tensors
 from symbreak.runtime.identity import Identity, differences, identity_of
@@ -39,7 +41,8 @@ class Run:
     Args:
         folder: where finished parts and rows beyond the memory are stored; ``None`` stores nothing.
         memory: bytes of working memory; ``None`` means the default of each function. Results do not depend on it.
-        progress: called with (stage, done, of how many).
+        progress: called with (stage, done, of how many); ``True`` draws bars, as a notebook does where nothing is said,
+            and ``False`` none.
 
     Raises:
         InputError: if ``folder`` is a file, and for less than 1 MiB.
@@ -50,11 +53,13 @@ class Run:
     """
 
     def __init__(
-        self, folder: str | Path | None = None, memory: int | None = None, progress: Tell | None = None
+        self, folder: str | Path | None = None, memory: int | None = None, progress: Tell | bool | None = None
     ) -> None:
         if memory is not None and memory < 2**20:
             raise InputError(f"memory is {memory:,} bytes; expected at least 1 MiB (1,048,576).")
         self.folder = None if folder is None else output_folder(folder)
+        if progress is True or (progress is None and "ipykernel" in sys.modules):
+            progress = Bars()
         self.memory, self.progress = memory, progress
         self.stage = ""
         self.timings: dict[str, float] = {}
@@ -103,7 +108,7 @@ class Run:
 
     def tell(self, done: int, total: int) -> None:
         """Report progress: ``done`` of ``total`` things of the stage."""
-        if self.progress is not None:
+        if self.progress:
             self.progress(self.stage, done, total)
 
     def identified(self, decides: Mapping[str, Any]) -> Run:

@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 import torch
@@ -38,10 +38,15 @@ from symbreak.phases.losses import integral_above, loss_curve
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.ranks import agreed
+from symbreak.runtime.run import Run
+from symbreak.runtime.shown import Shown, axes, sigma_axis
 from symbreak.start.cut_schedule import schedule_of
 from symbreak.start.grids import grids, standard_starts
 from symbreak.start.late_start import LateStart, cut
 from symbreak.start.sample import StepError, run_sampler
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["Candidate", "Choice", "LossGap", "choose", "loss_gaps"]
 
@@ -66,7 +71,7 @@ class _Measured(Law, Protocol):
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Candidate(Shown):
     """One way to start, and what it costs.
 
     Attributes:
@@ -95,7 +100,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Shown):
     """Why a start was chosen.
 
     Attributes:
@@ -155,6 +160,21 @@ class Choice:
         lines.append(f"{'standard':>8} {0.0:9.3g} {usual.sampler_cost:9.3g} {usual.cost:9.3g}{mark}")
         return "\n".join(lines)
 
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """What every start costs against its level; the axes, new ones where none came."""
+        ax = axes(ax)
+        for law, name in enumerate(self.laws):
+            rows = [c for c in self.candidates if (c.law, c.grid) == (law, self.chosen.grid)]
+            rows.sort(key=lambda c: c.level.sigma)
+            label = f"from {name.split('(')[0]} {law + 1}"
+            ax.plot([c.level.sigma for c in rows], [c.cost for c in rows], ".-", label=label)
+        ax.axhline(self.standard.cost, color="0.6", label="standard start")
+        ax.plot(self.chosen.level.sigma, self.chosen.cost, "o", color="k", mfc="none", ms=10, label="chosen")
+        ax.set(yscale="log", ylabel="squared error that a start adds")
+        sigma_axis(ax)
+        ax.legend(frameon=False, fontsize=8)
+        return ax
+
     def to_dict(self) -> Values:
         """Plain values, for records."""
 
@@ -169,7 +189,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class LossGap:
+class LossGap(Shown):
     """Denoising losses of a law against a network's, on the same noised images.
 
     Attributes:
@@ -203,6 +223,7 @@ def loss_gaps(
     gaussian: Gaussian,
     seed: int = 0,
     labels: torch.Tensor | None = None,
+    run: Run | None = None,
 ) -> list[LossGap]:
     """Denoising losses of laws against those of a network.
 
@@ -214,6 +235,7 @@ def loss_gaps(
         gaussian: whose flow says how much of an error at a level reaches the end.
         seed: of the noise, the same at every level.
         labels: class [N] of every image, for a class-conditional network.
+        run: its progress counts levels.
 
     Returns:
         One `LossGap` a law.
@@ -225,7 +247,9 @@ def loss_gaps(
         return gaussian.transport(mean + r, end, sigma_from=u) - mean
 
     names = [str(i) for i in range(len(laws))]
-    losses = loss_curve(denoiser, data, sigma, dict(zip(names, laws)), labels, seed, centre=mean, through=reach)
+    quick = (run or Run()).unstored()
+    sources = dict(zip(names, laws))
+    losses = loss_curve(denoiser, data, sigma, sources, labels, seed, centre=mean, through=reach, run=quick)
     around = float((data - mean).flatten(1).double().square().sum(1).mean())
     useless = losses.network.mean(1) > np.minimum(around, losses.state.mean(1))
     out = []
@@ -279,6 +303,7 @@ def choose(
     data: Batches,
     labels: Labels | None = None,
     seed: int = 0,
+    run: Run | None = None,
 ) -> tuple[LateStart, Choice]:
     """The cheapest start for a scheduler and a number of steps.
 
@@ -291,6 +316,7 @@ def choose(
             are images that neither the laws nor the network have seen: seen ones flatter whoever has seen them.
         labels: class of every image, [N] integers, for a class-conditional network.
         seed: of all noise.
+        run: its progress counts levels and grids.
 
     Returns:
         The start, ``law`` ``None`` where the standard start is the cheapest, and the `Choice` behind it.
@@ -327,12 +353,12 @@ def choose(
     check_range(images, gaussian)
     low, high, top = _band(schedule_of(scheduler), network, gaussian)
     sigma = np.geomspace(low, top, LOSSES)
-    *gaps, single = loss_gaps(network, [*laws, gaussian], images, sigma, gaussian, seed, classes)
+    *gaps, single = loss_gaps(network, [*laws, gaussian], images, sigma, gaussian, seed, classes, run)
     _check_network(single)
     # The world in which samplers are tried: the law that lies nearest to the data.
     world = laws[int(np.argmin([g.nats[0] for g in gaps]))]
     levels = np.geomspace(low, high, LEVELS)
-    starts, states = _tried(scheduler, laws, gaps, steps, levels, world, gaussian, seed)
+    starts, states = _tried(scheduler, laws, gaps, steps, levels, world, gaussian, seed, run)
     candidates = [c for c in starts if math.isfinite(c.cost)]
     if not candidates:
         raise InputError(f"{type(scheduler).__name__} has no start of {steps} steps here. Ask for fewer.")
@@ -371,6 +397,7 @@ def _tried(
     world: Law,
     gaussian: Gaussian,
     seed: int,
+    run: Run | None,
 ) -> tuple[dict[Candidate, LateStart], int]:
     """Every start that the scheduler's grids offer, by what it costs in a world, and the number of states behind it."""
     count = int(min(STATES, max(16, NUMBERS // max(1, gaussian.dim))))
@@ -381,7 +408,9 @@ def _tried(
     end = END * float(levels[0])
     states = _along(world, noise, {start.level.sigma for some in late.values() for start in some}, end)
     truth = world.denoise(states[end], end)
-    for name, grid in tried.items():
+    run = (run or Run()).named("starts")
+    for place, (name, grid) in enumerate(tried.items()):
+        run.tell(place, len(tried))
         unet = as_unet(world, grid)
         usual = standard_starts(grid, steps, skip=True)
         anyone = next(iter((*usual.values(), *late[name])), None)
@@ -397,6 +426,7 @@ def _tried(
             cost = _error(start, unet, start.state(states[at]), truth, gaussian, random, seed)
             for i, law in enumerate(laws):
                 starts[Candidate(i, name, start.level, gaps[i].at("cost", at), cost)] = replace(start, law=law)
+    run.tell(len(tried), len(tried))
     return starts, count
 
 

@@ -24,6 +24,7 @@ from symbreak.networks.types import Network, Scheduler
 from symbreak.noise import NoiseLevel, Schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.runtime.files import InputError
+from symbreak.runtime.run import Run
 from symbreak.start.choose import choose
 from symbreak.start.cut_schedule import check_scheduler, check_steps, check_unclipped, schedule_of
 from symbreak.start.late_start import LateStart, LateStartWarning, cut
@@ -73,6 +74,7 @@ def late_start(
     data: Batches | None = None,
     labels: Labels | None = None,
     check: bool = True,
+    run: Run | None = None,
 ) -> LateStart:
     """Cut a scheduler so that it begins at a level, and start there from a law.
 
@@ -89,6 +91,7 @@ def late_start(
         labels: for ``"auto"`` with a class-conditional network: class of every image in ``data``.
         check: warn where the level lies below the spectral speciation level, or where ``"auto"`` finds signs
             that the start is not to be trusted.
+        run: for ``"auto"``: its progress counts the levels of the losses and the grids that are tried.
 
     Returns:
         A `LateStart`: ``start(noise)`` is the state that ``start.scheduler.step`` expects first.
@@ -115,7 +118,7 @@ def late_start(
         came, wanted = ("data", "denoiser") if denoiser is None else ("denoiser", "data")
         raise InputError(f"at='auto' came with {came}= but without {wanted}=. Pass both, or neither.")
     if automatic and denoiser is not None and data is not None:
-        start, choice = choose(scheduler, laws, int(steps), denoiser, data, labels)
+        start, choice = choose(scheduler, laws, int(steps), denoiser, data, labels, run=run)
         if check:
             for note in choice.signatures:
                 warnings.warn(note, LateStartWarning, stacklevel=2)
@@ -183,6 +186,7 @@ def fit_start(
     holdout: Batches | None = None,
     clusters: int | None = None,
     check: bool = True,
+    run: Run | None = None,
 ) -> LateStart:
     """From a data set and a network to a start, in one call: fit the laws, choose among them.
 
@@ -194,6 +198,7 @@ def fit_start(
             most, are kept back from the fit.
         clusters: see `candidate_laws`.
         check: as in `late_start`.
+        run: its progress counts the levels of the losses and the grids that are tried.
 
     Raises:
         InputError: as `late_start`; and for a class-conditional network whose data have no labels.
@@ -227,5 +232,5 @@ def fit_start(
         if labels is None:
             raise InputError("the network is class-conditional, but the images to choose with have no labels.")
     laws = candidate_laws(data, clusters)
-    start = late_start(scheduler, laws, steps, denoiser=network, data=holdout, labels=labels, check=check)
+    start = late_start(scheduler, laws, steps, denoiser=network, data=holdout, labels=labels, check=check, run=run)
     return start.of(data)

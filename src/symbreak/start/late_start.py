@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import diffusers
 import numpy as np
@@ -28,6 +28,7 @@ from symbreak.networks.types import Scheduler
 from symbreak.noise import NoiseLevel, schedule, sigma_of
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
 from symbreak.runtime.plain import Values
+from symbreak.runtime.shown import Shown, axes
 from symbreak.start.cut_schedule import (
     SUPPORTED,
     begins_at,
@@ -38,6 +39,9 @@ from symbreak.start.cut_schedule import (
     takes,
     timed,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["SUPPORTED", "LateStart", "LateStartWarning", "check_same_network", "cut", "standard_start"]
 
@@ -50,7 +54,7 @@ class LateStartWarning(UserWarning):
 
 
 @dataclass(frozen=True, repr=False)
-class LateStart:
+class LateStart(Shown):
     """A ready scheduler and the state that its first step expects.
 
     Attributes:
@@ -268,6 +272,23 @@ class LateStart:
                 "again, or use the older versions."
             )
         return replace(start, asked=level, notes=notes, pictures=about.get("pictures") is not False, units=units)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """The levels at which the network is asked, and those of the standard start; the axes, new where none came.
+
+        After ``at="auto"`` what every start costs against its level instead, see `explain`.
+        """
+        if self.choice is not None:
+            drawn: Axes = self.choice.plot(ax)
+            return drawn
+        ax, full = axes(ax), schedule_of(self.full)
+        pairs = [("standard start", standard_start(self.full, self.steps)), (f"from {type(self.law).__name__}", self)]
+        for name, start in pairs[: 1 + (self.law is not None)]:
+            sigmas = [full.level(float(t)).sigma for t in start.scheduler.timesteps]
+            ax.plot(range(1, len(sigmas) + 1), sigmas, "o-", label=name)
+        ax.set(yscale="log", xlabel="network evaluation", ylabel="sigma")
+        ax.legend(frameon=False)
+        return ax
 
     def _realised(self) -> dict[str, torch.Tensor]:
         """What tells, in a file, whether the scheduler was cut again to the same."""
