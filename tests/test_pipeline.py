@@ -666,7 +666,7 @@ def test_bad_functions():
         ({}, "does not say its shape"),
         ({"shape": (1, 2, 2)}, "does not say its levels"),
         ({"shape": (1, 2, 2), "sigma_range": (2.0, 1.0)}, "0 <= low < high"),
-        ({"scheduler": scheduler("ddim"), "shape": (1, 2, 2)}, "Leave them out"),
+        ({"scheduler": scheduler("ddim"), "sigma_range": (0.1, 1.0)}, "Leave it out"),
     ]:
         with pytest.raises(InputError, match=match):
             denoiser(model, **arguments)

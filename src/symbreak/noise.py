@@ -239,6 +239,11 @@ def _flow(name: str, steps: int) -> Schedule:
     return Schedule(name, 0.0, float(steps), None, level, time)
 
 
+def flow_sigmas(scheduler: Any) -> bool:
+    """Whether a scheduler of other networks, such as DPM-Solver's, is told to run along flow matching's levels."""
+    return bool((getattr(scheduler, "config", None) or {}).get("use_flow_sigmas"))
+
+
 def schedule(source: Any = "ddpm-linear") -> Schedule:
     """The `Schedule` of a diffusers scheduler or of a named process.
 
@@ -271,7 +276,7 @@ def schedule(source: Any = "ddpm-linear") -> Schedule:
     if name.startswith("EDM") and config is not None:
         low, high = float(config.sigma_min), float(config.sigma_max)
         return _quarter_log(name, low, high, alpha=1.0)
-    if name.startswith("FlowMatch") and config is not None:
+    if (name.startswith("FlowMatch") or flow_sigmas(source)) and config is not None:
         return _flow(name, int(config.num_train_timesteps))
     alphas_cumprod = getattr(source, "alphas_cumprod", None)
     if alphas_cumprod is None:

@@ -17,17 +17,50 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
-from diffusers.models.unets.unet_1d import UNet1DModel
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from symbreak.networks.adapters import (
+    EDM_RANGE,
+    FAMILIES,
+    Adapted,
+    adapted,
+    family_of,
+    placed,
+    sample_shape,
+    takes_sigma,
+)
 from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser, network_of, null_label, open_classes
+from symbreak.networks.own_call import of_pipeline
 from symbreak.networks.samplers import kind_of
+from symbreak.networks.samplers import scheduler as named_scheduler
 from symbreak.networks.types import Network, Scheduler
 from symbreak.noise import NoiseLevel, schedule, sigma_of
 from symbreak.runtime.files import InputError
 
-__all__ = ["NetworkDenoiser", "SigmaDenoiser", "as_unet", "denoiser", "denoises", "is_picture", "posing"]
+__all__ = [
+    "NetworkDenoiser",
+    "SigmaDenoiser",
+    "as_unet",
+    "denoiser",
+    "denoises",
+    "is_picture",
+    "posing",
+    "sample_shape",
+]
+
+# How libraries say that they cannot take what came.
+REFUSALS = (
+    RuntimeError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    IndexError,
+    KeyError,
+    AssertionError,
+    NotImplementedError,
+)
 
 
 class Parametrization:
@@ -73,35 +106,6 @@ def _columns(levels: Sequence[NoiseLevel], x: torch.Tensor) -> tuple[torch.Tenso
     return alpha, sigma
 
 
-def sample_shape(unet: Network) -> tuple[int, ...]:
-    """The shape S of a network's samples: (C, H, W) of pictures.
-
-    A network of other samples says it in its config: ``sample_shape``, or as diffusers' UNet1DModel does.
-
-    Raises:
-        InputError: where its config does not say it.
-    """
-    config: Any = getattr(unet, "config", None)
-    if not hasattr(config, "in_channels"):
-        raise InputError(
-            f"{type(unet).__name__} is no network of diffusers: it has no config. A network that is a denoiser "
-            "already, as EDM's, is taken as sb.denoiser(network), with its shape and sigma_range."
-        )
-    whole = getattr(config, "sample_shape", None)
-    size, channels = getattr(config, "sample_size", None), config.in_channels
-    if whole is None and isinstance(unet, UNet1DModel):
-        whole = [channels, size]
-    if whole is None:
-        sides: Any = (size, size) if isinstance(size, int) else size
-        whole = [channels, *sides] if isinstance(sides, list | tuple) and len(sides) == 2 else []
-    if not whole or not all(type(n) is int and n > 0 for n in whole):
-        raise InputError(
-            f"the network's config says sample_size={size!r} and in_channels={channels!r}; expected whole numbers "
-            "above 0. Set them, as in unet.register_to_config(sample_size=32)."
-        )
-    return tuple(whole)
-
-
 def answer(unet: Network, x: torch.Tensor, t: torch.Tensor, condition: Mapping[str, object]) -> torch.Tensor:
     """What a network makes of its states [B, *S] at times [B], in its own precision, answered in the dtype of x.
 
@@ -116,23 +120,36 @@ def answer(unet: Network, x: torch.Tensor, t: torch.Tensor, condition: Mapping[s
     """
     weight = next(iter(unet.parameters()), x)
     try:
-        out = unet(x.to(weight), t.to(weight.device), **_at(weight.device, condition, len(x)), return_dict=False)[0]
+        out = unet(x.to(weight), t.to(weight.device), **placed(weight.device, condition, len(x)), return_dict=False)[0]
     except (InputError, torch.OutOfMemoryError):
         raise
-    except (RuntimeError, TypeError, ValueError) as error:
-        what = " ".join(str(error).split())[:160]
-        raise InputError(f"the network cannot take states of shape {tuple(x.shape)}: {what}") from error
+    except REFUSALS as error:
+        raise InputError(_cannot_take(x, condition, error)) from error
+    if not isinstance(out, torch.Tensor) or out.ndim != x.ndim or out.shape[2:] != x.shape[2:] or len(out) != len(x):
+        came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
+        raise InputError(f"the network gave {came} for states of {tuple(x.shape)}; expected the same shape.")
+    if out.shape[1] not in (x.shape[1], 2 * x.shape[1]):  # the second half says how wide, as of learned variances
+        raise InputError(
+            f"the network gave {out.shape[1]} channels for states of {x.shape[1]}; expected as many, or twice as many."
+        )
     return out.to(x)
+
+
+def _cannot_take(x: torch.Tensor, condition: Mapping[str, object], error: Exception) -> str:
+    """Why a network could not be called, in one line."""
+    names = ", ".join(condition) or "no condition"
+    what = " ".join(str(error).split())[:160] or type(error).__name__
+    return f"the network cannot take states of shape {tuple(x.shape)} with {names}: {what}"
 
 
 class NetworkDenoiser:
     """A diffusers network as a `Denoiser`; see `denoiser`."""
 
     def __init__(self, unet: Network, scheduler: Scheduler, **condition: object) -> None:
-        self.unet, self.scheduler, self.condition = unet, scheduler, condition
+        self.unet, self.scheduler, self.condition = adapted(unet), scheduler, condition
         self.says = Parametrization(scheduler)
         self.schedule, self.prediction = self.says.schedule, self.says.prediction
-        self.shape: tuple[int, ...] = sample_shape(unet)
+        self.shape: tuple[int, ...] = sample_shape(self.unet)
 
     @property
     def sigma_range(self) -> tuple[float, float]:
@@ -175,12 +192,15 @@ class SigmaDenoiser:
         shape: tuple[int, ...],
         sigma_range: tuple[float, float],
         condition: dict[str, object],
+        family: str = "k-diffusion",
     ) -> None:
         self.model, self.shape, self.sigma_range, self.condition = model, shape, sigma_range, condition
+        self.family = family
+        self.num_class_embeds, self.null_label = FAMILIES[family].classes(model)
 
     def bind(self, **condition: object) -> SigmaDenoiser:
         """The same denoiser with a condition fixed, e.g. ``bind(class_labels=y)``."""
-        return SigmaDenoiser(self.model, self.shape, self.sigma_range, {**self.condition, **condition})
+        return SigmaDenoiser(self.model, self.shape, self.sigma_range, {**self.condition, **condition}, self.family)
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         _check_shape(x, self.shape)
@@ -195,11 +215,13 @@ class SigmaDenoiser:
         weights = self.model.parameters() if isinstance(self.model, torch.nn.Module) else ()
         weight = next(iter(weights), x)
         each = s.clamp(low, high).expand(len(x)) if len(s) == 1 else s.clamp(low, high)
+        call, condition = FAMILIES[self.family].call, placed(weight.device, self.condition, len(x))
         try:
-            out = self.model(x.to(weight), each.to(weight), **_at(weight.device, self.condition, len(x)))
-        except TypeError as error:  # a condition that it does not know
-            what = " ".join(str(error).split())[:160]
-            raise InputError(f"the network cannot take states of shape {tuple(x.shape)}: {what}") from error
+            out = call(self.model, x.to(weight), each.to(weight), condition)
+        except (InputError, torch.OutOfMemoryError):
+            raise
+        except REFUSALS as error:
+            raise InputError(_cannot_take(x, self.condition, error)) from error
         if not isinstance(out, torch.Tensor) or out.shape != x.shape:
             came = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
             raise InputError(
@@ -209,70 +231,83 @@ class SigmaDenoiser:
         return out.to(x)
 
 
-def _at(device: torch.device, condition: Mapping[str, object], rows: int) -> dict[str, Any]:
-    """A condition whose tensors lie where the network does; a single row of one stands for all rows."""
-    placed: dict[str, Any] = {}
-    for name, value in condition.items():
-        if isinstance(value, torch.Tensor):
-            value = value.to(device)
-            value = value.expand(rows, *value.shape[1:]) if value.ndim and len(value) == 1 else value
-        elif isinstance(value, Mapping):
-            value = _at(device, value, rows)
-        placed[name] = value
-    return placed
-
-
 def denoiser(
-    unet: Any,
+    unet: Network,
     scheduler: Scheduler | None = None,
     *,
+    family: str | None = None,
     shape: tuple[int, ...] | None = None,
     sigma_range: tuple[float, float] | None = None,
     **condition: object,
 ) -> NetworkDenoiser | SigmaDenoiser:
-    """A network as d(x, sigma) -> E[x_0 | x].
+    """A network of any family as d(x, sigma) -> E[x_0 | x].
 
     Args:
-        unet: a diffusers network, ``unet(state, t, return_dict=False)[0]`` -> epsilon, v, sample, EDM's F or a
-            velocity, as the scheduler's config says; learned variance channels are dropped. Without a
-            scheduler: EDM's ``net(x, sigma, class_labels)`` or k-diffusion's ``model(x, sigma)``, which take
-            VE states [B, *S] and sigma [B] and give denoised states.
-        scheduler: diffusers scheduler it was trained with; ``None`` for EDM and k-diffusion.
-        shape: sample shape S, without a scheduler; by default EDM's ``img_channels`` and ``img_resolution``.
-        sigma_range: levels it knows, without a scheduler; by default its ``sigma_min`` and ``sigma_max``.
-        **condition: passed on to every call, e.g. ``class_labels``.
+        unet: a network of diffusers, a UNet or a transformer, or a function ``net(x, t)``, which predict epsilon, v,
+            the sample, EDM's F or a velocity, as the scheduler's config says; learned variance channels are dropped.
+            ``net(t, x)`` with data at t = 1, as torchcfm's. Without a scheduler also EDM's
+            ``net(x, sigma, class_labels)``, k-diffusion's ``model(x, sigma)`` and azula's denoisers. Or a pipeline of
+            diffusers: its network and scheduler, told what the pipeline's own call would tell it.
+        scheduler: diffusers scheduler it was trained with; none for networks that take sigma.
+        family: one of `FAMILIES`, such as ``"time-last"``, where neither class nor arguments say it.
+        shape: sample shape S, where the network does not say it, as in (16, 128, 128).
+        sigma_range: levels it knows, of a network that takes sigma; by default its ``sigma_min`` and ``sigma_max``.
+        **condition: passed on to every call, such as ``class_labels``; of a pipeline ``prompt`` and whatever else its
+            call takes. One row of a condition stands for all samples.
 
     Returns:
         A `Denoiser`; outside its ``sigma_range`` it raises ValueError.
 
     Raises:
-        InputError: where shape or range can neither be read off nor were given.
+        InputError: where shape or range can neither be read off nor were given, for a transformer of no known family,
+            and where a pipeline's call cannot be made.
 
     Source: EDM, arXiv:2206.00364; k-diffusion's contract is the same.
     """
-    if scheduler is not None:
-        if shape is not None or sigma_range is not None:
-            raise InputError("shape and sigma_range came with a scheduler, which says both. Leave them out.")
-        return NetworkDenoiser(unet, scheduler, **condition)
-    if shape is None:
-        channels, size = getattr(unet, "img_channels", None), getattr(unet, "img_resolution", None)
-        if channels is None or size is None:
+    if isinstance(unet, DiffusionPipeline):
+        if scheduler is not None or family is not None:
+            raise InputError("a pipeline came with a scheduler or a family of its own. Leave them out.")
+        network, scheduler, condition = of_pipeline(unet, shape, condition)
+        return NetworkDenoiser(network, scheduler, **condition)
+    key = None if isinstance(unet, Adapted) else family_of(unet, family, scheduler is not None)
+    if key is None or not FAMILIES[key].sigma:
+        of = FAMILIES[unet.family if key is None else key]
+        if scheduler is None and of.scheduler is not None:
+            scheduler = named_scheduler(of.scheduler)
+        if scheduler is None:
             raise InputError(
-                f"{type(unet).__name__} does not say its shape (no img_channels and img_resolution). Pass "
-                "shape=(C, H, W); for a diffusers network pass its scheduler."
+                f"{type(unet).__name__} came without the scheduler it was trained with: it needs its scheduler. Pass "
+                "sb.denoiser(network, scheduler)."
             )
-        shape = (channels, size, size) if isinstance(size, int) else (channels, *size)
-    if sigma_range is None:
-        ends = getattr(unet, "sigma_min", None), getattr(unet, "sigma_max", None)
-        if ends[0] is None or ends[1] is None:
-            raise InputError(
-                f"{type(unet).__name__} does not say its levels (no sigma_min and sigma_max). Pass sigma_range=(a, b)."
-            )
-        sigma_range = float(ends[0]), float(ends[1])
-    low, high = float(sigma_range[0]), float(sigma_range[1])
+        if sigma_range is not None:
+            raise InputError("sigma_range came with a scheduler, which says the levels. Leave it out.")
+        return NetworkDenoiser(adapted(unet, key, shape), scheduler, **condition)
+    whole = FAMILIES[key].shape(unet) if shape is None else shape
+    if whole is None:
+        raise InputError(
+            f"{type(unet).__name__} does not say its shape (no img_channels and img_resolution). Pass "
+            "shape=(C, H, W); for a diffusers network pass its scheduler."
+        )
+    low, high = _sigma_range(unet, key) if sigma_range is None else map(float, sigma_range)
     if not 0 <= low < high:
         raise InputError(f"a sigma_range from {low:g} to {high:g}; expected 0 <= low < high.")
-    return SigmaDenoiser(unet, tuple(int(n) for n in shape), (low, high), condition)
+    return SigmaDenoiser(unet, tuple(int(n) for n in whole), (low, high), condition, key)
+
+
+def _sigma_range(network: Network, family: str) -> tuple[float, float]:
+    """The levels that a network says it knows."""
+    ends = getattr(network, "sigma_min", None), getattr(network, "sigma_max", None)
+    if ends[0] is not None and ends[1] is not None:
+        return float(ends[0]), float(ends[1])
+    if family == "edm":  # EDM2's networks do not say theirs
+        return EDM_RANGE
+    if family == "azula":
+        alpha, std = (v.double() for v in network.schedule(torch.tensor([0.0, 1.0])))
+        low, high = (std / alpha).tolist()
+        return low, high
+    raise InputError(
+        f"{type(network).__name__} does not say its levels (no sigma_min and sigma_max). Pass sigma_range=(a, b)."
+    )
 
 
 class _Posing(torch.nn.Module):
@@ -358,7 +393,9 @@ def as_unet(law_or_denoiser: Denoises | Denoiser, scheduler: Scheduler) -> Netwo
 
 def posing(model: Network | Denoises | Denoiser, scheduler: Scheduler) -> Network:
     """A diffusers network as it is; a law or a denoiser as one that the scheduler expects."""
-    return as_unet(model, scheduler) if isinstance(model, Denoises | Denoiser) else model
+    if isinstance(model, Denoises | Denoiser):
+        return as_unet(model, scheduler)
+    return as_unet(denoiser(model), scheduler) if takes_sigma(model) else adapted(model)
 
 
 def denoises(model: Network | Denoises | Denoiser, scheduler: Scheduler) -> Denoiser:

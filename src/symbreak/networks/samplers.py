@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from symbreak.networks.types import Scheduler
+from symbreak.noise import flow_sigmas
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values
 
-__all__ = ["LEAST_LEVEL", "SAMPLERS", "kind_of", "levels_scheduler", "realised_betas", "scheduler"]
+__all__ = ["LEAST_LEVEL", "SAMPLERS", "fixed_shift", "kind_of", "levels_scheduler", "realised_betas", "scheduler"]
 
 # Our sampler names -> diffusers class and the settings that make it that sampler.
 SAMPLERS: dict[str, tuple[str, Values]] = {
@@ -42,9 +43,21 @@ SAMPLERS: dict[str, tuple[str, Values]] = {
     "edm-dpm++2m": ("EDMDPMSolverMultistepScheduler", {}),
     "flow-euler": ("FlowMatchEulerDiscreteScheduler", {}),
     "flow-heun": ("FlowMatchHeunDiscreteScheduler", {}),
+    "flow-dpm++2m": (
+        "DPMSolverMultistepScheduler",
+        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_flow_sigmas": True},
+    ),
+    "flow-unipc": ("UniPCMultistepScheduler", {"use_flow_sigmas": True}),
 }
 # Settings that belong to one sampler and must not leak into another through `like`.
-_OWN = ("algorithm_type", "solver_order", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+_OWN = (
+    "use_flow_sigmas",
+    "algorithm_type",
+    "solver_order",
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+)
 # Settings that decide the betas: who passes one asks for other betas than those of `like`.
 _BETAS = {"beta_start", "beta_end", "beta_schedule", "trained_betas", "num_train_timesteps", "rescale_betas_zero_snr"}
 # Classes of diffusers whose steps do not know the prediction "sample".
@@ -70,7 +83,23 @@ def continuous(config: Mapping[str, object]) -> bool:
 def kind_of(scheduler: Scheduler) -> str:
     """Which parametrization a scheduler's network has: "vp", "edm" or "flow"."""
     name = type(scheduler).__name__
-    return "edm" if name.startswith("EDM") else "flow" if name.startswith("FlowMatch") else "vp"
+    flow = name.startswith("FlowMatch") or flow_sigmas(scheduler)
+    return "edm" if name.startswith("EDM") else "flow" if flow else "vp"
+
+
+def shift_of(scheduler: Scheduler) -> str:
+    """What a flow-matching scheduler calls its shift."""
+    return "shift" if type(scheduler).__name__.startswith("FlowMatch") else "flow_shift"
+
+
+def fixed_shift(scheduler: Scheduler, mu: float) -> Scheduler:
+    """A flow-matching scheduler whose shift follows the size of a sample, with the shift of one size.
+
+    Dynamic shifting with mu is a fixed shift of exp(mu), or of mu itself where it is linear.
+    """
+    linear = scheduler.config.get("time_shift_type") == "linear"
+    shift = {shift_of(scheduler): float(mu) if linear else float(np.exp(mu)), "use_dynamic_shifting": False}
+    return type(scheduler).from_config(dict(scheduler.config), **shift)
 
 
 def levels_scheduler(low: float, high: float) -> Scheduler:
@@ -114,7 +143,9 @@ def scheduler(name: str, like: Scheduler | Levels | None = None, **settings: obj
     cls = getattr(diffusers, class_name)
     if like is None:
         betas = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": "linear"}
-        return cls(**({} if name.startswith(("edm", "flow")) else betas) | changes | settings)
+        if name.startswith("flow-"):
+            betas = {"prediction_type": "flow_prediction"} if "use_flow_sigmas" in changes else {}
+        return cls(**({} if name.startswith("edm") else betas) | changes | settings)
     if isinstance(like, Levels):
         low, high = max(1.001 * like.sigma_range[0], LEAST_LEVEL), min(like.sigma_range[1] / 1.001, MOST_LEVEL)
         if name.startswith("edm"):
@@ -135,6 +166,14 @@ def scheduler(name: str, like: Scheduler | Levels | None = None, **settings: obj
     config = (
         {k: v for k, v in dict(like.config).items() if k not in (*_OWN, "_use_default_values")} | changes | settings
     )
+    if kinds[0] == "flow":
+        config |= {k: dict(like.config).get(shift_of(like), 1.0) for k in ("shift", "flow_shift")} | settings
+        config["prediction_type"] = "flow_prediction"
+        if config.get("use_dynamic_shifting"):
+            raise InputError(
+                f"{type(like).__name__} shifts its levels with the size of a sample, which is not known here. Take the "
+                "scheduler of sb.denoiser(pipeline, prompt=...), or one with a fixed shift."
+            )
     config["_class_name"] = type(like).__name__  # by which diffusers knows whose settings these are
     _check_known(name, class_name, config)
     if class_name != "DDPMScheduler" and str(config.get("variance_type")).startswith("learned"):

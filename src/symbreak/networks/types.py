@@ -38,6 +38,8 @@ class _Scheduler(_Configured, Protocol):
     """A diffusers scheduler; ``step(out, t, state, return_dict=False)[0]`` is the next state [B, C, H, W]."""
 
     timesteps: torch.Tensor
+    sigmas: torch.Tensor
+    set_timesteps: Any
 
     @classmethod
     def from_config(cls, config: Any, /, **settings: Any) -> Any: ...
@@ -48,6 +50,8 @@ class _Pipeline(_Configured, Protocol):
 
     unet: Network
     scheduler: Scheduler
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 # For a type checker `diffusers.DDIMScheduler` and the like are stand-ins without any of this, which a Protocol alone

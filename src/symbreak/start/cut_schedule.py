@@ -14,7 +14,7 @@ import torch
 
 from symbreak.networks.samplers import realised_betas
 from symbreak.networks.types import Scheduler
-from symbreak.noise import NoiseLevel, Schedule, schedule
+from symbreak.noise import NoiseLevel, Schedule, flow_sigmas, schedule
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values
 
@@ -75,8 +75,8 @@ def check_scheduler(scheduler: Scheduler) -> None:
     if name not in SUPPORTED:
         instead = INSTEAD.get(name, f"use one of {', '.join(sorted(SUPPORTED))}")
         raise InputError(f"{name} cannot be cut for a late start; {instead}.")
-    if getattr(scheduler, "config", {}).get("use_flow_sigmas"):
-        raise InputError(f"{name} with use_flow_sigmas cannot be cut; use FlowMatchEulerDiscreteScheduler.")
+    if flow_sigmas(scheduler) and any(scheduler.config.get(grid) for grid in GRIDS):
+        raise InputError(f"{name} with use_flow_sigmas and another grid, too, cannot be cut. Leave one of them out.")
     if getattr(scheduler, "config", {}).get("interpolation_type") == "log_linear":
         # diffusers tells the network the times of another grid than that of its sigmas.
         raise InputError(f"{name} with interpolation_type log_linear cannot be cut; use use_exponential_sigmas=True.")
@@ -121,13 +121,29 @@ def timed(scheduler: Scheduler, steps: int) -> Scheduler:
 
 def begins_at(scheduler: Scheduler, full: Schedule) -> NoiseLevel:
     """The level of a ready scheduler's first step, read back from the scheduler itself."""
-    kind = KINDS.get(type(scheduler).__name__, STEPS)
+    kind = FLOW if flow_sigmas(scheduler) else KINDS.get(type(scheduler).__name__, STEPS)
     if kind == STEPS:
         return full.level(float(scheduler.timesteps[0]))
     sigma = float(scheduler.sigmas[0])
     if kind == FLOW:  # s = sigma / (1 + sigma)
         return NoiseLevel(math.inf, alpha=0.0) if sigma >= 1 else NoiseLevel(sigma / (1 - sigma), alpha=1 - sigma)
     return NoiseLevel(sigma) if kind == SIGMAS else NoiseLevel(sigma, alpha=1.0)
+
+
+def _cut_flow_sigmas(scheduler: Scheduler, level: NoiseLevel, steps: int) -> Scheduler:
+    """DPM-Solver's kind along flow matching's levels, in equal steps of the unshifted level down to 0."""
+    cls, config = type(scheduler), dict(scheduler.config)
+    if config.get("use_dynamic_shifting") or config.get("shift_terminal"):
+        raise InputError(
+            f"{cls.__name__} with a dynamic shift or a shifted terminal cannot be cut. Pass a fixed shift."
+        )
+    ready, shift = timed(cls.from_config(config), steps), float(config.get("flow_shift") or 1.0)
+    s = level.sigma / (1 + level.sigma)
+    plain = s / (shift - (shift - 1) * s) * torch.arange(steps, 0, -1, dtype=torch.float64) / steps
+    levels = shift * plain / (1 + (shift - 1) * plain)
+    ready.sigmas = torch.cat([levels, torch.zeros(1)]).to(ready.sigmas)
+    ready.timesteps = (levels * config["num_train_timesteps"]).float()  # whole ones are rounded
+    return ready
 
 
 def cut_scheduler(scheduler: Scheduler, level: NoiseLevel, steps: int, full: Schedule) -> Scheduler:
@@ -137,6 +153,8 @@ def cut_scheduler(scheduler: Scheduler, level: NoiseLevel, steps: int, full: Sch
         InputError: for a scheduler that cannot be cut, or more steps than the cut schedule has.
     """
     cls, name, config = type(scheduler), type(scheduler).__name__, dict(scheduler.config)
+    if flow_sigmas(scheduler):
+        return _cut_flow_sigmas(scheduler, level, steps)
     if KINDS[name] == EDM:
         return timed(cls.from_config(config, sigma_max=level.sigma), steps)
     if KINDS[name] == FLOW:

@@ -24,7 +24,7 @@ from symbreak.laws.law import Transports
 from symbreak.laws.saving import law_from_tensors, law_tensors
 from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, as_denoiser
 from symbreak.networks.foreign import check_settings
-from symbreak.networks.types import Scheduler
+from symbreak.networks.types import Pipeline, Scheduler
 from symbreak.noise import NoiseLevel, schedule, sigma_of
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
 from symbreak.runtime.plain import Values
@@ -39,6 +39,7 @@ from symbreak.start.cut_schedule import (
     takes,
     timed,
 )
+from symbreak.start.in_pipeline import hold, pipeline_arguments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,6 +81,9 @@ class LateStart(Shown):
     choice: Any | None = None
     pictures: bool = True
     units: Units | None = None
+
+    def __post_init__(self) -> None:
+        hold(self.scheduler)  # pipelines set its timesteps themselves
 
     def __repr__(self) -> str:
         begins = f"sigma {self.level.sigma:.4g} with {self.calls} network evaluations"
@@ -132,6 +136,26 @@ class LateStart(Shown):
     def latents(self, noise: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
         """The start for pipelines that take ``latents=`` and multiply them by ``init_noise_sigma``."""
         return self(noise, labels) / self._noise_scale
+
+    def arguments(self, pipe: Pipeline, noise: torch.Tensor, labels: torch.Tensor | None = None) -> Values:
+        """What the own call of a diffusers pipeline needs to start here: ``pipe(prompt, **start.arguments(pipe, z))``.
+
+        Latents, packed where it takes them so, the number of steps, and the levels of the steps where it would make
+        its own. A pipeline that puts the scheduler back to the top all the same raises an error.
+
+        Args:
+            pipe: a pipeline whose scheduler is this start's: ``pipe.scheduler = start.fresh()``.
+            noise: white noise [B, *S].
+            labels: class [B] of every sample, for the start's law.
+
+        Returns:
+            Names and values: ``latents``, ``num_inference_steps``, and ``sigmas``, ``height``, ``width``,
+            ``num_frames`` where the pipeline takes them.
+
+        Raises:
+            InputError: for a pipeline with another scheduler, or one that takes no latents.
+        """
+        return pipeline_arguments(self.scheduler, self.steps, pipe, self.latents(noise, labels).to(noise))
 
     @property
     def _noise_scale(self) -> float:

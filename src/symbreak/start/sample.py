@@ -26,8 +26,9 @@ from PIL.PngImagePlugin import PngInfo
 from symbreak.data.images import Images, Units
 from symbreak.laws.class_posterior import Labels
 from symbreak.laws.saving import law_hash
+from symbreak.networks.adapters import sample_shape
 from symbreak.networks.denoiser import Denoiser, Denoises, fingerprint, of_network
-from symbreak.networks.families import answer, denoises, is_picture, posing, sample_shape
+from symbreak.networks.families import answer, denoises, is_picture, posing
 from symbreak.networks.types import Network
 from symbreak.noise import generator as seeded
 from symbreak.noise import schedule
