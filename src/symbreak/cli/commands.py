@@ -71,7 +71,7 @@ def study(
     repeats: Annotated[int, option(None, "repeats for the interval")] = 5,
     samplers: Annotated[str | None, option(None, "rows of the table, such as ddim,dpm++2m")] = None,
     calls: Annotated[str, option(None, "network evaluations (NFE) of the rows")] = "3,5,10",
-    features: Annotated[str | None, option(None, f"pixels, {CLASSIFIERS}")] = None,
+    features: Annotated[str | None, option(None, f"pixels, efficientnet-lite0, {CLASSIFIERS}")] = None,
     quick: Annotated[bool, flag(None, "a smoke run of a minute: no evidence")] = False,
     reading: Reading = Reading(),
     memory: Memory = None,
@@ -319,7 +319,9 @@ def evaluate(
     features: Annotated[
         str | None,
         option(
-            None, "digits-classifier, classifier, pixels, inception (FID), dinov2, FILE.safetensors, module:callable"
+            None,
+            "digits-classifier, classifier, pixels, efficientnet-lite0 (or -112), inception (FID), dinov2, "
+            "FILE.safetensors, module:callable",
         ),
     ] = None,
     weights: Weights = None,
@@ -396,7 +398,12 @@ def audit(
     model: Annotated[str | None, option(None, "sample this network instead")] = None,
     holdout: Annotated[str | None, option(None, "images it has not seen (default: other half of the digits)")] = None,
     features: Annotated[
-        str, option(None, "pixels, digits-classifier, classifier, inception, dinov2, FILE.safetensors, module:callable")
+        str,
+        option(
+            None,
+            "pixels, digits-classifier, classifier, efficientnet-lite0, inception, dinov2, FILE.safetensors, "
+            "module:callable",
+        ),
     ] = "pixels",
     weights: Weights = None,
     weights_sha256: Sha256 = None,

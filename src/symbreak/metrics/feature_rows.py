@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import resources
@@ -22,7 +23,7 @@ from torch import nn
 
 from symbreak.data.images import Images
 from symbreak.metrics.extractors import Extractor, FromFunction, Function
-from symbreak.metrics.pretrained import Dinov2, Inception
+from symbreak.metrics.pretrained import Dinov2, EfficientNet, Inception
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError, damaged, read_tensors, write_tensors
 from symbreak.runtime.ranks import from_each, own_rows, shares, summed
@@ -243,7 +244,8 @@ def extractor(
 
     Args:
         name: ``"digits-classifier"`` (bundled), ``"pixels"`` or ``"values"`` (the samples themselves), ``"classifier"``
-            (trained here on the labels of ``data``), ``"inception"``, ``"dinov2"``, a ``.safetensors`` file written by
+            (trained here on the labels of ``data``), ``"inception"``, ``"dinov2"``, ``"efficientnet-lite0"`` (with the
+            side of its input, such as ``"efficientnet-lite0-112"``, by default 224), a ``.safetensors`` file written by
             `save_classifier`, or ``"module:callable"``.
         weights: weights of ``"inception"`` (file) and ``"dinov2"`` (folder).
         sha256: of other Inception weights than the published ones.
@@ -263,6 +265,7 @@ def extractor(
     known: dict[str, Callable[[], Extractor]] = {
         "inception": lambda: Inception(weights, sha256),
         "dinov2": lambda: Dinov2(weights),
+        "efficientnet-lite0": lambda: EfficientNet(),
         "digits-classifier": lambda: load_classifier(BUNDLED),
         "pixels": lambda: _Values("pixels"),
         "values": lambda: _Values("values"),
@@ -270,6 +273,8 @@ def extractor(
     }
     if name in known:
         return known[name]().on(device)
+    if re.fullmatch(r"efficientnet-lite0-\d{1,6}", name):
+        return EfficientNet(int(name.rpartition("-")[2])).on(device)
     if name.endswith(".safetensors"):
         return load_classifier(name).on(device)
     module, _, attribute = name.partition(":")

