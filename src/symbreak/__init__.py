@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from symbreak.start.recipe import Recipe
     from symbreak.start.sample import generate
     from symbreak.start.train import train_network
+    from symbreak.studies.attributes import attribute_levels
     from symbreak.studies.audit import Sampling, audit
     from symbreak.studies.compare_samplers import Study, run
     from symbreak.studies.compare_starts import compare_starts

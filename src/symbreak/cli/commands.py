@@ -114,6 +114,9 @@ def phases(
     holdout: Annotated[str | None, option(None, "images for losses and U-turns (default: a part of D)")] = None,
     classify: Annotated[str | None, option(None, CLASSIFIERS)] = None,
     clusters: Annotated[int | None, option(None, "classes are this many clusters of the images")] = None,
+    attributes: Annotated[
+        str | None, option(None, "only: when each attribute is decided, all or columns such as Male,Smiling")
+    ] = None,
     pairs: Annotated[int | None, option(None, "pairs of clones (default 300)")] = None,
     steps: Annotated[int | None, option(None, "sampler steps of a trajectory (default 40)")] = None,
     branches: Annotated[int | None, option(None, "branch levels of the clones (default 12)")] = None,
@@ -128,6 +131,7 @@ def phases(
 ) -> None:
     """When does it decide? Every criterion on one sigma axis, of a data set and, with --model, of a network."""
     from symbreak.metrics.feature_rows import extractor
+    from symbreak.studies.attributes import attribute_levels
     from symbreak.studies.diagnose import Effort, diagnose
 
     if classify == "pixels":
@@ -135,6 +139,15 @@ def phases(
             "--classify pixels gives no classes; expected a classifier, FILE.safetensors or module:callable."
         )
     sizes: dict[str, Any] = {"pairs": pairs, "steps": steps, "branches": branches}
+    if attributes is not None:
+        others = {"model": model, "holdout": holdout, "classify": classify, "clusters": clusters, **sizes}
+        misplaced = next((name for name, value in others.items() if value is not None), None)
+        if misplaced is not None:
+            raise InputError(f"--{misplaced} came with --attributes, which asks the data alone. Leave it out.")
+        names = None if attributes == "all" else attributes.split(",")
+        with running(out, memory_size(memory)) as work:
+            say_record(attribute_levels(reading.open(data, limit), names, seed=seed, run=work), out, as_json)
+        return
     effort = Effort().quick() if quick else Effort()
     with running(out, memory_size(memory)) as work:
         pipe = machine.load_if(model, classes=True)
@@ -326,7 +339,9 @@ def evaluate(
     ] = None,
     weights: Weights = None,
     weights_sha256: Sha256 = None,
-    classify: Annotated[str | None, option(None, f"for the composition table: {CLASSIFIERS}")] = None,
+    classify: Annotated[
+        str | None, option(None, f"for composition: {CLASSIFIERS}, attributes, attributes:Male,Smiling")
+    ] = None,
     reference: Annotated[
         Path | None, option(None, "file of statistics of the held-out images: read, or written if new")
     ] = None,
@@ -570,7 +585,8 @@ def _page(target: Path, name: str) -> Path:
     return target
 
 
-KINDS = {"study": "study", "phases": "phases", "evaluate": "evaluation", "audit": "audit"}  # of a command's record
+# of a command's records
+KINDS = {"study": ("study",), "phases": ("phases", "attributes"), "evaluate": ("evaluation",), "audit": ("audit",)}
 
 
 def _check_out(command: str, arguments: dict[str, Any]) -> None:
@@ -594,7 +610,7 @@ def _check_out(command: str, arguments: dict[str, Any]) -> None:
 
     content = read_json(record)
     kind = content.get("kind") if isinstance(content, dict) else None
-    if kind != KINDS.get(command):
+    if kind not in KINDS.get(command, ()):
         raise InputError(
             f"{record} is a record of the kind {kind}, which {command} does not replace. Choose another --out."
         )

@@ -38,6 +38,8 @@ SPLIT_SEED = 20231  # the digits are split once, for everybody
 # One item: how to load its raw [C, H, W] array (or the error in its place).
 Raw = np.ndarray | Exception
 Item = Callable[[], Raw]
+# Names of the columns that may be labels, and what reads one: class numbers [N] of the source, -1 for none, and names.
+Columns = tuple[tuple[str, ...], Callable[[str], tuple[np.ndarray, tuple[str, ...]]]]
 
 
 def is_count(value: object) -> bool:
@@ -146,6 +148,7 @@ class Images(Shown):
     _index: np.ndarray | None = field(default=None, repr=False)  # positions in the source, of a selection
     units: Units | None = None
     _rows: Callable[[np.ndarray], np.ndarray] | None = field(default=None, repr=False)  # instead of items
+    _columns: Columns | None = field(default=None, repr=False)  # of the source, beside the pictures
     _threads: bool = field(default=False, repr=False)  # whether items take time to load, without the GIL
 
     def __len__(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from symbreak.data.images import Images
 from symbreak.runtime.errors import InputError
 
-__all__ = ["Classes", "classes_of", "from_columns", "label_column", "labelled"]
+__all__ = ["Classes", "attributes", "classes_of", "from_columns", "label_column", "labelled"]
 
 MAX_CLASSES = 2**20
 MAX_NUMBER = 2**16  # larger whole numbers are names, of which the few that there are get numbers
@@ -137,6 +137,43 @@ def from_columns(
     order[kept] = np.arange(len(kept))
     notes = (note for c in each for note in c.notes)
     return Classes(order[numbered.reshape(-1)], tuple(texts[i] for i in kept), tuple(notes))
+
+
+def attributes(images: Images, names: Sequence[str] | None = None) -> dict[str, Classes]:
+    """The classes of every image by each of some columns of its source, such as Male, Smiling, ...
+
+    Args:
+        images: of a parquet file, or of a data set of `datasets`.
+        names: the columns; ``None`` takes all that tell exactly two classes apart.
+
+    Raises:
+        InputError: for a source without such columns, a column that it does not have, or one whose images are all of
+            one class.
+    """
+    known, read = ((), None) if images._columns is None else images._columns
+    if read is None or not known:
+        raise InputError(
+            f"{images.name} has no columns of attributes. Expected a parquet file with some, or labels and --labels."
+        )
+    out = {}
+    for name in known if names is None else names:
+        if name not in known:
+            raise InputError(f"{images.name} has no attribute {name!r}. It has: {', '.join(known[:60])}.")
+        codes, classes = read(name)
+        codes = codes if images._index is None else codes[images._index]
+        present = np.unique(codes[codes >= 0])
+        if names is None and len(present) != 2:
+            continue
+        if len(present) < 2:
+            only = f"are {classes[int(present[0])]!r}" if len(present) else "have no value"
+            raise InputError(
+                f"all {len(images):,} {images.noun} of {images.name} {only} in the attribute {name!r}: one class is "
+                "empty. Expected two; choose another attribute, or more images."
+            )
+        out[name] = Classes(codes, classes)
+    if not out:
+        raise InputError(f"no column of {images.name} tells two classes apart. It has: {', '.join(known[:60])}.")
+    return out
 
 
 def labelled(images: Images, classes: Classes | None) -> Images:

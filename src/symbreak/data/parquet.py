@@ -100,6 +100,11 @@ class Shards:
         columns = {name: may_be_labels(self._type(name)) for name in self.schema.names if name != self.column}
         return from_columns(self.name, columns, self._values, wanted)
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns that may be labels."""
+        return tuple(name for name in self.schema.names if name != self.column and may_be_labels(self._type(name)))
+
     def _values(self, column: str) -> tuple[np.ndarray, Sequence[str]]:
         """The labels of a column, and names of class numbers where the file has them."""
         import pyarrow as pa

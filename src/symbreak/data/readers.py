@@ -399,7 +399,13 @@ def _from_parquet(name: str, paths: list[Path], columns: Sequence[str] | None, n
         return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
 
     classes = None if columns == () else shards.classes(columns)
-    return labelled(_pictures(name, shards.encoded, len(shards), content, notes=notes), classes)
+    opened = _pictures(name, shards.encoded, len(shards), content, notes=notes)
+    beside = shards.columns, lambda column: _codes(shards.classes([column]))
+    return labelled(replace(opened, _columns=beside), classes)
+
+
+def _codes(classes: Classes | None) -> tuple[np.ndarray, tuple[str, ...]]:
+    return (np.zeros(0, np.int64), ()) if classes is None else (classes.codes, classes.names)
 
 
 def _from_hub(source: str, split: str | None, columns: Sequence[str] | None) -> Images:
@@ -463,7 +469,9 @@ def _from_datasets(
     classes: Classes | None = None
     if columns != ():
         classes = from_columns(name, kinds, read, [next(iter(names))] if columns is None and names else columns)
-    return labelled(_pictures(name, encoded, len(data), lambda: str(data._fingerprint)), classes)
+    opened = _pictures(name, encoded, len(data), lambda: str(data._fingerprint))
+    beside = tuple(n for n, fits in kinds.items() if fits), lambda n: _codes(from_columns(name, kinds, read, [n]))
+    return labelled(replace(opened, _columns=beside), classes)
 
 
 def _from_list(

@@ -19,6 +19,7 @@ __all__ = [
     "MOST_BARS",
     "added_figure",
     "arc_figure",
+    "attributes_figure",
     "audit_figure",
     "comparison_figure",
     "composition_figure",
@@ -208,6 +209,31 @@ def added_figure(added: Values) -> Figure:
     axes[0].legend(fontsize=8, frameon=False)
     axes[1].legend(fontsize=8, frameon=False, loc="lower left")
     axes[2].axhline(0, color="#888", linestyle="--", linewidth=1)
+    return figure
+
+
+def attributes_figure(content: Values) -> Figure:
+    """The levels of all attributes on one axis; hollow ones are not resolved."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in content["rows"] if row["level"] is not None]
+    figure = Figure(figsize=(9, 1.2 + 0.2 * len(rows)), layout="constrained")
+    ax = figure.subplots()
+    for i, row in enumerate(rows):
+        at, color = row["level"]["sigma"], COLORS[0] if row["resolved"] else COLORS[7]
+        ends = [at if row[k] is None else row[k]["sigma"] for k in ("low", "high")]
+        ax.plot(ends, [i, i], color=color, linewidth=1.5)
+        ax.plot(at, i, "o", color=color, markersize=4.5, markerfacecolor=color if row["resolved"] else "white")
+    if content["spectral"]["level"] is not None:
+        ax.axvline(content["spectral"]["level"]["sigma"], color=COLORS[1], linestyle=":", label="spectral, all images")
+        ax.legend(frameon=False, fontsize=8, loc="lower left")
+    ax.set_yticks(range(len(rows)), [row["attribute"].replace("_", " ") for row in rows], fontsize=8)
+    ax.set_ylim(len(rows) - 0.4, -0.6)
+    ax.set_xscale("log")
+    ax.invert_xaxis()
+    _plain_ticks(ax.xaxis, [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)])
+    ax.set_xlabel("sigma (noise falls to the right, as in generation)")
+    _plain_frame(ax)
     return figure
 
 

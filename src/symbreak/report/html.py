@@ -13,6 +13,7 @@ from symbreak.report.figures import (
     MOST_BARS,
     added_figure,
     arc_figure,
+    attributes_figure,
     audit_figure,
     comparison_figure,
     composition_figure,
@@ -31,10 +32,11 @@ __all__ = ["write_report"]
 
 
 def write_report(record: Record, path: str | Path) -> Path:
-    """Write the page of a study, a diagnosis, an audit, an evaluation or a world.
+    """Write the page of a study, a diagnosis, attributes, an audit, an evaluation or a world.
 
     Args:
-        record: a `Record` of kind ``"study"``, ``"phases"``, ``"audit"``, ``"evaluation"`` or ``"world"``.
+        record: a `Record` of kind ``"study"``, ``"phases"``, ``"attributes"``, ``"audit"``, ``"evaluation"`` or
+            ``"world"``.
         path: the HTML file; it appears whole or not at all.
 
     Raises:
@@ -124,6 +126,7 @@ def _evaluation(content: Values) -> Values:
 PAGES: dict[str, tuple[str, Callable[[Values], Values]]] = {
     "study": ("study.html", _study),
     "phases": ("phases.html", _phases),
+    "attributes": ("attributes.html", lambda content: {"axis": svg(attributes_figure(content))}),
     "audit": ("audit.html", _audit),
     "evaluation": ("evaluation.html", _evaluation),
     "world": ("world.html", lambda content: {"world": {**content, "rows": world_rows(content)}}),

@@ -28,7 +28,7 @@ class Record(Shown):
     """What a run found.
 
     Attributes:
-        kind: ``"study"``, ``"phases"``, ``"audit"``, ``"evaluation"`` or ``"world"``.
+        kind: ``"study"``, ``"phases"``, ``"attributes"``, ``"audit"``, ``"evaluation"`` or ``"world"``.
         settings: every argument that decides the content.
         content: the findings, plain values only.
         versions: package versions.

@@ -13,7 +13,9 @@ import torch
 
 from symbreak.data.held_out import HeldOut, check_units, held_out
 from symbreak.data.images import Images, describe
+from symbreak.data.labels import attributes
 from symbreak.laws.class_posterior import Labels
+from symbreak.metrics.attributes import attribute_classifier, attribute_names
 from symbreak.metrics.composition import CLASSES, class_counts, composition
 from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
 from symbreak.metrics.extractors import BATCH, Extractor, FromFunction
@@ -102,6 +104,8 @@ def evaluate(
         features: extractor, or the name of one (see `extractor`).
         classify: for the composition table: an extractor's name that is a classifier, or images -> classes [B], scores
             [B, K] or a dictionary of such by attribute. By default the extractor, where it is a classifier.
+            ``"attributes"``, or ``"attributes:Male,Smiling"``, trains one on each of the data's columns of attributes,
+            in the features.
         reference: file of reference statistics: read where it exists, else written. What was made of other images than
             ``holdout``, or with another extractor, raises an error.
         repeats: random parts of the samples, for the intervals, which leave out parts of the reference, too.
@@ -247,7 +251,10 @@ def _check_first(
         raise InputError(f"{len(seeds)} samples in {repeats} repeats; expected at least 2 samples a repeat.")
     for value in (measuring.get("features"), measuring.get("classify")):
         named = NamedExtractor(value) if isinstance(value, str) else value
-        if isinstance(named, NamedExtractor) and named.name != "classifier":  # which is trained
+        meant, names = attribute_names(named.name if isinstance(named, NamedExtractor) else None)
+        if meant:
+            attributes(data, names)
+        elif isinstance(named, NamedExtractor) and named.name != "classifier":  # which is trained
             feature_rows(chosen(named, default_extractor(data), data, Run()), _some(data, np.arange(1)))
 
 
@@ -569,6 +576,9 @@ def _judge(classify: Features | None, extract: Extractor, data: Images, run: Run
         raise InputError(
             "--classify pixels gives no classes; expected a classifier, FILE.safetensors, module:callable."
         )
+    meant, names = attribute_names(_spelled(classify))
+    if meant:
+        return attribute_classifier(data, names, extract)
     if isinstance(classify, str | NamedExtractor):
         return chosen(classify, default_extractor(data), data, run)
     return extract if classify is None and hasattr(extract, "logits") else classify
@@ -582,7 +592,11 @@ def _composition(judge: Any, samples: Images | Shards, data: Images, rows: int, 
     train, counted = class_counts(function, _part(data, rows, seed)), class_counts(function, samples)
     about = Extractor.of(judge).to_dict()
     marks = {"classifier": about["name"], "held_out_accuracy": about["held_out_accuracy"]}
-    return [{**table, **marks} for table in composition(train, counted, by_attribute)]
+    each = getattr(inner, "accuracies", {})  # of attributes
+    return [
+        {**table, **marks, "balanced_accuracy": each.get(table["attribute"])}
+        for table in composition(train, counted, by_attribute)
+    ]
 
 
 def _some(images: Images | Shards, index: np.ndarray) -> torch.Tensor:

@@ -1,0 +1,169 @@
+"""Attributes of pictures: when each is decided, and how many samples have it."""
+
+import io
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+import symbreak as sb
+from symbreak.cli.commands import main
+from symbreak.data.labels import attributes
+from symbreak.metrics.attributes import attribute_classifier
+from symbreak.report.tables import tables
+from symbreak.runtime.errors import InputError
+
+SIDE, SPREAD = 8, 0.06
+GAPS = {"Large": 1.2, "Small": 0.5}  # lengths of +-m along two patterns
+SHARE = 0.35  # of Small; Large has half
+
+
+def pictures(n, seed=0, share=SHARE):
+    """Pixels of two independent attributes on grey with noise, in [-1, 1], and the attributes [n]."""
+    rng = np.random.default_rng(seed)
+    patterns = np.linalg.qr(np.random.default_rng(7).normal(size=(SIDE * SIDE, 2)))[0]
+    has = {"Large": rng.random(n) < 0.5, "Small": rng.random(n) < share}
+    x = SPREAD * rng.normal(size=(n, SIDE * SIDE))
+    for k, (name, length) in enumerate(GAPS.items()):
+        x += np.where(has[name], 1, -1)[:, None] * length / 2 * patterns[:, k]
+    return x.reshape(n, 1, SIDE, SIDE), has
+
+
+def written(path, n=600, seed=0, **more):
+    x, has = pictures(n, seed)
+    cells = []
+    for one in ((x[:, 0] + 1) * 127.5).round().clip(0, 255).astype(np.uint8):
+        stream = io.BytesIO()
+        Image.fromarray(one).save(stream, "PNG")
+        cells.append({"bytes": stream.getvalue(), "path": None})
+    rng = np.random.default_rng(1)
+    columns = {**has, "Chance": rng.random(n) < 0.3, "Always": np.ones(n, bool), "Rare": np.arange(n) < 5, **more}
+    pq.write_table(pa.table({"image": cells, **columns, "id": np.arange(n)}), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return written(tmp_path_factory.mktemp("faces") / "faces.parquet")
+
+
+def test_levels_of_planted_attributes(source, tmp_path):
+    """Two Gaussians at +-m with a common covariance: sigma^2 = |m|^2 - variance along m, that of the other classes."""
+    record = sb.attribute_levels(sb.images(source), run=sb.Run(tmp_path))
+    rows = {row["attribute"]: row for row in record.content["rows"]}
+    assert set(rows) == {"Large", "Small", "Chance"}  # one class, five images and a number an image are none
+    for name, length in GAPS.items():
+        row = rows[name]
+        exact = math.sqrt((length / 2) ** 2 - SPREAD**2)
+        # 600 images; covariances of their own, of which their sampling errors count as differences, raise a level
+        assert row["level"]["sigma"] == pytest.approx(exact, rel=0.15)
+        assert row["low"]["sigma"] < row["level"]["sigma"] < row["high"]["sigma"]
+        assert row["resolved"]
+        assert row["balanced_accuracy"]["value"] > 0.95
+    assert [row["attribute"] for row in record.content["rows"][:2]] == ["Large", "Small"]
+    assert not rows["Chance"]["resolved"]
+    assert rows["Chance"]["balanced_accuracy"]["value"] == pytest.approx(0.5, abs=0.1)
+    page = sb.write_report(record, tmp_path / "r.html").read_text()
+    assert "1 of 3 attributes are not resolved" in page
+    assert "Rare" in " ".join(record.content["notes"])
+    assert sb.Record.load(tmp_path).content == record.content
+    # the same level as that of the labels
+    labelled = sb.images(source, labels="Large")
+    mixture = sb.PrincipalMixture.fit(labelled, labels=True)
+    level = sb.speciation_time(mixture.inner, "free-entropy").sigma
+    assert rows["Large"]["level"]["sigma"] == pytest.approx(level, rel=0.02)
+
+
+def test_missing_values_are_left_out_of_an_attribute_only(tmp_path):
+    has = pictures(300)[1]["Large"]
+    column = [None if i % 3 == 0 else bool(v) for i, v in enumerate(has)]
+    source = written(tmp_path / "x.parquet", 300, Large=column, Small=np.where(np.arange(300) % 2, "yes", "no"))
+    data = sb.images(source)
+    found = attributes(data, ["Large", "Small"])
+    assert (found["Large"].codes < 0).sum() == 100
+    assert found["Small"].names == ("no", "yes")
+    part = data.take(np.arange(1, 300, 2), "odd")
+    with pytest.raises(
+        InputError, match=r"all 150 images of .* are 'yes' in the attribute 'Small': one class is empty"
+    ):
+        attributes(part, ["Small"])
+    (row,) = sb.attribute_levels(data, ["Large"]).content["rows"]
+    assert sum(row["counts"]) == 200
+
+
+def test_composition_of_attributes(source, tmp_path):
+    data, holdout = sb.images(source), sb.images(written(tmp_path / "t.parquet", 300, seed=3))
+    made, has = pictures(400, seed=5, share=0.8)
+    content = sb.evaluate(torch.from_numpy(made).float(), data, holdout, classify="attributes:Large,Small", cache=False)
+    large, small, joint = content["composition"]
+    for table, name in ((large, "Large"), (small, "Small")):
+        assert table["attribute"] == name
+        assert table["balanced_accuracy"]["resolved"]
+        read = table["rows"][1]["samples"]
+        assert read["share"] == pytest.approx(has[name].mean(), abs=0.01)
+        assert read["share_low"] < read["share"] < read["share_high"]
+        p = np.array([read["share"], 1 - read["share"]])
+        assert table["entropy"]["samples"]["plug_in"] == pytest.approx(-(p * np.log2(p)).sum(), abs=1e-9)
+    assert small["rows"][1]["train"]["share"] == pytest.approx(SHARE, abs=0.06)
+    assert joint["attribute"] == "Large and Small"
+    assert joint["rows"][0]["class"] == "not Large, not Small"
+    both = (has["Large"] & has["Small"]).mean()
+    assert joint["rows"][-1]["samples"]["share"] == pytest.approx(both, abs=0.01)
+    x, run = torch.from_numpy(made).float(), sb.Run(tmp_path / "e")
+    every = sb.evaluate(x, data, holdout, classify="attributes", cache=False, run=run)
+    marks = {t["attribute"]: t["balanced_accuracy"]["resolved"] for t in every["composition"]}
+    assert marks == {"Large": True, "Small": True, "Chance": False}
+    record = sb.Record.load(tmp_path / "e")
+    table = tables(record)[0]["attributes"]
+    assert [[str(c) for c in row][::6] for row in table.rows] == [["Large", "yes"], ["Small", "yes"], ["Chance", "no"]]
+    page = sb.write_report(record, tmp_path / "r.html").read_text()
+    assert "Attributes, as attributes in pixels reads them" in page
+
+
+BAD = [
+    (("phases", "--attributes", "Beard"), "has no attribute 'Beard'. It has: Large, Small, Chance"),
+    (("phases", "--attributes", "Always"), "in the attribute 'Always': one class is empty"),
+    (("phases", "--attributes", "Rare"), "'Rare' has 5 images in its rarest class; expected at least 20"),
+    (("phases", "--attributes", "all", "--model", "digits"), "--model came with --attributes"),
+    (("phases", "--labels", "Beard"), "has no label column 'Beard'"),
+    (("evaluate", "--samples", "digits", "--classify", "attributes:Beard"), "has no attribute 'Beard'"),
+    (("evaluate", "--samples", "digits", "--classify", "attributes:Rare"), "expected at least 20"),
+    (("evaluate", "--model", "digits", "--classify", "attributes:Always"), "one class is empty"),
+]
+
+
+@pytest.mark.parametrize(("command", "said"), BAD)
+def test_bad_input_is_one_line(source, capsys, command, said):
+    with pytest.raises(SystemExit) as left:
+        main([command[0], "--data", str(source), *command[1:]])
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_the_command_goes_on_and_draws(source, tmp_path, capsys):
+    for _ in range(2):
+        with pytest.raises(SystemExit) as left:
+            main(["phases", "--data", str(source), "--attributes", "Large,Chance", "--out", str(tmp_path), "--json"])
+        assert left.value.code == 0
+        out = json.loads(capsys.readouterr().out)
+        assert [row["attribute"] for row in out["content"]["rows"]] == ["Large", "Chance"]
+    assert (tmp_path / "report.html").is_file()
+    with pytest.raises(SystemExit) as left:
+        main(["phases", "--data", "digits", "--attributes", "all"])
+    assert left.value.code == 2
+    assert "digits has no columns of attributes" in capsys.readouterr().err
+
+
+def test_a_classifier_of_attributes_answers_the_same_on_any_batch(source):
+    judge = attribute_classifier(sb.images(source), None, sb.extractor("pixels"))
+    x = torch.from_numpy(pictures(50, seed=9)[0]).float()
+    whole, part = judge(x), judge(x[:7])
+    for name in ("Large", "Small", "Chance"):
+        torch.testing.assert_close(whole[name][:7], part[name])
