@@ -1,16 +1,25 @@
 import json
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 
 import pytest
 
 from symbreak.data.readers import images
+from symbreak.laws import Gaussian
+from symbreak.laws.saving import law_hash
+from symbreak.networks.samplers import scheduler
+from symbreak.noise import NoiseLevel
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.report.tables import tables
+from symbreak.report.verdict import headline, sentences
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
-from symbreak.studies.compare_samplers import Study, run
+from symbreak.start import choose
+from symbreak.start.fit import fit_start
+from symbreak.start.loading import load_pipeline
+from symbreak.studies.compare_samplers import Study, _chooser, _plan, run
 from symbreak.studies.diagnose import diagnose
 
 TINY = Study(
@@ -23,6 +32,15 @@ TINY = Study(
     micro_batch=20,
     reference_calls=4,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_small_choice():
+    """These tests are of the study: a start is chosen among few levels, by few states."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("LEVELS", 4), ("LOSSES", 8), ("STATES", 32)):
+            patch.setattr(choose, name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +56,7 @@ def test_the_record_holds_the_whole_table(record):
     rows = record.content["rows"]
     assert [(r["sampler"], r["calls"]) for r in rows] == [("ddim", 3), ("pndm", 3), ("dpm++2m-karras", 3)]
     for row in rows:
-        for column in ("standard", "spectral", "best", "noised"):
+        for column in ("standard", "spectral", "best", "noised", "auto"):
             cell = row[column]
             assert cell["calls"] == 3
             assert cell["distance"]["repeats"] == 2
@@ -66,6 +84,33 @@ def test_the_table_has_its_cells_counts_and_the_difference_on_the_same_seeds(rec
         gap, gain = [row[k]["distance"]["mean"] for k in ("standard", "best")], row["gain"]
         assert gain["value"] == pytest.approx(gap[0] - gap[1])
         assert gain["low"] < gain["value"] < gain["high"]
+        for key in ("best", "auto"):
+            times = row["gains"][key]
+            assert times["value"] == pytest.approx(gap[0] / row[key]["distance"]["mean"])
+            assert 0 < times["low"] < times["value"] < times["high"]
+
+
+def test_the_column_auto_is_the_start_that_fit_start_chooses():
+    pipe, data = load_pipeline("digits"), images("digits")
+    full = scheduler("ddim", like=pipe.scheduler)
+    plan = _plan("ddim", full, 3, Gaussian.fit(data), NoiseLevel(1.3), ())
+    auto, start = _chooser(Study(), pipe, data, classes=False)(plan), fit_start(data, pipe.unet, full, 3)
+    assert auto.level == start.level
+    assert law_hash(auto.law) == law_hash(start.law)
+
+
+def test_the_verdict_claims_no_more_than_the_intervals(record):
+    content = json.loads(json.dumps(record.to_dict()))["content"]
+    row = headline(content)
+    assert row["sampler"] == min(content["rows"], key=lambda r: min(r["spacings"].values()))["sampler"]
+    assert content["verdict"] == sentences("study", content) == record.verdict
+    for low, high, said in ((1.1, 4.0, "2 [1.1, 4] times nearer"), (0.9, 4.0, "not told"), (0.2, 0.8, "times farther")):
+        row["gains"]["auto"] = {"value": 2.0 if high > 1 else 0.5, "low": low, "high": high}
+        assert said in sentences("study", content)[0]
+    row["gains"]["auto"] = None
+    assert "without an interval" in sentences("study", content)[0]
+    row["auto"] = None  # as in records of before
+    assert "the late start at its best level" in sentences("study", content)[0]
 
 
 def test_an_interrupted_study_ends_with_the_same_record(record, tmp_path):
@@ -98,7 +143,8 @@ def test_cells_of_another_study_are_not_taken(record, tmp_path):
 def test_the_report_is_whole_and_alone(record, tmp_path):
     html = write_report(record, tmp_path / "r.html").read_text()
     assert html.count("<svg") == 2
-    assert html.count("<img") == 1 + 4 * 3
+    assert html.count("<img") == 1 + 5 * 3 + 3  # held-out images and five columns; the headline shows three again
+    assert html.index(escape(record.verdict[0])) < html.index("<img") < html.index("<svg")
     for text in ("dpm++2m-karras", "speciation", "digits-classifier", "Seconds per stage", "torch"):
         assert text in html
     for outside in ("http://", "https://", 'src="/', "<script"):
@@ -130,7 +176,7 @@ def test_a_diagnosis_without_a_network(tmp_path):
     assert found.content["speciation"]["[0, 1]"]["level"] is None
     html = write_report(found, tmp_path / "p.html").read_text()
     assert "at most 1" in html
-    assert html.count("<svg") == 2  # the spectrum, and every criterion on one axis
+    assert html.count("<svg") == 3  # every criterion on one axis, all other curves, and the spectrum
 
 
 def test_records_refuse_what_is_no_record(tmp_path):

@@ -94,7 +94,8 @@ def test_data_alone_with_and_without_labels(tmp_path):
     assert all(found.timings[c["stage"]] >= 0 for c in found.content["criteria"])
     html = write_report(found, tmp_path / "r.html").read_text()
     assert "Every criterion on one axis" in html
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 3
+    assert unescape(html).index(found.verdict[0]) < html.index("<svg")
     bare = np.load(tmp_path / "two.npz")["images"]
     plain = diagnose(images(bare, value_range=(-1, 1)), effort=TINY)
     assert {c["name"] for c in plain.content["criteria"]} == {"spectral", "signal-to-noise", "collapse"}

@@ -354,6 +354,7 @@ def evaluate(
     out: Folder = None,
     beginning: Beginning = Beginning(),
     conditions: Conditions = Conditions(),
+    clusters: Clusters = None,
     seeds: Annotated[str, option(None, "with --model, such as 0-999")] = "0-999",
     reading: Reading = Reading(),
     samples_range: SamplesRange = None,
@@ -362,6 +363,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How far samples are from held-out images, what they leave out, and whether they copy training images."""
+    from symbreak.data.held_out import held_out as held_out_parts
     from symbreak.metrics.feature_rows import NamedExtractor
     from symbreak.report.record import Record
     from symbreak.runtime.ranks import rank_of
@@ -373,6 +375,10 @@ def evaluate(
         raise InputError("evaluate needs either --samples or --model.")
     beginning.check()
     conditions.check(model)
+    if model is None and beginning.start == "auto":
+        raise InputError("--start auto belongs to a network. Add --model.")
+    if clusters is not None and beginning.start != "auto":
+        raise InputError("--clusters belongs to --start auto. Add it.")
     wanted, where = parse_seeds(seeds), machine.place()
     with running(out, memory_size(memory)) as work:
         pipe = machine.load_if(model, classes=True)
@@ -388,7 +394,11 @@ def evaluate(
         train = reading.open(data)
         held_out = reading.open_if(holdout, train)
         if pipe is not None:
-            begin, identity = beginning.plan(pipe, steps=10), beginning.names(str(model), machine, pipe)
+            identity = beginning.names(str(model), machine, pipe)
+            if beginning.start == "auto":  # chosen without the images that it is measured against
+                begin = beginning.fit(pipe, held_out_parts(train, held_out, share=0.5).train, None, clusters, steps=10)
+            else:
+                begin = beginning.plan(pipe, steps=10)
             unet, classes, about = conditions.applied(pipe, train, held_out, work.unstored())
             content = evaluate_network(
                 unet, begin, wanted, train, held_out, classes, micro_batch=MICRO, identity=identity | about, **measuring

@@ -271,7 +271,7 @@ class Beginning:
                 raise InputError(f"--at {self.at} came for a model without a start of its own. Pass --start FILE.")
             return standard_start(base, number)
         if self.start == "auto":
-            raise InputError("--start auto is for sample. Fit one with symbreak fit --start, and pass the file.")
+            raise InputError("--start auto is for sample and evaluate. Fit one with symbreak fit --start, and pass it.")
         tensors, metadata = read_tensors(self.start)
         kind = metadata.get("format", "")
         if kind == "symbreak.start":

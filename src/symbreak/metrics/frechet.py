@@ -10,6 +10,7 @@ Where the reference's moments have one part only, the intervals are those of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,7 +27,7 @@ from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.run import renamed
 from symbreak.runtime.shown import Shown
 
-__all__ = ["Distance", "difference", "distance", "extrapolated", "floor", "frechet_distance", "group_distance"]
+__all__ = ["Distance", "difference", "distance", "extrapolated", "floor", "frechet_distance", "group_distance", "ratio"]
 
 
 Rooted = tuple[Moments, torch.Tensor]
@@ -161,6 +162,28 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float
         )
     gap, left_out = (np.array(a[k]) - np.array(b[k]) for k in ("values", "reference_left_out"))
     return _mean_interval(gap, left_out)
+
+
+def ratio(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float, float] | None:
+    """How many times as far ``a`` is as ``b``, with a 95 % interval, of the same seeds and reference as `difference`.
+
+    The jackknife is of the logarithm: an interval of a ratio is even there, and never reaches below 0.
+
+    Args:
+        a, b: what `Distance.to_dict` gave of the same number of repeats.
+
+    Returns:
+        The ratio of the means and its ends (NaN for a single repeat); ``None`` where a distance is 0.
+    """
+    gap = difference(a, b)
+    values = [np.array(d["values"]) for d in (a, b)]
+    without = [(v.sum() - v) / max(1, len(v) - 1) for v in values]
+    sets = [tuple(without), tuple(np.array(d["reference_left_out"]) for d in (a, b))]
+    if min(float(v.min(initial=math.inf)) for pair in sets for v in pair) <= 0 or not math.isfinite(gap[0]):
+        return None
+    value = math.log(values[0].mean() / values[1].mean())
+    low, high = jackknife(value, *[np.log(x / y) for x, y in sets if len(x)])
+    return math.exp(value), math.exp(low), math.exp(high)
 
 
 def extrapolated(groups: list[Moments], reference: Moments, pooled: float) -> Values:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import itertools
 import math
+import textwrap
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from symbreak.runtime.plain import Values
@@ -23,6 +27,7 @@ __all__ = [
     "audit_figure",
     "comparison_figure",
     "composition_figure",
+    "curves_figure",
     "figure_of",
     "line_figure",
     "phases_figure",
@@ -36,96 +41,250 @@ __all__ = [
 
 
 COLORS = ("#1f6fb4", "#d9822b", "#3a9a5b", "#b3424a", "#7a5ba6", "#7f6a5a", "#c2649a", "#5f6b7a")
+# of every panel: what its one axis counts, and what it shows
 PANELS = {
-    "clones": ("probability", "Clones and U-turns: is the class decided?"),
+    "clones": ("probability", "Is the class decided? Two samples that part here end in the same class"),
+    "against": ("ratio", "The network's squared error over a law's: above 1 the law denoises better"),
+    "collapse": ("f / a", "Excess entropy: at 0 a perfect denoiser replays the training images"),
+    "changed": ("share", "Class changed by going back to this level, or by a kick there"),
+    "pixels": ("share", "Squared difference after a U-turn, of that of two images"),
     "entropy": ("nats", "Class entropy H[c | x]: what is still open"),
-    "information": ("nats", "How far from a Gaussian, by denoising losses (a lower bound)"),
-    "loss": ("squared error", "Denoising loss on held-out images"),
-    "rate": ("MMSE / sigma^2, nats", "Entropy rate, rescaled: the noise levels that decide most"),
-    "stability": ("eigenvalue / threshold", "Stability of the central fixed point"),
-    "mechanism": ("share", "Early dynamics: do fluctuations revert, is the denoiser linear?"),
-    "collapse": ("f / a", "Excess entropy: 0 where a perfect score replays the training images"),
-    "samples": ("log10 n", "Training images needed, so that a level lies above the collapse"),
-    "condensation": ("share", "Condensation: do trajectories fall onto single training images?"),
+    "information": ("nats", "How far from a law, by denoising losses (a lower bound)"),
+    "loss": ("squared error", "Squared error of a denoised image, summed over its pixels in [-1, 1]"),
+    "rate": ("nats", "Squared error / sigma^2: the noise levels that decide most"),
+    "stability": ("ratio", "Stability of the central fixed point: eigenvalue over its threshold"),
+    "mechanism": ("correlation", "Do early fluctuations revert? Correlation of a state with its start"),
+    "linear": ("share", "Is the early denoiser linear? Share that one linear map explains"),
+    "samples": ("log10 n", "Training images needed, so that this level lies above the collapse"),
+    "condensation": ("probability", "Do trajectories fall onto single training images? The nearest is the final one"),
+    "participation": ("share", "How few training images share a state: 1 - log participation / log n"),
     "opportunity": ("gain", "Window of opportunity: what a kick at this level changes in the end"),
 }
+FIRST = ("clones", "against", "collapse")  # panels below the criteria; the others are a figure of their own
+NOTHING = {"against": 1.0, "information": 0.0, "collapse": 0.0}  # points whose interval has this value are hollow
+LINE = 0.105  # height of a line of a label, of a panel's
+RATIOS = (0.2, 0.3, 0.5, 0.7, 0.9, 1, 1.1, 1.5, 2, 3, 5)
+LOGARITHMIC = ("loss", "information", "against")
+WIDTH, MARGIN = 6.9, 0.725  # inches of a figure of panels, and the part of them that is left of the labels of lines
 SOURCES = {"network": COLORS[0], "class mixture": COLORS[1], "data": COLORS[2], "Gaussian": COLORS[4]}
 SIDES = (("samples", "samples", COLORS[0]), ("held_out", "held-out images", COLORS[1]))
 
 
 def phases_figure(content: Values) -> Figure:
-    """All criteria and curves on one sigma axis, the model's own step on a second one."""
-    from matplotlib.figure import Figure
-
+    """Samples along the axis, all criteria and what decides, on one sigma axis with the model's own step above it."""
     rows = [c for c in content["criteria"] if c["level"] is not None and c["level"]["sigma"] > 0]
     rows.sort(key=lambda c: -c["level"]["sigma"])
-    panels = [p for p in PANELS if any(c["panel"] == p for c in content["curves"])]
-    heights = [0.6 + 0.2 * max(1, len(rows)), *[2.2] * len(panels)]
-    figure = Figure(figsize=(10.5, sum(heights) + 0.8), layout="constrained")
-    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
-    top, regimes = axes[0], content.get("regimes") or {}
-    for i, c in enumerate(rows):
-        _span(top, c, i, SOURCES.get(c["of"], COLORS[5]), 0.35)
-    names = [f"{c['name']}{', ' + c['frame'].upper() if c['frame'] else ''} ({c['of']})" for c in rows]
-    top.set_yticks(range(len(names)), names, fontsize=8)
-    top.set_ylim(len(names) - 0.4, -0.6)
-    for ax, panel in zip(axes[1:], panels):
-        _panel(ax, panel, content, regimes.get("collapse"))
-    for ax in axes:
-        ax.set_xscale("log")
-        _plain_frame(ax)
-    sigmas = [s for c in content["curves"] for s in c["sigma"]] + [c["level"]["sigma"] for c in rows]
-    if sigmas:
-        top.set_xlim(1.15 * max(sigmas), 0.87 * min(sigmas))
-        _shade(axes, regimes)
-        _step_axis(top, content, min(sigmas), max(sigmas))
-    _plain_ticks(axes[-1].xaxis, [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)])
-    axes[-1].set_xlabel("sigma (noise falls to the right, as in generation)")
+    strip = (content.get("along") or {}).get("rows", [])
+    panels = _drawn(content, FIRST)
+    heights = [*[0.34 * len(strip)] * bool(strip), 0.4 + 0.155 * max(1, len(rows)), *[1.35] * len(panels)]
+    figure, axes = _stacked(heights, content)
+    if strip:
+        _strip(axes[0], content["along"])
+    beside = axes[1:] if strip else axes
+    _criteria(beside[0], rows)
+    for ax, panel in zip(beside[1:], panels):
+        _panel(ax, panel, content)
     return figure
 
 
+def curves_figure(content: Values) -> Figure | None:
+    """All other curves, a panel a quantity, on the same axis; ``None`` where there are none."""
+    panels = _drawn(content, [p for p in PANELS if p not in FIRST])
+    if not panels:
+        return None
+    figure, axes = _stacked([1.35] * len(panels), content)
+    for ax, panel in zip(axes, panels):
+        _panel(ax, panel, content)
+    return figure
+
+
+def _drawn(content: Values, panels: Iterable[str]) -> list[str]:
+    return [p for p in panels if any(c["panel"] == p for c in content["curves"])]
+
+
+def _stacked(heights: list[float], content: Values) -> tuple[Figure, np.ndarray]:
+    """Axes below each other on one axis of sigma, with the regimes behind them and the model's step above."""
+    from matplotlib.figure import Figure
+
+    total = sum(heights) + 0.42 * len(heights) + 0.75
+    figure = Figure(figsize=(WIDTH, total))
+    axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    figure.subplots_adjust(0.075, 0.5 / total, MARGIN, 1 - 0.5 / total, hspace=0.42 * len(heights) / sum(heights))
+    low, high = _window(content)
+    for ax in axes:
+        ax.set_xscale("log")
+        _plain_frame(ax)
+        ax.tick_params(labelsize=8)
+    axes[0].set_xlim(high, low)
+    _shade(axes, content.get("regimes") or {})
+    _step_axis(axes[0], content, low, high)
+    _plain_ticks(axes[-1].xaxis, [m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)])
+    axes[-1].set_xlabel("sigma, noise over signal (falls to the right, as in generation)", fontsize=8)
+    return figure, axes
+
+
+def _window(content: Values) -> tuple[float, float]:
+    """Lowest and highest level where one looks: around the criteria, inside the curves."""
+    levels = [c["level"]["sigma"] for c in content["criteria"] if c["level"] is not None and c["level"]["sigma"] > 0]
+    curves = [s for c in content["curves"] for s in c["sigma"]]
+    everything = curves or levels or [0.1, 10.0]
+    low, high = min(everything), max(everything)
+    if levels:
+        low, high = max(low, 0.5 * min(levels)), min(high, 2 * max(levels))
+    return (low, high) if low < high else (0.5 * low, 2 * low)
+
+
+def _strip(ax: Axes, along: Values) -> None:
+    """Rows of samples, each at its level on the axis."""
+    import numpy as np
+    from PIL import Image
+
+    ax.grid(False)
+    ax.set_yticks([])
+    ax.spines["left"].set_visible(False)
+    right, left = (math.log(end) for end in sorted(ax.get_xlim()))
+    count, rows = len(along["sigma"]), [row for row in along["rows"] if row["png"]]
+    for i, row in enumerate(rows):
+        pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["png"]))).convert("RGB"))
+        height = 1 / len(rows)
+        for sigma, tile in zip(along["sigma"], np.array_split(pixels, count, axis=1)):
+            middle = (left - math.log(sigma)) / (left - right)
+            inset = ax.inset_axes((middle - 0.47 / count, 1 - (i + 0.96) * height, 0.94 / count, 0.92 * height))
+            inset.imshow(tile, interpolation="nearest")
+            inset.set_axis_off()
+        ax.text(1.02, 1 - (i + 0.5) * height, row["title"], transform=ax.transAxes, fontsize=7.5, va="center")
+    ax.set_title("When does it decide? Held-out samples along the axis", fontsize=9, loc="left", pad=16)
+
+
+def _criteria(ax: Axes, rows: list[Values]) -> None:
+    """Critical times, one below the other, each with its name beside it."""
+    left, right = ax.get_xlim()
+    for i, c in enumerate(rows):
+        color = SOURCES.get(c["of"], COLORS[5])
+        _span(ax, c, i, color, 0.35)
+        name = f"{c['name']}{', ' + c['frame'].upper() if c['frame'] else ''} ({c['of']})"
+        ends = [e["sigma"] for e in (c["low"], c["level"], c["high"]) if e and isinstance(e["sigma"], float)]
+        after = max(min(ends), right)
+        before = min(max(ends), left)
+        room = after / right > left / before  # there is more of it at its right
+        at, offset, side = (after, 5, "left") if room else (before, -5, "right")
+        text: Values = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side, "va": "center"}
+        ax.annotate(name, (at, i), fontsize=7, color=color, annotation_clip=False, **text)
+    ax.set_yticks([])
+    ax.set_ylim(max(1, len(rows)) - 0.4, -0.6)
+    ax.set_title("Every criterion with its interval (hollow: without one)", fontsize=9, loc="left")
+
+
 def _numbers(values: list[float | None]) -> list[float]:
-    return [math.nan if v is None else v for v in values]
+    return [math.nan if v is None else float(v) for v in values]
 
 
 def _span(ax: Axes, critical: Values, y: float, color: str, alpha: float) -> None:
-    """A critical time as a dot on its interval, at height y."""
+    """A critical time as a dot on its interval, at height y; hollow where it has none."""
+    known = [critical[w] is not None and math.isfinite(float(critical[w]["sigma"])) for w in ("low", "high")]
     low, high = ((critical[w] or critical["level"])["sigma"] for w in ("low", "high"))
     if isinstance(high, float) and math.isfinite(high):
         ax.plot([max(low, 1e-3), high], [y, y], color=color, linewidth=4, alpha=alpha, solid_capstyle="butt")
-    ax.plot(critical["level"]["sigma"], y, "o", color=color, markersize=5)
+    face = color if all(known) else "white"
+    ax.plot(critical["level"]["sigma"], y, "o", color=color, markerfacecolor=face, markersize=4.5)
 
 
-def _panel(ax: Axes, panel: str, content: Values, collapse: Values | None) -> None:
-    """The curves of one panel."""
+def _panel(ax: Axes, panel: str, content: Values) -> None:
+    """The curves of one panel, their names at their ends."""
     unit, title = PANELS[panel]
     curves = [c for c in content["curves"] if c["panel"] == panel]
     lines = [line for line in content["lines"] if line["panel"] == panel]
+    collapse, labels = (content.get("regimes") or {}).get("collapse"), []
     for i, c in enumerate(curves):
         color = c.get("color") or SOURCES.get(c["of"], COLORS[i % len(COLORS)])
         order = sorted(range(len(c["sigma"])), key=c["sigma"].__getitem__)
         if panel == "samples" and c["of"] == "data" and collapse:  # far below the collapse images say nothing of it
             order = [j for j in order if c["sigma"][j] >= 0.5 * collapse["sigma"]]
         s, v, low, high = (_numbers([c[k][j] for j in order]) for k in ("sigma", "value", "low", "high"))
-        ax.plot(s, v, c.get("line", "-"), color=color, linewidth=1.4, markersize=3, label=c["label"])
+        dashes = c.get("line", "-").strip("os^")
+        ax.plot(s, v, dashes, color=color, linewidth=1.4)
         ax.fill_between(s, low, high, color=color, alpha=0.15, linewidth=0)
+        _points(ax, (s, v, low, high), color, NOTHING.get(panel), c.get("line", "-") != dashes)
+        labels.append((s, v, c["label"], color))
     for line in lines:
-        ax.axhline(line["value"], color="#888", linestyle=":", linewidth=1, label=line["label"])
-    if panel in ("loss", "information") and any(v is not None and v > 0 for c in curves for v in c["value"]):
-        ax.set_yscale("log")
-    if panel == "information":
-        ax.set_ylim(bottom=1e-2)
-    if panel == "samples":  # far below the collapse numbers lose their meaning
-        ax.set_ylim(0, 3 * max(line["value"] for line in lines))
+        ax.axhline(line["value"], color="#888", linestyle=":", linewidth=1)
+        labels.append(([ax.get_xlim()[1]], [line["value"]], line["label"], "#777"))
+    if panel == "against":
+        ax.axhline(1.0, color="#888", linestyle=":", linewidth=1)
+    _height(ax, panel, curves, lines)
+    _labels_at_lines(ax, labels)
     ax.set_ylabel(unit, fontsize=8)
     ax.set_title(title, fontsize=9, loc="left")
-    _legend_beside(ax)
+
+
+def _points(ax: Axes, curve: tuple[list[float], ...], color: str, nothing: float | None, marked: bool) -> None:
+    """The points of a curve; hollow where the interval does not tell the value from one that says nothing."""
+    resolved: tuple[list[float], list[float]] = ([], [])
+    hollow: tuple[list[float], list[float]] = ([], [])
+    for s, v, low, high in zip(*curve):
+        told = nothing is None or not low <= nothing <= high
+        for values, number in zip(resolved if told else hollow, (s, v)):
+            values.append(number)
+    if marked:
+        ax.plot(*resolved, "o", color=color, markersize=3)
+    ax.plot(*hollow, "o", color=color, markerfacecolor="white", markersize=3.4, markeredgewidth=0.9)
+
+
+def _height(ax: Axes, panel: str, curves: list[Values], lines: list[Values]) -> None:
+    """The limits of a panel's own axis, by what is seen on the axis of sigma."""
+    low, high = sorted(ax.get_xlim())
+    seen = [
+        float(v)
+        for c in curves
+        for s, v in zip(c["sigma"], c["value"])
+        if v is not None and low <= s <= high and math.isfinite(float(v))
+    ]
+    if panel in LOGARITHMIC and any(v > 0 for v in seen):
+        ax.set_yscale("log")
+    if panel == "information":
+        ax.set_ylim(1e-2, 2 * max([1.0, *seen]))
+    elif panel == "samples":  # far below the collapse numbers lose their meaning
+        ax.set_ylim(0, 3 * max([line["value"] for line in lines], default=2.0))
+    elif panel == "against" and seen:
+        bottom, top = min(0.9, max(0.2, min(seen))) / 1.1, max(1.1, min(5.0, max(seen))) * 1.1
+        ax.set_ylim(bottom, top)
+        _plain_ticks(ax.yaxis, [v for v in RATIOS if bottom < v < top])
+    elif seen:
+        seen += [line["value"] for line in lines]
+        room = 0.08 * (max(seen) - min(seen) or 1.0)
+        if ax.get_yscale() == "linear":
+            ax.set_ylim(min(seen) - room, max(seen) + room)
+
+
+Label = tuple[list[float], list[float], str, str]  # levels and values of a line, its name and colour
+
+
+def _labels_at_lines(ax: Axes, labels: list[Label]) -> None:
+    """The name of every line at its right end, moved apart where they would lie on each other."""
+    low, _ = sorted(ax.get_xlim())
+    at: list[float] = []
+    names: list[tuple[list[str], str]] = []
+    for s, v, text, color in labels:
+        known = [(abs(math.log(a / low)), b) for a, b in zip(s, v) if math.isfinite(b) and a > 0]
+        if known:
+            end = max(min(known)[1], ax.get_ylim()[0]) if ax.get_yscale() == "log" else min(known)[1]
+            height = ax.transAxes.inverted().transform(ax.transData.transform((low, end)))[1]
+            at.append(min(1.0, max(0.0, float(height))))
+            names.append((textwrap.wrap(text, 32) or [""], color))
+    order = sorted(range(len(at)), key=at.__getitem__)
+    for below, above in itertools.pairwise(order):
+        room = LINE * (len(names[below][0]) + len(names[above][0])) / 2 + 0.02
+        at[above] = max(at[above], at[below] + room)
+    over = max(0.0, max(at, default=0.0) - 1.0)  # all of them down again where the topmost would leave the panel
+    style: Values = {"transform": ax.transAxes, "fontsize": 7, "va": "center", "linespacing": 1.0}
+    for height, (lines, color) in zip(at, names):
+        ax.text(1.015, height - over, "\n".join(lines), color=color, **style)
 
 
 def _step_axis(top: Axes, content: Values, low: float, high: float) -> None:
     """The model's own steps above the axis of sigma."""
     ticks: list[dict[str, float]] = []
-    apart = 0.06 * math.log(high / low)  # or their numbers run into each other
+    apart = 0.07 * math.log(high / low)  # or their numbers run into each other
     for t in content["step_ticks"]:
         near = ticks and abs(math.log(t["sigma"] / ticks[-1]["sigma"])) < apart
         if low <= t["sigma"] <= high and not near:
@@ -135,9 +294,11 @@ def _step_axis(top: Axes, content: Values, low: float, high: float) -> None:
         above.set_xscale("log")
         above.set_xlim(top.get_xlim())
         _plain_ticks(above.xaxis, [t["sigma"] for t in ticks])
-        above.set_xticklabels([f"{t['step']:.0f}" for t in ticks], fontsize=8)
-        above.set_xlabel(f"step of {content['schedule']}", fontsize=8)
+        above.set_xticklabels([f"{t['step']:.0f}" for t in ticks], fontsize=7)
+        above.tick_params(pad=1, length=2)
         above.spines[["right"]].set_visible(False)
+        name = f"step ({content['schedule']})"
+        above.text(1.015, 1.0, name, transform=above.transAxes, fontsize=7, va="bottom", color="#555")
 
 
 def _shade(axes: np.ndarray, regimes: Values) -> None:
@@ -156,9 +317,8 @@ def _shade(axes: np.ndarray, regimes: Values) -> None:
             continue
         for ax in axes:
             ax.axvspan(left, right, color=color, alpha=0.55, linewidth=0, zorder=-5)
-        middle = (left * right) ** 0.5
-        place = axes[0].get_xaxis_transform()
-        axes[0].text(middle, 0.99, name, transform=place, fontsize=8, ha="center", va="top", color="#555")
+        place = axes[-1].get_xaxis_transform()
+        axes[-1].text((left * right) ** 0.5, 0.16, name, transform=place, fontsize=7, ha="center", color="#555")
 
 
 def arc_figure(arc: Values) -> Figure:

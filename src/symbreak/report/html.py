@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from symbreak.report.figures import (
     MOST_BARS,
@@ -17,6 +19,7 @@ from symbreak.report.figures import (
     audit_figure,
     comparison_figure,
     composition_figure,
+    curves_figure,
     line_figure,
     phases_figure,
     spectrum_figure,
@@ -25,8 +28,12 @@ from symbreak.report.figures import (
 )
 from symbreak.report.record import Record
 from symbreak.report.tables import noun_of, number, tables, world_rows
+from symbreak.report.verdict import headline, sentences, start_in_words
 from symbreak.runtime.files import InputError, write_whole
 from symbreak.runtime.plain import Values, plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["write_report"]
 
@@ -51,17 +58,18 @@ def write_report(record: Record, path: str | Path) -> Path:
     folder = resources.files("symbreak.report") / "templates"
     loader = jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8"))
     pages = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=loader, trim_blocks=True)
-    pages.filters |= {"number": number, "png": _base64}
+    pages.filters |= {"number": number, "png": _base64, "coded": _coded}
     pages.policies["json.dumps_function"] = partial(json.dumps, separators=(",", ":"), allow_nan=False)
     try:
         content = plain(record.content)
         parts, said = tables(record)
-        html = pages.get_template(page).render(
+        page_text = pages.get_template(page).render(
             record=record,
             content=content,
             noun=noun_of(content),
             tables=parts,
             sentences=said,
+            verdict=record.verdict or sentences(record.kind, content),
             settings=[*_flat(record.settings), *((f"version: {k}", v) for k, v in sorted(record.versions.items()))],
             timings=sorted(record.timings.items(), key=lambda kv: -kv[1]),
             **draw(content),
@@ -72,7 +80,7 @@ def write_report(record: Record, path: str | Path) -> Path:
         reason = f"lacks {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {str(error)[:100]}"
         raise InputError(f"this is a damaged record, or one of another version ({reason}). Run it again.") from error
     # half of a pair of surrogates, from JSON or a file name, has no place in UTF-8
-    return write_whole(path, lambda p: p.write_text(html, encoding="utf-8", errors="replace"))
+    return write_whole(path, lambda p: p.write_text(page_text, encoding="utf-8", errors="replace"))
 
 
 def _flat(settings: Values) -> list[tuple[str, str]]:
@@ -84,6 +92,11 @@ def _flat(settings: Values) -> list[tuple[str, str]]:
     return named
 
 
+def _coded(text: str) -> str:
+    """Text escaped for the page, with what stands in backticks as code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
 def _base64(text: str) -> str:
     """Only base64 may enter an image source."""
     if not re.fullmatch(r"[A-Za-z0-9+/=]*", text):
@@ -91,34 +104,52 @@ def _base64(text: str) -> str:
     return text
 
 
+def _drawn(draw: Callable[..., Figure | str | None], *args: Any) -> str:
+    """A figure as SVG; of one that cannot be drawn a line that says so: the page goes on without it."""
+    try:
+        figure = draw(*args)
+        return figure if isinstance(figure, str) else "" if figure is None else svg(figure)
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # values far off, fonts, libraries: figures fail in any way
+        reason = html.escape(f"{type(error).__name__}: {str(error)[:100]}")
+        return f'<p class="i">This figure could not be drawn ({reason}). The numbers are in record.json.</p>'
+
+
 def _study(content: Values) -> Values:
-    return {"phases": content["phases"], "spectrum": spectrum_figure(content["phases"]), "sweep": sweep_figure(content)}
+    return {
+        "phases": content["phases"],
+        "first": headline(content),
+        "start": start_in_words(content),
+        "spectrum": _drawn(spectrum_figure, content["phases"]),
+        "sweep": _drawn(sweep_figure, content),
+    }
 
 
 def _phases(content: Values) -> Values:
-    arc = svg(arc_figure(content["arc"])) if content["arc"] else ""
     return {
         "phases": content,
-        "spectrum": spectrum_figure(content),
-        "criteria": svg(phases_figure(content)),
-        "arc": arc,
-        "added": svg(added_figure(content["added"])) if content.get("added") else "",
+        "spectrum": _drawn(spectrum_figure, content),
+        "criteria": _drawn(phases_figure, content),
+        "curves": _drawn(curves_figure, content),
+        "arc": _drawn(arc_figure, content["arc"]) if content["arc"] else "",
+        "added": _drawn(added_figure, content["added"]) if content.get("added") else "",
     }
 
 
 def _audit(content: Values) -> Values:
     near = content["comparison"]
     return {
-        "histograms": svg(audit_figure(content)) if any(content["memorized"].values()) else "",
-        "compared": "" if near is None else svg(comparison_figure(near)),
+        "histograms": _drawn(audit_figure, content) if any(content["memorized"].values()) else "",
+        "compared": "" if near is None else _drawn(comparison_figure, near),
     }
 
 
 def _evaluation(content: Values) -> Values:
-    beyond = content["extrapolated"]
+    beyond, composed = content["extrapolated"], content["composition"]
     return {
-        "line": "" if beyond is None else line_figure(content["distance"], beyond),
-        "composed": [composition_figure(t) if len(t["rows"]) <= MOST_BARS else "" for t in content["composition"]],
+        "line": "" if beyond is None else _drawn(line_figure, content["distance"], beyond),
+        "composed": [_drawn(composition_figure, t) if len(t["rows"]) <= MOST_BARS else "" for t in composed],
     }
 
 

@@ -56,6 +56,13 @@ class Record(Shown):
         draw_summary(self.kind, plain(self.content), ax)
         return ax
 
+    @property
+    def verdict(self) -> list[str]:
+        """What it says, in a few plain sentences; none in records of before and of kinds without a page."""
+        verdict = self.content.get("verdict")
+        told = verdict.get("sentences") if isinstance(verdict, dict) else verdict
+        return [str(sentence) for sentence in told] if isinstance(told, list) else []
+
     def to_dict(self) -> Values:
         """Plain values, ready for JSON."""
         return {

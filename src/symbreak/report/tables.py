@@ -166,29 +166,59 @@ def _study(record: Record, content: Values) -> tuple[dict[str, Table], list[str]
     """Standard against late starts, row by row."""
     floor, reference = content["floor"], content.get("reference")
     cell = content["rows"][0]["standard"]["distance"] if content["rows"] else floor
+    chooses = any(row.get("auto") for row in content["rows"])  # records of before have none
     table = Table(
         f"Fréchet distance in {cell['extractor']}, {cell['samples']} images x {cell['repeats']} repeats"
         + (" (smoke, not evidence)" if content["smoke"] else ""),
         ("sampler",),
-        ("NFE", "standard start", "late, at speciation", "late, best of sweep", "data noised to that level"),
-        ("best late start",),
+        ("NFE", "standard start", "late, at speciation", "late, best of sweep", "data noised to that level")
+        + ("chooses itself",) * chooses,
+        ("best late start",) + ("start that chooses itself",) * chooses,
     )
     for row in content["rows"]:
         cells = [_distance(row["standard"]["distance"], row["standard"]["spacing"])]
         for key in ("spectral", "best", "noised"):
             cells.append(_distance(row[key]["distance"], f"sigma {row[key]['level']['sigma']:.3g}"))
         said, kind = verdict(row["standard"]["distance"], row["best"]["distance"], row.get("gain"))
-        table.add(row["sampler"], number(row["calls"]), *cells, Cell(said, kind=kind))
-    kinds = [row[-1].kind for row in table.rows]
-    table.notes = [
-        f"The best late start is nearer than the standard start in {kinds.count('win')} of {len(kinds)} rows beyond "
-        f"the intervals, farther in {kinds.count('lose')}.",
-        f"Floor, real training images, {floor['samples']} x {floor['repeats']} repeats: {_distance(floor)}.",
+        remarks = [Cell(said, kind=kind)]
+        if chooses:
+            cell, remark = _auto(row)
+            cells.append(cell)
+            remarks.append(remark)
+        table.add(row["sampler"], number(row["calls"]), *cells, *remarks)
+    table.notes = [_won(table, name, i - len(table.remarks)) for i, name in enumerate(table.remarks)]
+    table.notes += [
+        f"Floor, real training images, {floor['samples']} x {floor['repeats']} repeats: {_distance(floor)}."
     ]
     if reference:
         slow = f"For comparison, standard DDIM with {reference['calls']} network evaluations"
         table.notes.append(f"{slow}: {_distance(reference['distance'])}.")
     return {"scales": _scales(content["phases"]), "starts": table}, []
+
+
+def _auto(row: Values) -> tuple[Cell, Cell]:
+    """The start that chooses itself, and how it stands beside the standard start."""
+    auto, gain = row.get("auto"), (row.get("gains") or {}).get("auto")
+    if not auto:
+        return Cell(number(None)), Cell(row.get("no_auto", ""))
+    cell = _distance(auto["distance"], f"sigma {row['auto']['level']['sigma']:.3g}, {auto['law_in_words']}")
+    if gain is None or gain["low"] is None:
+        return cell, Cell(*verdict(row["standard"]["distance"], auto["distance"])[:1], kind="tie")
+    ends = f"[{number(gain['low'], '.2g')}, {number(gain['high'], '.2g')}]"
+    if gain["low"] > 1:
+        return cell, Cell(f"{number(gain['value'], '.2g')} times nearer", ends, kind="win")
+    if gain["high"] < 1:
+        return cell, Cell(f"loses: {number(gain['value'], '.2g')} times as near", ends, kind="lose")
+    return cell, Cell(f"within the interval ({number(gain['value'], '.2f')})", ends, kind="tie")
+
+
+def _won(table: Table, name: str, column: int) -> str:
+    """In how many rows a start wins."""
+    kinds = [row[column].kind for row in table.rows]
+    won, lost = kinds.count("win"), kinds.count("lose")
+    return f"The {name} is nearer than the standard start in {won} of {len(kinds)} rows beyond the intervals, " + (
+        f"farther in {lost}."
+    )
 
 
 def _phases(record: Record, content: Values) -> tuple[dict[str, Table], list[str]]:
@@ -405,7 +435,7 @@ def _audit(record: Record, content: Values) -> tuple[dict[str, Table], list[str]
         numbers = (number(compared[k], ",.0f") for k in ("references", "effective"))
         table.add(share, number(compared["of"], ","), least + number(compared["p_value"], ".2g"), *numbers)
         tables["comparison"] = table
-    return tables, [content["verdict"]["sentence"], *content["notes"]]
+    return tables, [*content["notes"]]
 
 
 FLOWS = {"sde": "reverse SDE", "ode": "probability flow", None: "any flow"}
@@ -499,6 +529,8 @@ def _reword(table: Table) -> None:
 def show(record: Record, path: Path | None = None) -> None:
     """Print the tables of a record, and where its page was written."""
     parts, said = tables(record)
+    for sentence in record.verdict:
+        out_console.print(visible(sentence), markup=False, highlight=False)
     for table in parts.values():
         if table.rows:
             drawn = RichTable(title=escape(table.title))

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from symbreak.data.images import Images, Units
+from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.laws.law import Transports
 from symbreak.laws.saving import law_from_tensors, law_tensors
 from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, as_denoiser
@@ -44,7 +45,7 @@ from symbreak.start.in_pipeline import hold, pipeline_arguments
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["SUPPORTED", "LateStart", "LateStartWarning", "check_same_network", "cut", "standard_start"]
+__all__ = ["SUPPORTED", "LateStart", "LateStartWarning", "check_same_network", "cut", "law_in_words", "standard_start"]
 
 FORMAT, VERSION = "symbreak.start", "1"
 LAW = "law."  # prefix of the law's tensors and metadata in the file of a start
@@ -395,6 +396,24 @@ def standard_start(scheduler: Scheduler, steps: int, spacing: str | None = None)
     ready = timed(cls.from_config(config), int(steps))
     level = begins_at(ready, schedule(scheduler))
     return LateStart(ready, level, None, int(steps), level, scheduler if spacing is None else cls.from_config(config))
+
+
+def law_in_words(law: Transports | None) -> str:
+    """What a start is drawn from, for people.
+
+    >>> law_in_words(None)
+    'white noise'
+    """
+    if law is None:
+        return "white noise"
+    if isinstance(law, PrincipalMixture):
+        each = "cluster" if law.classes is None else "class"
+        count = law.inner.components
+        several = law.classes is not None and len(law.classes.unique()) < count
+        return f"a mixture of {count} Gaussians, {'several' if several else 'one'} a {each}"
+    if isinstance(law, Gaussian):
+        return "one Gaussian" if law.rank == law.dim else f"one Gaussian of {law.rank} leading modes"
+    return repr(law)
 
 
 def check_same_network(start: LateStart, scheduler: Scheduler, name: str | Path | None) -> None:

@@ -41,7 +41,7 @@ from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Arrays, Run, renamed
 from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
-from symbreak.start.late_start import LateStart
+from symbreak.start.late_start import LateStart, law_in_words
 
 __all__ = ["decisive", "evaluations", "generate", "generate_shards", "parse_seeds", "run_sampler", "write_images"]
 
@@ -475,6 +475,7 @@ def decisive(
             "weights": of["weights"],
             "scheduler": json.loads(start.full.to_json_string()),
             "law": law,
+            "law_in_words": law_in_words(start.law),
             "micro_batch": micro_batch,
             "device": of["device"].partition(" ")[0],
             "steps": start.steps,

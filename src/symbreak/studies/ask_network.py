@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from symbreak.critical import CriticalTime, Curve, crossing
+from symbreak.critical import CriticalTime, Curve, crossing, share_curve
+from symbreak.intervals import mean_interval, proportion
 from symbreak.laws import Empirical
+from symbreak.laws.law import Law
 from symbreak.metrics.feature_rows import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments
-from symbreak.networks.denoiser import Denoiser, fixed_class
+from symbreak.networks.denoiser import Denoiser, as_denoiser, fixed_class
 from symbreak.networks.residual import LawResidual, law_answer, residual_of
 from symbreak.noise import generator
 from symbreak.phases.beyond_gaussian import added_to_law, divergence_bound, fitting_error
@@ -24,9 +26,10 @@ from symbreak.phases.class_information import condition_information, guidance_wi
 from symbreak.phases.cloning import Clones, clones
 from symbreak.phases.condensation import nearest_flips, nearest_of
 from symbreak.phases.kicks import Opportunity, opportunity
-from symbreak.phases.losses import entropy_rate, loss_curve
+from symbreak.phases.losses import Losses, entropy_rate, loss_curve
 from symbreak.phases.mechanism import Check, linear_share, linearity_check, reversion, reversion_check
 from symbreak.phases.potentials import arc_potential
+from symbreak.phases.reverse_paths import descend
 from symbreak.phases.speciation import speciation_time
 from symbreak.phases.stability import network_stability
 from symbreak.phases.turns import u_turns
@@ -38,11 +41,12 @@ from symbreak.studies.ask_data import Laws, image_memory, law_memory, told_apart
 from symbreak.studies.diagnosis import Diagnosis, some_images
 from symbreak.studies.pictures import directions
 
-__all__ = ["ClassReader", "ask_network", "class_reader", "name_of"]
+__all__ = ["ClassReader", "along", "ask_network", "class_reader", "name_of"]
 
 CLUSTERS = 10  # classes of a network where neither labels nor a number were given
 SHOWN = 10  # images of what a network adds, at SHOWN_LEVELS levels
 SHOWN_LEVELS = 4
+ALONG, ALONG_LEVELS = 2, 10  # images that are noised to levels along the axis
 SECOND = "#b3424a"  # colour of a network's second curve in a panel
 
 
@@ -155,9 +159,9 @@ def _u_turns(d: Diagnosis, network: Denoiser, images: torch.Tensor, classify: Cl
         sigma, e = d.levels(network, 0.07, 2.5, d.effort.turns), d.effort
         turns = u_turns(network, images[: e.pairs], sigma, classify, steps=e.steps, seeds=d.seed, run=run)
         d.add("U-turn, class", "network", turns.crossing)
-        d.draw("clones", "U-turns: class changed", "network", turns.classes, "s--")
+        d.draw("changed", "U-turns: class changed", "network", turns.classes, "s--")
         d.draw(
-            "clones",
+            "pixels",
             f"U-turns: {'pixels' if d.data.units is None else 'values'} changed",
             "network",
             turns.features,
@@ -175,6 +179,7 @@ def _losses(d: Diagnosis, network: Denoiser, laws: Laws, images: torch.Tensor) -
         d.draw("rate", "entropy rate, rescaled", "network", entropy_rate(losses, rescaled=True))
         for law in every:
             d.draw("loss", law, law, losses.law(law))
+            _beside(d, law, losses)
             bound = divergence_bound(losses, law)
             d.draw("information", f"network against {law}", law, bound)
             time = bound.time()
@@ -192,6 +197,66 @@ def _losses(d: Diagnosis, network: Denoiser, laws: Laws, images: torch.Tensor) -
         empirical = loss_curve(laws.empirical, images, levels, seed=d.seed).mmse
         d.draw("loss", f"{len(laws.empirical):,} training {d.data.noun}", "data", empirical)
     return losses.sigma
+
+
+def _beside(d: Diagnosis, law: str, losses: Losses) -> None:
+    """Where a network is no better than a law, by their squared errors on the same noised images.
+
+    It is no better from the lowest level on at and above which no paired difference speaks for it at 95 %; it is worse
+    at those of these levels where the difference speaks against it at 95 % of all levels together (Bonferroni).
+    """
+    share = share_curve(losses.sigma, losses.network, losses.of(law), f"squared error over that of {law}", d.seed)
+    ratio = Curve(share.sigma, 1 - share.value, 1 - share.high, 1 - share.low, share.name)
+    d.draw("against", f"network / {law}", law, ratio, "o-")
+    gaps = losses.of(law) - losses.network
+    better = np.array([mean_interval(gap)[1] > 0 for gap in gaps])
+    first = 0 if not better.any() else int(np.flatnonzero(better)[-1]) + 1
+    strict = 1 - 0.05 / len(gaps)
+    worse = [i for i in range(first, len(gaps)) if mean_interval(gaps[i], strict)[2] < 0]
+    most = max(worse, key=lambda i: float(ratio.value[i]), default=None)
+    d.against[law] = {
+        "from": None if first == len(gaps) else d.place(float(losses.sigma[first])),
+        "lowest": first == 0,
+        "levels": len(gaps),
+        "worse": None
+        if most is None
+        else {
+            "from": d.place(float(losses.sigma[worse[0]])),
+            "to": d.place(float(losses.sigma[worse[-1]])),
+            "levels": len(worse),
+            "at": d.place(float(losses.sigma[most])),
+            **{k: float(getattr(ratio, k)[most]) for k in ("value", "low", "high")},
+        },
+    }
+
+
+def along(d: Diagnosis, source: Denoiser | Law, name: str) -> None:
+    """Some held-out images noised to levels along the axis, denoised there, and sampled again from there."""
+    if len(d.data.shape) < 3:
+        return  # vectors and signals: a picture of every level would be a figure of its own
+    denoiser = as_denoiser(source)
+    images, _ = some_images(d.test, ALONG, d.seed, even=True)
+    images = images[:ALONG]
+    levels = d.looked_at(ALONG_LEVELS, *denoiser.sigma_range)
+    noise = torch.randn(images.shape, generator=generator(d.seed, 29))
+    noised, means, again = [], [], []
+    with d.stage("along the axis") as run, torch.inference_mode():
+        end = max(1.05 * denoiser.sigma_range[0], 0.02 * float(levels[-1]))
+        for i, sigma in enumerate(levels.tolist()):
+            x = images + sigma * noise
+            grid = [*np.geomspace(sigma, end, max(2, d.effort.steps // 2)).tolist(), 0.0]
+            noised.append(x / math.sqrt(1 + sigma**2))
+            means.append(denoiser(x, sigma).float())
+            *_, (_, final) = descend(denoiser, x, grid, generator(d.seed, 30))
+            again.append(final.float())
+            run.tell(i + 1, len(levels))
+    shown = {"noised": noised, f"denoised by the {name}": means, "sampled again from here": again}
+    rows = [
+        {**d.picture(title, "", torch.stack([state[i] for state in states])), "image": i}
+        for i in range(len(images))
+        for title, states in shown.items()
+    ]
+    d.along = {"sigma": levels.tolist(), "rows": rows, "of": name}
 
 
 def _added(d: Diagnosis, network: Denoiser, images: torch.Tensor) -> None:
@@ -318,7 +383,7 @@ def _mechanism(
         d.draw("mechanism", "correlation with the start", "network", paths, "o-")
         if paths.exact is not None:
             d.draw("mechanism", "the same, exact dynamics", "data", paths.exact, "--")
-        d.draw("mechanism", "share of the denoiser that is linear", "Gaussian", linear)
+        d.draw("linear", "share of the denoiser that is linear", "Gaussian", linear)
         # Small data have no spectral level in the VP frame; where the leading mode equals the noise they have.
         at = speciation_time(moments)
         at = at if at.sigma else speciation_time(moments, "signal-to-noise")
@@ -334,7 +399,7 @@ def _opportunity(d: Diagnosis, network: Denoiser, classify: Classify, pairs: Clo
         d.draw("opportunity", "change of the final image per unit of kick", "network", window.change, "o-")
         d.add("window of opportunity, image", "network", window.peak)
         if window.classes is not None and window.class_peak is not None:
-            d.draw("clones", "kicks: class changed", "network", window.classes, "^:")
+            d.draw("changed", "kicks: class changed", "network", window.classes, "^:", SECOND)
             d.add("window of opportunity, class", "network", window.class_peak)
         d.check(_window_check(pairs, window))
 
@@ -389,8 +454,9 @@ def _condensation(d: Diagnosis, network: Denoiser) -> None:
         d.draw("condensation", "nearest training image is the final one", "network", settled)
         value, below, above = (1 - v / math.log10(len(whole)) for v in (shared.value, shared.high, shared.low))
         scaled = Curve(shared.sigma, value, below, above)
-        d.draw("condensation", "1 - log participation / log n", "data", scaled, "--")
+        d.draw("participation", "1 - log participation / log n", "data", scaled, "--")
         close = float(np.mean(flips.ratio < 1 / 3))
+        d.copies = proportion(int((flips.ratio < 1 / 3).sum()), len(flips.ratio))
         d.notes.append(
             f"{close:.1%} of {len(flips.ratio)} final images of the network lie less than a third as far from one "
             f"training image as from the next (median ratio {np.median(flips.ratio):.2f}); see `symbreak audit`."

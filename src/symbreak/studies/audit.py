@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline
 from symbreak.noise import generator
 from symbreak.report.record import Record
-from symbreak.runtime.files import InputError, digest
+from symbreak.report.verdict import sentences
+from symbreak.runtime.files import InputError, digest, read_json
 from symbreak.runtime.identity import identity_of, of_data
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.rows import Shards
@@ -205,6 +207,7 @@ def audit(
             "count": len(new),
             "distinct": len(new.first()),
             "source": samples.name if isinstance(samples, Images) else "a network" if made else "a tensor",
+            "start": _start_of(samples, made),
         },
         "features": extract.name,
         "threshold": threshold,
@@ -212,6 +215,7 @@ def audit(
         "notes": notes,
     }
     content["verdict"] = _verdict(content)
+    content["verdict"]["sentences"] = sentences("audit", content)
     record = Record("audit", settings, content, packages, run.timings)
     if run.folder is not None:
         record.save(run.folder)
@@ -283,6 +287,8 @@ def _sampled(
         "sampler": sampling.sampler,
         "steps": sampling.steps,
         "calls": of["calls"],
+        "law_in_words": of["law_in_words"],
+        "level": of["level"],
         **({} if labels is None else {"classes": labels.to_dict()}),
         **({"guidance": of["guidance"]} if "guidance" in of else {}),
         "seeds": f"{seeds[0]}-{seeds[-1]}" if whole else ",".join(map(str, seeds)),
@@ -524,6 +530,22 @@ def _histograms(nearest: dict[str, Pairs]) -> Values:
         counts = {k: np.histogram(v.numpy(), edges)[0].tolist() for k, v in values.items()}
         out[name] = {"edges": edges.tolist(), **counts}
     return out
+
+
+def _start_of(samples: object, made: Values | None) -> str | None:
+    """Where sampling began, in words; of samples in a folder as `sample` wrote it there, ``None`` where nobody did."""
+    about: object = made
+    if isinstance(samples, Images) and (info := Path(samples.name) / "sample.json").is_file():
+        try:
+            about = read_json(info)
+        except InputError:
+            return None
+    if not isinstance(about, dict) or not isinstance(about.get("law_in_words"), str):
+        return None
+    level = about.get("level")
+    sigma = level.get("sigma") if isinstance(level, dict) else None
+    where = f", at sigma {sigma:.3g}" if isinstance(sigma, float) and math.isfinite(sigma) else ""
+    return f"{about['law_in_words']}{where}, {about.get('calls', 'some')} network evaluations a sample"
 
 
 def _titles(samples: object, seeds: Sequence[int] | None) -> Callable[[int], str]:

@@ -2,14 +2,16 @@
 
 batches -> moments -> speciation level -> late starts -> images -> features -> distances -> `Record`.
 
-For every sampler and number of network evaluations (NFE) four columns are measured at equal NFE on the same seeds:
+For every sampler and number of network evaluations (NFE) five columns are measured at equal NFE on the same seeds:
 the standard start with its best spacing, the Gaussian late start at the spectral speciation level, the
 Gaussian late start at the best level of a small sweep (spacing and level are chosen on other seeds than
-those reported), and training images noised to that level, the best any law could do there.
+those reported), training images noised to that level, the best any law could do there, and the start that
+chooses itself (`fit_start`): law, level and grid, without sampling the network.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -20,25 +22,26 @@ from symbreak.data.images import Images, describe
 from symbreak.data.samples import opened
 from symbreak.laws import Gaussian
 from symbreak.metrics import extractor, floor
-from symbreak.metrics.frechet import difference
+from symbreak.metrics.frechet import difference, ratio
 from symbreak.metrics.memorization import nearest_summary
 from symbreak.metrics.reference import statistics
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import of_network
-from symbreak.networks.families import NetworkDenoiser
+from symbreak.networks.families import NetworkDenoiser, denoises
 from symbreak.networks.samplers import scheduler
 from symbreak.networks.types import Pipeline, Scheduler
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
+from symbreak.report.verdict import sentences
 from symbreak.runtime.files import InputError
 from symbreak.runtime.identity import identity_of, of_data, unrepeatable
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.cut_schedule import check_unclipped
-from symbreak.start.fit import late_start
+from symbreak.start.fit import CHOOSERS, FEWEST, candidate_laws, late_start
 from symbreak.start.grids import standard_starts, steps_for
-from symbreak.start.late_start import LateStart, standard_start
+from symbreak.start.late_start import LateStart, law_in_words, standard_start
 from symbreak.start.loading import classes_for, load_pipeline
 from symbreak.studies.diagnosis import spectral_times
 from symbreak.studies.evaluate import REFERENCE_PARTS, default_extractor
@@ -51,6 +54,7 @@ SAMPLERS = ("ddpm", "ddim", "pndm", "dpm++2m", "dpm++2m-karras")
 # Names and ways of reading: their content counts.
 SPELLED = ("data", "model", "holdout", "features", "value_range", "skip_bad", "classes", "pad", "scale")
 GRID = 10  # images of a sample grid
+ENDS = ("value", "low", "high")
 PHASES = ("schedule", "eigenvalues", "eigenvalues_low", "eigenvalues_high", "speciation", "ladder", "total_variance")
 
 
@@ -65,7 +69,7 @@ class Study:
         samplers, calls: rows of the table; calls are network evaluations (NFE), not steps.
         samples: images a cell, split into ``repeats``.
         selection: images for choosing spacing and level.
-        sweep: start levels tried, as multiples of the speciation sigma.
+        sweep: start levels tried, as multiples of the speciation sigma; by default about those that `fit_start` tries.
         value_range, skip_bad, classes, pad, size, crop, mode, labels, split, layout, scale: how the data are opened,
             see `images` and `samples`.
         features: extractor name; ``None`` takes the bundled one for the digits, else pixels.
@@ -82,7 +86,7 @@ class Study:
     samples: int = 1000
     repeats: int = 5
     selection: int = 300
-    sweep: tuple[float, ...] = (0.35, 0.6, 1.0, 1.7, 3.0)
+    sweep: tuple[float, ...] = (0.125, 0.25, 0.5, 1.0, 2.0, 3.5)
     features: str | None = None
     value_range: tuple[float, float] | None = None
     skip_bad: bool = False
@@ -106,7 +110,7 @@ class Study:
             samples=50,
             repeats=5,
             selection=50,
-            sweep=(0.6, 1.0, 1.7),
+            sweep=(0.25, 0.5, 1.0, 2.0),
             micro_batch=50,
             reference_calls=0,
             quick=True,
@@ -163,7 +167,11 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
         comparison.classes = classes_for(pipe, study.model, train)
         comparison.labels = None if comparison.classes is None else train.labels
         comparison.searched = None if parts.train is everything else everything
-        rows = _table(study, plans, comparison)
+        with run.timed("laws") as part:
+            part.tell(0, 1)
+            chooser = _chooser(study, pipe, train, comparison.classes is not None)
+            part.tell(1, 1)
+        rows = _table(study, plans, comparison, chooser)
         best = None
         if study.reference_calls:
             with run.timed("reference") as part:
@@ -194,6 +202,7 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
             ),
             "smoke": study.quick,
         }
+    content["verdict"] = sentences("study", content)
     record = Record("study", settings, content, packages, run.timings)
     if run.folder is not None:
         record.save(run.folder)
@@ -245,8 +254,39 @@ def _prepared(
     return everything, parts, pipe, plans, phases
 
 
-def _table(study: Study, plans: list[_Plan], comparison: Comparison) -> list[Values]:
-    """The rows: spacing and level chosen, then four columns measured."""
+Chooser = Callable[["_Plan"], LateStart]
+
+
+def _chooser(study: Study, pipe: Pipeline, train: Images, classes: bool) -> Chooser:
+    """What gives the start that chooses itself, as `fit_start` does; the laws are fitted once for all rows."""
+    parts = held_out(train, None, min(0.2, CHOOSERS / len(train)), fewest=FEWEST, bundled=False)
+    laws, network = candidate_laws(parts.train), denoises(pipe.unet, pipe.scheduler)
+    some = parts.test.subset(min(len(parts.test), max(FEWEST, study.selection)))
+
+    def choose(plan: _Plan) -> LateStart:
+        labels = some.labels if classes else None
+        start = late_start(plan.full, laws, plan.steps, denoiser=network, data=some, labels=labels, check=False)
+        return replace(start, pictures=train.units is None)
+
+    return choose
+
+
+def _auto(chooser: Chooser, plan: _Plan, comparison: Comparison) -> Values:
+    """The column of the start that chooses itself; where none can be chosen, the ``reason`` alone."""
+    with comparison.run.timed("auto"):
+        try:
+            start = chooser(plan)
+        except InputError as error:
+            return {"reason": str(error)}
+    if start.calls != plan.calls:
+        return {"reason": f"it costs {start.calls} network evaluations instead of {plan.calls}."}
+    about = {"law": None if start.law is None else repr(start.law), "law_in_words": law_in_words(start.law)}
+    with comparison.run.timed("sampling"):
+        return {**_cell(comparison, start, about), "notes": list(start.notes)}
+
+
+def _table(study: Study, plans: list[_Plan], comparison: Comparison, chooser: Chooser) -> list[Values]:
+    """The rows: spacing and level chosen, then five columns measured."""
     run, rows = comparison.run, []
     table = run.named("table")
     table.tell(0, len(plans))
@@ -268,7 +308,18 @@ def _table(study: Study, plans: list[_Plan], comparison: Comparison) -> list[Val
         ]
         steps = plan.late[1.0].steps
         gain = difference(columns["standard"]["distance"], columns["best"]["distance"])
-        more = {"sweep": sweep, "spacings": spacings, "gain": plain(dict(zip(("value", "low", "high"), gain)))}
+        auto = _auto(chooser, plan, comparison)
+        more = {"sweep": sweep, "spacings": spacings, "gain": plain(dict(zip(ENDS, gain)))}
+        if "reason" in auto:
+            more |= {"auto": None, "no_auto": auto["reason"]}
+        else:
+            columns["auto"] = auto
+        more["gains"] = {
+            key: None if times is None else plain(dict(zip(ENDS, times)))
+            for key in ("best", "auto")
+            if key in columns
+            for times in [ratio(columns["standard"]["distance"], columns[key]["distance"])]
+        }
         rows.append({"sampler": plan.sampler, "calls": plan.calls, "steps": steps, **columns, **more})
         table.tell(len(rows), len(plans))
     return rows
@@ -290,7 +341,9 @@ class _Plan:
     """All starts of one row of the table; each spends the row's network evaluations."""
 
     sampler: str
+    full: Scheduler
     calls: int
+    steps: int
     standard: dict[str, LateStart]  # by spacing
     late: dict[float, LateStart]  # by level, as a multiple of the speciation sigma; 1.0 is always there
 
@@ -305,4 +358,4 @@ def _plan(
     spent = {s.calls for s in (*standard.values(), *late.values())}
     if spent != {calls}:
         raise InputError(f"{sampler} spends {sorted(spent)} network evaluations at different levels; expected {calls}.")
-    return _Plan(sampler, calls, standard, late)
+    return _Plan(sampler, full, calls, steps, standard, late)

@@ -26,6 +26,7 @@ from symbreak.networks.types import Pipeline
 from symbreak.noise import schedule
 from symbreak.phases.branches import Classify
 from symbreak.report.record import Record
+from symbreak.report.verdict import sentences
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.files import digest
 from symbreak.runtime.identity import Identity, identity_of, of_callable, of_data
@@ -33,7 +34,7 @@ from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.loading import refuse_conditional
 from symbreak.studies.ask_data import class_laws, collapse, law_losses, laws_of, spectrum, told_apart
-from symbreak.studies.ask_network import ask_network, class_reader, name_of
+from symbreak.studies.ask_network import along, ask_network, class_reader, name_of
 from symbreak.studies.diagnosis import Diagnosis, Effort, some_images, spread_of
 
 __all__ = ["Effort", "diagnose"]
@@ -145,7 +146,12 @@ def diagnose(
     if network is not None:
         ask_network(d, network, laws, moments, reader)
         content["network"] = _about(network)
+    if network is not None:
+        along(d, network, "network")
+    else:
+        along(d, *((laws.gaussian, "Gaussian") if laws.classes is None else (laws.classes, "class mixture")))
     content |= {"schedule": name, "held_out": parts.to_dict(), **d.content()}
+    content["verdict"] = sentences("phases", content)
     record = Record("phases", settings, content, packages, run.timings)
     if run.folder is not None:
         record.save(run.folder)

@@ -13,7 +13,7 @@ from symbreak.critical import CriticalTime, Curve
 from symbreak.data.images import Images, describe
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser
-from symbreak.noise import Schedule, generator
+from symbreak.noise import NoiseLevel, Schedule, generator
 from symbreak.phases.mechanism import Check
 from symbreak.phases.speciation import ladder, speciation_time
 from symbreak.runtime.errors import InputError
@@ -79,7 +79,9 @@ class Diagnosis:
         effort, seed, run: how much to spend, the seed of all noise, folder, memory and progress.
         steps: the schedule whose steps the second axis shows.
         scale: largest standard deviation of the data, the unit of levels.
-        criteria, curves, lines, checks, pictures, notes, arc, added: the parts of the record.
+        criteria, curves, lines, checks, pictures, notes, arc, added: the parts of the record; ``against``, where the
+            network is no better than a law; ``copies``, how many of its samples lie near one training sample only;
+            ``along``, samples noised to levels along the axis.
     """
 
     data: Images
@@ -98,6 +100,9 @@ class Diagnosis:
     notes: list[str] = field(default_factory=list)
     arc: Values | None = None
     added: Values | None = None
+    against: dict[str, Values] = field(default_factory=dict)
+    copies: Values | None = None
+    along: Values | None = None
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Run]:
@@ -133,7 +138,25 @@ class Diagnosis:
 
     def picture(self, title: str, caption: str, x: torch.Tensor, scaled: bool = True) -> Values:
         """A picture, see `show`."""
-        return {"title": title, "caption": caption, "png": png_row(x, self.data.units, scaled=scaled)}
+        try:
+            png = png_row(x, self.data.units, scaled=scaled)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # whatever a drawing fails at: what was measured is not lost with it
+            png, caption = "", f"{caption} This picture could not be drawn ({type(error).__name__}: {error}).".strip()
+        return {"title": title, "caption": caption, "png": png}
+
+    def place(self, sigma: float) -> Values:
+        """A level as plain values, with the model's step."""
+        level: Values = view(CriticalTime(NoiseLevel(sigma)), self.steps)["level"]
+        return level
+
+    def looked_at(self, count: int, low: float, high: float) -> np.ndarray:
+        """Falling levels [count] inside a range, even in log sigma, from above all criteria to below them."""
+        known = [c["level"]["sigma"] for c in self.criteria if c["level"] is not None and c["level"]["sigma"] > 0]
+        known = known or [self.scale]
+        ends = (min(0.95 * high, 1.6 * max(known)), max(1.05 * low, 0.6 * min(known)))
+        return np.geomspace(*ends, count)
 
     def levels(self, network: Denoiser, least: float, most: float, count: int) -> np.ndarray:
         """Levels [count] even in log sigma, in units of the data's scale, inside the range of a network."""
@@ -142,7 +165,8 @@ class Diagnosis:
 
     def content(self) -> Values:
         """The parts of the record."""
-        names = ("criteria", "curves", "lines", "checks", "pictures", "notes", "arc", "added")
+        names = ["criteria", "curves", "lines", "checks", "pictures", "notes", "arc", "added"]
+        names += ["against", "copies", "along"]
         return {**{k: getattr(self, k) for k in names}, "step_ticks": self._ticks(), "regimes": self._regimes()}
 
     def _ticks(self) -> list[Values]:

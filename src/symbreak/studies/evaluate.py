@@ -31,6 +31,7 @@ from symbreak.networks.families import denoises
 from symbreak.networks.types import Network
 from symbreak.noise import generator
 from symbreak.report.record import Record
+from symbreak.report.verdict import sentences
 from symbreak.runtime.files import InputError, digest, try_writing
 from symbreak.runtime.plain import Values, versions
 from symbreak.runtime.ranks import agreed, from_each, rank_of
@@ -117,7 +118,8 @@ def evaluate(
     Returns:
         Plain values: ``distance`` (mean over repeats, and ``pooled`` over all samples), ``extrapolated``, ``floor``,
         ``kid``, ``precision_recall``, ``density_coverage``, ``vendi``, ``composition``, ``neighbours``, ``extractor``,
-        counts, pictures and ``notes``: what could not be measured, or is not to be trusted. What could not be
+        counts, pictures, ``verdict``: all of it in a few sentences, and ``notes``: what could not be measured, or is
+        not to be trusted. What could not be
         measured is ``None``. Of samples that are no pictures also ``sliced_wasserstein`` and ``two_sample``
         (classifiers that try to tell samples from held-out ones), each with its ``floor``, of training samples.
 
@@ -169,6 +171,7 @@ def evaluate(
     work = _Evaluation(extract, samples, everything, data, holdout, made, real, subset.seed, store, run, notes)
     about = {k: v for k, v in real.origin.items() if k != "answers"} if parts is None else parts.to_dict()
     content = {"data": describe(data), "held_out": about, **work.content(judge, rows)}
+    content["verdict"] = sentences("evaluation", content)
     if run.folder is not None:
         settings = {
             "features": named.name or (default_extractor(data) if named is features else extract.name),
@@ -219,8 +222,9 @@ def evaluate_network(
     room = sampling.share(1 / 4)
     images = generate_shards(unet, start, seeds, classes, micro_batch=micro_batch, clamp=clamp, run=room)
     content = evaluate(images, data, holdout, run=run if run.memory is None else run.share(3 / 4), **measuring)
-    names = ("calls", "steps", "level", "guidance", "classes")
+    names = ("calls", "steps", "level", "law_in_words", "guidance", "classes")
     content["sampling"] = {name: settings[name] for name in names if name in settings}
+    content["verdict"] = sentences("evaluation", content)
     if run.folder is not None and rank_of()[0] == 0:
         replace(Record.load(run.folder), content=content).save(run.folder)
     sampling.close()
