@@ -157,7 +157,7 @@ def _evaluation(content: Values) -> Values:
 PAGES: dict[str, tuple[str, Callable[[Values], Values]]] = {
     "study": ("study.html", _study),
     "phases": ("phases.html", _phases),
-    "attributes": ("attributes.html", lambda content: {"axis": svg(attributes_figure(content))}),
+    "attributes": ("attributes.html", lambda content: {"axis": _drawn(attributes_figure, content)}),
     "audit": ("audit.html", _audit),
     "evaluation": ("evaluation.html", _evaluation),
     "world": ("world.html", lambda content: {"world": {**content, "rows": world_rows(content)}}),

@@ -284,8 +284,29 @@ def _audit(content: Values) -> list[str]:
     return said
 
 
+# --- attributes -----------------------------------------------------------------------------------
+
+
+def _attributes(content: Values) -> list[str]:
+    rows = [row for row in content["rows"] if row["resolved"] and row["level"] is not None]
+    if not rows:
+        return [f"None of the {len(content['rows'])} attributes is told apart well enough to say when it is decided."]
+    rows.sort(key=lambda row: -float(row["level"]["sigma"]))
+    first, last = rows[0], rows[-1]
+    said = f"Of {len(content['rows'])} attributes {len(rows)} are told apart. "
+    if first is last:
+        return [f"{said}{first['attribute']} is decided at {_at(first, False)}."]
+    apart = first["low"] and last["high"] and first["low"]["sigma"] > last["high"]["sigma"]
+    order = "" if apart else ", but their intervals overlap: which comes first is not told"
+    return [
+        f"{said}The first to be decided is {first['attribute']}, at {_at(first, False)}; the last is "
+        f"{last['attribute']}, at {_at(last, False)}{order}."
+    ]
+
+
 SENTENCES: dict[str, Callable[[Values], list[str]]] = {
     "phases": _phases,
+    "attributes": _attributes,
     "study": _study,
     "evaluation": _evaluation,
     "audit": _audit,

@@ -26,6 +26,7 @@ from symbreak.metrics.attributes import RESOLVED
 from symbreak.noise import NoiseLevel, Schedule, generator, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
+from symbreak.report.verdict import sentences
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.identity import identity_of, of_data
 from symbreak.runtime.plain import Values, versions
@@ -98,6 +99,7 @@ def attribute_levels(
         "resolved": RESOLVED,
         "notes": notes,
     }
+    content["verdict"] = sentences("attributes", content)
     record = Record("attributes", settings, content, packages, run.timings)
     if run.folder is not None:
         record.save(run.folder)
