@@ -360,3 +360,19 @@ def prompts(name, n):
         "Wan": {"guidance_scale": 1.0},
     }
     return whole | more[name]
+
+
+def vae():
+    """A tiny autoencoder, 16 x 16 colours to 8 x 8."""
+    return seeded(lambda: diffusers.AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8, 16), norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, scaling_factor=0.3,
+    ))  # fmt: skip
+
+
+def lumina():
+    """A transformer whose time runs the other way, which no family of ours knows."""
+    return seeded(lambda: diffusers.Lumina2Transformer2DModel(
+        sample_size=SIDE, in_channels=C, hidden_size=16, num_layers=1, num_refiner_layers=1, num_attention_heads=2,
+        num_kv_heads=1, multiple_of=16, axes_dim_rope=(4, 2, 2), axes_lens=(16, 16, 16), cap_feat_dim=16,
+    ))  # fmt: skip

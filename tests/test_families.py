@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import symbreak as sb
+from symbreak.networks.adapters import FAMILIES as TABLE
+from symbreak.networks.denoiser import class_count, null_label
+from symbreak.runtime.errors import InputError
 from symbreak.start.sample import integrate
 from tests import families as nets
 from tests.families import FAMILIES, scheduler_of
@@ -114,3 +117,171 @@ def unpacked(name, x):
     if name == "LTX":
         return x.reshape(len(x), 2, nets.SIDE, nets.SIDE, -1).permute(0, 4, 1, 2, 3)
     return diffusers.FluxPipeline._unpack_latents(x, 8 * nets.SIDE, 8 * nets.SIDE, 8)
+
+
+# what a pipeline tells its network
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@torch.no_grad()
+def test_a_denoiser_of_a_whole_pipeline(name):
+    _, net, d = posed_denoiser(name)
+    pipe = nets.text_pipelines(name, net, scheduler_of(name))
+    call = {k: v for k, v in nets.prompts(name, 1).items() if k not in ("output_type", "guidance_scale")}
+    call |= {"height": 64, "width": 64} if name in ("Flux", "Qwen-Image") else {}
+    call |= {"height": 256, "width": 256} if name == "Sana" else {}  # a latent is 32 pixels wide
+    if name in ("LTX", "Wan"):
+        sizes = {"LTX": (256, 256, 9), "Wan": (64, 64, 5)}[name]
+        call |= dict(zip(("height", "width", "num_frames"), sizes))
+    state, shifted = torch.get_rng_state(), pipe.scheduler.timesteps.clone()
+    ours = sb.denoiser(pipe, **call)
+    assert ours.shape == d.shape
+    missing = set(FAMILIES[name][3]) - set(ours.condition)
+    assert not missing - {"encoder_attention_mask"} or name == "Sana"
+    x = torch.randn(2, *d.shape, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(ours(x, 1.3), d(x, 1.3), rtol=1e-5, atol=1e-5)
+    # nothing of the pipeline, and nobody's random numbers, moved on
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(pipe.scheduler.timesteps, shifted)
+
+
+def test_a_dynamic_shift_is_the_one_of_the_pipelines_size():
+    full = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
+    law, net, _ = posed_denoiser("Flux")
+    pipe = nets.text_pipelines("Flux", net, full)
+    call = {k: v for k, v in nets.prompts("Flux", 1).items() if k != "output_type"} | {"height": 64, "width": 64}
+    d = sb.denoiser(pipe, **call)
+    mu = diffusers.pipelines.flux.pipeline_flux.calculate_shift(16)
+    assert d.scheduler.config.shift == pytest.approx(np.exp(mu))
+    with pytest.raises(InputError, match="dynamic shifting"):
+        sb.late_start(full, law, 3, at=sb.NoiseLevel(1.5), check=False)
+    with pytest.raises(InputError, match="shifts its levels with the size"):
+        sb.scheduler("flow-dpm++2m", like=full)
+    # The levels of the pipeline are those of the fixed shift.
+    full.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=mu)
+    fixed = diffusers.FlowMatchEulerDiscreteScheduler.from_config(d.scheduler.config)
+    fixed.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25])
+    torch.testing.assert_close(fixed.sigmas, full.sigmas)
+    start = sb.late_start(d.scheduler, law, 3, at=sb.NoiseLevel(1.5), check=False)
+    pipe.scheduler = start.fresh()
+    noise = torch.randn(2, *law.shape, generator=torch.Generator().manual_seed(3))
+    out = pipe(**nets.prompts("Flux", 2) | start.arguments(pipe, noise)).images
+    exact = integrate(sb.as_unet(law, d.scheduler), start, noise.double(), micro_batch=2)
+    torch.testing.assert_close(unpacked("Flux", out).double(), exact, rtol=1e-3, atol=2e-3)
+
+
+def test_a_start_that_a_pipeline_puts_back_raises():
+    law, net, _ = posed_denoiser("Flux")
+    start = sb.late_start(scheduler_of("Flux"), law, 3, at=sb.NoiseLevel(1.5), check=False)
+    pipe = nets.text_pipelines("Flux", net, start.fresh())
+    noise = torch.randn(1, *law.shape)
+    latents = start.arguments(pipe, noise)["latents"]
+    pipe.scheduler = start.fresh()
+    with pytest.raises(InputError, match=r"put FlowMatchEulerDiscreteScheduler back to the time 1000"):
+        pipe(**nets.prompts("Flux", 1), latents=latents, num_inference_steps=3, height=64, width=64)
+    pipe.scheduler = scheduler_of("Flux")
+    with pytest.raises(InputError, match=r"Set pipe\.scheduler = start\.fresh\(\) first"):
+        start.arguments(pipe, noise)
+    dit = diffusers.DiTPipeline(nets.dit(), nets.vae(), start.fresh())
+    with pytest.raises(InputError, match="DiTPipeline takes no latents"):
+        start.arguments(dit, noise)
+    assert torch.equal(start.fresh().timesteps, start.scheduler.timesteps)
+
+
+@torch.no_grad()
+def test_a_dit_samples_its_classes_from_a_late_start(tmp_path):
+    law, net, d = posed_denoiser("DiT")
+    assert (class_count(sb.denoiser(net, scheduler_of("DiT"))), null_label(d)) == (11, 10)
+    start = sb.late_start(scheduler_of("DiT"), law, 3, at=sb.NoiseLevel(1.5), check=False)
+    made = sb.generate(net, start, range(3), labels=[0, 4, 9], clamp=False)
+    exact = sb.generate(law, start, range(3), clamp=False)
+    torch.testing.assert_close(made, exact, rtol=1e-3, atol=1e-3)
+    guide = sb.guided(sb.denoiser(nets.dit(), scheduler_of("DiT")), 10, 2.0)
+    assert sb.generate(guide, start, range(2), labels=[1, 2]).shape == (2, *law.shape)
+    with pytest.raises(InputError, match="knows 0 to 10"):
+        sb.generate(net, start, [0], labels=[11])
+    diffusers.DiTPipeline(nets.dit(), nets.vae(), diffusers.DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    pipe = sb.load_pipeline(tmp_path / "dit")
+    assert class_count(pipe.unet) == 11
+    alone = sb.load_pipeline(tmp_path / "dit" / "transformer")
+    x = torch.randn(2, *law.shape)
+    ask = [sb.denoiser(p.unet, p.scheduler, class_labels=torch.tensor([3]))(x, 1.0) for p in (pipe, alone)]
+    assert torch.equal(*ask)
+
+
+@torch.no_grad()
+def test_a_start_fitted_on_the_latents_of_a_pipeline():
+    vae = nets.vae()
+    pictures = torch.rand(100, 3, 16, 16, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    latents = sb.encode(vae, pictures)
+    data = latents.images()
+    assert (data.shape, len(data)) == ((4, 8, 8), 100)
+    net = nets.posed("Stable Diffusion", sb.Gaussian.fit(data))
+    pipe = nets.text_pipelines("Stable Diffusion", net, scheduler_of("Stable Diffusion"))
+    call = {"prompt_embeds": nets.text(), "height": 64, "width": 64}
+    start = sb.fit_start(latents, pipe, steps=3, clusters=2, **call)
+    made = sb.generate(sb.denoiser(pipe, **call), start, range(4))
+    pictures = sb.decode(vae, made)
+    assert pictures.shape == (4, 3, 16, 16)
+    assert float(pictures.abs().max()) <= 1
+    # decoding undoes the scale of encoding: the autoencoder sees what it made itself
+    z = torch.cat(list(latents))[:3]
+    torch.testing.assert_close(sb.decode(vae, z), vae.decode(z / 0.3).sample.clamp(-1, 1), rtol=1e-5, atol=1e-5)
+    with pytest.raises(InputError, match="latents of 3 channels for an autoencoder of 4"):
+        sb.decode(vae, torch.zeros(1, 3, 8, 8))
+    with pytest.raises(InputError, match="encoder_hidden_states, promt"):
+        sb.fit_start(latents, pipe, promt="a cat", prompt_embeds=nets.text())
+
+
+# what is refused, and names itself
+
+
+class Weird(torch.nn.Module):
+    """Answers half the picture."""
+
+    def forward(self, x, t):
+        return x[..., :4]
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: sb.denoiser(nets.lumina(), scheduler_of("SD3")), "Lumina2Transformer2DModel is called in a way"),
+        (lambda: sb.denoiser(nets.flux(), scheduler_of("Flux")), r"FluxTransformer2DModel does not say the shape"),
+        (lambda: sb.denoiser(nets.video_unet(), scheduler_of("DiT")), r"Pass shape=\(C, F, H, W\)"),
+        (lambda: sb.denoiser(nets.unet()), "needs its scheduler"),
+        (lambda: sb.denoiser(3, scheduler_of("DiT")), "int is no network"),
+        (lambda: sb.denoiser(nets.unet(), scheduler_of("DiT"), family="magic"), "the family 'magic'; expected one of"),
+        (
+            lambda: sb.denoiser(Weird(), scheduler_of("DiT"), shape=(1, 8, 8))(torch.zeros(2, 1, 8, 8), 1.0),
+            "same shape",
+        ),
+        (lambda: sb.denoiser(nets.sd3(), scheduler_of("SD3"))(torch.zeros(2, 4, 8, 8), 1.0), "with no condition"),
+        (
+            lambda: sb.denoiser(nets.dit(), scheduler_of("DiT"), class_labels=torch.tensor([30]))(
+                torch.zeros(2, 4, 8, 8), 1.0
+            ),
+            "cannot take states",
+        ),
+        (
+            lambda: sb.denoiser(nets.unet(), scheduler_of("DiT"), encoder_hidden_states=nets.text())(
+                torch.zeros(2, 1, 8, 8), 1.0
+            ),
+            "encoder_hidden_states",
+        ),
+    ],
+    ids=str,
+)
+def test_one_line_of_what_cannot_be(make, match):
+    with pytest.raises(InputError, match=match) as error:
+        make()
+    assert "\n" not in str(error.value)
+
+
+def test_flow_matching_of_data_at_one_with_the_time_last():
+    law = gaussian((1, 8, 8))
+    unet = sb.as_unet(law, sb.scheduler("flow-euler"))
+    d = sb.denoiser(lambda x, t: -unet(x, 1000 * (1 - t), return_dict=False)[0], family="time-last", shape=(1, 8, 8))
+    x = torch.randn(3, 1, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(d(x, 0.7), law.denoise(x, 0.7), rtol=1e-6, atol=1e-6)
+    assert set(TABLE) >= {"unet", "transformer", "packed", "plain", "time-first", "edm", "k-diffusion", "azula"}

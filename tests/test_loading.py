@@ -197,9 +197,22 @@ def test_variants_and_bare_networks(pipeline):
         unet = load_pipeline(pipeline).unet
     assert unet.dtype == torch.float32
     torch.testing.assert_close(dict(unet.state_dict()), dict(before), rtol=1e-3, atol=1e-4)  # half precision
-    refused(pipeline / "unet", rf"holds a network alone, without its scheduler\. Pass its pipeline, .*{pipeline.name}")
-    (pipeline / "model_index.json").unlink()
-    refused(pipeline / "unet", "Pass a pipeline folder")
+    assert load_pipeline(pipeline, variant="fp16").unet.dtype == torch.float32
+    with pytest.raises(InputError, match="no weights of the variant 'ema'"):
+        load_pipeline(pipeline, variant="ema")
+    # the network's own folder, with the scheduler that lies beside it, or one that is passed
+    with guarded():
+        alone = load_pipeline(pipeline / "unet")
+    assert alone.scheduler.config.num_train_timesteps == load_pipeline(pipeline).scheduler.config.num_train_timesteps
+    torch.testing.assert_close(dict(alone.unet.state_dict()), dict(unet.state_dict()))
+    shutil.rmtree(pipeline / "scheduler")
+    refused(pipeline / "unet", "holds a network alone, without its scheduler")
+    own = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    assert load_pipeline(pipeline / "unet", scheduler=own).scheduler.config.beta_schedule == "squaredcos_cap_v2"
+    change(pipeline / "unet" / "config.json", _class_name="Evil")
+    refused(pipeline / "unet", "names the class 'Evil'")
+    (pipeline / "unet" / "evil.py").write_text("raise SystemExit")
+    refused(pipeline / "unet", "is code, which symbreak never runs")
 
 
 def test_latents_are_no_images(pipeline):

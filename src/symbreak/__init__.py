@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from symbreak.networks.denoiser import Denoiser, score
     from symbreak.networks.families import as_unet, denoiser
     from symbreak.networks.guidance import guided
-    from symbreak.networks.latents import encode
+    from symbreak.networks.latents import decode, encode
     from symbreak.networks.residual import LawResidual
     from symbreak.networks.samplers import scheduler
     from symbreak.noise import NoiseLevel, Schedule, schedule

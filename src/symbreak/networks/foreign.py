@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values
 
-__all__ = ["check_pipeline", "check_settings", "from_hub", "quiet", "stored_numbers", "variant_of"]
+__all__ = ["check_network", "check_pipeline", "check_settings", "from_hub", "quiet", "stored_numbers", "variant_of"]
 
 LIBRARIES = ("diffusers", "transformers")
 OURS = ["symbreak.networks.residual", "Mlp"]  # the one network of this package
@@ -146,6 +146,26 @@ def check_pipeline(folder: str | Path) -> Values:
                 if not isinstance(shards, dict) or any(Path(str(v)).name != v for v in shards.values()):
                     raise InputError(f"{path} names weights outside of its own folder. Save the pipeline again.")
     return parts
+
+
+def check_network(path: Path, kind: str = "ModelMixin") -> Values:
+    """The settings of a network's own folder, or of a file of settings, once it is known that they run no code.
+
+    Raises:
+        InputError: for settings that are broken or name code, a class that diffusers lacks, or code beside them.
+    """
+    if path.is_dir():
+        for file in path.iterdir():
+            if file.suffix.lower() in CODE:
+                raise InputError(f"{file} is code, which symbreak never runs. Take it out of the network's folder.")
+        path = path / "config.json"
+    config = _json(path)
+    check_settings(config, path)
+    name = config.get("_class_name")
+    known = getattr(diffusers, str(name), None)
+    if not (isinstance(known, type) and issubclass(known, getattr(diffusers, kind))):
+        raise InputError(f"{path} names the class {str(name)[:60]!r}, which diffusers {_version()} lacks.")
+    return config
 
 
 def variant_of(folder: Path) -> str | None:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from symbreak.data.images import Images
+from symbreak.data.samples import samples
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import padded_blocks
 
-__all__ = ["Latents", "encode"]
+__all__ = ["Latents", "decode", "encode"]
 
 
 class Latents:
@@ -25,6 +27,10 @@ class Latents:
         batches = (torch.as_tensor(some).float() for some in self.data)
         for images, rows in padded_blocks(batches, self.batch):
             yield self._encode(images, rows, generator)
+
+    def images(self) -> Images:
+        """All of them as a data set of values that are no pixels, with its labels."""
+        return samples(torch.cat(list(self)), labels=self.labels)
 
     @torch.no_grad()
     def _encode(self, images: torch.Tensor, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -58,6 +64,32 @@ def _scaled(z: torch.Tensor, config: object) -> torch.Tensor:
         z = (z - torch.tensor(mean).reshape(column)) / torch.tensor(std).reshape(column)
     shift, scale = getattr(config, "shift_factor", None), getattr(config, "scaling_factor", None)
     return (z - (0.0 if shift is None else shift)) * (1.0 if scale is None else scale)
+
+
+@torch.no_grad()
+def decode(vae: Any, latents: torch.Tensor, batch: int = 16) -> torch.Tensor:
+    """Latents as a diffusion network makes them -> images [N, C, H, W] in [-1, 1], float32; the inverse of `encode`.
+
+    Args:
+        vae: a diffusers autoencoder, such as ``pipe.vae``.
+        latents: [N, c, h, w].
+        batch: fixed size of every call of the autoencoder; the last one is padded.
+
+    Raises:
+        InputError: for latents of other channels than the autoencoder's.
+    """
+    config, weight = vae.config, next(iter(vae.parameters()), latents)
+    channels = getattr(config, "latent_channels", None)
+    if channels is not None and latents.shape[1] != channels:
+        raise InputError(f"latents of {latents.shape[1]} channels for an autoencoder of {channels}. Pass its own.")
+    # The inverse of an affine map, from what it does to 0 and to 1.
+    zero = _scaled(torch.zeros(1, *latents.shape[1:]), config)
+    slope = _scaled(torch.ones(1, *latents.shape[1:]), config) - zero
+    out = []
+    for z, rows in padded_blocks(iter([(latents.float().cpu() - zero) / slope]), batch):
+        made = vae.decode(z.to(weight.device, weight.dtype))
+        out.append(getattr(made, "sample", made)[:rows].float().cpu())
+    return torch.cat(out).clamp(-1, 1)
 
 
 def encode(vae: Any, data: Any, batch: int = 16, sample: bool = False, seed: int = 0) -> Latents:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,8 +19,10 @@ from symbreak.laws.class_posterior import Labels
 from symbreak.laws.law import Law, Transports
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Batches, Denoiser, Denoises
+from symbreak.networks.families import denoiser as adapted_denoiser
 from symbreak.networks.families import denoises, posing
-from symbreak.networks.types import Network, Scheduler
+from symbreak.networks.latents import Latents
+from symbreak.networks.types import Network, Pipeline, Scheduler
 from symbreak.noise import NoiseLevel, Schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.runtime.files import InputError
@@ -179,30 +181,41 @@ def candidate_laws(data: Images, clusters: int | None = None) -> list[Gaussian |
 
 
 def fit_start(
-    data: Images,
-    unet: Network | Denoises | Denoiser,
-    scheduler: Scheduler,
+    data: Images | Latents,
+    unet: Network | Pipeline | Denoises | Denoiser,
+    scheduler: Scheduler | None = None,
     steps: int = 5,
     holdout: Batches | None = None,
     clusters: int | None = None,
     check: bool = True,
     run: Run | None = None,
+    **condition: Any,
 ) -> LateStart:
     """From a data set and a network to a start, in one call: fit the laws, choose among them.
 
     Args:
-        data: images, or samples of any shape, that the laws are fitted to.
-        unet, scheduler: the network (or a `denoiser`, or a law) and the diffusers scheduler to sample with.
+        data: images, or samples of any shape, that the laws are fitted to; or latents, of `encode`.
+        unet, scheduler: the network (or a `denoiser`, or a law) and the diffusers scheduler to sample with; or a
+            pipeline, which has its own scheduler.
         steps: num_inference_steps.
         holdout: images to choose with (`Images` or a tensor); by default up to 256 of ``data``, a fifth at
             most, are kept back from the fit.
         clusters: see `candidate_laws`.
         check: as in `late_start`.
         run: its progress counts the levels of the losses and the grids that are tried.
+        **condition: of the network, such as ``prompt`` of a pipeline; see `denoiser`.
 
     Raises:
         InputError: as `late_start`; and for a class-conditional network whose data have no labels.
     """
+    if isinstance(data, Latents):
+        data = data.images()
+    pipeline = hasattr(unet, "scheduler") and not isinstance(unet, Denoises | Denoiser)
+    if pipeline or condition:
+        told = adapted_denoiser(unet, None if pipeline else scheduler, **condition)
+        scheduler, unet = getattr(told, "scheduler", None) if scheduler is None else scheduler, told
+    if scheduler is None:
+        raise InputError("no scheduler came to sample with; expected one, or a pipeline that has its own.")
     check_scheduler(scheduler)
     for name, value in (("data", data), ("holdout", holdout)):
         if isinstance(value, (str, Path)):

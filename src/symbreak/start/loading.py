@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import suppress
 from importlib import resources
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import diffusers
 import torch
 
 from symbreak.data.images import Images
+from symbreak.networks.adapters import adapted, family_of
 from symbreak.networks.denoiser import class_count
-from symbreak.networks.foreign import check_pipeline, from_hub, quiet, stored_numbers, variant_of
+from symbreak.networks.foreign import check_network, check_pipeline, from_hub, quiet, stored_numbers, variant_of
 from symbreak.networks.guidance import check_classes
+from symbreak.networks.own_call import network_in
 from symbreak.networks.residual import backbone
-from symbreak.networks.samplers import scheduler
-from symbreak.networks.types import Pipeline
+from symbreak.networks.samplers import scheduler as named_scheduler
+from symbreak.networks.types import Network, Pipeline, Scheduler
 from symbreak.noise import schedule
 from symbreak.runtime.files import InputError
 from symbreak.runtime.ranks import usable
@@ -26,28 +29,38 @@ from symbreak.start.pipeline import RESIDUAL, read_residual
 
 __all__ = ["classes_for", "load_pipeline", "refuse_conditional"]
 
+NETWORKS = ("unet", "transformer")
+BUNDLED = ("digits", "digits-conditional")  # networks that ship with the package
 PRECISIONS: dict[str, torch.dtype | None] = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_pipeline(
-    source: str | Path, *, device: str | torch.device | None = None, precision: str = "fp32", compiled: bool = False
+    source: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    precision: str = "fp32",
+    compiled: bool = False,
+    variant: str | None = None,
+    scheduler: Scheduler | None = None,
 ) -> Pipeline:
-    """A diffusers pipeline with ``.unet`` and ``.scheduler``.
+    """A diffusers pipeline with ``.unet`` and ``.scheduler``; of a transformer ``.unet`` is its common face.
 
     Args:
-        source: ``"digits"`` (the bundled network), a diffusers folder or a hub id. Only
-            safetensors weights are read; nothing is unpickled and no remote code runs.
+        source: ``"digits"`` or ``"digits-conditional"`` (the bundled networks), a diffusers folder, the folder of a
+            network alone, or a hub id. Only safetensors weights are read; nothing is unpickled and no remote code runs.
         device: where the network runs, such as ``"cuda"``; by default where it was loaded, the CPU.
         precision: ``"fp32"``, or ``"bf16"`` / ``"fp16"``: the network's calls under autocast. States, schedulers and
             laws keep their own precision.
         compiled: whether the network goes through ``torch.compile``.
+        variant: of the weights, such as ``"fp16"``; by default plain ones, or the only variant that is there.
+        scheduler: that a network alone was trained with; by default that of the folder ``scheduler`` beside it.
 
     Raises:
-        InputError: where there is no such pipeline, device or precision.
+        InputError: where there is no such pipeline, device, precision or variant.
     """
     if precision not in PRECISIONS:
         raise InputError(f"precision {precision!r}; expected {', '.join(PRECISIONS)}.")
-    pipe = _loaded(source)
+    pipe = _loaded(source, variant, scheduler)
     if device is not None:
         pipe.to(usable(device))
     if PRECISIONS[precision] is not None:
@@ -58,13 +71,17 @@ def load_pipeline(
     return pipe
 
 
-def _loaded(source: str | Path) -> diffusers.DiffusionPipeline:
-    if str(source) == "digits":
-        source = str(resources.files("symbreak") / "weights" / "digits")
+def _loaded(source: str | Path, variant: str | None, scheduler: Scheduler | None) -> diffusers.DiffusionPipeline:
+    if str(source) in BUNDLED:
+        source = str(resources.files("symbreak") / "weights" / str(source))
     folder = Path(source).expanduser()
     if folder.exists():
+        if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+            return _alone(folder, variant, scheduler)
         if not (folder / "model_index.json").is_file():
-            raise InputError(_no_pipeline(source, folder))
+            raise InputError(
+                f"{source} is no diffusers pipeline: it has no model_index.json. Save one with save_pretrained."
+            )
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) or folder.parent.exists():
         raise InputError(f"{source} does not exist. Pass digits, a diffusers folder or a hub id owner/name.")
     else:
@@ -74,10 +91,14 @@ def _loaded(source: str | Path) -> diffusers.DiffusionPipeline:
         return _residual(folder)
     if parts["_class_name"] == "LateStartPipeline":
         raise InputError(f"{source} holds a late start. Load it with sb.LateStartPipeline.from_pretrained.")
-    if not {"unet", "scheduler"} <= set(parts):
-        raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
-    variant = variant_of(folder / "unet")
-    numbers = stored_numbers(folder / "unet", variant)
+    if scheduler is not None:
+        raise InputError(f"a scheduler came for {source}, which has its own. Leave it out.")
+    part = next((name for name in NETWORKS if isinstance(parts.get(name), list)), None)
+    if part is None or "scheduler" not in parts:
+        raise InputError(
+            f"{source} has no unet and scheduler, nor a transformer; symbreak samples pipelines with both."
+        )
+    variant, numbers = _weights(folder / part, variant)
     try:
         with quiet():  # two components need no bar between our own lines; what it says of the weights is an error below
             pipe = diffusers.DiffusionPipeline.from_pretrained(
@@ -88,14 +109,61 @@ def _loaded(source: str | Path) -> diffusers.DiffusionPipeline:
         raise InputError(
             f"{source} cannot be loaded as a diffusers pipeline ({type(error).__name__}: {what})."
         ) from None
-    if not hasattr(pipe, "unet") or not hasattr(pipe, "scheduler"):
-        raise InputError(f"{source} has no unet and scheduler; symbreak samples pipelines that have both.")
     try:
         schedule(pipe.scheduler)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise InputError(f"the scheduler of {source} cannot be used: {error}") from None
-    _check_weights(pipe.unet, numbers, source)
-    pipe.unet.eval()
+    network: torch.nn.Module = network_in(pipe)
+    _check_weights(network, numbers, source)
+    network.eval()
+    if part != "unet":
+        pipe.unet = _faced(network, pipe)
+    return pipe
+
+
+def _faced(network: Network, pipe: Pipeline) -> Network:
+    """A transformer with the common face, where it or its pipeline says the shape of its samples; else as it is."""
+    side, channels = getattr(pipe, "default_sample_size", None), getattr(network.config, "in_channels", 0)
+    said = (channels // 4, side, side) if family_of(network) == "packed" and side else None
+    with suppress(InputError):
+        return adapted(network, None, said)
+    return network
+
+
+def _weights(folder: Path, variant: str | None) -> tuple[str | None, int]:
+    """The variant of a network's weights, and how many numbers its files hold."""
+    there = variant_of(folder) if variant is None else variant
+    numbers = stored_numbers(folder, there)
+    if variant is not None and not numbers:
+        raise InputError(f"{folder} has no weights of the variant {variant!r}. Leave variant out, or pass one it has.")
+    return there, numbers
+
+
+def _alone(folder: Path, variant: str | None, scheduler: Scheduler | None) -> diffusers.DiffusionPipeline:
+    """A network's own folder, with the scheduler beside it or a given one."""
+    config, beside = check_network(folder), folder.resolve().parent / "scheduler" / "scheduler_config.json"
+    if scheduler is None and not beside.is_file():
+        raise InputError(
+            f"{folder} holds a network alone, without its scheduler. Pass its pipeline, or load_pipeline(..., "
+            "scheduler=sb.scheduler('ddpm'))."
+        )
+    variant, numbers = _weights(folder, variant)
+    try:
+        with quiet():
+            if scheduler is None:
+                settings = check_network(beside, kind="SchedulerMixin")
+                scheduler = getattr(diffusers, str(settings["_class_name"])).from_config(settings)
+            kind = getattr(diffusers, str(config["_class_name"]))
+            options = {"use_safetensors": True, "local_files_only": True, "variant": variant}
+            network = kind.from_pretrained(str(folder), **options).eval()
+    except InputError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split())[:160]
+        raise InputError(f"{folder} cannot be loaded as a network ({type(error).__name__}: {what}).") from None
+    _check_weights(network, numbers, folder)
+    pipe = diffusers.DDPMPipeline(unet=network, scheduler=scheduler)
+    pipe.unet = _faced(network, pipe)
     return pipe
 
 
@@ -104,18 +172,9 @@ def _residual(folder: Path) -> diffusers.DiffusionPipeline:
     start = LateStart.load(folder / "start.safetensors")
     unet = read_residual(folder, start)
     _check_weights(backbone(unet), stored_numbers(folder / "unet", None), folder)
-    pipe = diffusers.DDPMPipeline(unet=unet, scheduler=scheduler("ddpm", like=start.full))
+    pipe = diffusers.DDPMPipeline(unet=unet, scheduler=named_scheduler("ddpm", like=start.full))
     pipe.start = start
     return pipe
-
-
-def _no_pipeline(source: str | Path, folder: Path) -> str:
-    """What to pass instead of a folder without an index."""
-    if (folder / "config.json").is_file():
-        above = folder.resolve().parent
-        whole = f"Pass its pipeline, {above}" if (above / "model_index.json").is_file() else "Pass a pipeline folder"
-        return f"{source} holds a network alone, without its scheduler. {whole}."
-    return f"{source} is no diffusers pipeline: it has no model_index.json. Save one with save_pretrained."
 
 
 def _check_weights(unet: torch.nn.Module, stored: int, source: str | Path) -> None:
