@@ -113,7 +113,7 @@ def _loaded(source: str | Path, variant: str | None, scheduler: Scheduler | None
         schedule(pipe.scheduler)
     except (ArithmeticError, TypeError, ValueError) as error:
         raise InputError(f"the scheduler of {source} cannot be used: {error}") from None
-    network: torch.nn.Module = network_in(pipe)
+    network = network_in(pipe)
     _check_weights(network, numbers, source)
     network.eval()
     if part != "unet":
@@ -177,7 +177,7 @@ def _residual(folder: Path) -> diffusers.DiffusionPipeline:
     return pipe
 
 
-def _check_weights(unet: torch.nn.Module, stored: int, source: str | Path) -> None:
+def _check_weights(unet: Network, stored: int, source: str | Path) -> None:
     """A network with weights that no file holds, which diffusers makes up, or that are no numbers raises an error."""
     weights = unet.state_dict()
     needed = sum(v.numel() for v in weights.values())
