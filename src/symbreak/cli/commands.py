@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -193,6 +193,14 @@ def fit(
     steps: Annotated[int | None, option(None, "with --start: num_inference_steps (default: 5)")] = None,
     holdout: Annotated[str | None, option(None, "with --start: images to choose with (default: a part of D)")] = None,
     clusters: Clusters = None,
+    grid: Annotated[
+        Literal["free", "entropic"] | None,
+        option(None, "with --start: find the levels of all steps, too (free), or equal steps of entropy (entropic)"),
+    ] = None,
+    at: Annotated[
+        Literal["auto", "standard"],
+        option(None, "with --start: standard finds a grid for white noise only, without a late start"),
+    ] = "auto",
     reading: Reading = Reading(),
     memory: Memory = None,
     machine: Machine = Machine(),
@@ -204,8 +212,10 @@ def fit(
 
     if out.is_dir():
         raise InputError(f"{out} is a folder; expected a file name such as {out / 'moments.safetensors'}.")
-    if not start and (model, sampler, steps, holdout, clusters) != (None,) * 5:
-        raise InputError("--model, --sampler, --steps, --holdout and --clusters belong to a start. Add --start.")
+    if not start and (model, sampler, steps, holdout, clusters, grid, at) != (None,) * 6 + ("auto",):
+        raise InputError(
+            "--model, --sampler, --steps, --holdout, --clusters, --grid and --at belong to a start. Add --start."
+        )
     if start and (rank, memory) != (None, None):
         raise InputError("--rank and --memory are for moments; a start decides on the rank itself. Leave them out.")
     try_writing(out.parent)
@@ -213,7 +223,7 @@ def fit(
         pipe = machine.load(required(model, "--model"), classes=True)
         beginning = Beginning(sampler=sampler, steps=steps)
         opened = reading.open(data)
-        begin = beginning.fit(pipe, opened, reading.open_if(holdout, opened), clusters, steps=5)
+        begin = beginning.fit(pipe, opened, reading.open_if(holdout, opened), clusters, 5, grid, at)
         begin.save(out)
         say(as_json, {"out": str(out), **begin.to_dict()}, lambda: _print(begin.explain(), f"start: {out}"))
         return

@@ -291,7 +291,16 @@ class Beginning:
         with warnings_as_lines(LateStartWarning):
             return late_start(base, law, number, at=level("speciation" if self.at is None else self.at))
 
-    def fit(self, pipe: Pipeline, data: Images, holdout: Images | None, clusters: int | None, steps: int) -> LateStart:
+    def fit(
+        self,
+        pipe: Pipeline,
+        data: Images,
+        holdout: Images | None,
+        clusters: int | None,
+        steps: int,
+        grid: str | None = None,
+        at: str = "auto",
+    ) -> LateStart:
         """A start fitted to data and chosen for a network."""
         from symbreak.start.fit import fit_start
         from symbreak.start.late_start import LateStartWarning
@@ -301,7 +310,7 @@ class Beginning:
             own = own_start(pipe)
             if own is not None:
                 own.check_units(data)
-            return fit_start(data, pipe.unet, self.scheduler(pipe), number, holdout, clusters)
+            return fit_start(data, pipe.unet, self.scheduler(pipe), number, holdout, clusters, grid=grid, at=at)
 
     def names(self, model: str, machine: Machine, pipe: Pipeline) -> Values:
         """What the options say of network and start, for the record of what decides an image."""

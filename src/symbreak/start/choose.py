@@ -16,11 +16,11 @@ and data is looked at. Source: derived, from theory of arXiv:2305.19693 and the 
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
@@ -32,7 +32,7 @@ from symbreak.laws.law import Law, Transports
 from symbreak.moments.one_pass import LowRankMoments, Moments
 from symbreak.networks.denoiser import Batches, Denoiser, Denoises, as_denoiser
 from symbreak.networks.families import as_unet
-from symbreak.networks.types import Network, Scheduler
+from symbreak.networks.types import Scheduler
 from symbreak.noise import NoiseLevel, Schedule, generator
 from symbreak.phases.losses import integral_above, loss_curve
 from symbreak.runtime.files import InputError
@@ -40,30 +40,28 @@ from symbreak.runtime.plain import Values, plain
 from symbreak.runtime.ranks import agreed
 from symbreak.runtime.run import Run
 from symbreak.runtime.shown import Shown, axes, sigma_axis
-from symbreak.start.cut_schedule import schedule_of
+from symbreak.start.cut_schedule import no_levels, schedule_of, visited
+from symbreak.start.free_grid import Search, entropic
 from symbreak.start.grids import grids, standard_starts
-from symbreak.start.late_start import LateStart, cut
-from symbreak.start.sample import StepError, run_sampler
+from symbreak.start.late_start import Grid, LateStart, cut, on_grid
+from symbreak.start.sampler_cost import END, STATES, SamplerCost, many
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["Candidate", "Choice", "LossGap", "choose", "loss_gaps"]
+__all__ = ["Candidate", "Choice", "LossGap", "Measured", "choose", "free_start", "loss_gaps"]
 
 LEVELS = 12  # start levels that are tried
 LOSSES = 20  # levels at which denoising losses are taken
 IMAGES = 256  # images for the losses
-STATES = 192  # states for the sampler's cost
-NUMBERS = 2**26  # but no more numbers than this in one batch of states
-STOCHASTIC = 2.0  # squared error of paths over squared distance of moments, measured for deterministic samplers
 LOWEST, HIGHEST = 0.1, 3.0  # start levels that are tried, as multiples of the top standard deviation
-END = 0.02  # where exact flows end, as a share of the lowest start level
-FLOW_STEPS = 6  # between two levels that are tried
+ENTROPIES = 24  # levels at which an entropic grid measures the network
+STANDARD = 8.0  # how far below its schedule's top white noise may start
 WARN_NATS = 1.0
 WARN_NONLINEAR = 0.5
 
 
-class _Measured(Law, Protocol):
+class Measured(Law, Protocol):
     """A law with known moments."""
 
     @property
@@ -270,31 +268,6 @@ def loss_gaps(
     return out
 
 
-def _run(start: LateStart, unet: Network, state: torch.Tensor, seed: int) -> torch.Tensor:
-    """Final states of the real scheduler with a law in the network's place."""
-    with torch.inference_mode():
-        try:
-            state = run_sampler(start, state, lambda x, t: unet(x, t, return_dict=False)[0], generator(seed, 23))
-        except StepError:
-            return torch.full_like(state, math.nan)  # more steps than diffusers can make: this start is none
-    return state.clone()
-
-
-def _moments_gap(a: torch.Tensor, b: torch.Tensor, gaussian: Gaussian) -> float:
-    """Squared Wasserstein distance of the Gaussians of two paired samples, mode by mode, less what chance adds.
-
-    Of M pairs with correlation rho a difference of means has the variance Var(a - b) / M by chance, one of standard
-    deviations s^2 (1 - rho^2) / M.
-    """
-    vectors = gaussian.eigenvectors.to(a.dtype)
-    u, v = a.flatten(1) @ vectors, b.flatten(1) @ vectors
-    du, dv, n = u.std(0), v.std(0), len(u)
-    gap = (u.mean(0) - v.mean(0)) ** 2 + (du - dv) ** 2
-    covariance = ((u - u.mean(0)) * (v - v.mean(0))).sum(0) / (n - 1)
-    chance = (u - v).var(0) + (du * dv - covariance**2 / (du * dv).clamp_min(1e-30)).clamp_min(0)
-    return max(0.0, float((gap - chance / n).sum()))
-
-
 def choose(
     scheduler: Scheduler,
     laws: Iterable[Transports],
@@ -304,6 +277,8 @@ def choose(
     labels: Labels | None = None,
     seed: int = 0,
     run: Run | None = None,
+    grid: str | None = None,
+    standard: bool = False,
 ) -> tuple[LateStart, Choice]:
     """The cheapest start for a scheduler and a number of steps.
 
@@ -317,6 +292,9 @@ def choose(
         labels: class of every image, [N] integers, for a class-conditional network.
         seed: of all noise.
         run: its progress counts levels and grids.
+        grid: ``"free"`` looks for the levels of all steps, too; ``"entropic"`` tries only equal steps of the rescaled
+            entropy rate, measured on the network at 24 levels more. Schedulers that take no levels keep theirs.
+        standard: try no law, only the standard start.
 
     Returns:
         The start, ``law`` ``None`` where the standard start is the cheapest, and the `Choice` behind it.
@@ -329,7 +307,7 @@ def choose(
         if not (isinstance(law, Denoises) and hasattr(law, "moments")):
             name = type(law).__name__
             raise InputError(f"{name} has no .denoise and .moments, which choosing needs. Pass at= with a level.")
-    laws = cast(list[_Measured], laws)
+    laws = cast(list[Measured], laws)
     try:
         network = as_denoiser(denoiser)
     except TypeError as error:
@@ -358,8 +336,22 @@ def choose(
     # The world in which samplers are tried: the law that lies nearest to the data.
     world = laws[int(np.argmin([g.nats[0] for g in gaps]))]
     levels = np.geomspace(low, high, LEVELS)
-    starts, states = _tried(scheduler, laws, gaps, steps, levels, world, gaussian, seed, run)
+    count = STATES if grid is None else many(world)
+    made_in = partial(SamplerCost, world, gaussian, lowest=float(low), seed=seed, states=count)
+    trials = _tried(scheduler, laws, gaps, steps, () if standard else levels, made_in, run)
+    notes: tuple[str, ...] = ()
+    if grid is not None and no_levels(scheduler):
+        notes = (f"{no_levels(scheduler)}; its own grids were tried instead of the grid {grid}.",)
+    elif grid is not None:
+        made = _free if grid == "free" else partial(_entropic, network=network, images=images, classes=classes)
+        mark = Grid.mark(as_unet(network, scheduler).parameters())
+        lowest = max(network.sigma_range[0], schedule_of(scheduler).sigma_range[0], trials.cost.end)
+        for one in made(trials, scheduler, laws, gaps, steps, lowest, (float(low), float(high))):
+            trials.add(replace(one, grid=replace(cast(Grid, one.grid), network=mark)), grid, gaps, laws)
+    starts, states = trials.starts, trials.cost.count
     candidates = [c for c in starts if math.isfinite(c.cost)]
+    if grid == "entropic" and not notes:  # who asks for it does not want another
+        candidates = [c for c in candidates if c.grid == grid]
     if not candidates:
         raise InputError(f"{type(scheduler).__name__} has no start of {steps} steps here. Ask for fewer.")
     # Processes on different machines may differ in the last bits of a cost, but have to take one start.
@@ -371,7 +363,8 @@ def choose(
     names = tuple(repr(law) for law in laws)
     gaussian_nats = single.at("nats", at)
     choice = Choice(names, tuple(candidates), best, nats, gaussian_nats, nonlinear, len(images), states, signatures)
-    return starts[best], choice
+    start = starts[best]
+    return replace(start, notes=(*start.notes, *notes)), choice
 
 
 def _band(full: Schedule, network: Denoiser, gaussian: Gaussian) -> tuple[float, float, float]:
@@ -388,49 +381,161 @@ def _band(full: Schedule, network: Denoiser, gaussian: Gaussian) -> tuple[float,
     return low, high, min(20 * top, ends[1] * 0.999)
 
 
+@dataclass
+class _Trials:
+    """Starts that were tried in a world, by what they cost."""
+
+    cost: SamplerCost
+    random: bool = False  # whether the sampler draws noise
+    starts: dict[Candidate, LateStart] = field(default_factory=dict)
+
+    def add(self, start: LateStart, grid: str, gaps: Sequence[LossGap], laws: Sequence[Measured]) -> None:
+        """Try a start, of every law where it has one."""
+        cost = self.cost.error(start, self.random)
+        if start.law is None:
+            self.starts[Candidate(None, grid, start.level, 0.0, cost)] = start
+            return
+        for i, law in enumerate(laws):
+            law_cost = gaps[i].at("cost", start.level.sigma)
+            self.starts[Candidate(i, grid, start.level, law_cost, cost)] = replace(start, law=law)
+
+    def best(self, late: bool) -> LateStart | None:
+        """The cheapest of the late or of the standard starts."""
+        some = [c for c in self.starts if (c.law is not None) == late and math.isfinite(c.cost)]
+        return self.starts[min(some, key=lambda c: c.cost)] if some else None
+
+
 def _tried(
     scheduler: Scheduler,
-    laws: list[_Measured],
+    laws: list[Measured],
     gaps: list[LossGap],
     steps: int,
-    levels: np.ndarray,
-    world: Law,
-    gaussian: Gaussian,
-    seed: int,
-    run: Run | None,
-) -> tuple[dict[Candidate, LateStart], int]:
-    """Every start that the scheduler's grids offer, by what it costs in a world, and the number of states behind it."""
-    count = int(min(STATES, max(16, NUMBERS // max(1, gaussian.dim))))
-    noise = torch.randn(count, *gaussian.shape, generator=generator(seed, 22), dtype=torch.float64)
-    starts: dict[Candidate, LateStart] = {}
+    levels: Sequence[float] | np.ndarray,
+    made_in: Callable[[set[float]], SamplerCost],
+    run: Run | None = None,
+) -> _Trials:
+    """Every start that the scheduler's grids offer, by what it costs in a world made for their levels."""
     tried = grids(scheduler)
     late = {name: _late(grid, laws[0], steps, levels) for name, grid in tried.items()}
-    end = END * float(levels[0])
-    states = _along(world, noise, {start.level.sigma for some in late.values() for start in some}, end)
-    truth = world.denoise(states[end], end)
+    trials = _Trials(made_in({start.level.sigma for some in late.values() for start in some}))
     run = (run or Run()).named("starts")
     for place, (name, grid) in enumerate(tried.items()):
         run.tell(place, len(tried))
-        unet = as_unet(world, grid)
         usual = standard_starts(grid, steps, skip=True)
         anyone = next(iter((*usual.values(), *late[name])), None)
         if anyone is None:
             continue  # no start of so many steps on this grid
-        random = _is_stochastic(anyone, unet, noise[:2], seed)
+        trials.random = trials.cost.is_stochastic(anyone)
         for spacing, start in usual.items():
-            cost = _error(start, unet, start(noise), truth, gaussian, random, seed)
-            full_name = name + ("" if spacing == "own" else f", {spacing}")
-            starts[Candidate(None, full_name, start.level, 0.0, cost)] = start
+            trials.add(start, name + ("" if spacing == "own" else f", {spacing}"), gaps, laws)
         for start in late[name]:
-            at = start.level.sigma
-            cost = _error(start, unet, start.state(states[at]), truth, gaussian, random, seed)
-            for i, law in enumerate(laws):
-                starts[Candidate(i, name, start.level, gaps[i].at("cost", at), cost)] = replace(start, law=law)
+            trials.add(start, name, gaps, laws)
     run.tell(len(tried), len(tried))
-    return starts, count
+    return trials
 
 
-def _late(grid: Scheduler, law: Law, steps: int, sigmas: np.ndarray) -> list[LateStart]:
+def _free(
+    trials: _Trials,
+    scheduler: Scheduler,
+    laws: Sequence[Measured],
+    gaps: Sequence[LossGap],
+    steps: int,
+    lowest: float,
+    band: tuple[float, float],
+) -> Iterator[LateStart]:
+    """The late and the standard start whose levels were all found together, from the cheapest of the usual grids."""
+
+    top = schedule_of(scheduler).sigma_range[1]
+
+    def law_cost(sigma: float) -> float:
+        return min(gap.at("cost", sigma) for gap in gaps)
+
+    def searched(usual: LateStart) -> LateStart:
+        # Far above the data white noise may as well start lower, but not where signal is missing.
+        first = band if usual.law is not None else (top if math.isinf(top) else top / STANDARD, top)
+        law = None if usual.law is None else laws[0]
+        search = Search(trials.cost, scheduler, law, law_cost, first, lowest, trials.random)
+        # Processes on different machines may differ in the last bits.
+        levels = agreed(lambda: search.run(_begin(usual, steps, first, lowest)))
+        return on_grid(scheduler, law, Grid("free", levels))
+
+    for late in (True, False):
+        usual = trials.best(late)
+        if usual is not None:
+            with suppress(InputError):
+                yield searched(usual)
+
+
+def _begin(usual: LateStart, steps: int, first: tuple[float, float], lowest: float) -> list[float]:
+    """The levels that a search begins at: a start's own, or even ratios where the scheduler repeats some."""
+    levels = visited(usual.scheduler, schedule_of(usual.full))
+    top = min(max(levels[0], first[0]), first[1])
+    if len(levels) == steps and levels[-1] > lowest and top > levels[min(1, steps - 1)]:
+        return [top, *levels[1:]]
+    if math.isinf(top):
+        return [top, *np.geomspace(100.0, lowest * 2, steps - 1).tolist()]
+    return [float(s) for s in np.geomspace(top, max(lowest * 2, top / 100), steps)]
+
+
+def _entropic(
+    trials: _Trials,
+    scheduler: Scheduler,
+    laws: Sequence[Measured],
+    gaps: Sequence[LossGap],
+    steps: int,
+    lowest: float,
+    band: tuple[float, float],
+    *,
+    network: Denoiser,
+    images: torch.Tensor,
+    classes: torch.Tensor | None,
+) -> Iterator[LateStart]:
+    """Starts on the entropic grid, from every level that the scheduler's own grid was tried at."""
+    high = min(schedule_of(scheduler).sigma_range[1], network.sigma_range[1], 1000 * band[1])
+    sigma = np.geomspace(lowest * 1.001, high * 0.999, ENTROPIES)
+    losses = loss_curve(network, images, sigma, labels=classes)
+    late = sorted({c.level.sigma for c in trials.starts if c.law is not None})
+    for law, tops in ((None, [high]), (laws[0], late)):
+        for top in tops:
+            levels = entropic(losses, top, steps)
+            with suppress(InputError):  # more steps than lie below this level
+                yield on_grid(scheduler, law, Grid("entropic", levels, None, ENTROPIES * len(images)))
+
+
+def free_start(scheduler: Scheduler, law: Measured, steps: int, level: NoiseLevel | None, seed: int = 0) -> LateStart:
+    """A start at a given level, or the standard one, on the grid that costs the sampler least; without a network.
+
+    Args:
+        scheduler: a diffusers scheduler that takes levels.
+        law: with ``.denoise`` and ``.moments``; it stands in the network's place.
+        steps: num_inference_steps.
+        level: where it begins; ``None`` is the standard start.
+        seed: of the noise.
+    """
+    gaussian = next((g for g in (law, getattr(law, "gaussian", None)) if isinstance(g, Gaussian)), None)
+    gaussian = Gaussian(law.moments) if gaussian is None else gaussian
+    low = LOWEST * math.sqrt(float(gaussian.eigenvalues[0]))
+    levels = () if level is None else (level.sigma,)
+    none = LossGap(np.ones(1), np.zeros(1), np.zeros(1), np.zeros(1), np.zeros(1), np.zeros(1), 0)
+    made_in = partial(SamplerCost, law, gaussian, lowest=min([low, *levels]), seed=seed, states=many(law))
+    trials = _tried(scheduler, [law], [none], steps, levels, made_in)
+    if level is not None:
+        trials.starts = {c: start for c, start in trials.starts.items() if c.law is not None}
+    lowest = max(schedule_of(scheduler).sigma_range[0], trials.cost.end)
+    band = (level.sigma, level.sigma) if level is not None else (low, low)
+    for start in _free(trials, scheduler, [law], [none], steps, lowest, band):
+        trials.add(start, "free", [none], [law])
+    costs: dict[str, float] = {}
+    for c in sorted(trials.starts, key=lambda c: c.cost):
+        costs.setdefault(c.grid, c.cost)
+    best = trials.best(level is not None)
+    if best is None:
+        raise InputError(f"{type(scheduler).__name__} has no start of {steps} steps here. Ask for fewer.")
+    said = ", ".join(f"{name} {cost:.3g}" for name, cost in costs.items())
+    return replace(best, notes=(*best.notes, f"Squared error that the sampler adds to an image, by grid: {said}."))
+
+
+def _late(grid: Scheduler, law: Law, steps: int, sigmas: Sequence[float] | np.ndarray) -> list[LateStart]:
     """Late starts at the levels that a scheduler can offer, each once."""
     starts: dict[float, LateStart] = {}
     for s in map(float, sigmas):
@@ -438,42 +543,6 @@ def _late(grid: Scheduler, law: Law, steps: int, sigmas: np.ndarray) -> list[Lat
             start = cut(grid, law, steps, NoiseLevel(s))
             starts.setdefault(round(math.log(start.level.sigma), 6), start)
     return list(starts.values())
-
-
-def _along(world: Law, noise: torch.Tensor, levels: set[float], end: float) -> dict[float, torch.Tensor]:
-    """States of the world's exact flow from white noise, at every level and at the end: one walk down."""
-    states, x, before = {}, noise, None
-    transport: Callable[..., torch.Tensor] = world.transport
-    # In closed form for a Gaussian; others take their Runge-Kutta steps.
-    more = {} if isinstance(world, Gaussian) else {"steps": FLOW_STEPS}
-    for s in sorted({*levels, end}, reverse=True):
-        x = transport(x, s, before, **more)
-        states[s], before = x, s
-    return states
-
-
-def _is_stochastic(start: LateStart, unet: Network, state: torch.Tensor, seed: int) -> bool:
-    """Whether the sampler draws noise."""
-    if "generator" not in inspect.signature(start.scheduler.step).parameters:
-        return False
-    return not torch.equal(_run(start, unet, state, seed), _run(start, unet, state, seed + 1))
-
-
-def _error(
-    start: LateStart,
-    unet: Network,
-    state: torch.Tensor,
-    truth: torch.Tensor,
-    gaussian: Gaussian,
-    random: bool,
-    seed: int,
-) -> float:
-    """Squared error of a sampler's final states against the exact flow, a state, summed over pixels."""
-    final = _run(start, unet, state, seed)
-    if random:
-        # A stochastic sampler's paths are not the flow's: their law is compared.
-        return STOCHASTIC * _moments_gap(final, truth, gaussian)
-    return float(((final - truth) ** 2).flatten(1).sum(1).mean())
 
 
 def _some(data: Batches, labels: Labels | None, count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor | None]:

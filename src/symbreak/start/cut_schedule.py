@@ -2,14 +2,18 @@
 
 Beta-type schedules are cut by rebuilding the scheduler from its first t + 1 betas, so the network still
 sees its own times; EDM schedulers by ``sigma_max``; flow matching with the shift undone first, Euler's in equal steps
-down to 0. The level at which the scheduler then really begins is read back from it.
+down to 0. The level at which the scheduler then really begins is read back from it. Some classes can also be given all
+of their levels.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Sequence
+from itertools import pairwise
 
+import numpy as np
 import torch
 
 from symbreak.networks.samplers import realised_betas
@@ -18,7 +22,21 @@ from symbreak.noise import NoiseLevel, Schedule, flow_sigmas, schedule
 from symbreak.runtime.files import InputError
 from symbreak.runtime.plain import Values
 
-__all__ = ["SUPPORTED", "begins_at", "check_scheduler", "check_steps", "cut_scheduler", "schedule_of", "takes", "timed"]
+__all__ = [
+    "SUPPORTED",
+    "begins_at",
+    "check_levels",
+    "check_scheduler",
+    "check_steps",
+    "check_takes_levels",
+    "cut_scheduler",
+    "no_levels",
+    "schedule_of",
+    "scheduler_on",
+    "takes",
+    "timed",
+    "visited",
+]
 
 # States of VE live in that frame, x = x_0 + sigma eps, those of the other beta-type schedulers in the VP frame. The
 # level of the first step is the first entry of ``sigmas``, for STEPS that of the first timestep.
@@ -48,6 +66,24 @@ GRIDS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 SECOND_ORDER = {"FlowMatchHeunDiscreteScheduler"}  # whose step to 0 is Euler's and had better be short
 # These step from k to k - T // n whatever their grid says, so T has to be a multiple of n.
 WHOLE_STRIDE = {"DDIMScheduler", "PNDMScheduler"}
+# Classes whose set_timesteps takes the levels of all steps, and how: whole or fractional steps of the network, sigmas,
+# or places between sigma_max and sigma_min.
+WHOLE, FRACTIONAL, PLACES = "whole", "fractional", "places"
+GIVEN = {
+    "DPMSolverMultistepScheduler": WHOLE,
+    "DPMSolverSinglestepScheduler": WHOLE,
+    "DDPMScheduler": WHOLE,
+    "HeunDiscreteScheduler": FRACTIONAL,
+    "EulerDiscreteScheduler": SIGMAS,
+    "EDMEulerScheduler": PLACES,
+    "FlowMatchEulerDiscreteScheduler": FLOW,
+}
+OWN_LEVELS = {  # why others cannot
+    "DDIMScheduler": "its steps are all of one length",
+    "PNDMScheduler": "its steps are all of one length",
+    "LCMScheduler": "it knows only the steps of its own coarse grid",
+}
+SPACED = (*GRIDS, "use_lu_lambdas")  # which override levels that are given
 INSTEAD = {
     "IPNDMScheduler": "it takes trained_betas as its time grid; use PNDMScheduler or DPMSolverMultistepScheduler"
 }
@@ -102,11 +138,17 @@ def timed(scheduler: Scheduler, steps: int) -> Scheduler:
     Raises:
         InputError: for steps that diffusers cannot make, or that are not finite.
     """
+    return _given(scheduler, num_inference_steps=steps)
+
+
+def _given(scheduler: Scheduler, **asked: object) -> Scheduler:
+    """The scheduler at the first of the timesteps that diffusers makes of what was asked for."""
     name = type(scheduler).__name__
     if getattr(scheduler, "config", {}).get("use_dynamic_shifting"):
         raise InputError(f"{name} with dynamic shifting needs an image's size; pass a scheduler with a fixed shift.")
+    steps = asked.get("num_inference_steps", "the given")
     try:
-        scheduler.set_timesteps(steps)
+        scheduler.set_timesteps(**asked)
     except Exception as error:  # diffusers refuses in many ways
         what = " ".join(str(error).split())[:160]
         raise InputError(f"{name} cannot make {steps} steps here ({what}). Choose another number of steps.") from None
@@ -117,6 +159,108 @@ def timed(scheduler: Scheduler, steps: int) -> Scheduler:
         # Karras grids round times: of two equal ones diffusers takes the second for the first step's.
         scheduler.set_begin_index(0)
     return scheduler
+
+
+def no_levels(scheduler: Scheduler) -> str:
+    """Why a scheduler cannot be given the levels of its steps; nothing where it can."""
+    name = type(scheduler).__name__
+    if flow_sigmas(scheduler):
+        return f"{name} with use_flow_sigmas takes no levels"
+    if name not in GIVEN:
+        return f"{name} takes no levels: {OWN_LEVELS.get(name, 'diffusers makes them itself')}"
+    if scheduler.config.get("final_sigmas_type", "zero") != "zero":
+        return f"{name} with final_sigmas_type {scheduler.config['final_sigmas_type']!r} takes no levels"
+    return ""
+
+
+def check_takes_levels(scheduler: Scheduler) -> None:
+    """A scheduler that takes no levels raises an error that names samplers which do."""
+    reason = no_levels(scheduler)
+    if reason:
+        raise InputError(f"{reason}. Use dpm++2m, dpm++2s, heun, euler, ddpm, edm-euler or flow-euler.")
+
+
+def check_levels(sigmas: Sequence[float], steps: int) -> tuple[float, ...]:
+    """The levels of a grid as numbers.
+
+    Raises:
+        InputError: for another number than that of the steps, or levels that are not finite or do not fall.
+    """
+    try:
+        levels = tuple(float(s) for s in sigmas)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"grid={sigmas!r}; expected 'free', 'entropic', the grid of a start, or falling sigmas."
+        ) from None
+    if len(levels) != steps:
+        raise InputError(
+            f"a grid of {len(levels)} levels for {steps} steps. Pass steps={len(levels)}, or another grid."
+        )
+    if not all(s > 0 for s in levels) or any(a <= b for a, b in pairwise(levels)):
+        shown = ", ".join(f"{s:.4g}" for s in levels)
+        raise InputError(f"a grid of the levels {shown}; expected sigmas above 0, each below the one before.")
+    return levels
+
+
+def scheduler_on(scheduler: Scheduler, sigmas: Sequence[float], full: Schedule) -> Scheduler:
+    """A ready scheduler whose steps begin at the given levels, or at the nearest that its network knows.
+
+    Args:
+        scheduler: one of diffusers; it is not changed.
+        sigmas: falling levels, one a step; the last step goes down to 0.
+        full: its schedule.
+
+    Raises:
+        InputError: for a scheduler that takes no levels, levels outside its schedule, or more than it tells apart.
+    """
+    check_takes_levels(scheduler)
+    cls, kind, steps = type(scheduler), GIVEN[type(scheduler).__name__], len(sigmas)
+    config, unspaced = dict(scheduler.config), {name: False for name in SPACED if takes(scheduler, name)}
+    low, high = full.sigma_range
+    if not (low * (1 - 1e-6) <= sigmas[-1] and sigmas[0] <= high * (1 + 1e-6)):
+        raise InputError(
+            f"a grid from sigma {sigmas[0]:.4g} to {sigmas[-1]:.4g}; the schedule of {cls.__name__} runs from "
+            f"{high:.4g} to {low:.4g}. Choose levels inside it."
+        )
+    times = [full.time(min(max(s, low), high)) for s in sigmas]
+    if kind == WHOLE:
+        # Each its own step: those below make room for the ones above.
+        whole = [round(t) for t in times]
+        if whole[0] < steps - 1:
+            raise InputError(f"{steps} steps are more than the {whole[0] + 1} levels from sigma {sigmas[0]:.4g} down.")
+        for i in range(1, steps):
+            whole[i] = max(min(whole[i], whole[i - 1] - 1), steps - 1 - i)
+        times = [float(t) for t in whole]
+    elif not all(np.all(np.diff(np.asarray(v, dtype=np.float32)) < 0) for v in (times, sigmas)):
+        raise InputError(f"{steps} steps are more than the levels that {cls.__name__} can tell apart. Ask for fewer.")
+    if kind == PLACES:
+        ready = cls.from_config(config, sigma_max=sigmas[0], sigma_min=sigmas[-1], sigma_schedule="karras")
+        rho = float(ready.config.rho)
+        roots = torch.tensor(sigmas, dtype=torch.float64) ** (1 / rho)
+        # Of one step any place does: it lies where sigma_max is.
+        given = {"sigmas": (roots - roots[0]) / (roots[-1] - roots[0]) if steps > 1 else torch.zeros(1)}
+        return _given(ready, num_inference_steps=steps, **given)
+    ready = cls.from_config(config, **unspaced)
+    if kind == SIGMAS:
+        return _given(ready, sigmas=[*sigmas, 0.0])
+    if kind == FLOW:
+        _check_flow(cls.__name__, config)
+        shift = float(config.get("shift") or 1.0)
+        part = [t / full.t_max for t in times]
+        return _given(ready, sigmas=[s / (shift - (shift - 1) * s) for s in part])
+    return _given(ready, timesteps=[round(t) for t in times] if kind == WHOLE else times)
+
+
+def visited(scheduler: Scheduler, full: Schedule) -> list[float]:
+    """The levels sigma that the steps of a ready scheduler begin at, each once; infinite for pure noise."""
+    kind = FLOW if flow_sigmas(scheduler) else KINDS.get(type(scheduler).__name__, STEPS)
+    if kind == STEPS:
+        levels = [full.level(float(t)).sigma for t in scheduler.timesteps]
+    else:
+        levels = [float(s) for s in scheduler.sigmas[:-1]]
+        if kind == FLOW:
+            levels = [math.inf if s >= 1 else s / (1 - s) for s in levels]
+    return sorted({s for s in levels if s > 0}, reverse=True)
 
 
 def begins_at(scheduler: Scheduler, full: Schedule) -> NoiseLevel:
@@ -146,6 +290,14 @@ def _cut_flow_sigmas(scheduler: Scheduler, level: NoiseLevel, steps: int) -> Sch
     return ready
 
 
+def _check_flow(name: str, config: Values) -> None:
+    if config.get("use_dynamic_shifting") or config.get("invert_sigmas") or config.get("shift_terminal"):
+        raise InputError(
+            f"{name} with dynamic shifting, inverted sigmas or a shifted terminal cannot be cut; pass a scheduler with "
+            "a fixed shift."
+        )
+
+
 def cut_scheduler(scheduler: Scheduler, level: NoiseLevel, steps: int, full: Schedule) -> Scheduler:
     """A ready scheduler whose first level is ``level`` or the nearest that it can offer.
 
@@ -158,11 +310,7 @@ def cut_scheduler(scheduler: Scheduler, level: NoiseLevel, steps: int, full: Sch
     if KINDS[name] == EDM:
         return timed(cls.from_config(config, sigma_max=level.sigma), steps)
     if KINDS[name] == FLOW:
-        if config.get("use_dynamic_shifting") or config.get("invert_sigmas") or config.get("shift_terminal"):
-            raise InputError(
-                f"{name} with dynamic shifting, inverted sigmas or a shifted terminal cannot be cut; pass a scheduler "
-                "with a fixed shift."
-            )
+        _check_flow(name, config)
         shorter = cls.from_config(config)
         s, shift = level.sigma / (1 + level.sigma), float(config.get("shift") or 1.0)
         # set_timesteps runs from sigma_max down and applies the shift: hand it the unshifted start.

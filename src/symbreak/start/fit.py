@@ -19,17 +19,24 @@ from symbreak.laws.class_posterior import Labels
 from symbreak.laws.law import Law, Transports
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Batches, Denoiser, Denoises
+from symbreak.networks.families import as_unet, denoises, posing
 from symbreak.networks.families import denoiser as adapted_denoiser
-from symbreak.networks.families import denoises, posing
 from symbreak.networks.latents import Latents
 from symbreak.networks.types import Network, Pipeline, Scheduler
 from symbreak.noise import NoiseLevel, Schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
-from symbreak.start.choose import choose
-from symbreak.start.cut_schedule import check_scheduler, check_steps, check_unclipped, schedule_of
-from symbreak.start.late_start import LateStart, LateStartWarning, cut
+from symbreak.start.choose import Measured, choose, free_start
+from symbreak.start.cut_schedule import (
+    check_levels,
+    check_scheduler,
+    check_steps,
+    check_unclipped,
+    no_levels,
+    schedule_of,
+)
+from symbreak.start.late_start import Grid, LateStart, LateStartWarning, cut, on_grid, standard_start
 
 __all__ = ["candidate_laws", "cluster_count", "fit_start", "gaussian_law", "late_start"]
 
@@ -77,6 +84,7 @@ def late_start(
     labels: Labels | None = None,
     check: bool = True,
     run: Run | None = None,
+    grid: str | Sequence[float] | Grid | None = None,
 ) -> LateStart:
     """Cut a scheduler so that it begins at a level, and start there from a law.
 
@@ -86,21 +94,26 @@ def late_start(
         steps: num_inference_steps below the start; ``.calls`` says how many network evaluations they cost.
         at: ``"auto"`` weighs what the law costs against what the sampler costs (docs/choosing-a-start.md)
             and may choose the standard start (``law`` is then ``None``); it needs ``denoiser`` and ``data``,
-            and without them falls back to ``"speciation"`` (spectral). Or a `NoiseLevel`, a `CriticalTime`,
-            or a step of the schedule.
+            and without them falls back to ``"speciation"`` (spectral). ``"standard"`` chooses among grids for the
+            standard start only. Or a `NoiseLevel`, a `CriticalTime`, or a step of the schedule.
         denoiser: for ``"auto"``: the network as a `Denoiser`, from `denoiser`.
         data: for ``"auto"``: at least 16 images, better 256, best ones that neither law nor network saw.
         labels: for ``"auto"`` with a class-conditional network: class of every image in ``data``.
         check: warn where the level lies below the spectral speciation level, or where ``"auto"`` finds signs
             that the start is not to be trusted.
         run: for ``"auto"``: its progress counts the levels of the losses and the grids that are tried.
+        grid: levels of the steps. ``None``: the scheduler's own, or for ``"auto"`` the best of three. ``"free"``: found
+            together with the start level on the sampler's cost, never worse in it than those three, without a network
+            evaluation. ``"entropic"``: equal steps of the rescaled entropy rate, measured on the network
+            (arXiv:2504.13612). Or falling sigmas, or the ``grid`` of another start.
 
     Returns:
         A `LateStart`: ``start(noise)`` is the state that ``start.scheduler.step`` expects first.
 
     Raises:
         InputError: for a scheduler that cannot be cut, a level outside the schedule, more steps
-            than the cut schedule has, or shapes and ranges that do not fit.
+            than the cut schedule has, or shapes and ranges that do not fit; for a grid that does not fall, has another
+            number of steps, or was made for another network.
 
     Warns:
         LateStartWarning: where the start is later than the spectral speciation level, or not to be trusted.
@@ -115,12 +128,17 @@ def late_start(
         if not hasattr(one, "transport"):
             raise InputError(f"{type(one).__name__} is no law to start from: it has no .transport(noise, sigma).")
     check_steps(steps)
-    automatic = isinstance(at, str) and at == "auto"
+    if grid is not None and not isinstance(grid, str):
+        return _on_levels(scheduler, laws, int(steps), at, denoiser, grid)
+    if grid not in (None, "free", "entropic"):
+        raise InputError(f"grid={grid!r}; expected 'free', 'entropic', a start's grid, or falling sigmas.")
+    standard = isinstance(at, str) and at == "standard"
+    automatic = standard or (isinstance(at, str) and at == "auto")
     if automatic and (denoiser is None) != (data is None):
         came, wanted = ("data", "denoiser") if denoiser is None else ("denoiser", "data")
-        raise InputError(f"at='auto' came with {came}= but without {wanted}=. Pass both, or neither.")
+        raise InputError(f"at={at!r} came with {came}= but without {wanted}=. Pass both, or neither.")
     if automatic and denoiser is not None and data is not None:
-        start, choice = choose(scheduler, laws, int(steps), denoiser, data, labels, run=run)
+        start, choice = choose(scheduler, laws, int(steps), denoiser, data, labels, 0, run, grid, standard)
         if check:
             for note in choice.signatures:
                 warnings.warn(note, LateStartWarning, stacklevel=2)
@@ -131,9 +149,12 @@ def late_start(
             "or one law."
         )
     law = laws[0]
-    requested = _resolve("speciation" if automatic else at, law, schedule_of(scheduler))
-    start = cut(scheduler, law, steps, requested)
-    if check and hasattr(law, "moments"):
+    requested = None if standard else _resolve("speciation" if automatic else at, law, schedule_of(scheduler))
+    if standard or grid is not None:
+        start = _found(scheduler, law, int(steps), requested, grid)
+    else:
+        start = cut(scheduler, law, steps, cast(NoiseLevel, requested))
+    if check and start.law is not None and hasattr(law, "moments"):
         spectral = speciation_time(cast(Law, law))
         if spectral.sigma is not None and start.level.sigma < spectral.sigma * (1 - 0.02):
             note = (
@@ -144,6 +165,41 @@ def late_start(
             start = replace(start, notes=(*start.notes, note))
             warnings.warn(note, LateStartWarning, stacklevel=2)
     return start
+
+
+def _found(scheduler: Scheduler, law: Transports, steps: int, level: NoiseLevel | None, grid: str | None) -> LateStart:
+    """A start at a level, or the standard one, on a grid that needs no network."""
+    if grid == "entropic":
+        raise InputError("grid='entropic' is measured on a network. Pass at='auto' or 'standard', denoiser= and data=.")
+    if grid is None:
+        raise InputError("at='standard' chooses a grid, but none was named. Pass grid='free', or denoiser= and data=.")
+    if not (isinstance(law, Denoises) and hasattr(law, "moments")):
+        raise InputError(f"{type(law).__name__} has no .denoise and .moments, which a free grid needs. Leave grid out.")
+    reason = no_levels(scheduler)
+    if reason:
+        start = standard_start(scheduler, steps) if level is None else cut(scheduler, law, steps, level)
+        return replace(start, notes=(*start.notes, f"{reason}; its own grid was taken instead of the grid free."))
+    return free_start(scheduler, cast(Measured, law), steps, level)
+
+
+def _on_levels(
+    scheduler: Scheduler,
+    laws: Sequence[Transports],
+    steps: int,
+    at: object,
+    denoiser: Denoises | Denoiser | None,
+    grid: Sequence[float] | Grid,
+) -> LateStart:
+    """A start on levels that are given, from the first of them."""
+    made = grid if isinstance(grid, Grid) else Grid("given", check_levels(grid, steps))
+    check_levels(made.sigmas, steps)
+    if at not in ("auto", "standard"):
+        raise InputError(f"at={at!r} came with a grid, which begins at sigma {made.sigmas[0]:.4g}. Leave at out.")
+    if len(laws) > 1:
+        raise InputError(f"{len(laws)} laws came with a grid of given levels; expected one law.")
+    if denoiser is not None:
+        made.check(as_unet(denoiser, scheduler).parameters())
+    return on_grid(scheduler, None if at == "standard" else laws[0], made)
 
 
 def gaussian_law(data: Images) -> Gaussian:
@@ -189,6 +245,8 @@ def fit_start(
     clusters: int | None = None,
     check: bool = True,
     run: Run | None = None,
+    grid: str | None = None,
+    at: str = "auto",
     **condition: Any,
 ) -> LateStart:
     """From a data set and a network to a start, in one call: fit the laws, choose among them.
@@ -203,6 +261,8 @@ def fit_start(
         clusters: see `candidate_laws`.
         check: as in `late_start`.
         run: its progress counts the levels of the losses and the grids that are tried.
+        grid: ``"free"`` or ``"entropic"``, see `late_start`.
+        at: ``"auto"``, or ``"standard"`` for the standard start's grid only.
         **condition: of the network, such as ``prompt`` of a pipeline; see `denoiser`.
 
     Raises:
@@ -244,6 +304,8 @@ def fit_start(
         labels = getattr(holdout, "labels", None)
         if labels is None:
             raise InputError("the network is class-conditional, but the images to choose with have no labels.")
+    if at not in ("auto", "standard"):
+        raise InputError(f"at={at!r}; expected 'auto' or 'standard'. Use late_start for a level.")
     laws = candidate_laws(data, clusters)
-    start = late_start(scheduler, laws, steps, denoiser=network, data=holdout, labels=labels, check=check, run=run)
+    start = late_start(scheduler, laws, steps, at, network, holdout, labels, check, run, grid)
     return start.of(data)

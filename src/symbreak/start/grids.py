@@ -7,7 +7,7 @@ import math
 import torch
 
 from symbreak.networks.types import Scheduler
-from symbreak.noise import NoiseLevel
+from symbreak.noise import NoiseLevel, flow_sigmas
 from symbreak.runtime.files import InputError
 from symbreak.start.cut_schedule import check_steps, takes
 from symbreak.start.late_start import LateStart, standard_start
@@ -66,7 +66,8 @@ def grids(scheduler: Scheduler) -> dict[str, Scheduler]:
             f"{type(scheduler).__name__} with the variance_type {config['variance_type']!r} cannot be tried without "
             "its network. Set variance_type='fixed_small' or use another sampler; at= with a level works."
         )
-    if not takes(scheduler, "use_karras_sigmas") or any(config.get(name) for name in OTHER_GRIDS):
+    others = any(config.get(name) for name in OTHER_GRIDS) or flow_sigmas(scheduler)
+    if not takes(scheduler, "use_karras_sigmas") or others:
         return {"own": scheduler}
     other = not config.get("use_karras_sigmas")
     return {

@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -31,28 +32,82 @@ from symbreak.runtime.files import InputError, read_tensors, write_tensors
 from symbreak.runtime.plain import Values
 from symbreak.runtime.shown import Shown, axes
 from symbreak.start.cut_schedule import (
+    GRIDS,
     SUPPORTED,
     begins_at,
+    check_levels,
     check_scheduler,
     check_steps,
     cut_scheduler,
     schedule_of,
+    scheduler_on,
     takes,
     timed,
+    visited,
 )
 from symbreak.start.in_pipeline import hold, pipeline_arguments
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["SUPPORTED", "LateStart", "LateStartWarning", "check_same_network", "cut", "law_in_words", "standard_start"]
+__all__ = [
+    "SUPPORTED",
+    "Grid",
+    "LateStart",
+    "LateStartWarning",
+    "check_same_network",
+    "cut",
+    "law_in_words",
+    "on_grid",
+    "standard_start",
+]
 
-FORMAT, VERSION = "symbreak.start", "1"
+FORMAT, VERSIONS = "symbreak.start", ("1", "2")  # 2: with a grid of its own
 LAW = "law."  # prefix of the law's tensors and metadata in the file of a start
 
 
 class LateStartWarning(UserWarning):
     """A late start is legal but outside the range where theory vouches for it."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Levels of all steps, made for one number of steps.
+
+    Attributes:
+        name: how they were found: "free", "entropic" or "given".
+        sigmas: falling, one a step; the last step goes down to 0.
+        network: what tells the network that they were made for from others (`mark`); ``None`` fits any.
+        evaluations: network evaluations that were spent to find them, besides those that choose a start.
+    """
+
+    name: str
+    sigmas: tuple[float, ...]
+    network: tuple[float, float] | None = None
+    evaluations: int = 0
+
+    @staticmethod
+    def mark(weights: Iterable[torch.Tensor]) -> tuple[float, float] | None:
+        """Count and root mean square of a network's weights, which survive other precisions; ``None`` without any."""
+        sizes, squares = 0, 0.0
+        for w in {id(w): w for w in weights}.values():
+            sizes, squares = sizes + w.numel(), squares + float(w.detach().float().square().sum(dtype=torch.float64))
+        return (float(sizes), math.sqrt(squares / sizes)) if sizes else None
+
+    def check(self, weights: Iterable[torch.Tensor]) -> None:
+        """A network with other weights than the one that the grid was made for raises an error."""
+        other = None if self.network is None else self.mark(weights)
+        if self.network is None or other is None:
+            return
+        if other[0] != self.network[0] or not math.isclose(other[1], self.network[1], rel_tol=1e-3):
+            raise InputError(
+                f"the {self.name} grid was made for a network of {self.network[0]:,.0f} weights of mean square "
+                f"{self.network[1] ** 2:.4g}; this one has {other[0]:,.0f} of {other[1] ** 2:.4g}. Fit a start for it."
+            )
+
+    def to_dict(self) -> Values:
+        """Plain values, for records."""
+        return {"name": self.name, "sigmas": list(self.sigmas), "evaluations": self.evaluations}
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,6 +125,7 @@ class LateStart(Shown):
         choice: why it was chosen, where ``at="auto"`` did.
         pictures: whether samples of the shape of pictures are pixels, which `generate` cuts to [-1, 1].
         units: of the network's samples, where they are no pictures: what brings them back to the data's own.
+        grid: levels of the steps that were found for them; ``None`` where the scheduler makes its own.
     """
 
     scheduler: Scheduler
@@ -82,6 +138,7 @@ class LateStart(Shown):
     choice: Any | None = None
     pictures: bool = True
     units: Units | None = None
+    grid: Grid | None = None
 
     def __post_init__(self) -> None:
         hold(self.scheduler)  # pipelines set its timesteps themselves
@@ -214,6 +271,7 @@ class LateStart(Shown):
             "level": self.level.to_dict(),
             "law": None if self.law is None else repr(self.law),
             "notes": list(self.notes),
+            **({} if self.grid is None else {"grid": self.grid.to_dict()}),
             "choice": None if self.choice is None else self.choice.to_dict(),
         }
 
@@ -236,8 +294,10 @@ class LateStart(Shown):
             "law": self.law is not None,
             **({} if self.pictures else {"pictures": False}),
             **({} if self.units is None else {"units": self.units.to_dict()}),
+            **({} if self.grid is None else {"grid": self.grid.to_dict() | {"network": self.grid.network}}),
         }
-        metadata = {"format": FORMAT, "version": VERSION, "start": json.dumps(about, sort_keys=True)}
+        version = VERSIONS[self.grid is not None]
+        metadata = {"format": FORMAT, "version": version, "start": json.dumps(about, sort_keys=True)}
         tensors = {"asked": _pair(self.asked), **self._realised()}
         if self.law is not None:
             law, head = law_tensors(self.law)
@@ -258,10 +318,10 @@ class LateStart(Shown):
             raise InputError(
                 f"{path} holds no start (format {metadata.get('format')}). Expected one of LateStart.save."
             )
-        if metadata.get("version") != VERSION:
+        if metadata.get("version") not in VERSIONS:
             raise InputError(
                 f"{path} is a start saved by a newer symbreak (start version {metadata.get('version')}, this one reads "
-                f"{VERSION}). Update it."
+                f"{', '.join(VERSIONS)}). Update it."
             )
         try:
             about = json.loads(metadata["start"])
@@ -274,13 +334,18 @@ class LateStart(Shown):
                 raise InputError(f"{path} names the scheduler {name}, which diffusers does not have. Update diffusers.")
             check_settings(about["scheduler"], path)  # of a text diffusers would ask the hub
             full = kind.from_config(about["scheduler"])
-            level = NoiseLevel(*tensors["asked"].tolist())
+            level, law = NoiseLevel(*tensors["asked"].tolist()), None
             if about["law"]:
                 parts = {key.removeprefix(LAW): t for key, t in tensors.items() if key.startswith(LAW)}
                 head = {key.removeprefix(LAW): text for key, text in metadata.items() if key.startswith(LAW)}
-                start = cut(full, law_from_tensors(parts, head, path), steps, level)
+                law = law_from_tensors(parts, head, path)
+            if "grid" in about:
+                saved = about["grid"]
+                mark = saved["network"] and (float(saved["network"][0]), float(saved["network"][1]))
+                grid = Grid(str(saved["name"]), check_levels(saved["sigmas"], steps), mark, int(saved["evaluations"]))
+                start = on_grid(full, law, grid)
             else:
-                start = standard_start(full, steps)
+                start = standard_start(full, steps) if law is None else cut(full, law, steps, level)
             units = Units.of(about["units"]) if "units" in about else None
             pairs = [(value, tensors[key]) for key, value in start._realised().items()]
             # Another machine's logarithm may differ in the last digits; another rule of diffusers in the first.
@@ -329,7 +394,26 @@ class LateStart(Shown):
         certificate = getattr(self.law, "certificate", lambda sigma: None)(self.level.sigma)
         low_rank = (certificate.sentence(),) if certificate is not None and certificate.modes else ()
         text = " ".join((head, *low_rank, *self.notes))
-        return text if self.choice is None else f"{text}\n{self.choice.table()}"
+        return "\n".join((text, *self._grids(), *(() if self.choice is None else (self.choice.table(),))))
+
+    def _grids(self) -> list[str]:
+        """The levels of a grid of its own beside the scheduler's, from the same level down."""
+        if self.grid is None:
+            return []
+        rows = {self.grid.name: self.scheduler}
+        for name, karras in (("Karras", True), ("uniform", False)):
+            if karras and not takes(self.full, GRIDS[0]):
+                continue
+            spaced = {g: karras and g == GRIDS[0] for g in GRIDS if takes(self.full, g)}
+            with suppress(InputError):  # more steps than these grids have
+                other = type(self.full).from_config(self.full.config, **spaced)
+                usual = cut(other, self.law, self.steps, self.level) if self.law else standard_start(other, self.steps)
+                rows[name] = usual.scheduler
+        full = schedule_of(self.full)
+        lines = [f"{name:>9}: " + " ".join(f"{s:.4g}" for s in visited(made, full)) for name, made in rows.items()]
+        cost = self.grid.evaluations
+        spent = [f"The grid cost {cost:,} network evaluations of one image, once."] if cost else []
+        return [f"levels of the {self.steps} steps, then 0:", *lines, *spent]
 
 
 def _pair(level: NoiseLevel) -> torch.Tensor:
@@ -378,6 +462,23 @@ def cut(scheduler: Scheduler, law: Transports, steps: int, level: NoiseLevel) ->
         name = type(scheduler).__name__
         notes = (f"The grid of {name} begins at sigma {begins.sigma:.4g} instead of {level.sigma:.4g}.",)
     return LateStart(ready, begins, law, int(steps), level, scheduler, notes)
+
+
+def on_grid(scheduler: Scheduler, law: Transports | None, grid: Grid) -> LateStart:
+    """A start on the levels of a grid, from a law or from white noise, or on the nearest that the network knows.
+
+    Args:
+        scheduler: a diffusers scheduler that takes levels; it is not changed.
+        law: the law to start from; ``None`` is white noise.
+        grid: its first level is where the start begins.
+
+    Raises:
+        InputError: for a scheduler that takes no levels, levels outside its schedule, or more than it tells apart.
+    """
+    full = schedule_of(scheduler)
+    ready = scheduler_on(scheduler, grid.sigmas, full)
+    begins = begins_at(ready, full)
+    return LateStart(ready, begins, law, len(grid.sigmas), begins, scheduler, grid=grid)
 
 
 def standard_start(scheduler: Scheduler, steps: int, spacing: str | None = None) -> LateStart:

@@ -89,6 +89,8 @@ def check_shape(unet: Network, start: LateStart, micro_batch: int) -> tuple[int,
         raise InputError(
             f"the start's law has the shape {tuple(start.law.shape)}, the network {shape}. Fit it on such data."
         )
+    if start.grid is not None:
+        start.grid.check(unet.parameters())
     if not (start.pictures and is_picture(shape)):
         check_unclipped(start.full, f"samples of {' x '.join(map(str, shape))}")
     return shape
