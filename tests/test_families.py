@@ -1,6 +1,8 @@
 """Every family of networks: denoised, sampled from a late start, diagnosed; and as an exact law behind its own face."""
 
 import functools
+import re
+from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -285,3 +287,31 @@ def test_flow_matching_of_data_at_one_with_the_time_last():
     x = torch.randn(3, 1, 8, 8, dtype=torch.float64)
     torch.testing.assert_close(d(x, 0.7), law.denoise(x, 0.7), rtol=1e-6, atol=1e-6)
     assert set(TABLE) >= {"unet", "transformer", "packed", "plain", "time-first", "edm", "k-diffusion", "azula"}
+
+
+@torch.no_grad()
+def test_the_page_runs(monkeypatch):
+    page = Path(__file__).parents[1] / "docs" / "my-own-network.md"
+    codes = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(codes) == 4
+    law = sb.Gaussian.fit(sb.images("digits"))
+    unet = sb.as_unet(law, sb.scheduler("ddpm"))
+    vae = nets.vae()
+    pictures = torch.rand(100, 3, 16, 16, generator=torch.Generator().manual_seed(4)) * 2 - 1
+    net = nets.posed("Stable Diffusion", sb.Gaussian.fit(sb.encode(vae, pictures).images()))
+    pipe = nets.text_pipelines("Stable Diffusion", net, scheduler_of("Stable Diffusion"))
+    pipe.vae = vae
+    names = {
+        "sb": sb, "pipe": pipe, "pictures": pictures, "words": nets.text(), "data": sb.images("digits"),
+        "net": lambda x, t: unet(x, t, return_dict=False)[0],
+        "prompts": {"prompt_embeds": nets.text(), "height": 64, "width": 64},
+        "odd_network": lambda d: {"noise": unet(d["image"], d["step"], return_dict=False)[0]},
+        "score_network": lambda x, sigma: law.score(x, sigma),
+    }  # fmt: skip
+    for code in codes:
+        exec(code, names)
+        d, x = names["d"], torch.randn(2, *names["d"].shape, dtype=torch.float64)
+        if d.shape == law.shape:
+            torch.testing.assert_close(d(x, 0.9), law.denoise(x, 0.9), rtol=1e-5, atol=1e-5)
+    assert names["pictures"].shape == (4, 3, 16, 16)
+    assert names["samples"].shape == (4, 1, 8, 8)
