@@ -1,6 +1,7 @@
 """Every family of networks: denoised, sampled from a late start, diagnosed; and as an exact law behind its own face."""
 
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -8,8 +9,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
+from PIL import Image
 
 import symbreak as sb
+from symbreak.cli.commands import main
 from symbreak.networks.adapters import FAMILIES as TABLE
 from symbreak.networks.denoiser import class_count, null_label
 from symbreak.runtime.errors import InputError
@@ -315,3 +319,73 @@ def test_the_page_runs(monkeypatch):
             torch.testing.assert_close(d(x, 0.9), law.denoise(x, 0.9), rtol=1e-5, atol=1e-5)
     assert names["pictures"].shape == (4, 3, 16, 16)
     assert names["samples"].shape == (4, 1, 8, 8)
+
+
+# the command line
+
+
+def words():
+    """A tiny text encoder and tokenizer of four words."""
+    vocab = {w: i for i, w in enumerate(["<|startoftext|>", "<|endoftext|>", "a</w>", "c", "a", "t</w>", "cat</w>"])}
+    tokenizer = transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=8)
+    settings = transformers.CLIPTextConfig(
+        vocab_size=16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return {"tokenizer": tokenizer, "text_encoder": transformers.CLIPTextModel(settings).eval()}
+
+
+@pytest.fixture(scope="module")
+def text_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text") / "p"
+    full = diffusers.DDIMScheduler(clip_sample=False)
+    diffusers.StableDiffusionPipeline(
+        vae=nets.vae(), unet=nets.conditional_unet(), scheduler=full, **words(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+    rows = np.random.default_rng(0).integers(0, 255, (100, 16, 16, 3), dtype=np.uint8)
+    np.savez(folder.parent / "data.npz", images=rows, labels=np.arange(100) % 2)
+    return folder
+
+
+def bright(x):
+    """Two classes of pictures."""
+    assert x.shape[1:] == (3, 16, 16)
+    return (x.mean((1, 2, 3)) > 0).long()
+
+
+def command(*arguments):
+    with pytest.raises(SystemExit) as left:
+        main([str(a) for a in arguments])
+    return left.value.code
+
+
+def test_sample_a_prompt(text_folder, tmp_path, capsys):
+    common = ["sample", "--model", text_folder, "--sampler", "ddim", "--steps", 2, "--seeds", "0-1"]
+    assert command(*common, "--prompt", "a cat", "--guidance", 2, "--out", tmp_path / "o") == 0
+    with Image.open(tmp_path / "o" / "00000001.png") as picture:
+        assert picture.size == (16, 16)
+    assert json.loads((tmp_path / "o" / "sample.json").read_text())["prompt"] == "a cat"
+    capsys.readouterr()
+    for more, line in [
+        (("--prompt", "cat", "--class", "3"), "which are of classes"),
+        ((), "works on latents"),
+        (("--prompt", "cat", "--out", tmp_path / "o"), "holds images made with other settings"),
+    ]:
+        out = () if "--out" in more else ("--out", tmp_path / "q")
+        assert command(*common, *more, *out) == 2
+        assert line in capsys.readouterr().err
+    assert command("sample", "--prompt", "a cat", "--out", tmp_path / "q") == 2
+    assert "takes no prompt: its network has no text" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_phases_of_a_prompt(text_folder, tmp_path, capsys):
+    data = text_folder.parent / "data.npz"
+    sizes = ["--pairs", 10, "--steps", 4, "--branches", 3, "--quick"]
+    model = ["--model", text_folder, "--prompt", "a cat", "--classify", "tests.test_families:bright"]
+    assert command("phases", "--data", data, *model, *sizes, "--out", tmp_path / "r") == 0
+    record = json.loads((tmp_path / "r" / "record.json").read_text())
+    assert any("bright of decoded images" in note for note in record["content"]["notes"])
+    assert {"cloning", "U-turn, class"} <= {row["name"] for row in record["content"]["criteria"]}

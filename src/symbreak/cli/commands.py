@@ -41,6 +41,7 @@ from symbreak.cli.options import (
     memory_size,
     option,
     required,
+    told,
     warnings_as_lines,
 )
 from symbreak.runtime.errors import InputError, visible
@@ -121,6 +122,7 @@ def phases(
     steps: Annotated[int | None, option(None, "sampler steps of a trajectory (default 40)")] = None,
     branches: Annotated[int | None, option(None, "branch levels of the clones (default 12)")] = None,
     null_label: NullLabel = None,
+    prompt: Annotated[str | None, option(None, "of a text-to-image pipeline; its images are decoded")] = None,
     seed: Annotated[int, option(None, "of all noise")] = 0,
     quick: Annotated[bool, flag(None, "about a minute on the digits: wider intervals")] = False,
     reading: Reading = Reading(),
@@ -150,22 +152,38 @@ def phases(
         return
     effort = Effort().quick() if quick else Effort()
     with running(out, memory_size(memory)) as work:
-        pipe = machine.load_if(model, classes=True)
+        pipe: Any = None if prompt is not None else machine.load_if(model, classes=True)
         if null_label is not None:
             pipe = _without_condition(pipe, null_label)
         named = None if classify in (None, "classifier") else extractor(str(classify))
+        judge: Any = getattr(named, "function", named)  # a callable may give classes, which are no features
         opened = reading.open(data, limit)
+        unseen = reading.open_if(holdout, opened)
+        if prompt is not None:
+            text = told(machine.load(required(model, "--model"), prompt=True), prompt)
+            opened, unseen, pipe = text.encode(opened), text.encode(unseen), text.unet
+            judge = judge if judge is None or text.decode is None else _decoded(judge, text.decode)
         record = diagnose(
             opened,
             pipe,
-            holdout=reading.open_if(holdout, opened),
-            classify=getattr(named, "function", named),  # a callable may give classes, which are no features
+            holdout=unseen,
+            classify=judge,
             clusters=clusters,
             effort=replace(effort, **{k: v for k, v in sizes.items() if v is not None}),
             seed=seed,
             run=work,
         )
     say_record(record, out, as_json)
+
+
+def _decoded(judge: Any, decode: Any) -> Any:
+    """A classifier of pictures asked of latents."""
+
+    def classify(latents: Any) -> Any:
+        return judge(decode(latents))
+
+    classify.__name__ = f"{getattr(judge, '__name__', 'classifier')} of decoded images"
+    return classify
 
 
 def _without_condition(pipe: Any, null: int) -> Any:
@@ -313,14 +331,22 @@ def sample(
     if not reads and opened is not None and opened.units is None:
         raise InputError(misplaced)
     with running(out) as work:
-        pipe = machine.load(model, classes=True)
+        pipe: Any = machine.load(model, classes=True, prompt=conditions.prompt is not None)
         held_out = None if opened is None else reading.open_if(holdout, opened)
+        text = conditions.prompt
+        if text is not None:
+            pipe = told(pipe, text, conditions.guidance)
+            opened, held_out = pipe.encode(opened), pipe.encode(held_out)
         begin = None if auto else beginning.plan(pipe, steps=5)  # before a window is looked for
-        unet, classes, about = conditions.applied(pipe, opened, held_out, work.unstored())
+        if text is None:
+            unet, classes, about = conditions.applied(pipe, opened, held_out, work.unstored())
+        else:
+            unet, classes, about = pipe.unet, None, {"prompt": text}
         if begin is None:
             begin = beginning.fit(pipe, cast("Images", opened), held_out, clusters, steps=5)
         settings = decisive(unet, begin, micro_batch, {**beginning.names(model, machine, pipe), **about})
-        made = write_images(unet, begin, wanted, out, settings, classes, micro_batch=micro_batch, data=opened, run=work)
+        more = {"data": opened} if text is None else {"decode": pipe.decode}
+        made = write_images(unet, begin, wanted, out, settings, classes, micro_batch=micro_batch, run=work, **more)
     value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": made}
     together = [path for path in (out / "samples.csv", out / "samples.npy") if path.is_file()]
     lines = [begin.explain(), *guided_lines(settings), f"{made} of {len(wanted)} samples made: {out}"]

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Parameter
@@ -195,12 +197,13 @@ class Machine:
             return self.device
         return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
-    def load(self, model: str, classes: bool = False) -> Pipeline:
-        """The pipeline that a model names; one of a class-conditional network only where there are classes to give."""
+    def load(self, model: str, classes: bool = False, prompt: bool = False) -> Pipeline:
+        """The pipeline that a model names; one that needs a class or a prompt only where there is one to give."""
         from symbreak.start.loading import load_pipeline, refuse_conditional
 
         pipe = load_pipeline(model, device=self.place(), precision=self.precision, compiled=self.compiled)
-        refuse_conditional(pipe, model, classes)
+        if not prompt:
+            refuse_conditional(pipe, model, classes)
         return pipe
 
     def load_if(self, model: str | None, classes: bool = False) -> Any:
@@ -337,6 +340,8 @@ class Conditions:
         option(None, "guide at sigma LOW,HIGH only; auto: where the class is decided, by --data (default: everywhere)"),
     ] = None
 
+    prompt: Annotated[str | None, option(None, "of a text-to-image pipeline: what it is told")] = None
+
     @property
     def needs_data(self) -> bool:
         """Whether labelled data decide something."""
@@ -346,6 +351,10 @@ class Conditions:
         """Raise what can be known before anything is loaded."""
         if model is None and self != Conditions():
             raise InputError("--class, --null-label, --guidance and --window belong to a network. Add --model.")
+        if self.prompt is not None and (self.of_class, self.null_label, self.window) != (None, None, None):
+            raise InputError(
+                "--prompt came with --class, --null-label or --window, which are of classes. Leave them out."
+            )
         if self.guidance is None and self.window is not None:
             raise InputError(f"--window {self.window} came without a scale of guidance. Add --guidance, such as 2.")
         if self.window != "auto":
@@ -391,7 +400,12 @@ class Conditions:
         Args:
             data, unseen: see `classes` and `network`.
             run: see `network`.
+
+        Raises:
+            InputError: for a prompt, with which only `told` knows what to do.
         """
+        if self.prompt is not None:
+            raise InputError("--prompt is for sample and phases: sample with it, then pass the images as --samples.")
         classes = self.classes(pipe, data)
         unet, about = self.network(pipe, classes, unseen or data, run)
         return unet, classes, about | ({} if classes is None else {"classes": classes.to_dict()})
@@ -428,6 +442,27 @@ class Conditions:
             by_data = {"information": information.to_dict(), "predicted": predicted.to_dict()}
         model = guided(network, without, self.guidance, window)
         return model, {"guidance": {**model.guidance, "null_label": self.null_label, **by_data}}
+
+
+def told(pipe: Pipeline, prompt: str, scale: float | None = None) -> Any:
+    """A text-to-image pipeline as one of a denoiser that was told a prompt, guided away from none where a scale came.
+
+    It has ``unet``, ``scheduler``, ``decode`` from latents to pictures, and ``encode`` of images.
+    """
+    from symbreak.networks.families import denoiser
+    from symbreak.networks.guidance import guided
+    from symbreak.networks.latents import decode, encode
+
+    network: Any = denoiser(pipe, prompt=prompt)
+    schedule, vae = network.scheduler, getattr(pipe, "vae", None)
+    if scale is not None and scale != 1:
+        network = guided(network, denoiser(pipe, prompt=""), scale)
+    return SimpleNamespace(
+        unet=network,
+        scheduler=schedule,
+        decode=None if vae is None else partial(decode, vae),
+        encode=lambda data: data if vae is None or data is None else encode(vae, data).images(),
+    )
 
 
 def guided_lines(settings: Values) -> list[str]:

@@ -143,6 +143,8 @@ def of_pipeline(
     network, takes = network_in(pipe), inspect.signature(pipe.__call__).parameters
     passed = {k: v for k, v in arguments.items() if k in takes}
     rest = {k: v for k, v in arguments.items() if k not in takes}
+    if "prompt" in rest:
+        raise InputError(f"{type(pipe).__name__} takes no prompt: its network has no text. Leave it out.")
     family = network.family if isinstance(network, Adapted) else family_of(network)
     if "class_labels" in passed and len(passed) == 1:  # the network's own condition, and the pipeline's alike
         rest, passed = {**rest, **passed}, {}

@@ -499,6 +499,7 @@ def write_images(
     *,
     micro_batch: int = 64,
     data: Images | None = None,
+    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
     run: Run | None = None,
 ) -> int:
     """One PNG a seed, ``00000007.png``, and ``sample.json`` with what decides them; an interrupted call continues.
@@ -513,6 +514,7 @@ def write_images(
         data: what the network was trained on, where the start does not know its units. All samples that are no pictures
             are also written together in the source's own units: ``samples.csv`` with the columns' names, or
             ``samples.npy`` of what is no vector.
+        decode: of a latent network: latents [n, *S] -> pictures [n, C, H, W] in [-1, 1], which are written.
         run: tells how many images are done.
 
     Returns:
@@ -535,6 +537,8 @@ def write_images(
         start.check_units(data)
     units = start.units if data is None else data.units
     pictures = pictures and units is None
+    if decode is not None:
+        pictures, units, shape = True, None, tuple(decode(torch.zeros(1, *shape)).shape[1:])
     suffix = "png" if pictures else "npy"
     with locked(folder):
         missing = agreed(lambda: _missing(folder, seeds, settings, shape, suffix))
@@ -545,7 +549,8 @@ def write_images(
 
         def made(first: int) -> Arrays:
             some = missing[first : first + micro_batch]
-            x = generate(unet, start, some, classes, micro_batch=micro_batch, clamp=pictures)
+            x = generate(unet, start, some, classes, micro_batch=micro_batch, clamp=pictures and decode is None)
+            x = x if decode is None else decode(x)
             if not pictures:
                 for seed, one in zip(some, x.numpy()):
                     write_whole(folder / f"{seed:08d}.npy", partial(_save, one))
