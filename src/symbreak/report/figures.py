@@ -384,6 +384,8 @@ def attributes_figure(content: Values) -> Figure:
         ends = [at if row[k] is None else row[k]["sigma"] for k in ("low", "high")]
         ax.plot(ends, [i, i], color=color, linewidth=1.5)
         ax.plot(at, i, "o", color=color, markersize=4.5, markerfacecolor=color if row["resolved"] else "white")
+        if row["free_entropy"]["level"] is not None:
+            ax.plot(row["free_entropy"]["level"]["sigma"], i, "|", color=COLORS[3], markersize=8)
     if content["spectral"]["level"] is not None:
         ax.axvline(content["spectral"]["level"]["sigma"], color=COLORS[1], linestyle=":", label="spectral, all images")
         ax.legend(frameon=False, fontsize=8, loc="lower left")

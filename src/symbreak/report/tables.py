@@ -255,9 +255,9 @@ def _attributes(record: Record, content: Values) -> tuple[dict[str, Table], list
     """The level of every attribute, highest first."""
     data, least = content["data"], content["resolved"]
     table = Table(
-        f"Attributes of {data['name']} ({data['count']:,} images, free entropy in {content['modes']} modes)",
+        f"Attributes of {data['name']} ({data['count']:,} images, in {content['modes']} modes)",
         ("attribute",),
-        ("share", "sigma", "OU time", f"step ({content['schedule']})", "balanced accuracy"),
+        ("share", "sigma, halfway", "OU time", f"step ({content['schedule']})", "sigma, free entropy", "told apart"),
         ("resolved",),
     )
     for row in content["rows"]:
@@ -265,13 +265,16 @@ def _attributes(record: Record, content: Values) -> tuple[dict[str, Table], list
         views = (span(row, key) for key in ("sigma", "ou_time", "step"))
         right = row["balanced_accuracy"]
         accuracy = measured(right["value"], right["low"], right["high"], ".1%")
-        table.add(row["attribute"], number(row["share"], ".1%"), *views, accuracy, said)
+        table.add(
+            row["attribute"], number(row["share"], ".1%"), *views, span(row["free_entropy"], "sigma"), accuracy, said
+        )
         if row["level"] is None and row["reason"]:
             table.notes.append(f"{row['attribute']}: {row['reason']}")
     spectral, unresolved = content["spectral"], sum(not row["resolved"] for row in content["rows"])
     table.notes += [
-        f"{unresolved} of {len(content['rows'])} attributes are not resolved: on images that they were not fitted to, "
-        f"the laws tell them apart with a balanced accuracy below {least:.0%}, and their levels say little.",
+        "Halfway: where images that the laws were not fitted to are told apart by half of what they are without noise. "
+        f"{unresolved} of {len(content['rows'])} attributes are not resolved: their balanced accuracy without noise "
+        f"(told apart) is below {least:.0%}, and their levels say little.",
         f"Spectral speciation of all images: sigma {span(spectral, 'sigma')}. Intervals: 95 % over the images.",
     ]
     return {"attributes": table}, content["notes"]

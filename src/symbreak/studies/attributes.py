@@ -1,25 +1,32 @@
-"""When is each attribute decided? The free-entropy level of every attribute of a data set, on one axis.
+"""When is each attribute decided? The levels of all attributes of a data set, on one axis.
 
-For an attribute such as Smiling the images with and without it are two Gaussians in the leading principal components,
-as `phases` has them for labels; its level is where a noised image with it stands out (E[L] = Std[L]). The interval
-leaves out a tenth of the images at a time; the same tenths say how well the two laws tell new images apart, and what is
-hardly told apart is marked: its level says little.
+For an attribute such as Smiling the images with and without it are two Gaussians in the leading principal components.
 
-Source: arXiv:2602.04404 (free entropy); attributes of faces: arXiv:2305.19693.
+    halfway        where noised images that the laws were not fitted to are told apart by half of what they are without
+                   noise: their balanced accuracy is halfway from chance
+    free entropy   E[L] = Std[L] for the fitted laws themselves, L their log odds: of two Gaussians of one covariance
+                   where 84 % are told apart. It counts their sampling errors as differences, so that rare attributes
+                   stand out too early
+
+Intervals leave out a tenth of the images at a time. What is hardly told apart at any level is marked: its levels say
+little.
+
+Source: halfway is derived; arXiv:2602.04404 (free entropy); attributes of faces: arXiv:2305.19693.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 
-from symbreak.critical import CriticalTime
+from symbreak.critical import CriticalTime, passing
 from symbreak.data.images import Images, describe
 from symbreak.data.labels import Classes, attributes
-from symbreak.intervals import jackknife, mean_interval
+from symbreak.intervals import jackknife
 from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.laws.clusters import coordinates
 from symbreak.metrics.attributes import RESOLVED
@@ -36,8 +43,9 @@ from symbreak.studies.diagnosis import view
 
 __all__ = ["attribute_levels"]
 
-MODES = 64  # leading components, of those with a variance above 1 % of the largest
+MODES = 64  # leading components
 GROUPS = 10
+LEVELS, RANGE, CLEAN = 32, (0.003, 3.0), 3  # in units of a whole sample's standard deviation; without noise
 FEWEST = 2 * GROUPS  # images of each class
 DRAWS = 5000  # of attributes with more than two classes
 
@@ -45,7 +53,7 @@ DRAWS = 5000  # of attributes with more than two classes
 def attribute_levels(
     data: Images, names: Sequence[str] | None = None, *, seed: int = 0, run: Run | None = None
 ) -> Record:
-    """The level at which each attribute of a data set is decided, with intervals.
+    """The levels at which each attribute of a data set is decided, with intervals.
 
     Args:
         data: images of a source with columns of attributes, see `symbreak.data.labels.attributes`.
@@ -54,8 +62,8 @@ def attribute_levels(
         run: the folder for ``record.json``, and for finished attributes meanwhile; memory of the moments.
 
     Returns:
-        A `Record` of kind ``"attributes"``; its content has ``rows``, one an attribute, highest level first: level with
-        interval, share, the level of either class, balanced accuracy, and whether it is resolved.
+        A `Record` of kind ``"attributes"``; its content has ``rows``, one an attribute, highest level first: ``level``
+        with interval (halfway), ``free_entropy`` with its own, share, balanced accuracy, and whether it is resolved.
 
     Raises:
         InputError: for an attribute that is not there (the names are listed), or with fewer than 20 images in a class.
@@ -77,8 +85,7 @@ def attribute_levels(
     with run.timed("spectrum") as part:
         gaussian = gaussian_law(data)
         part.tell(1, 1)
-        variances = gaussian.eigenvalues
-        p = min(MODES, int((variances > 0.01 * float(variances[0])).sum()))
+        p = max(1, min(MODES, gaussian.eigenvectors.shape[1], len(data) // GROUPS))
         a = coordinates(data, gaussian.moments.mean, gaussian.eigenvectors[:, :p])
     names_ = [name for name in wanted if rare[name] >= FEWEST]
     with run.timed("attributes") as part:
@@ -113,69 +120,84 @@ def _fewest(classes: Classes) -> int:
 
 
 def _measured(a: torch.Tensor, classes: Classes, seed: int) -> Arrays:
-    """log sigma of all images and without each group, of every class and of the first; right ones by group and class.
+    """How well images that the laws were not fitted to are told apart, by level, and the laws' own free-entropy levels.
 
     Args:
         a: coordinates of the images [N, p].
         classes: of the images.
+
+    Returns:
+        ``sigma`` [L]; ``right`` [GROUPS, K, L], how many of each group and class are told right at each level, ``of``
+        [GROUPS, K]; ``present`` [K]; ``free`` [1 + GROUPS], log sigma of the laws of all images and without each group.
     """
     known = classes.codes >= 0
     x, (present, y) = a[torch.from_numpy(known)], np.unique(classes.codes[known], return_inverse=True)
-    gaussian = Gaussian.fit([x])
-    whole = PrincipalMixture.fit(x, y, leading=x.shape[1], gaussian=gaussian, seed=seed)
+    gaussian, k = Gaussian.fit([x]), len(present)
+    variances, p = gaussian.eigenvalues, x.shape[1]
+    sigma = math.sqrt(float(variances.sum())) * np.geomspace(*RANGE, LEVELS)
+    fit = partial(PrincipalMixture.fit, leading=p, gaussian=gaussian, seed=seed)
+    whole = fit(x, y, sigma=math.sqrt(float(variances[p // 2])))
     group = torch.randperm(len(x), generator=generator(seed, 71)).numpy() % GROUPS
-    levels, right = [_levels(whole, seed)], np.zeros((GROUPS, len(present), 2), np.int64)
+    noise = torch.randn(x.shape, generator=generator(seed, 74), dtype=torch.float64)
+    right, of = np.zeros((GROUPS, k, LEVELS), np.int64), np.zeros((GROUPS, k), np.int64)
+    free = [_free_entropy(whole, seed)]
     for g in range(GROUPS):
-        rest = group != g
-        law = PrincipalMixture.fit(
-            x[torch.from_numpy(rest)], y[rest], leading=x.shape[1], prior=whole.prior, gaussian=gaussian, seed=seed
-        )
-        levels.append(_levels(law, seed))
-        new = coordinates([x[torch.from_numpy(~rest)]], gaussian.moments.mean, gaussian.eigenvectors)
-        # every class counts alike, however rare
-        odds = law.inner.component_log_prob(new, 1e-3 * math.sqrt(float(gaussian.eigenvalues[0])))
-        said = odds.argmax(1).numpy()
-        for c in range(len(present)):
-            of = y[~rest] == c
-            right[g, c] = int((said[of] == c).sum()), int(of.sum())
-    return {"log_sigma": np.array(levels), "right": right, "present": present}
+        out = np.flatnonzero(group == g)
+        law = fit(x[torch.from_numpy(group != g)], y[group != g], prior=whole.prior)
+        free.append(_free_entropy(law, seed))
+        of[g] = np.bincount(y[out], minlength=k)
+        new = coordinates([x[torch.from_numpy(out)]], gaussian.moments.mean, gaussian.eigenvectors)
+        for i, s in enumerate(sigma.tolist()):
+            # every class counts alike, however rare
+            said = law.inner.component_log_prob(new + s * noise[torch.from_numpy(out)], s).argmax(1).numpy()
+            right[g, :, i] = np.bincount(y[out][said == y[out]], minlength=k)
+    return {"sigma": sigma, "right": right, "of": of, "present": present, "free": np.array(free)}
 
 
-def _levels(law: PrincipalMixture, seed: int) -> list[float]:
-    """log sigma of the first class and of every class; -inf where it does not stand out."""
-    time = speciation_time(law.inner, "free-entropy", samples=DRAWS, seed=seed)
-    each = (time, *getattr(time, "classes", ()))
-    return [-math.inf if c.sigma is None else math.log(c.sigma) for c in each]
+def _free_entropy(law: PrincipalMixture, seed: int) -> float:
+    """log sigma where E[L] = Std[L]; -inf where that is nowhere."""
+    sigma = speciation_time(law.inner, "free-entropy", samples=DRAWS, seed=seed).sigma
+    return -math.inf if sigma is None else math.log(sigma)
 
 
-def _time(log_sigma: np.ndarray) -> CriticalTime:
-    """A level with its jackknife interval, from log sigma of all images and without each group [1 + GROUPS]."""
-    source, value = "arXiv:2602.04404, E[L] = Std[L]", float(log_sigma[0])
-    if not math.isfinite(value):
-        reason = "E[L] stays below Std[L] at every level"
-        return CriticalTime(None, criterion="free-entropy", source=source, reason=reason)
-    if not np.isfinite(log_sigma).all():
-        reason = "without some of the images there is no level"
-        return CriticalTime(NoiseLevel(math.exp(value)), criterion="free-entropy", source=source, reason=reason)
-    low, high = (NoiseLevel(math.exp(end)) for end in jackknife(value, log_sigma[1:]))
-    return CriticalTime(NoiseLevel(math.exp(value)), low, high, "free-entropy", source=source, interval="jackknife")
+def _halfway(sigma: np.ndarray, accuracy: np.ndarray, floor: float) -> CriticalTime:
+    """Where balanced accuracies [1 + GROUPS, L] are halfway from chance to what they are without noise."""
+    clean = accuracy[:, :CLEAN].mean(1)
+    made = partial(CriticalTime, criterion="told apart halfway", source="derived")
+    if clean[0] <= floor:
+        return made(None, reason="the images are not told apart at any level")
+    return _jackknifed(passing(sigma, accuracy, (floor + clean) / 2), made)
+
+
+def _jackknifed(passed: np.ndarray, made: Callable[..., CriticalTime]) -> CriticalTime:
+    """A level with its interval, from those of all images and without each group [1 + GROUPS]."""
+    at = float(passed[0])
+    if not 0 < at < math.inf:
+        return made(None, reason="it is passed at no level")
+    if not (np.isfinite(passed).all() and (passed > 0).all()):
+        return made(NoiseLevel(at), reason="without some of the images it is passed at no level")
+    low, high = (NoiseLevel(math.exp(end)) for end in jackknife(math.log(at), np.log(passed[1:])))
+    return made(NoiseLevel(at), low, high, interval="jackknife")
 
 
 def _row(name: str, classes: Classes, measured: Arrays, steps: Schedule) -> Values:
     """What a record says of an attribute."""
-    log_sigma, right, present = (measured[k] for k in ("log_sigma", "right", "present"))
-    counts = [int((classes.codes == c).sum()) for c in present]
-    each = right[..., 0].sum(0) / np.maximum(right[..., 1].sum(0), 1)
-    by_group = np.nanmean(np.where(right[..., 1] > 0, right[..., 0] / np.maximum(right[..., 1], 1), np.nan), axis=1)
-    _, low, high = mean_interval(by_group)
-    accuracy = float(each.mean())
+    sigma, right, of, present, free = (measured[k] for k in ("sigma", "right", "of", "present", "free"))
+    counts = of.sum(0)
+    # of all images, and without each group
+    rights, ofs = (np.concatenate([v.sum(0)[None], v.sum(0) - v]) for v in (right, of))
+    accuracy = (rights / np.maximum(ofs, 1)[..., None]).mean(1)
+    clean = accuracy[:, :CLEAN].mean(1)
+    low, high = jackknife(float(clean[0]), clean[1:])
+    made = partial(CriticalTime, criterion="free-entropy", source="arXiv:2602.04404, E[L] = Std[L]")
     return {
         "attribute": name,
         "classes": [classes.names[c] for c in present],
-        "counts": counts,
-        "share": counts[-1] / sum(counts),
-        **view(_time(log_sigma[:, 0]), steps),
-        "of_classes": [view(_time(log_sigma[:, 1 + i]), steps) for i in range(len(present))],
-        "balanced_accuracy": {"value": accuracy, "low": max(0.0, low), "high": min(1.0, high)},
-        "resolved": accuracy >= RESOLVED,
+        "counts": counts.tolist(),
+        "share": float(counts[-1] / counts.sum()),
+        **view(_halfway(sigma, accuracy, 1 / len(present)), steps),
+        "free_entropy": view(_jackknifed(np.exp(free), made), steps),
+        "accuracies": {"sigma": sigma.tolist(), "value": accuracy[0].tolist()},
+        "balanced_accuracy": {"value": float(clean[0]), "low": max(0.0, low), "high": min(1.0, high)},
+        "resolved": bool(clean[0] >= RESOLVED),
     }
