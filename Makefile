@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export SYMBREAK_DATA
 
-.PHONY: demo test test-slow test-fid lint bench docs reproduce-mnist clean
+.PHONY: reproduce-celeba reproduce-cifar10 demo test test-slow test-fid lint bench docs reproduce-mnist clean
 
 # The bare "torch" comes first: a pip that finds a CPU wheel of this exact version keeps it.
 $(STAMP): pyproject.toml constraints.txt
@@ -58,6 +58,14 @@ docs: $(STAMP)
 # Trains the network first unless MODEL=FOLDER names one; called again it goes on where it was.
 reproduce-mnist: $(STAMP)
 	$(BIN)/python scripts/reproduce_mnist.py $(if $(MODEL),--model $(MODEL))
+
+# Faces at 32 and 64, and CIFAR-10: days of a core without a network of your own (docs/natural-images.md); resumable.
+reproduce-celeba: $(STAMP)
+	$(BIN)/python scripts/reproduce_natural.py celeba-32 $(if $(MODEL),--model $(MODEL)) $(FLAGS)
+	$(BIN)/python scripts/reproduce_natural.py celeba-64 $(FLAGS)
+
+reproduce-cifar10: $(STAMP)
+	$(BIN)/python scripts/reproduce_natural.py cifar10 $(if $(MODEL),--model $(MODEL)) $(FLAGS)
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

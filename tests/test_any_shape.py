@@ -333,7 +333,7 @@ def test_studies_of_a_denoiser(kind, tmp_path):
     np.savez(tmp_path / "t.npz", x=w.holdout.tensor().numpy(), y=w.holdout.labels.numpy())
     settings = sb.Study(
         str(tmp_path / "x.npz"), holdout=str(tmp_path / "t.npz"), samplers=("dpm++2m",), calls=(4,),
-        samples=80, repeats=2, selection=30, sweep=(0.6,), reference_calls=0,
+        samples=80, repeats=2, selection=30, sweep=(0.6,), reference_calls=0, scale="none",
     )  # fmt: skip
     record = sb.run(settings, w.network(), run=sb.Run(tmp_path / "study"))
     assert record.content["extractor"]["name"] == "values"
@@ -341,8 +341,8 @@ def test_studies_of_a_denoiser(kind, tmp_path):
         # Data noised to the level and the best late start beat four steps from white noise, as they do for pictures.
         best, standard = (row[k]["distance"]["pooled"] for k in ("best", "standard"))
         assert best < standard
-        # 80 samples against 400: 15.6 along the classes and 0.25 along the others, as far as real ones
-        assert row["noised"]["distance"]["pooled"] < 2 + math.prod(w.law.shape) * SPREAD**2 / 10
+        # of so many values 80 samples are far from the law by their number alone, as real ones are
+        assert row["noised"]["distance"]["pooled"] < 2 + 1.5 * record.content["floor"]["pooled"]
     page = sb.write_report(record, tmp_path / "r.html").read_text()
     assert f"400 samples of {' x '.join(map(str, w.law.shape))}" in page
 
@@ -428,9 +428,9 @@ def test_every_command_takes_every_kind(kind, tmp_path, capsys):
         x = sb.samples(made).tensor().reshape(-1, *w.law.shape)  # in the units of the data
         # 200 samples of a mixture of two clusters: 4 standard errors, with those of the 216 images it was fitted to
         assert float(w.classify(x).double().mean()) == pytest.approx(WEIGHTS[1], abs=4 * math.sqrt(0.24 / 100))
-        # along the classes they lie at +-NORM / 2 around the centre
+        # along the classes they lie at +-NORM / 2 around the centre, up to what 40 steps leave to learn
         along = (x.double() - CENTRE).flatten(1) @ w.axis
-        assert float(along.abs().mean()) == pytest.approx(NORM / 2, rel=0.1)
+        assert float(along.abs().mean()) == pytest.approx(NORM / 2, rel=0.15)
     content = run("evaluate", *source, *held_out, "--samples", tmp_path / "x0", "--no-cache")
     sliced = content["sliced_wasserstein"]
     assert sliced["value"] < sliced["floor"]["value"] + 0.25  # in standard deviations
