@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/symbreak study --data digits --model digits --out $(DEMO)
+	$(BIN)/symbreak study --data digits --model digits --samplers ddim,dpm++2m --calls 3,5 --samples 600 --out $(DEMO)
 
 # A process a core, one thread each: most tests are too small for a pool of threads.
 test: export OMP_NUM_THREADS = 1

@@ -1,6 +1,6 @@
 """Draw the figure and the table of the documentation from a finished study.
 
-make demo && make docs
+symbreak study --data digits --model digits --out build/study && make docs
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ def cell(d: dict) -> str:
 
 
 def main() -> None:
-    record = Record.load(ROOT / "build" / "demo")
+    record = Record.load(ROOT / "build" / "study")
     content = record.content
     if content["smoke"]:
-        raise SystemExit("build/demo holds a smoke run; run `make demo` first.")
+        raise SystemExit("build/study holds a smoke run; run `symbreak study` without --quick first.")
     figures = ROOT / "docs" / "figures"
     figures.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(10.5, 3.6), layout="constrained", dpi=110)
@@ -62,7 +62,8 @@ def main() -> None:
         said = verdict(row["standard"]["distance"], row["best"]["distance"], row.get("gain"))[0]
         table.append(f"| {row['sampler']} | {row['calls']} | {cells} | {said} |")
     note = "*noised data*: training images noised to the level of the column before, the most any law could give there."
-    page = ["# The digits study", "", "Written by `make docs` from the record of `make demo`."]
+    made = "Written by `make docs` from the record of `symbreak study --data digits --model digits`."
+    page = ["# The digits study", "", made]
     page += [
         "",
         how,

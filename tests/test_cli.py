@@ -138,6 +138,7 @@ def test_study_and_report(capsys, tmp_path):
     argv = ("study", "--samplers", "ddim", "--calls", "3", "--quick", "--out", tmp_path / "s")
     code, out, _ = symbreak(capsys, *argv)
     assert code == 0
+    assert out.startswith("Smoke run: too few samples to be evidence.\nWith 3 network evaluations")
     assert "smoke, not evidence" in " ".join(out.split())
     assert f"report: {tmp_path / 's' / 'report.html'}" in out
     html = (tmp_path / "s" / "report.html").read_text()
@@ -355,6 +356,23 @@ def test_a_start_is_fitted_saved_and_used(capsys, tmp_path):
     assert json.loads(out)["level"] == fitted["level"]
     for name in ("00000000.png", "00000003.png"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_evaluation_chooses_its_start(capsys, tmp_path):
+    argv = ("evaluate", "--data", "digits", "--model", "digits", "--start", "auto", "--clusters", "6", "--steps", "2")
+    code, out, _ = symbreak(capsys, *argv, "--seeds", "0-19", "--repeats", "2", "--json")
+    content = json.loads(out)
+    assert code == 0
+    assert "Gaussian" in content["sampling"]["law_in_words"]
+    assert content["sampling"]["law_in_words"] in content["verdict"][-1]
+    assert content["sampling"]["calls"] == 2
+    for more, words in (
+        (("--samples", tmp_path, "--start", "auto"), "belongs to a network"),
+        (("--model", "digits", "--clusters", "6"), "belongs to --start auto"),
+    ):
+        code, out, err = symbreak(capsys, "evaluate", "--data", "digits", *more)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert words in err
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,6 @@
 
 import json
 import math
-import re
-import shutil
-import subprocess
-import tempfile
 from html import unescape
 from types import SimpleNamespace
 
@@ -21,33 +17,16 @@ from symbreak.networks.samplers import scheduler
 from symbreak.phases.collapse import collapse_time
 from symbreak.phases.speciation import cloning_time, speciation_time
 from symbreak.report.html import write_report
+from symbreak.report.record import Record
 from symbreak.report.tables import tables
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
 from symbreak.start.loading import load_pipeline
 from symbreak.studies import ask_network
 from symbreak.studies.diagnose import Effort, diagnose
+from tests.browser import overflow
 
 TINY = Effort(pairs=64, steps=16, branches=8, turns=3, stability=3, losses=14, images=48, points=500)
-
-
-def overflow(page, width):
-    """By how many pixels a page is wider than its window, in headless Chromium; 0 where there is none."""
-    chromium = next((p for n in ("chromium", "chromium-browser", "google-chrome") if (p := shutil.which(n))), None)
-    if chromium is None:
-        return 0
-    frame = page.with_name("frame.html")  # a page of its own, for reports allow no scripts
-    script = """const f = document.getElementById("f"), d = () => f.contentDocument.documentElement;
-        f.onload = () => { document.title = "over " + (d().scrollWidth - d().clientWidth); }; f.srcdoc = """
-    text = json.dumps(page.read_text()).replace("</", "<\\/")
-    frame.write_text(
-        f"<title></title><iframe id=f style='width:{width}px;border:0'></iframe><script>{script}{text}</script>"
-    )
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=5000", "--dump-dom"]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        command = [chromium, *flags, f"--user-data-dir={profile}", frame.as_uri()]
-        dom = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    return int(re.search(r"<title>over (-?\d+)</title>", dom)[1])
 
 
 def rows(record, of=None):
@@ -96,6 +75,12 @@ def test_data_alone_with_and_without_labels(tmp_path):
     assert "Every criterion on one axis" in html
     assert html.count("<svg") == 3
     assert unescape(html).index(found.verdict[0]) < html.index("<svg")
+    assert len(found.content["along"]["rows"]) == 6
+    assert overflow(tmp_path / "r.html", 480) <= 0
+    raw = json.loads(json.dumps(found.to_dict()))["content"]
+    raw["along"]["rows"][0]["png"] = "AAAA"  # no picture: the figure says so, the page stands
+    broken = write_report(Record("phases", found.settings, raw), tmp_path / "b.html").read_text()
+    assert (broken.count("could not be drawn"), broken.count("<svg")) == (1, 2)
     bare = np.load(tmp_path / "two.npz")["images"]
     plain = diagnose(images(bare, value_range=(-1, 1)), effort=TINY)
     assert {c["name"] for c in plain.content["criteria"]} == {"spectral", "signal-to-noise", "collapse"}

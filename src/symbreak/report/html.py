@@ -109,7 +109,7 @@ def _drawn(draw: Callable[..., Figure | str | None], *args: Any) -> str:
     try:
         figure = draw(*args)
         return figure if isinstance(figure, str) else "" if figure is None else svg(figure)
-    except (OSError, MemoryError):
+    except MemoryError:
         raise
     except Exception as error:  # values far off, fonts, libraries: figures fail in any way
         reason = html.escape(f"{type(error).__name__}: {str(error)[:100]}")

@@ -140,7 +140,7 @@ class Diagnosis:
         """A picture, see `show`."""
         try:
             png = png_row(x, self.data.units, scaled=scaled)
-        except (OSError, MemoryError):
+        except MemoryError:
             raise
         except Exception as error:  # whatever a drawing fails at: what was measured is not lost with it
             png, caption = "", f"{caption} This picture could not be drawn ({type(error).__name__}: {error}).".strip()
