@@ -55,6 +55,7 @@ LEVELS = 12  # start levels that are tried
 LOSSES = 20  # levels at which denoising losses are taken
 IMAGES = 256  # images for the losses
 LOWEST, HIGHEST = 0.1, 3.0  # start levels that are tried, as multiples of the top standard deviation
+FOUND = ("free", "entropic")  # grids that are found, not a scheduler's own
 ENTROPIES = 24  # levels at which an entropic grid measures the network
 STANDARD = 8.0  # how far below its schedule's top white noise may start
 WARN_NATS = 1.0
@@ -156,6 +157,12 @@ class Choice(Shown):
         usual = self.standard
         mark = " <- least" if usual is self.chosen else ""
         lines.append(f"{'standard':>8} {0.0:9.3g} {usual.sampler_cost:9.3g} {usual.cost:9.3g}{mark}")
+        if best.grid in FOUND:
+            least: dict[str, float] = {}
+            for c in sorted(self.candidates, key=lambda c: c.cost):
+                if (c.law is None) == (best.law is None):
+                    least.setdefault(c.grid, c.cost)
+            lines.append("least sum by grid: " + ", ".join(f"{grid} {cost:.3g}" for grid, cost in least.items()))
         return "\n".join(lines)
 
     def plot(self, ax: Axes | None = None) -> Axes:
