@@ -399,7 +399,6 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How far samples are from held-out images, what they leave out, and whether they copy training images."""
-    from symbreak.data.held_out import held_out as held_out_parts
     from symbreak.metrics.feature_rows import NamedExtractor
     from symbreak.report.record import Record
     from symbreak.runtime.ranks import rank_of
@@ -409,12 +408,8 @@ def evaluate(
 
     if (samples is None) == (model is None):
         raise InputError("evaluate needs either --samples or --model.")
-    beginning.check()
+    beginning.check(model is not None, clusters)
     conditions.check(model)
-    if model is None and beginning.start == "auto":
-        raise InputError("--start auto belongs to a network. Add --model.")
-    if clusters is not None and beginning.start != "auto":
-        raise InputError("--clusters belongs to --start auto. Add it.")
     wanted, where = parse_seeds(seeds), machine.place()
     with running(out, memory_size(memory)) as work:
         pipe = machine.load_if(model, classes=True)
@@ -431,10 +426,7 @@ def evaluate(
         held_out = reading.open_if(holdout, train)
         if pipe is not None:
             identity = beginning.names(str(model), machine, pipe)
-            if beginning.start == "auto":  # chosen without the images that it is measured against
-                begin = beginning.fit(pipe, held_out_parts(train, held_out, share=0.5).train, None, clusters, steps=10)
-            else:
-                begin = beginning.plan(pipe, steps=10)
+            begin = beginning.measured(pipe, train, held_out, clusters, steps=10)
             unet, classes, about = conditions.applied(pipe, train, held_out, work.unstored())
             content = evaluate_network(
                 unet, begin, wanted, train, held_out, classes, micro_batch=MICRO, identity=identity | about, **measuring

@@ -235,8 +235,12 @@ class Beginning:
 
         return scheduler("dpm++2m-karras" if self.sampler is None else self.sampler, like=pipe.scheduler)
 
-    def check(self) -> None:
+    def check(self, network: bool = True, clusters: int | None = None) -> None:
         """Raise what can be known before anything is loaded."""
+        if self.start == "auto" and not network:
+            raise InputError("--start auto belongs to a network. Add --model.")
+        if clusters is not None and self.start != "auto":
+            raise InputError("--clusters belongs to --start auto. Add it.")
         if self.at is not None and self.start in ("none", "auto"):
             raise InputError(
                 f"--at {self.at} came with --start {self.start}, which has no level to give. Leave one of them out."
@@ -314,6 +318,16 @@ class Beginning:
             if own is not None:
                 own.check_units(data)
             return fit_start(data, pipe.unet, self.scheduler(pipe), number, holdout, clusters, grid=grid, at=at)
+
+    def measured(
+        self, pipe: Pipeline, data: Images, holdout: Images | None, clusters: int | None, steps: int
+    ) -> LateStart:
+        """The start that the options name; auto is chosen without the images that it is measured against."""
+        from symbreak.data.held_out import held_out
+
+        if self.start != "auto":
+            return self.plan(pipe, steps)
+        return self.fit(pipe, held_out(data, holdout, share=0.5).train, None, clusters, steps)
 
     def names(self, model: str, machine: Machine, pipe: Pipeline) -> Values:
         """What the options say of network and start, for the record of what decides an image."""

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from symbreak.report.figures import (
     MOST_BARS,
@@ -104,7 +104,7 @@ def _base64(text: str) -> str:
     return text
 
 
-def _drawn(draw: Callable[..., Figure | str | None], *args: Any) -> str:
+def _drawn(draw: Callable[..., Figure | str | None], *args: object) -> str:
     """A figure as SVG; of one that cannot be drawn a line that says so: the page goes on without it."""
     try:
         figure = draw(*args)

@@ -201,14 +201,7 @@ def audit(
     content = {
         "data": describe(train),
         "held_out": None if others is None else parts.to_dict(),
-        "samples": None
-        if new is None
-        else {
-            "count": len(new),
-            "distinct": len(new.first()),
-            "source": samples.name if isinstance(samples, Images) else "a network" if made else "a tensor",
-            "start": _start_of(samples, made),
-        },
+        "samples": None if new is None else _about(new, samples, made),
         "features": extract.name,
         "threshold": threshold,
         **comparison.content(extract.name, _titles(samples, sampling.list() if made else None)),
@@ -530,6 +523,16 @@ def _histograms(nearest: dict[str, Pairs]) -> Values:
         counts = {k: np.histogram(v.numpy(), edges)[0].tolist() for k, v in values.items()}
         out[name] = {"edges": edges.tolist(), **counts}
     return out
+
+
+def _about(new: _Side, samples: object, made: Values | None) -> Values:
+    """What a record says of the samples."""
+    return {
+        "count": len(new),
+        "distinct": len(new.first()),
+        "source": samples.name if isinstance(samples, Images) else "a network" if made else "a tensor",
+        "start": _start_of(samples, made),
+    }
 
 
 def _start_of(samples: object, made: Values | None) -> str | None:

@@ -118,7 +118,6 @@ def diagnose(
         "memory": run.memory,
         **plain(asdict(effort)),
     }
-    packages = versions(torch.get_num_threads())
     decides = {
         "data": of_data(data),
         "holdout": of_data(holdout),
@@ -146,13 +145,10 @@ def diagnose(
     if network is not None:
         ask_network(d, network, laws, moments, reader)
         content["network"] = _about(network)
-    if network is not None:
-        along(d, network, "network")
-    else:
-        along(d, *((laws.gaussian, "Gaussian") if laws.classes is None else (laws.classes, "class mixture")))
+    along(d, network, laws)
     content |= {"schedule": name, "held_out": parts.to_dict(), **d.content()}
     content["verdict"] = sentences("phases", content)
-    record = Record("phases", settings, content, packages, run.timings)
+    record = Record("phases", settings, content, versions(torch.get_num_threads()), run.timings)
     if run.folder is not None:
         record.save(run.folder)
         run.close()
