@@ -10,7 +10,8 @@ export OMP_WAIT_POLICY ?= PASSIVE
 export HF_HUB_OFFLINE ?= 1
 export SYMBREAK_DATA
 
-.PHONY: reproduce-celeba reproduce-cifar10 demo test test-slow test-fid lint bench docs reproduce-mnist clean
+.PHONY: demo test test-slow test-fid test-oldest test-newest lint bench docs figures dist clean
+.PHONY: reproduce-mnist reproduce-celeba reproduce-cifar10
 
 # The bare "torch" comes first: a pip that finds a CPU wheel of this exact version keeps it.
 $(STAMP): pyproject.toml constraints.txt
@@ -52,8 +53,40 @@ lint: $(STAMP)
 bench: $(STAMP)
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
+# The site, offline, into build/site: python -m http.server -d build/site (pages open from disk, the search does not).
 docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# The table and the figure of the digits study, from the record of `make demo`, and the pictures of the gallery.
+figures: $(STAMP)
 	$(BIN)/python scripts/make_docs.py
+
+# A wheel and an sdist in dist/, tried in an environment that has only them and what they ask for.
+dist: $(STAMP)
+	rm -rf dist build/clean
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --outdir dist .
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check dist/*.whl
+	cd build && clean/bin/python ../scripts/smoke.py
+
+# The quick tests with the oldest versions that pyproject.toml allows (OLDEST names a Python 3.10), and with the newest.
+OLDEST ?= python3.10
+test-oldest: export OMP_NUM_THREADS = 1
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet uv
+	.venv-oldest/bin/uv venv --quiet --clear --python $(OLDEST) build/oldest
+	.venv-oldest/bin/uv pip install --quiet --python build/oldest --resolution lowest-direct -e ".[dev]"
+	build/oldest/bin/python -m pytest $(TESTS)
+
+test-newest: export OMP_NUM_THREADS = 1
+test-newest:
+	$(PYTHON) -m venv --clear .venv-newest
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -e ".[dev]"
+	.venv-newest/bin/python -m pytest $(TESTS)
 
 # Trains the network first unless MODEL=FOLDER names one; called again it goes on where it was.
 reproduce-mnist: $(STAMP)

@@ -1,16 +1,8 @@
 """Worlds: what a page shows is what the laws say, and its slider moves it (in headless Chromium)."""
 
-import contextlib
 import html.parser
 import json
 import math
-import shutil
-import socket
-import subprocess
-import tempfile
-import time
-import urllib.error
-import urllib.request
 
 import numpy as np
 import pytest
@@ -24,12 +16,9 @@ from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
 from symbreak.studies.point_network import train_point_network
 from symbreak.studies.worlds import WORLDS, explore_world
+from tests.webdriver import browser  # noqa: F401
 
 THETA_C = math.sqrt(math.sqrt(2) - 1)
-CHROMIUM = next(
-    (p for n in ("chromium", "chromium-browser", "google-chrome", "chrome") if (p := shutil.which(n))), None
-)
-CHROMEDRIVER = shutil.which("chromedriver")
 
 
 @pytest.fixture(scope="module")
@@ -247,68 +236,7 @@ def test_command_line(two_deltas, tmp_path, capsys):
 # --- browser --------------------------------------------------------------------------------------
 
 
-class Browser:
-    """Headless Chromium through the WebDriver protocol on localhost, with the standard library alone."""
-
-    def __init__(self, folder):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.root = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen(
-            [CHROMEDRIVER, f"--port={port}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        self.session = None
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-        flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={folder}"]
-        options = {"binary": CHROMIUM, "args": flags}
-        wanted = {
-            "capabilities": {"alwaysMatch": {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}}
-        }
-        try:
-            for _ in range(100):
-                with contextlib.suppress(urllib.error.URLError):
-                    self.ask("GET", "/status")
-                    break
-                time.sleep(0.1)
-            else:
-                pytest.skip("chromedriver does not answer")
-            self.session = self.ask("POST", "/session", wanted)["sessionId"]
-        except BaseException:
-            self.close()
-            raise
-
-    def ask(self, method, path, body=None):
-        if self.session and path != "/status":
-            path = f"/session/{self.session}{path}"
-        data = None if method == "GET" else json.dumps(body or {}).encode()
-        request = urllib.request.Request(self.root + path, data, {"Content-Type": "application/json"}, method=method)
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with opener.open(request, timeout=60) as answer:
-            return json.load(answer)["value"]
-
-    def run(self, script, *arguments):
-        return self.ask("POST", "/execute/sync", {"script": script, "args": list(arguments)})
-
-    def close(self):
-        if self.session:
-            with contextlib.suppress(OSError):
-                self.ask("DELETE", "")
-        self.process.terminate()
-        self.process.wait(10)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if CHROMIUM is None or CHROMEDRIVER is None:
-        pytest.skip("no chromium and chromedriver here: the page is not tested in a browser")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        found = Browser(folder)
-        yield found
-        found.close()
-
-
-def keys(browser, text):
+def keys(browser, text):  # noqa: F811
     element = browser.ask("POST", "/element", {"using": "css selector", "value": "#sigma"})
     browser.ask("POST", f"/element/{next(iter(element.values()))}/value", {"text": text})
     return browser.run("return {...document.getElementById('well').dataset}")
@@ -317,7 +245,7 @@ def keys(browser, text):
 END, HOME, LEFT = "\ue010", "\ue011", "\ue012"
 
 
-def test_slider_splits_the_potential(browser, two_deltas, tmp_path):
+def test_slider_splits_the_potential(browser, two_deltas, tmp_path):  # noqa: F811
     path = write_report(two_deltas, tmp_path / "world.html")
     browser.ask("POST", "/url", {"url": path.as_uri()})
     sigma = two_deltas.content["sigma"]
@@ -351,7 +279,7 @@ def test_slider_splits_the_potential(browser, two_deltas, tmp_path):
     assert errors == []
 
 
-def test_link_and_click_set_the_level(browser, mixture, tmp_path):
+def test_link_and_click_set_the_level(browser, mixture, tmp_path):  # noqa: F811
     path = write_report(mixture, tmp_path / "world.html")
     sigma = np.array(mixture.content["sigma"])
     browser.ask("POST", "/url", {"url": path.as_uri() + "#sigma=1.83"})

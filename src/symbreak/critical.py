@@ -119,6 +119,7 @@ class CriticalTime(Result):
     def plot(self, ax: Axes | None = None) -> Axes:
         """The level as a line on the axis of sigma, with its interval; the axes, new ones where none came."""
         ax = axes(ax)
+        alone = not ax.lines
         if self.sigma is None:
             ax.text(0.5, 0.5, self.reason or "nowhere", transform=ax.transAxes, ha="center", wrap=True)
         else:
@@ -128,6 +129,9 @@ class CriticalTime(Result):
                 ax.axvspan(*ends, color=line.get_color(), alpha=0.2, linewidth=0)
             ax.legend(frameon=False)
         sigma_axis(ax)
+        if alone and self.sigma is not None:
+            ax.set_xlim(5 * self.sigma, self.sigma / 5)
+            ax.set_yticks([])
         return ax
 
 

@@ -81,7 +81,8 @@ class Spectrum(Shown):
         ax, rank = axes(ax), np.arange(1, len(self) + 1)
         (line,) = ax.loglog(rank, np.where(self.values > 0, self.values, math.nan), ".-")
         ax.fill_between(rank, self.low, self.high, color=line.get_color(), alpha=0.2, linewidth=0)
-        ax.set(xlabel="mode", ylabel="variance", ylim=(max(self.values.min(), 1e-6 * self.values.max()) / 2, None))
+        top = float(self.values.max())  # the interval of a value near zero may reach far beyond all others
+        ax.set(xlabel="mode", ylabel="variance", ylim=(max(self.values.min(), 1e-6 * top) / 2, 3 * top))
         return ax
 
 

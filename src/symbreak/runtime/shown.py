@@ -105,7 +105,12 @@ def axes(ax: Axes | None, width: float = 6.0, height: float = 3.2) -> Axes:
 
 def sigma_axis(ax: Axes) -> None:
     """A logarithmic axis of noise levels on which noise falls to the right, as in generation."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))  # 0.5 instead of a power of ten
     if not ax.xaxis_inverted():
         ax.invert_xaxis()
     ax.set_xlabel("sigma (noise falls to the right)")
