@@ -1,10 +1,11 @@
-"""Draw the figure and the table of the documentation from a finished study.
+"""Draw the figure and the table of the documentation from a finished study, and the pictures of the gallery.
 
-symbreak study --data digits --model digits --out build/study && make docs
+symbreak study --data digits --model digits --out build/study && make figures
 """
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -14,7 +15,7 @@ from symbreak.report.record import Record
 from symbreak.report.tables import verdict
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- study:begin, written by `make docs` -->", "<!-- study:end -->"
+BEGIN, END = "<!-- study:begin, written by `make figures` -->", "<!-- study:end -->"
 
 
 def cell(d: dict) -> str:
@@ -22,6 +23,7 @@ def cell(d: dict) -> str:
 
 
 def main() -> None:
+    gallery()
     record = Record.load(ROOT / "build" / "study")
     content = record.content
     if content["smoke"]:
@@ -62,7 +64,7 @@ def main() -> None:
         said = verdict(row["standard"]["distance"], row["best"]["distance"], row.get("gain"))[0]
         table.append(f"| {row['sampler']} | {row['calls']} | {cells} | {said} |")
     note = "*noised data*: training images noised to the level of the column before, the most any law could give there."
-    made = "Written by `make docs` from the record of `symbreak study --data digits --model digits`."
+    made = "Written by `make figures` from the record of `symbreak study --data digits --model digits`."
     page = ["# The digits study", "", made]
     page += [
         "",
@@ -79,6 +81,19 @@ def main() -> None:
     ]
     (ROOT / "docs" / "digits.md").write_text("\n".join(page), encoding="utf-8")
     fill(ROOT / "src" / "symbreak" / "weights" / "digits" / "README.md", ["**Measured.** " + how, "", *facts])
+
+
+def gallery() -> None:
+    """Run the scripts of the gallery; the last figure of each is its picture."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    for path in sorted((ROOT / "docs" / "gallery").glob("*.py")):
+        runpy.run_path(str(path))
+        plt.gcf().savefig(path.with_suffix(".png"), dpi=100, metadata={"Software": None})
+        plt.close("all")
 
 
 def fill(path: Path, body: list[str]) -> None:
