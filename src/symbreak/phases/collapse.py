@@ -26,6 +26,7 @@ from symbreak.laws.pairwise_weights import Overlaps, SharedPoints, overlaps
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases.information import (
     FEW,
+    MISSED,
     POINTS,
     Source,
     bounds,
@@ -41,7 +42,6 @@ from symbreak.runtime.run import Run, renamed
 __all__ = ["Scaling", "collapse_scaling", "collapse_time", "samples_needed"]
 
 SOURCE = "arXiv:2402.18491, I(x_0; x) = log n"
-MISSED = 0.3  # of the extrapolation in n: at most what it missed of Gaussians in 8 to 32 dimensions
 MEASURED = "arXiv:2402.18491, I(x_0; x) = log n; I from leave-one-out sums, arXiv:1905.06922, extrapolated in n"
 
 

@@ -60,6 +60,7 @@ POINTS = (Empirical, SharedPoints)  # data sets, on which things are measured
 NORMAL = 1.959963984540054
 GROUPS = 20  # of queries, left out in turn
 FEW = 8 * PARTS  # points with which nothing is extrapolated
+MISSED = 0.3  # of the extrapolation in n: at most what it missed of Gaussians in 8 to 32 dimensions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,8 @@ def mutual_information(
         queries, draws, seed, run: as for `excess_entropy`.
 
     Returns:
-        An `Information` with 95 % intervals, and bounds. A data set's estimate is trustworthy up to about log n;
+        An `Information` with 95 % intervals, and bounds; a data set's interval also holds three tenths of the way that
+        it was extrapolated. A data set's estimate is trustworthy up to about log n;
         beyond it only ``most`` has a meaning. With fewer than 64 points it is ``most``, with no interval (NaN).
 
     Source: arXiv:2402.18491; bounds of a data set: arXiv:1905.06922; the extrapolation is derived.
@@ -161,7 +163,8 @@ def mutual_information(
         else:
             raw = extrapolated(weights)
             ends = [jackknife(float(v), rows) for v, rows in zip(raw, np.transpose(left_out(weights, extrapolated)))]
-            low, high = np.array(ends).T
+            half = np.hypot(raw - np.array(ends)[:, 0], MISSED * (most - raw))
+            low, high = raw - half, raw + half
             # An estimate that its own bounds exclude knows no more than they do.
             lost = ~((raw >= least) & (raw <= most))
             value = np.clip(raw, least, most)
