@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from symbreak.cli.commands import main
-from symbreak.laws import Empirical
+from symbreak.laws import Empirical, Mixture, Sphere
 from symbreak.phases.bifurcations import bifurcation
 from symbreak.report.html import write_report
 from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
 from symbreak.studies.point_network import train_point_network
-from symbreak.studies.worlds import WORLDS, explore_world
+from symbreak.studies.worlds import WORLDS, draw_world, explore_world
 from tests.webdriver import browser  # noqa: F401
 
 THETA_C = math.sqrt(math.sqrt(2) - 1)
@@ -112,6 +112,16 @@ def test_sphere():
     assert row(record, "bifurcation", "sde", "vp")["alpha_vp"] == pytest.approx(0.8489753943, abs=1e-9)
     assert row(record, "bifurcation", "sde", "ve")["level"]["sigma"] == pytest.approx(math.sqrt(1 / 3), abs=1e-9)
     assert record.content["cloning"] is None
+
+
+@pytest.mark.parametrize("own", [Sphere(12), Mixture.from_parameters([[-2.0, 0.0], [2.0, 0.0]], [0.1, 0.1])])
+def test_a_world_of_ones_own(own, tmp_path):
+    record = draw_world(own, tmp_path / "own.html")
+    found = row(record, "bifurcation", "sde", "ve")["level"]["sigma"]
+    assert found == pytest.approx(bifurcation(own, "sde", "ve").sigma, rel=1e-9)
+    assert record.content["title"] == repr(own)
+    with pytest.raises(InputError, match="a world of Empirical"):
+        explore_world(Empirical([[-1.0], [1.0]]))
 
 
 def test_the_seed_is_of_trajectories_alone(two_deltas):
@@ -217,7 +227,10 @@ def test_command_line(two_deltas, tmp_path, capsys):
     assert end.value.code == 0
     told = json.loads(capsys.readouterr().out)
     assert told["kind"] == "world"
-    assert told["content"] == json.loads(json.dumps(two_deltas.content))  # the same seed, the same world
+    whole = json.loads(json.dumps(two_deltas.content))
+    assert all(whole[k] == v for k, v in told["content"].items())
+    assert told["content"]["critical"]
+    assert len(json.dumps(told)) < 20_000
     assert told["out"] == str(out)
     assert out.is_file()
     for arguments in (["world", "torus"], ["world", "sphere", "--train"], ["world", "sphere", "--out", str(tmp_path)]):

@@ -590,7 +590,9 @@ def world(
     with err.status(name) as status:
         run = Run(progress=lambda stage, *_: status.update(f"{name}: {stage}"))
         record = draw_world(name, target, train, seed, run=run)
-    say(as_json, {**record.to_dict(), "out": str(target)}, lambda: show(record, target))
+    drawn = ("potential", "branches", "trajectories", "position", "sigma", "branch_sigma", "branch_index", "network")
+    few = {k: v for k, v in record.content.items() if k not in drawn}  # the page has the rest
+    say(as_json, {**record.to_dict(), "content": few, "out": str(target)}, lambda: show(record, target))
 
 
 @app.command(help_epilogue="Example: symbreak report build/demo/record.json --out build/demo/report.html")

@@ -244,13 +244,42 @@ def _digits() -> World:
 WORLDS = {"two-deltas": _two_deltas, "sphere": _sphere, "mixture": _mixture, "digits": _digits}
 
 
-def check_world(name: str, train: bool = False, seed: int = 0) -> None:
+def _own(law: Law) -> World:
+    """A law of one's own, looked at along its leading mode."""
+    moments: Moments = law.moments  # type: ignore[attr-defined]
+    axis = moments.leading_vectors(1)[:, 0]
+    top = math.sqrt(float(moments.population(1).values[0]))
+    name = "state along the leading mode, VP frame"
+    start = law.means if isinstance(law, Mixture) else (top * axis).reshape(1, *law.shape)
+    return World(
+        title=repr(law),
+        lead="A law of one's own. Potential, fixed points and trajectories are drawn along its leading mode.",
+        law=law,
+        classes=law if isinstance(law, Mixture) else None,
+        moments=moments,
+        samples=1000,
+        levels=(6.0 * top, 0.15 * top, 61),
+        axis=axis,
+        axis_name=name,
+        path_name=name,
+        reach=2.0 * top,
+        frame="ve",
+        starts=start.reshape(-1, *law.shape).double(),
+        ends=lambda x: (x.reshape(len(x), -1).double() @ axis > 0).long(),
+        end_names=("ends on the negative side", "ends on the positive side"),
+        stability=(("sde", "ve"), ("ode", "ve")),
+    )
+
+
+def check_world(name: str | Law, train: bool = False, seed: int = 0) -> None:
     """Raise an error, before any work, that names what `explore_world` cannot do.
 
     Raises:
         InputError: for an unknown world, a network for a world that has none, or a seed below zero.
     """
-    if name not in WORLDS:
+    if isinstance(name, Law) and not isinstance(name, Mixture | Gaussian | Sphere):
+        raise InputError(f"a world of {type(name).__name__}; expected a Gaussian, a Mixture or a Sphere.")
+    if isinstance(name, str) and name not in WORLDS:
         raise InputError(f"unknown world {name!r}. Known: {', '.join(WORLDS)}.")
     if train and name != "two-deltas":
         raise InputError(f"no network is trained for the world {name}; --train goes with two-deltas.")
@@ -259,11 +288,11 @@ def check_world(name: str, train: bool = False, seed: int = 0) -> None:
 
 
 @renamed()
-def explore_world(name: str, train: bool = False, seed: int = 0, *, run: Run | None = None) -> Record:
+def explore_world(name: str | Law, train: bool = False, seed: int = 0, *, run: Run | None = None) -> Record:
     """Everything that the page of a world shows, as plain values.
 
     Args:
-        name: one of `WORLDS`.
+        name: one of `WORLDS`; or a law of one's own, a `Gaussian`, `Mixture` or `Sphere`.
         train: also train a small network on the same data (two-deltas only) and put it through the same
             functions.
         seed: of trajectories and of the network.
@@ -277,15 +306,15 @@ def explore_world(name: str, train: bool = False, seed: int = 0, *, run: Run | N
         InputError: for an unknown world, or a network for a world that has none.
     """
     check_world(name, train, seed)
-    settings = {"world": name, "train": train, "seed": seed}
+    settings = {"world": name if isinstance(name, str) else repr(name), "train": train, "seed": seed}
     run = (run or Run()).identified({"kind": "world", **settings})
     with _stage(run, "law"):
-        world = WORLDS[name]()
+        world = WORLDS[name]() if isinstance(name, str) else _own(name)
         levels = _levels(world)
     drawn, points = _portrait(world, world.law, levels, seed, run)
     critical = _critical(world, points, run)
     content: Values = {
-        "name": name,
+        "name": name if isinstance(name, str) else "own",
         "title": world.title,
         "lead": world.lead,
         "notes": list(world.notes),
@@ -489,7 +518,9 @@ def _network(world: World, levels: np.ndarray, critical: list[Values], seed: int
 
 
 @renamed()
-def draw_world(name: str, path: str | Path, train: bool = False, seed: int = 0, *, run: Run | None = None) -> Record:
+def draw_world(
+    name: str | Law, path: str | Path, train: bool = False, seed: int = 0, *, run: Run | None = None
+) -> Record:
     """Explore a world and write its page; see `explore_world`.
 
     Returns:
