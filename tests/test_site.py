@@ -19,6 +19,7 @@ mpl.use("Agg")
 ROOT = Path(__file__).parents[1]
 # They need Stable Diffusion's classes, networks of the reader, or files.
 RUN_ELSEWHERE = {"pipelines.md": "test_pipeline.py", "my-own-data.md": "test_any_shape.py"}
+RUN_ELSEWHERE["my-own-network.md"] = "test_families.py"
 # What a page takes for granted: data and networks of the reader.
 GIVEN = {"large.md": lambda: {"sb": sb, "batches": list(torch.randn(3, 50, 1, 16, 16))}}
 
