@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 import symbreak as sb
-from symbreak.start.choose import _along, _moments_gap, _run
 from symbreak.start.late_start import cut
+from symbreak.start.sampler_cost import END, SamplerCost, _moments_gap
 
 
 def coherence(network, law, gaussian, images, sigma):
@@ -33,11 +33,9 @@ def paths(sampler, calls, pipe, world, gaussian, level):
     """Squared error of paths and squared distance of moments, at a start level."""
     base = sb.scheduler(sampler, like=pipe.scheduler)
     start = cut(base, gaussian, calls, sb.NoiseLevel(level))
-    noise = torch.randn(400, *gaussian.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    states = _along(world, noise, {start.level.sigma}, 1e-3)
-    ends = _run(start, sb.as_unet(world, base), start.state(states[start.level.sigma]), 0)
-    truth = states[1e-3]
-    return float((ends - truth).square().flatten(1).sum(1).mean()), _moments_gap(ends, truth, gaussian)
+    cost = SamplerCost(world, gaussian, [start.level.sigma], 1e-3 / END, seed=5, states=400)
+    ends = cost.final(start, cost.state(start.level.sigma))
+    return float((ends - cost.truth).square().flatten(1).sum(1).mean()), _moments_gap(ends, cost.truth, gaussian)
 
 
 def main():

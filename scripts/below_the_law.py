@@ -63,7 +63,7 @@ class World:
 
             parts = held_out(sb.images("digits"), None, 0.5)
             return parts.train, parts.test
-        if name == "mnist":
+        if name.startswith("mnist"):
             train = sb.images(f"{DATA}/mnist-train.parquet", limit=20000)
             return train, sb.images(f"{DATA}/mnist-test.parquet", limit=4000)
         options = {"size": 32, "crop": 70, "labels": ["Male", "Smiling", "Young"]}
@@ -76,6 +76,7 @@ class World:
 WORLDS = {
     "digits": World((24, 48), 600, 128, (100, 200, 400, 600), 0.8, 1.35, 1000, 40),
     "mnist": World((16, 32, 64), 200, 64, (50, 100, 200), 2.0, 4.4, 500, 40, lr=1.5e-3),
+    "mnist-longer": World((16, 32, 64), 1200, 64, (400, 800, 1200), 2.0, 4.4, 500, 40, lr=1.5e-3),
     "faces": World((16, 32, 64), 200, 64, (50, 100, 200), 3.0, 4.5, 500, 40, lr=1.5e-3),
 }
 
@@ -156,7 +157,7 @@ class Ruler:
     """Distances, recall, composition and copies against held-out images."""
 
     def __init__(self, name: str, train: sb.Images, test: sb.Images) -> None:
-        path = OUT / f"{name}-classifier.safetensors"
+        path = OUT / f"{name.split('-')[0]}-classifier.safetensors"
         if name == "digits":
             from symbreak.metrics.feature_rows import BUNDLED
 
@@ -165,9 +166,7 @@ class Ruler:
             if not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 save_classifier(
-                    train_classifier(train.take(np.arange(8000), "8,000"), held_out=test, epochs=6),
-                    path,
-                    f"{name}-classifier",
+                    train_classifier(train.take(np.arange(8000), "8,000"), held_out=test, epochs=6), path, path.stem
                 )
             self.extract = load_classifier(path)
         self.train = train.tensor()

@@ -10,17 +10,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from symbreak.phases.clones import clone_agreement, clones
-from symbreak.phases.excess_entropy import mutual_information
-from symbreak.phases.non_gaussianity import divergence_bound, non_gaussianity
-from symbreak.phases.u_turns import u_turns
 
 from symbreak.laws import Empirical, Gaussian, Mixture
 from symbreak.noise import generator
+from symbreak.phases.beyond_gaussian import divergence_bound, non_gaussianity
 from symbreak.phases.class_entropy import class_entropy, class_entropy_bound
+from symbreak.phases.cloning import clone_agreement, clones
 from symbreak.phases.collapse import collapse_time, samples_needed
+from symbreak.phases.information import mutual_information
 from symbreak.phases.losses import conditional_entropy, entropy_rate, loss_curve
 from symbreak.phases.speciation import cloning_probability, cloning_time
+from symbreak.phases.turns import u_turns
 
 WORLDS = 100
 pytestmark = pytest.mark.slow

@@ -39,7 +39,7 @@ class _Held:
         self.scheduler, self.ours = scheduler, kind_of(scheduler) == "flow" and shift_of(scheduler) == "flow_shift"
         levels = {k: getattr(scheduler, k, None) for k in ("timesteps", "sigmas")}
         self.levels = {k: v.clone() for k, v in levels.items() if isinstance(v, torch.Tensor)}
-        self.original: Callable[..., None] = vars(type(scheduler))["set_timesteps"]
+        self.original: Callable[..., None] = type(scheduler).set_timesteps
         functools.update_wrapper(self, MethodType(self.original, scheduler))
 
     def __call__(self, *args: object, **kwargs: object) -> None:
