@@ -58,7 +58,7 @@ docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# The table and the figure of the digits study, from the record of `make demo`, and the pictures of the gallery.
+# The pictures of the gallery; table and figure of the digits study, from `symbreak study` in build/study (make_docs.py).
 figures: $(STAMP)
 	$(BIN)/python scripts/make_docs.py
 

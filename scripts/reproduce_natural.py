@@ -110,7 +110,8 @@ class Bench:
         self.held_out = test.tensor()
         self.part, self.samples = args.part, args.samples
         identity = [weights_hash(p.unet) for p in (self.pipe, self.residual)]
-        of = {"networks": identity, "features": self.extract.name, "part": self.part, "data": self.train.fingerprint()}
+        prints = [images.fingerprint() for images in (self.train, test)]
+        of = {"networks": identity, "features": self.extract.name, "part": self.part, "data": prints}
         self.run = sb.Run(out).identified(of)
         kept = self.run.part("real", lambda: {"features": features(self.extract, self.held_out).numpy()})
         self.real = torch.from_numpy(kept["features"])
@@ -150,7 +151,8 @@ class Bench:
             seeds = range(i * self.part, (i + 1) * self.part)
             return self.run.part(f"{key}/{i}", lambda: self.read(make(seeds)))
 
-        return self.run.value(key, lambda: {**self.measured(part), "calls": calls, **more})
+        # Parts serve any number of samples, what is measured of them one.
+        return self.run.value(f"{key}/{self.samples}", lambda: {**self.measured(part), "calls": calls, **more})
 
 
 def table(bench, tell):
@@ -201,7 +203,8 @@ def own_grid(bench, world, tell):
             rows_ = features(bench.extract, make(range(SELECTION, SELECTION + min(300, bench.samples)), first, law))
             return sb.frechet_distance(sb.Moments.fit([rows_]), bench.reference)
 
-        scanned = {t: bench.run.value(f"scan/{steps}/{t}", lambda t=t: score(t)) for t in LEVELS}
+        key = f"scan/{steps}/{min(300, bench.samples)}"
+        scanned = {t: bench.run.value(f"{key}/{t}", lambda t=t: score(t)) for t in LEVELS}
         best = min(scanned, key=scanned.__getitem__)
         row = {"steps": steps, "calls": steps, "first": best, "published": world.published[steps]}
         row["standard"] = bench.cell(f"paper/{steps}/standard", lambda s: make(s, 999, None), steps)
@@ -258,7 +261,9 @@ def main():
         print(name, row["calls"], cells, f"({time.perf_counter() - began:.0f} s)", flush=True)
 
     some = torch.randperm(len(bench.points), generator=torch.Generator().manual_seed(9))[: args.samples]
-    real = bench.run.part("train", lambda: {"features": features(bench.extract, bench.points[some]).numpy()})
+    real = bench.run.part(
+        f"train-{len(some)}", lambda: {"features": features(bench.extract, bench.points[some]).numpy()}
+    )
     rows = torch.from_numpy(real["features"])
     counts = class_counts(bench.judge, bench.points[some])[bench.classes]
     write_json(

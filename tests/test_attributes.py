@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import symbreak as sb
@@ -77,6 +78,8 @@ def test_levels_of_planted_attributes(source, tmp_path):
     assert "1 of 3 attributes are not resolved" in page
     assert "Rare" in " ".join(record.content["notes"])
     assert sb.Record.load(tmp_path).content == record.content
+    names = [label.get_text() for label in record.plot(Figure().subplots()).get_yticklabels()]
+    assert names[::-1][:2] == ["Large", "Small"]
 
 
 def test_missing_values_are_left_out_of_an_attribute_only(tmp_path):
@@ -130,6 +133,9 @@ BAD = [
     (("phases", "--attributes", "Always"), "in the attribute 'Always': one class is empty"),
     (("phases", "--attributes", "Rare"), "'Rare' has 5 images in its rarest class; expected at least 20"),
     (("phases", "--attributes", "all", "--model", "digits"), "--model came with --attributes"),
+    (("phases", "--attributes", "all", "--prompt", "a cat"), "--prompt came with --attributes"),
+    (("phases", "--attributes", "all", "--null-label", "3"), "--null-label came with --attributes"),
+    (("phases", "--attributes", "all", "--quick"), "--quick came with --attributes"),
     (("phases", "--labels", "Beard"), "has no label column 'Beard'"),
     (("evaluate", "--samples", "digits", "--classify", "attributes:Beard"), "has no attribute 'Beard'"),
     (("evaluate", "--samples", "digits", "--classify", "attributes:Rare"), "expected at least 20"),

@@ -483,3 +483,14 @@ def test_units_of_a_start_lead_to_the_same_samples():
     assert data.units.same(again)
     assert torch.equal(sb.samples(x, scale=again).tensor(), data.tensor())
     assert not data.units.same(sb.samples(x).units)
+
+
+@pytest.mark.parametrize("size", [1e-12, 1.0, 1e9])
+def test_units_of_any_size_are_told_apart(size):
+    """In metres or in nanometres: a spread three times as large, or another mean, is another unit."""
+    x = size * np.random.default_rng(0).normal(size=(50, 2))
+    units, again = (sb.samples(x * (1 + e), scale="standard").units for e in (0, 1e-9))
+    assert units.same(again)
+    assert not units.same(sb.samples(3 * x, scale="standard").units)
+    assert not units.same(sb.samples(x + 0.01 * size, scale="standard").units)
+    assert not units.same(sb.samples(x).units)

@@ -143,6 +143,7 @@ def phases(
     sizes: dict[str, Any] = {"pairs": pairs, "steps": steps, "branches": branches}
     if attributes is not None:
         others = {"model": model, "holdout": holdout, "classify": classify, "clusters": clusters, **sizes}
+        others |= {"null-label": null_label, "prompt": prompt, "quick": quick or None}
         misplaced = next((name for name, value in others.items() if value is not None), None)
         if misplaced is not None:
             raise InputError(f"--{misplaced} came with --attributes, which asks the data alone. Leave it out.")

@@ -364,7 +364,9 @@ class Conditions:
     def check(self, model: str | None) -> None:
         """Raise what can be known before anything is loaded."""
         if model is None and self != Conditions():
-            raise InputError("--class, --null-label, --guidance and --window belong to a network. Add --model.")
+            raise InputError(
+                "--class, --null-label, --guidance, --window and --prompt belong to a network. Add --model."
+            )
         if self.prompt is not None and (self.of_class, self.null_label, self.window) != (None, None, None):
             raise InputError(
                 "--prompt came with --class, --null-label or --window, which are of classes. Leave them out."

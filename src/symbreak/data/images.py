@@ -100,12 +100,13 @@ class Units(Shown):
         return cls(tuple(map(str, values["columns"])), str(values["text"]), *numbers)
 
     def same(self, other: Units) -> bool:
-        """Whether 1 means the same in both, up to rounding."""
-        pairs = ((self.mean, other.mean), (self.std, other.std))
-        return all(
-            a is b is None or (a is not None and b is not None and a.shape == b.shape and np.allclose(a, b))
-            for a, b in pairs
-        )
+        """Whether 1 means the same in both, up to rounding: means are compared in standard deviations."""
+        if self.mean is None or self.std is None or other.mean is None or other.std is None:
+            return (self.mean is None, self.std is None) == (other.mean is None, other.std is None)
+        if self.mean.shape != other.mean.shape or self.std.shape != other.std.shape:
+            return False
+        std = np.allclose(self.std, other.std, atol=0)
+        return std and bool((np.abs(self.mean - other.mean) <= 1e-5 * (np.abs(self.mean) + self.std)).all())
 
 
 @dataclass(frozen=True)
@@ -177,14 +178,8 @@ class Images(Shown):
         low, high = (-1.0, 1.0) if self.units is None else (float(x.min()), float(x.max()))
         x = np.pad(x, ((0, -len(x) % 8), (0, 0), (0, 1), (0, 1)), constant_values=high)
         sheet = x.reshape(-1, 8, *x.shape[1:]).transpose(0, 3, 1, 4, 2).reshape(-1, 8 * x.shape[3], x.shape[1])
-        ax.imshow(
-            np.clip((sheet - low) / max(high - low, 1e-30), 0, 1).squeeze(-1)
-            if x.shape[1] == 1
-            else np.clip((sheet - low) / max(high - low, 1e-30), 0, 1),
-            cmap="gray",
-            vmin=0,
-            vmax=1,
-        )
+        sheet = np.clip((sheet - low) / max(high - low, 1e-30), 0, 1)
+        ax.imshow(sheet[..., 0] if x.shape[1] == 1 else sheet, cmap="gray", vmin=0, vmax=1)
         ax.set_axis_off()
         return ax
 

@@ -42,6 +42,22 @@ def _phases(content: Values, ax: Axes) -> None:
     sigma_axis(ax)
 
 
+def _attributes(content: Values, ax: Axes) -> None:
+    """Levels of all attributes with their intervals, the highest at the top; hollow where they are not resolved."""
+    rows = [row for row in content["rows"] if row["level"] is not None][::-1]
+    for i, row in enumerate(rows):
+        ax.plot(
+            [(row[end] or row["level"])["sigma"] for end in ("low", "high")],
+            [i, i],
+            linewidth=4,
+            alpha=0.35,
+            color="C0",
+        )
+        ax.plot(row["level"]["sigma"], i, "o", color="C0", markerfacecolor="C0" if row["resolved"] else "white")
+    ax.set_yticks(range(len(rows)), [row["attribute"] for row in rows], fontsize=7)
+    sigma_axis(ax)
+
+
 def _study(content: Values, ax: Axes) -> None:
     """Distances of the standard start and of the best late one against network evaluations, a colour a sampler."""
     for i, name in enumerate(dict.fromkeys(row["sampler"] for row in content["rows"])):
@@ -87,4 +103,11 @@ def _world(content: Values, ax: Axes) -> None:
     sigma_axis(ax)
 
 
-DRAW = {"phases": _phases, "study": _study, "audit": _audit, "evaluation": _evaluation, "world": _world}
+DRAW = {
+    "phases": _phases,
+    "attributes": _attributes,
+    "study": _study,
+    "audit": _audit,
+    "evaluation": _evaluation,
+    "world": _world,
+}
