@@ -387,10 +387,15 @@ def figure(path: Path) -> None:
         ax.axhline(next(iter(found.values()))[0]["floor"], color="#999999", lw=0.8)
         ax.set_xscale("log")
         ax.set_yscale("log")
+        seen = [r["seen"] for r in next(iter(found.values()))[0]["rows"]]
+        ax.set_xticks(seen, [f"{n:,}" for n in seen], fontsize=8)
+        ax.minorticks_off()
         ax.set_title(name, fontsize=10)
         ax.set_xlabel("training images seen")
     page.axes[0].set_ylabel("distance to held-out images")
-    page.axes[0].legend(fontsize=7, frameon=False)
+    page.legend(
+        *page.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+    )
     page.savefig(path)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from symbreak.data.images import Images
 from symbreak.data.labels import Classes, attributes
-from symbreak.intervals import mean_interval
+from symbreak.intervals import jackknife
 from symbreak.metrics.extractors import Extractor
 from symbreak.metrics.feature_rows import features
 from symbreak.noise import generator
@@ -123,6 +123,13 @@ def attribute_classifier(
         judge = LogisticRegression(class_weight="balanced", max_iter=500, C=0.1)
         judge.fit(reduced[known & ~new], codes[known & ~new])
         at = known & new
+        if len(np.unique(codes[at])) < len(np.unique(codes[known])):
+            if names is None:
+                continue
+            raise InputError(
+                f"the attribute {name!r}: none of the {int(at.sum())} images that are held out has its rarest class. "
+                "Pass more images, or other attributes."
+            )
         accuracies[name] = _accuracy(judge.predict(reduced[at]), codes[at], place[at] % GROUPS)
         judges[name], names_[name] = judge, [classes.names[c] for c in present[present >= 0]]
     joint = " and ".join(judges) if names is not None and 2 <= len(judges) <= JOINT else ""
@@ -156,6 +163,6 @@ def _accuracy(said: np.ndarray, codes: np.ndarray, group: np.ndarray) -> Values:
         return float(np.mean(each))
 
     value = balanced(np.ones(len(codes), bool))
-    _, low, high = mean_interval(np.array([balanced(group == g) for g in np.unique(group)]))
-    low, high = max(0.0, min(low, value)), min(1.0, max(high, value))
+    low, high = jackknife(value, np.array([balanced(group != g) for g in np.unique(group)]))
+    low, high = max(0.0, low), min(1.0, high)
     return {"value": value, "low": low, "high": high, "resolved": value >= RESOLVED, "count": len(codes)}

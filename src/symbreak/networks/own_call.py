@@ -120,12 +120,17 @@ def own_call(pipe: Pipeline, arguments: Mapping[str, object]) -> OwnCall:
         del scheduler.set_timesteps
     if not seen:
         raise InputError(f"{type(pipe).__name__} never evaluated its network with {', '.join(arguments)}.")
-    told = seen[0]
-    state = next(told.pop(name) for name in STATES if name in told)
-    time = next(told.pop(name) for name in TIMES if name in told)
-    sides = {k: told.pop(k) for k in UNSAID if k in told}
-    extra = told.pop("kwargs", {})
-    condition = {k: v for k, v in {**told, **extra}.items() if v is not None and v != {}}
+    passed = seen[0]
+    for names in (STATES, TIMES):
+        if not any(name in passed for name in names):
+            raise InputError(
+                f"{type(network).__name__} takes {', '.join(passed)}; expected one of {', '.join(names)}. Wrap "
+                "it in a function of its state and time and pass that to sb.denoiser."
+            )
+    state, time = (next(passed.pop(name) for name in names if name in passed) for names in (STATES, TIMES))
+    sides = {k: passed.pop(k) for k in UNSAID if k in passed}
+    extra = passed.pop("kwargs", {})
+    condition = {k: v for k, v in {**passed, **extra}.items() if v is not None and v != {}}
     dynamic = getattr(scheduler.config, "use_dynamic_shifting", False)
     return OwnCall(state, time, condition, sides, scheduler, shifts[-1] if shifts and dynamic else None)
 
