@@ -213,7 +213,7 @@ def write_npz(path, **arrays):
     [
         (lambda p: p / "nope", "does not exist"),
         (lambda p: (p / "empty").mkdir() or p / "empty", "holds no images"),
-        (lambda p: (p / "x.txt").write_text("hi") and p / "x.txt", "Expected a folder"),
+        (lambda p: (p / "x.txt").write_text("hi") and p / "x.txt", "is a table, which holds no pictures"),
         (lambda p: (p / "x.parquet").write_text("hi") and p / "x.parquet", "no readable parquet"),
         (lambda p: (p / "x.npy").write_text("hi") and p / "x.npy", "cannot be read|pickled"),
         (lambda p: np.save(p / "o.npy", np.array([{}, {}])) or p / "o.npy", "pickled objects"),

@@ -220,6 +220,7 @@ def test_a_dit_samples_its_classes_from_a_late_start(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::symbreak.start.late_start.LateStartWarning")
 def test_a_start_fitted_on_the_latents_of_a_pipeline():
     vae = nets.vae()
     pictures = torch.rand(100, 3, 16, 16, generator=torch.Generator().manual_seed(4)) * 2 - 1
@@ -298,6 +299,7 @@ def test_flow_matching_of_data_at_one_with_the_time_last():
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore::symbreak.start.late_start.LateStartWarning")
 def test_the_page_runs(monkeypatch):
     page = Path(__file__).parents[1] / "docs" / "my-own-network.md"
     codes = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)

@@ -169,7 +169,7 @@ def audit(world, run_):
 def evaluated(world, run_):
     seeds = range(world.seed, world.seed + 4)
     more = {"precision": world.precision, "model": str(world.folder)}
-    options = {"micro_batch": world.micro_batch, "identity": more, "run": run_, "cache": False}
+    options = {"micro_batch": world.micro_batch, "identity": more, "run": run_, "cache": False, "repeats": 2}
     evaluate_network(world.unet, world.start(), seeds, world.data, world.holdout, **options)
 
 

@@ -237,7 +237,7 @@ def test_a_network_goes_on_as_what_it_is(digits, folder, tmp_path, capsys, monke
         train_network(digits, tmp_path / "b", init=folder)
     loaded = []
     monkeypatch.setattr(
-        "symbreak.start.loading._loaded", lambda source, of=_loaded: loaded.append(source) or of(source)
+        "symbreak.start.loading._loaded", lambda source, *rest: loaded.append(source) or _loaded(source, *rest)
     )
     settings = ("--recipe", tmp_path / "r.json", "--init", folder, "--residual", "--out", tmp_path / "c", "--json")
     (tmp_path / "r.json").write_text(json.dumps({**SMALL.settings(), "steps": 1}))

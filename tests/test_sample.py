@@ -12,7 +12,7 @@ from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
-from symbreak.start.fit import fit_start, late_start
+from symbreak.start.fit import late_start
 from symbreak.start.late_start import standard_start
 from symbreak.start.loading import load_pipeline
 from symbreak.start.sample import generate, parse_seeds, write_images
@@ -218,14 +218,12 @@ class Edm(torch.nn.Module):
         return gaussian_law().denoise(x.double(), sigma.double()).to(x)
 
 
-def test_edm_networks_are_told_how_to_be_taken():
+def test_edm_networks_are_taken_as_they_are():
     start = standard_start(scheduler("edm-euler"), 40)
     base = scheduler("edm-euler")
-    for ask in (lambda: generate(Edm(), start, [0]), lambda: fit_start(images("digits"), Edm(), base)):
-        with pytest.raises(InputError, match=r"is taken as sb\.denoiser\(network\)"):
-            ask()
     x = generate(as_unet(denoiser(Edm()), base), start, range(8), clamp=False)
-    assert torch.equal(generate(denoiser(Edm()), start, range(8), clamp=False), x)
+    for network in (Edm(), denoiser(Edm())):
+        assert torch.equal(generate(network, start, range(8), clamp=False), x)
     torch.testing.assert_close(x, generate(as_unet(gaussian_law(), base), start, range(8), clamp=False))
 
 

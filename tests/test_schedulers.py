@@ -195,13 +195,8 @@ def test_zero_snr_and_flow_settings():
     assert float((cov - law.moments.cov).abs().max()) < 0.1 * 4
     with pytest.raises(InputError, match="fixed shift"):
         late_start(diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), law, 5, at=NoiseLevel(3.0))
-    with pytest.raises(InputError, match="use_flow_sigmas"):
-        late_start(
-            diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
-            law,
-            5,
-            at=400,
-        )
+    flow = diffusers.DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction")
+    assert late_start(flow, law, 5, at=NoiseLevel(3.0)).level.sigma == pytest.approx(3.0, rel=1e-4)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])

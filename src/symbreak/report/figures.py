@@ -192,6 +192,11 @@ def _span(ax: Axes, critical: Values, y: float, color: str, alpha: float) -> Non
 def _panel(ax: Axes, panel: str, content: Values) -> None:
     """The curves of one panel, their names at their ends."""
     unit, title = PANELS[panel]
+    if content.get("data", {}).get("units"):  # no pictures
+        title = title.replace(
+            " of a denoised image, summed over its pixels in [-1, 1]", " of a denoised sample, summed"
+        )
+        title = title.replace("images", "samples")
     curves = [c for c in content["curves"] if c["panel"] == panel]
     lines = [line for line in content["lines"] if line["panel"] == panel]
     collapse, labels = (content.get("regimes") or {}).get("collapse"), []
