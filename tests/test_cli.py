@@ -194,7 +194,7 @@ FLAGS = {
     "--size --skip-bad --split",
     "train": "--classes --compile --conditional --crop --data --device --init --json --labels --layout --limit "
     "--memory --minutes --mode --out --pad --precision --range --recipe --residual --size --skip-bad --split --steps",
-    "world": "--json --out --seed --train",
+    "world": "--dim --json --means --out --seed --train --variance --weights",
 }
 
 

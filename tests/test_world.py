@@ -1,14 +1,19 @@
 """Worlds: what a page shows is what the laws say, and its slider moves it (in headless Chromium)."""
 
+import base64
 import html.parser
 import json
 import math
+from io import BytesIO
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from symbreak.cli.commands import main
+from symbreak.cli.commands import _own_law, main
 from symbreak.laws import Empirical, Mixture, Sphere
 from symbreak.phases.bifurcations import bifurcation
 from symbreak.report.html import write_report
@@ -120,8 +125,61 @@ def test_a_world_of_ones_own(own, tmp_path):
     found = row(record, "bifurcation", "sde", "ve")["level"]["sigma"]
     assert found == pytest.approx(bifurcation(own, "sde", "ve").sigma, rel=1e-9)
     assert record.content["title"] == repr(own)
-    with pytest.raises(InputError, match="a world of Empirical"):
-        explore_world(Empirical([[-1.0], [1.0]]))
+
+
+def test_a_world_of_points_away_from_the_origin():
+    """Drawn through the mean: two points, moved, have the wells of two points."""
+    content = explore_world(Empirical([[4.0], [6.0]])).content
+    assert "2 equal points" in content["lead"]
+    wells = [b["x"][-1] for b in content["branches"] if b["stable"][-1]]
+    alpha = 1 / math.hypot(1, content["sigma"][-1])
+    assert sorted(wells) == pytest.approx([-alpha, alpha], rel=1e-5)
+    assert all(b["on_path"][-1] for b in content["branches"])
+
+
+def test_laws_of_the_command(tmp_path):
+    means, points = tmp_path / "means.csv", tmp_path / "points.npy"
+    means.write_text("-2,0\n2,1\n")
+    np.save(points, np.arange(1200.0).reshape(600, 2))
+    assert _own_law("sphere", None, 50, None, None, None).dim == 50
+    assert _own_law("sphere", None, None, None, None, None) == "sphere"
+    law = _own_law("mixture", None, None, str(means), ".25,.75", ".1")
+    assert law.means.tolist() == [[-2, 0], [2, 1]]
+    assert law.weights.tolist() == [0.25, 0.75]
+    assert float(law.moments.trace) == pytest.approx(0.2 + 0.25 * 0.75 * 17)
+    assert len(_own_law("data", str(points), None, None, None, None)) == 500
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("mixture --means FILE --weights .25 --variance .1", "1 weights for 2 components"),
+        ("mixture --means FILE --weights .2,.2 --variance .1", "sum to 0.4"),
+        ("mixture --means FILE --weights a,b --variance .1", "--weights a,b"),
+        ("mixture --means FILE --variance -1", "variance -1"),
+        ("mixture --means FILE", "--variance is missing"),
+        ("mixture --weights .5,.5", "--means FILE is missing"),
+        ("mixture --means no.csv --variance 1", "no.csv does not exist"),
+        ("sphere --dim", "Invalid value for --dim"),
+        ("sphere --dim -3", "--dim -3; expected at least 2"),
+        ("sphere --dim 1000", "1,000 dimensions"),
+        ("two-deltas --dim 3", "belongs to symbreak world sphere"),
+        ("data", "FILE of symbreak world data FILE is missing"),
+        ("data no.csv", "no.csv does not exist"),
+        ("data digits", "64 dimensions"),
+        ("data SAME", "no spread"),
+    ],
+)
+def test_bad_worlds_of_ones_own(arguments, said, tmp_path, capsys):
+    (tmp_path / "means.csv").write_text("-2,0\n2,1\n")
+    (tmp_path / "same.csv").write_text("1,1\n1,1\n")
+    line = arguments.replace("FILE", str(tmp_path / "means.csv")).replace("SAME", str(tmp_path / "same.csv"))
+    with pytest.raises(SystemExit) as end:
+        main(["world", *line.split(), "--out", str(tmp_path / "world.html")])
+    assert end.value.code == 2
+    (error,) = (v for v in capsys.readouterr().err.strip().splitlines() if v.startswith("symbreak: "))
+    assert said in error
+    assert not (tmp_path / "world.html").exists()
 
 
 def test_the_seed_is_of_trajectories_alone(two_deltas):
@@ -308,10 +366,38 @@ def test_link_and_click_set_the_level(browser, mixture, tmp_path):  # noqa: F811
         f.dispatchEvent(new MouseEvent("click", {clientX, clientY}));"""
     )
     assert float(browser.run("return document.getElementById('well').dataset.sigma")) == pytest.approx(sigma[-1])
-    # canvas: the map is painted, not blank
-    colours = browser.run(
-        """const c = document.getElementById("map");
-        const d = c.getContext("2d").getImageData(110, 40, 800, 500).data;
-        return new Set(Array.from({length: 2000}, (_, i) => d[4 * (i * 199)])).size;"""
+
+
+def test_panels_are_saved_and_fit_a_telephone(browser, mixture, tmp_path):  # noqa: F811
+    path = write_report(mixture, tmp_path / "world.html")
+    browser.ask("POST", "/url", {"url": path.as_uri()})
+    panels = ("well", "map", "fork", "paths", "times")
+    sigma = mixture.content["sigma"]
+    lines = {r["level"]["sigma"] for r in mixture.content["critical"] if r["level"]}
+    for name in panels:
+        drawn = browser.run(
+            f"return [...document.querySelectorAll('#{name} [data-critical]')].map(n => +n.dataset.critical)"
+        )
+        assert set(drawn) <= lines
+        for s in lines:  # within half a per cent one line stands for several
+            assert not sigma[-1] <= s <= sigma[0] or any(abs(v / s - 1) < 0.005 for v in drawn)
+    browser.run(
+        """window.saved = {};
+        HTMLAnchorElement.prototype.click = function () { window.saved[this.download] = this.href; };
+        for (const button of document.querySelectorAll("[data-save]")) button.click();"""
     )
-    assert colours > 20
+    saved = browser.until("return Object.keys(window.saved).length === 10 && window.saved", 30)
+    assert set(saved) == {f"world-mixture-{name}.{kind}" for name in panels for kind in ("svg", "png")}
+    for name in panels:
+        drawing = ElementTree.fromstring(unquote(saved[f"world-mixture-{name}.svg"].partition(",")[2]))
+        assert any("new wells" in (node.text or "") for node in drawing.iter("{http://www.w3.org/2000/svg}text"))
+        picture = Image.open(BytesIO(base64.b64decode(saved[f"world-mixture-{name}.png"].partition(",")[2])))
+        assert picture.width == 2 * float(drawing.get("width"))
+        if name == "map":  # painted, not blank
+            assert len(picture.convert("RGB").crop((110, 40, 900, 500)).getcolors(2**20)) > 100
+    browser.resize(480, 900)
+    assert browser.run("const d = document.documentElement; return d.scrollWidth - d.clientWidth") <= 0
+    wide = "return [...document.querySelectorAll('.scroll')].some(e => e.scrollWidth > e.clientWidth)"
+    assert not browser.run(wide)
+    assert browser.run("return document.getElementById('times').viewBox.baseVal.width") == 520
+    assert browser.errors() == []

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from cyclopts import App, CycloptsError, Parameter
 
-from symbreak.cli.console import err, fail, note, running, say, say_record
+from symbreak.cli.console import err, fail, note, note_of, running, say, say_record
 from symbreak.cli.options import (
     CLASSIFIERS,
     MICRO,
@@ -48,6 +48,9 @@ from symbreak.runtime.errors import InputError, visible
 
 if TYPE_CHECKING:
     from symbreak.data.images import Images
+    from symbreak.laws.law import Law
+
+POINTS = 500  # at most, of a data set whose world is drawn
 
 app = App(
     name="symbreak",
@@ -570,10 +573,18 @@ def train(
     say(as_json, {**result, "out": str(out)}, lambda: _print(*lines, f"picture: {out / 'training.png'}"))
 
 
-@app.command(help_epilogue="Example: symbreak world two-deltas --train")
+@app.command(
+    help_epilogue="Examples: symbreak world two-deltas --train; symbreak world sphere --dim 50; "
+    "symbreak world mixture --means FILE --weights .25,.75 --variance .1; symbreak world data FILE"
+)
 def world(
-    name: Annotated[str, option(None, "two-deltas, sphere, mixture or digits")],
+    name: Annotated[str, option(None, "two-deltas, sphere, mixture, digits; or data, with a FILE")],
+    file: Annotated[str | None, option(None, "of samples, whose points are the law (world data FILE)")] = None,
     *,
+    dim: Annotated[int | None, option(None, "sphere: dimension of its space (default 3)")] = None,
+    means: Annotated[str | None, option(None, "mixture: .csv or .npy FILE of the means, a row each")] = None,
+    weights: Annotated[str | None, option(None, "mixture: of the means, such as .25,.75 (default: equal)")] = None,
+    variance: Annotated[str | None, option(None, "mixture: of every direction; one number, or one a mean")] = None,
     out: Annotated[Path | None, option(None, "HTML file (default: build/world-NAME.html)")] = None,
     train: Annotated[bool, flag(None, "two-deltas: train a small network and lay it over the exact law")] = False,
     seed: Annotated[int, option(None, "of the trajectories and of the network")] = 0,
@@ -585,15 +596,58 @@ def world(
     from symbreak.runtime.run import Run
     from symbreak.studies.worlds import check_world, draw_world
 
-    check_world(name, train, seed)
+    law = _own_law(name, file, dim, means, weights, variance)
+    check_world(law, train, seed)
     target = _page(Path(f"build/world-{name}.html") if out is None else out, "world.html")
     try_writing(target.parent)
     with err.status(name) as status:
         run = Run(progress=lambda stage, *_: status.update(f"{name}: {stage}"))
-        record = draw_world(name, target, train, seed, run=run)
+        record = draw_world(law, target, train, seed, run=run)
     drawn = ("potential", "branches", "trajectories", "position", "sigma", "branch_sigma", "branch_index", "network")
     few = {k: v for k, v in record.content.items() if k not in drawn}  # the page has the rest
     say(as_json, {**record.to_dict(), "content": few, "out": str(target)}, lambda: show(record, target))
+
+
+def _own_law(
+    name: str, file: str | None, dim: int | None, means: str | None, weights: str | None, variance: str | None
+) -> str | Law:
+    """A world's name, or the law that its options describe."""
+    from symbreak.data.samples import opened, samples
+    from symbreak.laws import Empirical, Mixture, Sphere
+
+    owners = {
+        "FILE": (file, "data"),
+        "--dim": (dim, "sphere"),
+        "--means": (means, "mixture"),
+        "--weights": (weights, "mixture"),
+        "--variance": (variance, "mixture"),
+    }
+    for option_, (value, owner) in owners.items():
+        if value is not None and owner != name:
+            raise InputError(f"{option_} {value} belongs to symbreak world {owner}, not to {name}. Leave it out.")
+    if name == "data":
+        data = opened(required(file, "FILE of symbreak world data FILE"))
+        data = data if len(data) <= POINTS else data.subset(POINTS)
+        note_of(data)
+        return Empirical(data.tensor().double())
+    if dim is not None:
+        if dim < 2:
+            raise InputError(f"--dim {dim}; expected at least 2.")
+        return Sphere(dim, 1.0)
+    if means is None and (weights, variance) == (None, None):
+        return name
+    centres = samples(required(means, "--means FILE"), labels="none").tensor().double()
+    spread = _numbers("--variance", required(variance, "--variance"))
+    shares = None if weights is None else _numbers("--weights", weights)
+    return Mixture.from_parameters(centres, spread[0] if len(spread) == 1 else spread, shares)
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    """Numbers with commas between them."""
+    try:
+        return [float(v) for v in text.split(",")]
+    except ValueError:
+        raise InputError(f"{name} {text}; expected numbers such as .25,.75.") from None
 
 
 @app.command(help_epilogue="Example: symbreak report build/demo/record.json --out build/demo/report.html")

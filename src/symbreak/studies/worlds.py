@@ -49,6 +49,8 @@ __all__ = ["WORLDS", "check_world", "draw_world", "explore_world"]
 
 FLOW = "sde"  # in which potential and fixed points are drawn
 TRAJECTORIES = 60
+STARTS = 8  # samples of an empirical law from which fixed points are looked for
+LARGEST, LARGEST_OF_POINTS = 256, 16  # dimensions; the search of fixed points takes minutes in more
 SUBSTEPS = 3  # posterior steps between two levels that are drawn
 Points = Law | Denoiser
 
@@ -111,7 +113,8 @@ class World:
         """VE states on the path of the potential."""
         if self.arc is not None:
             return self.arc[1]
-        return torch.from_numpy(self.position)[:, None] * self.axis / NoiseLevel(sigma).alpha
+        line = torch.from_numpy(self.position)[:, None] * self.axis / NoiseLevel(sigma).alpha
+        return (line if self.middle is None else self.middle + line).reshape(-1, *self.law.shape)
 
     def project(self, states: torch.Tensor, alpha: float) -> np.ndarray:
         """VP coordinate of VE states [N, *S] along the axis, zero at its middle."""
@@ -248,16 +251,26 @@ def _own(law: Law) -> World:
     """A law of one's own, looked at along its leading mode."""
     moments: Moments = law.moments  # type: ignore[attr-defined]
     axis = moments.leading_vectors(1)[:, 0]
-    top = math.sqrt(float(moments.population(1).values[0]))
+    top = math.sqrt(max(float(moments.spectrum(1).values[0]), 0.0))
+    if top < 1e-6:
+        raise InputError(f"{law!r} has no spread; a world needs data that differ.")
     name = "state along the leading mode, VP frame"
-    start = law.means if isinstance(law, Mixture) else (top * axis).reshape(1, *law.shape)
+    middle = moments.mean.reshape(-1).double()
+    lead = "A law of one's own. Potential, fixed points and trajectories are along the leading mode, through the mean."
+    extra: tuple[tuple[str, Callable[[], CriticalTime]], ...] = ()
+    if isinstance(law, Empirical):
+        lead += f" The law is the samples themselves, {len(law):,} equal points: each is a well at low noise."
+        start = law.points[:: math.ceil(len(law) / STARTS)]
+        extra = (("collapse, measured", lambda: collapse_time(law)),) if len(law) > 2 else ()
+    else:
+        start = law.means if isinstance(law, Mixture) else middle + top * axis
     return World(
         title=repr(law),
-        lead="A law of one's own. Potential, fixed points and trajectories are drawn along its leading mode.",
+        lead=lead,
         law=law,
         classes=law if isinstance(law, Mixture) else None,
         moments=moments,
-        samples=1000,
+        samples=0 if isinstance(law, Empirical) else 1000,
         levels=(6.0 * top, 0.15 * top, 61),
         axis=axis,
         axis_name=name,
@@ -265,9 +278,11 @@ def _own(law: Law) -> World:
         reach=2.0 * top,
         frame="ve",
         starts=start.reshape(-1, *law.shape).double(),
-        ends=lambda x: (x.reshape(len(x), -1).double() @ axis > 0).long(),
+        ends=lambda x: ((x.reshape(len(x), -1).double() - middle) @ axis > 0).long(),
         end_names=("ends on the negative side", "ends on the positive side"),
+        middle=middle,
         stability=(("sde", "ve"), ("ode", "ve")),
+        extra=extra,
     )
 
 
@@ -277,8 +292,12 @@ def check_world(name: str | Law, train: bool = False, seed: int = 0) -> None:
     Raises:
         InputError: for an unknown world, a network for a world that has none, or a seed below zero.
     """
-    if isinstance(name, Law) and not isinstance(name, Mixture | Gaussian | Sphere):
-        raise InputError(f"a world of {type(name).__name__}; expected a Gaussian, a Mixture or a Sphere.")
+    if isinstance(name, Law) and not isinstance(name, Mixture | Gaussian | Sphere | Empirical):
+        kind = type(name).__name__
+        raise InputError(f"a world of {kind}; expected a Gaussian, a Mixture, a Sphere or an Empirical law.")
+    largest = LARGEST_OF_POINTS if isinstance(name, Empirical) else LARGEST
+    if isinstance(name, Law) and name.dim > largest:
+        raise InputError(f"{type(name).__name__} law of {name.dim:,} dimensions; a world of it has at most {largest}.")
     if isinstance(name, str) and name not in WORLDS:
         raise InputError(f"unknown world {name!r}. Known: {', '.join(WORLDS)}.")
     if train and name != "two-deltas":
@@ -292,7 +311,8 @@ def explore_world(name: str | Law, train: bool = False, seed: int = 0, *, run: R
     """Everything that the page of a world shows, as plain values.
 
     Args:
-        name: one of `WORLDS`; or a law of one's own, a `Gaussian`, `Mixture` or `Sphere`.
+        name: one of `WORLDS`; or a law of one's own, a `Gaussian`, `Mixture`, `Sphere` or
+            `Empirical`.
         train: also train a small network on the same data (two-deltas only) and put it through the same
             functions.
         seed: of trajectories and of the network.
@@ -396,7 +416,7 @@ def _branches(world: World, points: FixedPoints) -> list[Values]:
             -1, *[1] * (branch.points.ndim - 1)
         )
         along = world.project(ve, 1.0) * alpha
-        flat = ve.reshape(len(ve), -1)
+        flat = ve.reshape(len(ve), -1) - (0.0 if world.middle is None else world.middle)
         off = torch.linalg.vector_norm(flat - (flat @ world.axis)[:, None] * world.axis, dim=1).numpy()
         here = branch.exists
         value: Values = {
@@ -450,7 +470,7 @@ def _critical(world: World, points: FixedPoints, run: Run) -> list[Values]:
     for name, find in (*rows, *world.extra):
         with _stage(run, "critical times"):
             value = _row(name, find())
-        if name.startswith("collapse"):
+        if name.startswith("collapse") and world.samples:
             value["note"] = f"{world.samples} samples" + (f"; {value['note']}" if value["note"] else "")
         out.append(value)
     return out
