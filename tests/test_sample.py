@@ -249,3 +249,8 @@ def test_stored_images_belong_to_the_law_of_every_class(tmp_path):
         made.append(generate(network, start, range(4), labels, run=Run(tmp_path), clamp=False))
     assert torch.equal(made[0][0], made[1][0])
     assert not torch.equal(made[0][1:], made[1][1:])
+
+
+def test_a_number_of_seeds_is_no_list_of_them():
+    with pytest.raises(InputError, match=r"seeds=8; expected a list of them, such as range\(8\)"):
+        generate(gaussian_law(), standard_start(scheduler("edm-euler"), 4), 8)

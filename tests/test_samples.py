@@ -180,7 +180,7 @@ BAD = {
         r"labels of shape \(2,\) for 12 samples",
     ),
     "label column of an array": (lambda t: (np.ones((4, 2)), {"labels": "kind"}), "no columns, so labels='kind'"),
-    "scale": (lambda t: (np.ones((4, 2)), {"scale": "minmax"}), "expected standard, a pair"),
+    "scale": (lambda t: (np.ones((4, 2)), {"scale": "minmax"}), "expected 'standard', a pair"),
     "pair": (lambda t: (np.eye(4), {"scale": (0, [1, 2])}), "of one number or of 4, one a column"),
     "no spread given": (lambda t: (np.eye(4), {"scale": (0, 0)}), "standard deviation above 0"),
     "not a pair": (lambda t: (np.eye(4), {"scale": 3}), "expected 'standard', or"),

@@ -31,7 +31,12 @@ def blocks(page):
 PAGES = [p for p in sorted(ROOT.glob("docs/*.md")) if blocks(p)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "page",
+    # this page trains four networks: a minute and a half
+    [pytest.param(p, marks=pytest.mark.slow) if p.name == "training-below-the-law.md" else p for p in PAGES],
+    ids=lambda p: p.name,
+)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     if page.name in RUN_ELSEWHERE:
         assert page.name in (ROOT / "tests" / RUN_ELSEWHERE[page.name]).read_text(encoding="utf-8")

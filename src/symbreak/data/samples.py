@@ -412,7 +412,7 @@ def _units(
         )
     if isinstance(scale, str):
         if scale != "standard":
-            raise InputError(f"scale {scale!r}; expected standard, a pair (mean, std), or none.")
+            raise InputError(f"scale {scale!r}; expected 'standard', a pair (mean, std), or None.")
         if flat.any():
             first = int(np.flatnonzero(flat)[0])
             raise InputError(

@@ -260,7 +260,10 @@ def _beside(d: Values, floor: Values) -> str:
     if d["low"] > floor["high"]:
         return f"{number(d['mean'] / max(floor['mean'], 1e-30), '.2g')} times as far as real ones, beyond the intervals"
     if d["high"] < floor["low"]:
-        return "nearer than real ones, which points to copies of the held-out samples or to a leak"
+        return (
+            "nearer than real ones beyond the intervals: blurred samples, few of them beside many features, or copies "
+            "of what is held out"
+        )
     return "the intervals overlap, so they are not told apart from real ones at this count"
 
 

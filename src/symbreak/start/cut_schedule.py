@@ -121,7 +121,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
 def check_steps(steps: int) -> None:
     """A number of steps that is no whole number of at least 1 raises an error."""
     if int(steps) != steps or steps < 1:
-        raise InputError(f"{steps} steps requested; expected a whole number of at least 1.")
+        raise InputError(f"{steps!r} steps requested; expected a whole number of at least 1.")
 
 
 def schedule_of(scheduler: Scheduler) -> Schedule:

@@ -13,7 +13,7 @@ import csv
 import inspect
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -271,6 +271,8 @@ class _Images:
         clamp: bool | None = None,
         **condition: object,
     ) -> None:
+        if not isinstance(seeds, Iterable):
+            raise InputError(f"seeds={seeds!r}; expected a list of them, such as range({seeds}).")
         unet = posing(unet, start.full)
         self.unet, self.start, self.seeds, self.micro_batch = unet, start, [int(s) for s in seeds], micro_batch
         self.clean, self.condition = clean, condition
