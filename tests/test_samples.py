@@ -302,7 +302,7 @@ def test_the_command_line_reads_tables(tmp_path, capsys):
         (("--crop", "center"), "crop= (--crop) belongs to pictures"),
         (("--mode", "L"), "mode= (--mode) belongs to pictures"),
         (("--pad", "8"), "pad= (--pad) belongs to pictures"),
-        (("--scale", "wide"), "expected standard"),
+        (("--scale", "wide"), "expected 'standard'"),
         (("--scale", "1,x"), "expected standard, none, or MEAN,STD"),
         (("--labels", "species"), "no label column 'species'. It has: height, income, kind"),
     ):
