@@ -230,6 +230,20 @@ def test_going_on_from_a_finished_network(digits, folder, tmp_path):
         train_network(digits, tmp_path / "b", dataclasses.replace(SMALL, channels=(8, 24)), law="auto", init=folder)
 
 
+def test_an_audit_looks_at_the_samples_that_the_network_makes(digits, folder, capsys):
+    """From its own start, as `sample` does; it was from white noise, 50 evaluations, samples that nobody makes."""
+    pipe = sb.load_pipeline(folder)
+    own = pipe.start
+    said = sb.audit(digits, model=pipe, sampling=sb.Sampling(count=20)).content["samples"]["start"]
+    assert said.endswith(f"at sigma {own.level.sigma:.3g}, {own.calls} network evaluations a sample")
+    assert not said.startswith("white noise")
+    settings = ("--data", "digits", "--model", folder, "--count", "20", "--json")
+    for more, begins in (((), said), (("--steps", "4"), "white noise")):
+        code, out, err = symbreak(capsys, "audit", *settings, *more)
+        assert code == 0, err
+        assert json.loads(out)["content"]["samples"]["start"].startswith(begins)
+
+
 def test_a_network_goes_on_as_what_it_is(digits, folder, tmp_path, capsys, monkeypatch):
     with pytest.raises(InputError, match=r"digits is a plain network, and would go on as the residual"):
         train_network(digits, tmp_path / "b", law="auto", init="digits")

@@ -469,8 +469,12 @@ def audit(
         float | None, option(None, "near duplicates: part of the median eighth-neighbour distance (default 0.1)")
     ] = None,
     count: Annotated[int | None, option(None, "with --model (default: 1000)")] = None,
-    steps: Annotated[int | None, option(None, "with --model (default: 50)")] = None,
-    sampler: Annotated[str | None, option(None, "with --model (default: dpm++2m)")] = None,
+    steps: Annotated[
+        int | None, option(None, "with --model, from white noise (default: its own start, else 50)")
+    ] = None,
+    sampler: Annotated[
+        str | None, option(None, "with --model, from white noise (default: its own start, else dpm++2m)")
+    ] = None,
     seeds: Annotated[str | None, option(None, "with --model, instead of --count, such as 0-99")] = None,
     conditions: Conditions = Conditions(),
     seed: Annotated[int, option(None, "of the thinned references and the permutations")] = 0,
@@ -505,7 +509,8 @@ def audit(
         held_out = reading.open_if(holdout, opened)
         if pipe is not None:
             unet, sampling["classes"], _ = conditions.applied(pipe, opened, held_out, work.unstored())
-            pipe = pipe if unet is pipe.unet else unet
+            if unet is not pipe.unet:
+                sampling["start"], pipe = getattr(pipe, "start", None), unet
         record = measure(
             opened,
             None if samples is None else Reading(samples_range, reading.skip_bad).open(samples, like=opened),

@@ -282,12 +282,12 @@ class Beginning:
         tensors, metadata = read_tensors(self.start)
         kind = metadata.get("format", "")
         if kind == "symbreak.start":
-            if (self.at, self.sampler, self.steps) != (None,) * 3:
-                raise InputError(
-                    f"{self.start} is a start, which brings its own sampler, steps and level. Leave --sampler, --steps "
-                    "and --at out, or pass moments or a law."
-                )
             saved = LateStart.load(self.start)
+            if (self.at, self.sampler) != (None, None) or self.steps not in (None, saved.steps):
+                raise InputError(
+                    f"{self.start} is a start, which brings its own sampler, level and {saved.steps} steps. Leave "
+                    "--sampler, --steps and --at out, or pass moments or a law."
+                )
             check_same_network(saved, pipe.scheduler, self.start)
             return saved
         law = (

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import Pipeline
 
-__all__ = ["RESOLVED", "AttributeClassifier", "attribute_classifier", "attribute_names"]
+__all__ = ["FEWEST", "RESOLVED", "AttributeClassifier", "attribute_classifier", "attribute_names", "enough"]
 
 RESOLVED = 0.7  # balanced accuracy below which an attribute is not resolved
 COMPONENTS = 128  # leading components of the features that a classifier sees
@@ -105,7 +105,7 @@ def attribute_classifier(
 
     order = torch.randperm(len(data), generator=generator(seed, 72))[:MOST].sort().values.numpy()
     some = data if len(order) == len(data) else data.take(order, f"random {MOST} {seed}")
-    wanted = {name: c for name, c in attributes(some, names).items() if _enough(name, c, names is not None)}
+    wanted = {name: c for name, c in attributes(some, names).items() if enough(name, c, names is not None)}
     if not wanted:
         raise InputError(f"no attribute of {data.name} has {FEWEST} images in each class. Pass more images.")
     rows = features(_seen(extract), some).numpy()
@@ -138,7 +138,7 @@ def attribute_classifier(
     return AttributeClassifier(extract, reduce, judges, names_, accuracies, joint)
 
 
-def _enough(name: str, classes: Classes, named: bool) -> bool:
+def enough(name: str, classes: Classes, named: bool) -> bool:
     """Whether there are enough images of each class; where the attribute was named, an error says so."""
     fewest = int(np.unique(classes.codes[classes.codes >= 0], return_counts=True)[1].min())
     if named and fewest < FEWEST:

@@ -23,7 +23,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from symbreak.networks.types import Network
 from symbreak.runtime.errors import InputError
 
-__all__ = ["FAMILIES", "Adapted", "Family", "adapted", "family_of", "sample_shape", "takes_sigma"]
+__all__ = ["FAMILIES", "Adapted", "Family", "adapted", "family_of", "places", "sample_shape", "squares", "takes_sigma"]
 
 Condition: TypeAlias = dict[str, Any]
 Answer: TypeAlias = Network  # a tensor, or what holds one
@@ -70,10 +70,20 @@ def _transformer(network: Network, x: torch.Tensor, t: torch.Tensor, condition: 
     return network(hidden_states=x, timestep=scale * t, **condition, return_dict=False)
 
 
+def squares(x: torch.Tensor) -> torch.Tensor:
+    """Latents [B, C, H, W] as tokens of 2 x 2 each, [B, H W / 4, 4 C]."""
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+def places(x: torch.Tensor) -> torch.Tensor:
+    """Latents of a video [B, C, F, H, W], every place of every frame a token, [B, F H W, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
 def _packed(network: Network, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> Answer:
     """Flux and its relatives: squares of 2 x 2 latents are tokens, the time runs from 0 to 1."""
     b, c, h, w = x.shape
-    tokens = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
     if "img_shapes" in inspect.signature(network.forward).parameters:  # Qwen-Image
         condition = {**condition, "img_shapes": [[(1, h // 2, w // 2)]] * b}
     else:
@@ -83,7 +93,7 @@ def _packed(network: Network, x: torch.Tensor, t: torch.Tensor, condition: Condi
         text = condition.get("encoder_hidden_states", x.new_zeros(1, 0, 1))
         ids = {"img_ids": grid.reshape(-1, 3), "txt_ids": x.new_zeros(text.shape[1], 3)}
         condition = {**ids, **{k: v for k, v in condition.items() if k != "img_ids"}}
-    out = network(hidden_states=tokens, timestep=t / TRAINED, **condition, return_dict=False)[0]
+    out = network(hidden_states=squares(x), timestep=t / TRAINED, **condition, return_dict=False)[0]
     return out.reshape(b, h // 2, w // 2, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, h, w)
 
 
@@ -91,8 +101,7 @@ def _video_tokens(network: Network, x: torch.Tensor, t: torch.Tensor, condition:
     """LTX-Video: every place of every frame is a token."""
     b, c, f, h, w = x.shape
     sides = {"num_frames": f, "height": h, "width": w}
-    tokens = x.flatten(2).transpose(1, 2)
-    out = network(hidden_states=tokens, timestep=t, **{**condition, **sides}, return_dict=False)[0]
+    out = network(hidden_states=places(x), timestep=t, **{**condition, **sides}, return_dict=False)[0]
     return out.transpose(1, 2).reshape(b, c, f, h, w)
 
 

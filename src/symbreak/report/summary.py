@@ -59,10 +59,11 @@ def _attributes(content: Values, ax: Axes) -> None:
 
 
 def _study(content: Values, ax: Axes) -> None:
-    """Distances of the standard start and of the best late one against network evaluations, a colour a sampler."""
+    """Distances of the standard start and of the one that chooses itself, else of the best late one, by evaluations."""
+    late = "auto" if content["rows"] and content["rows"][0].get("auto") else "best"
     for i, name in enumerate(dict.fromkeys(row["sampler"] for row in content["rows"])):
         rows = sorted((r for r in content["rows"] if r["sampler"] == name), key=lambda r: r["calls"])
-        for start, style, words in (("standard", "s--", "standard start"), ("best", "o-", "late start")):
+        for start, style, words in (("standard", "s--", "standard start"), (late, "o-", "late start")):
             means = [row[start]["distance"]["mean"] for row in rows]
             ax.plot([row["calls"] for row in rows], means, style, color=f"C{i}", label=f"{name}, {words}")
     ax.set(yscale="log", xlabel="network evaluations", ylabel=f"Fréchet distance, {content['floor']['extractor']}")

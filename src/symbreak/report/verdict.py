@@ -156,10 +156,8 @@ def _nearer(row: Values, key: str, noun: str) -> str:
     """A late start beside the standard start of the same sampler, in words."""
     gain = (row.get("gains") or {}).get(key)
     if gain is None or gain["low"] is None:
-        times = row["standard"]["distance"]["mean"] / max(row[key]["distance"]["mean"], 1e-30)
-        return (
-            f"comes {number(times, '.2g')} times as near to held-out {noun} as the standard start, without an interval"
-        )
+        share = row[key]["distance"]["mean"] / max(row["standard"]["distance"]["mean"], 1e-30)
+        return f"has {number(share, '.2g')} times the standard start's distance to held-out {noun}, without an interval"
     if gain["low"] > 1:
         times = measured(gain["value"], gain["low"], gain["high"], ".2g")
         return f"is {times} times nearer to held-out {noun} than the standard start"

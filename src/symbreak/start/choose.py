@@ -333,8 +333,7 @@ def choose(
             "holdout=."
         )
     _check_classes(network, classes, laws)
-    gaussian = next((g for law in laws for g in (law, getattr(law, "gaussian", None)) if isinstance(g, Gaussian)), None)
-    gaussian = Gaussian(laws[0].moments) if gaussian is None else gaussian
+    gaussian = _gaussian(laws)
     check_range(images, gaussian)
     low, high, top = _band(schedule_of(scheduler), network, gaussian)
     sigma = np.geomspace(low, top, LOSSES)
@@ -372,6 +371,12 @@ def choose(
     choice = Choice(names, tuple(candidates), best, nats, gaussian_nats, nonlinear, len(images), states, signatures)
     start = starts[best]
     return replace(start, notes=(*start.notes, *notes)), choice
+
+
+def _gaussian(laws: Sequence[Measured]) -> Gaussian:
+    """The Gaussian that one of the laws is or has, else that of the first law's moments."""
+    known = (g for law in laws for g in (law, getattr(law, "gaussian", None)) if isinstance(g, Gaussian))
+    return next(known, None) or Gaussian(laws[0].moments)
 
 
 def _band(full: Schedule, network: Denoiser, gaussian: Gaussian) -> tuple[float, float, float]:
@@ -519,8 +524,7 @@ def free_start(scheduler: Scheduler, law: Measured, steps: int, level: NoiseLeve
         level: where it begins; ``None`` is the standard start.
         seed: of the noise.
     """
-    gaussian = next((g for g in (law, getattr(law, "gaussian", None)) if isinstance(g, Gaussian)), None)
-    gaussian = Gaussian(law.moments) if gaussian is None else gaussian
+    gaussian = _gaussian([law])
     low = LOWEST * math.sqrt(float(gaussian.eigenvalues[0]))
     levels = () if level is None else (level.sigma,)
     none = LossGap(np.ones(1), np.zeros(1), np.zeros(1), np.zeros(1), np.zeros(1), np.zeros(1), 0)

@@ -14,6 +14,7 @@ from types import MethodType
 
 import torch
 
+from symbreak.networks.adapters import places, squares
 from symbreak.networks.samplers import kind_of, shift_of
 from symbreak.networks.types import Pipeline, Scheduler
 from symbreak.runtime.errors import InputError
@@ -104,8 +105,5 @@ def _packed(pipe: Pipeline, latents: torch.Tensor) -> torch.Tensor:
     if not hasattr(pipe, "_pack_latents"):
         return latents
     if latents.ndim == 5 and channels == latents.shape[1]:
-        return latents.flatten(2).transpose(1, 2)
-    if latents.ndim != 4 or channels != 4 * latents.shape[1]:
-        return latents
-    b, c, h, w = latents.shape
-    return latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+        return places(latents)
+    return squares(latents) if latents.ndim == 4 and channels == 4 * latents.shape[1] else latents

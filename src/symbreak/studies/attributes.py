@@ -29,12 +29,11 @@ from symbreak.data.labels import Classes, attributes
 from symbreak.intervals import jackknife
 from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.laws.clusters import coordinates
-from symbreak.metrics.attributes import RESOLVED
+from symbreak.metrics.attributes import FEWEST, RESOLVED, enough
 from symbreak.noise import NoiseLevel, Schedule, generator, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
 from symbreak.report.verdict import sentences
-from symbreak.runtime.errors import InputError
 from symbreak.runtime.identity import identity_of, of_data
 from symbreak.runtime.plain import Values, versions
 from symbreak.runtime.run import Arrays, Run
@@ -46,7 +45,6 @@ __all__ = ["attribute_levels"]
 MODES = 64  # leading components
 GROUPS = 10
 LEVELS, RANGE, CLEAN = 32, (0.003, 3.0), 3  # in units of a whole sample's standard deviation; without noise
-FEWEST = 2 * GROUPS  # images of each class
 DRAWS = 5000  # of attributes with more than two classes
 
 
@@ -74,12 +72,7 @@ def attribute_levels(
     symbreak.runtime.errors.InputError: digits has no columns of attributes. Expected a parquet file with some, ...
     """
     run, wanted = (run or Run()).taken(), attributes(data, names)
-    rare = {name: _fewest(c) for name, c in wanted.items()}
-    if names is not None and min(rare.values()) < FEWEST:
-        name = min(rare, key=rare.__getitem__)
-        raise InputError(
-            f"the attribute {name!r} has {rare[name]} images in its rarest class; expected at least {FEWEST}."
-        )
+    names_ = [name for name, classes in wanted.items() if enough(name, classes, names is not None)]
     packages, settings = versions(torch.get_num_threads()), {"attributes": names and list(names), "seed": seed}
     run = run.identified(identity_of("attributes", data=of_data(data), names=list(wanted), seed=seed))
     with run.timed("spectrum") as part:
@@ -87,16 +80,15 @@ def attribute_levels(
         part.tell(1, 1)
         p = max(1, min(MODES, gaussian.eigenvectors.shape[1], len(data) // GROUPS))
         a = coordinates(data, gaussian.moments.mean, gaussian.eigenvectors[:, :p])
-    names_ = [name for name in wanted if rare[name] >= FEWEST]
     with run.timed("attributes") as part:
         measured = part.parts("attribute", names_, lambda name: _measured(a, wanted[name], seed), a, seed)
     steps = schedule("ddpm-linear")
     rows = [_row(name, wanted[name], one, steps) for name, one in zip(names_, measured, strict=True)]
     rows.sort(key=lambda row: -(row["level"] or {"sigma": 0.0})["sigma"])
     notes = [
-        f"{len(rare) - len(names_)} attributes with fewer than {FEWEST} images in a class are left out: "
-        f"{', '.join(n for n in rare if n not in names_)}."
-    ] * (len(names_) < len(rare))
+        f"{len(wanted) - len(names_)} attributes with fewer than {FEWEST} images in a class are left out: "
+        f"{', '.join(n for n in wanted if n not in names_)}."
+    ] * (len(names_) < len(wanted))
     content = {
         "data": describe(data),
         "schedule": "ddpm-linear",
@@ -112,11 +104,6 @@ def attribute_levels(
         record.save(run.folder)
         run.close()
     return record
-
-
-def _fewest(classes: Classes) -> int:
-    """Images of the rarest class that occurs."""
-    return int(np.unique(classes.codes[classes.codes >= 0], return_counts=True)[1].min())
 
 
 def _measured(a: torch.Tensor, classes: Classes, seed: int) -> Arrays:

@@ -41,7 +41,7 @@ from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
-from symbreak.start.late_start import standard_start
+from symbreak.start.late_start import LateStart, standard_start
 from symbreak.start.loading import classes_for
 from symbreak.start.sample import decisive, generate_shards
 from symbreak.studies.evaluate import checked
@@ -65,25 +65,35 @@ Pairs = tuple[torch.Tensor, torch.Tensor]  # distances [N, 2] to the two nearest
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a network's samples are made, from its standard start.
+    """How a network's samples are made: from its own start where it brings one, else from white noise.
 
     Attributes:
         count: how many.
-        sampler: name of `scheduler`.
-        steps: num_inference_steps.
+        sampler: name of `scheduler`, from white noise; by default ``"dpm++2m"``.
+        steps: num_inference_steps, from white noise; by default 50.
         seeds: instead of 0 .. count - 1.
         classes: of a class-conditional network, which class every seed has; by default those of the data.
+        start: where to begin; by default what `symbreak train --residual` chose for the network.
     """
 
     count: int = 1000
-    sampler: str = "dpm++2m"
-    steps: int = 50
+    sampler: str | None = None
+    steps: int | None = None
     seeds: Sequence[int] | None = None
     classes: Classes | None = None
+    start: LateStart | None = None
 
     def list(self) -> list[int]:
         """The seeds, one an image."""
         return list(range(self.count)) if self.seeds is None else [int(s) for s in self.seeds]
+
+    def begin(self, pipe: Pipeline) -> LateStart:
+        """The start that a pipeline's samples come from."""
+        start = getattr(pipe, "start", None) if self.start is None else self.start
+        if start is not None and (self.sampler, self.steps) == (None, None):
+            return start
+        base = scheduler("dpm++2m" if self.sampler is None else self.sampler, like=pipe.scheduler)
+        return standard_start(base, 50 if self.steps is None else self.steps)
 
 
 @dataclass(frozen=True)
@@ -268,7 +278,7 @@ def _sampled(
         )
     if not seeds:
         raise InputError("0 samples of the network; expected at least one.")
-    begin = standard_start(scheduler(sampling.sampler, like=model.scheduler), sampling.steps)
+    begin = sampling.begin(model)
     if train.units is not None:
         check_unclipped(begin.full, f"the samples of {train.name}")
     whole = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
@@ -277,8 +287,8 @@ def _sampled(
         "network": of["weights"],
         "probe": of["probe"],
         "scheduler": plain(dict(model.scheduler.config)),
-        "sampler": sampling.sampler,
-        "steps": sampling.steps,
+        "sampler": sampling.sampler or type(begin.scheduler).__name__,
+        "steps": begin.steps,
         "calls": of["calls"],
         "law_in_words": of["law_in_words"],
         "level": of["level"],
