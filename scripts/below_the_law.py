@@ -1,6 +1,7 @@
 """Train one small network many ways and measure each against images seen: what docs/training-below-the-law.md rests on.
 
     python scripts/below_the_law.py run digits edm,residual 0,1,2      trains and measures, skips what is done
+    python scripts/below_the_law.py seconds digits edm,residual        times law and steps, one way beside the other
     python scripts/below_the_law.py table digits                       prints what is there
     python scripts/below_the_law.py figure FILE.png                    draws it
 
@@ -218,7 +219,12 @@ class Trial:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             self.network = _network(recipe, self.train.shape, None, 2 if self.way.get("second") else 1)
+        began = time.perf_counter()
         self.objective = Epsilon(self.network) if self.way.get("epsilon") else self._below(kind)
+        self.setup = time.perf_counter() - began  # laws of folds and the law's error
+        self.parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=self.world.lr, weight_decay=0.01)
+        self.average = EMAModel(self.parameters, decay=0.999, use_ema_warmup=True, power=0.75)
 
     def _below(self, kind: str) -> Residual:
         """The objective of training below a law."""
@@ -242,40 +248,38 @@ class Trial:
 
     def go(self) -> list[dict[str, object]]:
         """Train, and measure at the steps of the world."""
-        world, rows, spent, epoch = self.world, [], 0.0, -1
-        parameters = list(self.network.parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=world.lr, weight_decay=0.01)
-        average = EMAModel(parameters, decay=0.999, use_ema_warmup=True, power=0.75)
-        per_epoch = max(1, len(self.clean) // world.batch)
-        self.network.train()
+        world, rows, spent = self.world, [], 0.0
         for step in range(world.steps):
-            began = time.perf_counter()
-            if step // per_epoch != epoch:
-                epoch = step // per_epoch
-                order = torch.randperm(len(self.clean), generator=generator(self.seed, 1, epoch))
-            index = order[step % per_epoch * world.batch :][: world.batch]
-            batch = Batch(self.clean[index], index, None, slice(None))
-            loss = self.objective.loss(batch, generator(self.seed, 2, step), torch.device("cpu"))()
-            rate = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / world.steps))
-            for group in optimizer.param_groups:
-                group["lr"] = world.lr * rate
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            average.step(parameters)
-            spent += time.perf_counter() - began
+            spent += self.step(step)
             if step + 1 in world.measured:
-                average.store(parameters)
-                average.copy_to(parameters)
+                self.average.store(self.parameters)
+                self.average.copy_to(self.parameters)
                 self.network.eval()
                 with torch.inference_mode():
                     row = self.measure(step + 1 == world.steps)
-                average.restore(parameters)
-                self.network.train()
+                self.average.restore(self.parameters)
                 rows.append({"step": step + 1, "seen": (step + 1) * world.batch, "seconds": spent, **row})
                 print(json.dumps(rows[-1]), flush=True)
         return rows
+
+    def step(self, step: int) -> float:
+        """One step of training; its seconds."""
+        world, began = self.world, time.perf_counter()
+        self.network.train()
+        per_epoch = max(1, len(self.clean) // world.batch)
+        order = torch.randperm(len(self.clean), generator=generator(self.seed, 1, step // per_epoch))
+        index = order[step % per_epoch * world.batch :][: world.batch]
+        batch = Batch(self.clean[index], index, None, slice(None))
+        loss = self.objective.loss(batch, generator(self.seed, 2, step), torch.device("cpu"))()
+        rate = min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / world.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = world.lr * rate
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.average.step(self.parameters)
+        return time.perf_counter() - began
 
     def measure(self, last: bool) -> dict[str, object]:
         """Distances at few evaluations from the late start, and at twenty from white noise; held-out errors."""
@@ -321,6 +325,19 @@ def run(name: str, chosen: list[str], seeds: list[int]) -> None:
                 path.write_text(json.dumps({**result, "rows": rows}))
 
 
+def seconds(name: str, chosen: list[str], rounds: int = 8) -> None:
+    """Time what each way does before its first step, and its steps in turn with those of the others (the median)."""
+    trials = {way: Trial(name, way, 0) for way in chosen}
+    spent = {way: [trial.step(k) for k in range(3)] for way, trial in trials.items()}  # to warm up
+    spent = {way: [] for way in chosen}
+    for k in range(rounds):
+        for way, trial in trials.items():
+            spent[way] += [trial.step(3 + 3 * k + i) for i in range(3)]
+    cost = {way: {"setup": trials[way].setup, "step": float(np.median(spent[way]))} for way in chosen}
+    (OUT / f"{name}-seconds.json").write_text(json.dumps(cost, indent=1))
+    print(json.dumps(cost, indent=1))
+
+
 def results(name: str) -> dict[str, list[dict]]:
     """What was measured in a world, by way."""
     found: dict[str, list[dict]] = {}
@@ -362,39 +379,47 @@ def table(name: str) -> None:
 
 
 def figure(path: Path) -> None:
-    """Distance at 3 evaluations, and the baseline's at 20 from white noise, against training images seen."""
+    """Distance at 3 evaluations, and the baselines' at 20 from white noise, against images seen and against seconds."""
     from matplotlib.figure import Figure
 
-    worlds = [name for name in WORLDS if (OUT / name).is_dir()]
-    page = Figure(figsize=(4 * len(worlds), 3.4), layout="constrained", dpi=110)
+    worlds = [name for name in WORLDS if (OUT / f"{name}-seconds.json").exists()]
+    page = Figure(figsize=(4 * len(worlds), 6.2), layout="constrained", dpi=110)
     lines = {
         ("residual", "late-3"): ("residual of the law, 3 NFE", "#1f6fb4", "-"),
+        ("half", "late-3"): ("the same, half the parameters", "#7db0dd", "-"),
         ("edm", "late-3"): ("EDM, 3 NFE from the same start", "#d9822b", "-"),
         ("edm", "standard-20"): ("EDM, 20 NFE from white noise", "#d9822b", ":"),
         ("epsilon", "standard-20"): ("epsilon, 20 NFE from white noise", "#7f6a5a", ":"),
     }
-    for ax, name in zip(page.subplots(1, len(worlds), squeeze=False)[0], worlds):
-        found = results(name)
+    for column, name in zip(page.subplots(2, len(worlds), squeeze=False, sharey="col").T, worlds):
+        cost, trials = json.loads((OUT / f"{name}-seconds.json").read_text()), results(name)
         for (way, key), (label, color, style) in lines.items():
-            runs = found.get(way, [])
-            if runs:
-                seen = [r["seen"] for r in runs[0]["rows"] if key in r]
-                values = np.array([[r[key] for r in run["rows"] if key in r] for run in runs if key in run["rows"][0]])
-                if not len(values):
-                    continue
-                ax.plot(seen, values.mean(0), style, color=color, marker="o", ms=3, label=label)
-                ax.fill_between(seen, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
-        ax.axhline(next(iter(found.values()))[0]["floor"], color="#999999", lw=0.8)
-        ax.set_xscale("log")
-        ax.set_yscale("log")
-        seen = [r["seen"] for r in next(iter(found.values()))[0]["rows"]]
-        ax.set_xticks(seen, [f"{n:,}" for n in seen], fontsize=8)
-        ax.minorticks_off()
-        ax.set_title(name, fontsize=10)
-        ax.set_xlabel("training images seen")
-    page.axes[0].set_ylabel("distance to held-out images")
+            runs = trials.get(way, [])
+            steps = [r["step"] for r in runs[0]["rows"] if key in r] if runs else []
+            if not steps:
+                continue
+            values = np.array([[r[key] for r in run["rows"] if key in r] for run in runs])
+            spent = [cost[way]["setup"] + cost[way]["step"] * n for n in steps]
+            for ax, x in zip(column, ([n * WORLDS[name].batch for n in steps], spent)):
+                ax.plot(x, values.mean(0), style, color=color, marker="o", ms=3, label=label)
+                ax.fill_between(x, values.min(0), values.max(0), color=color, alpha=0.2, lw=0)
+        for ax, label in zip(column, ("training images seen", "seconds of training, one core")):
+            ax.axhline(next(iter(trials.values()))[0]["floor"], color="#999999", lw=0.8)
+            ax.set_xscale("log")
+            ax.set_yscale("log")
+            ax.set_xlabel(label)
+        seen = [n * WORLDS[name].batch for n in WORLDS[name].measured]
+        column[0].set_xticks(seen, [f"{n:,}" for n in seen], fontsize=8)
+        low, high = column[1].get_xlim()
+        ticks = [t for t in (10, 20, 30, 50, 70, 100, 150, 200, 300, 500) if low <= t <= high]
+        column[1].set_xticks(ticks, [str(t) for t in ticks], fontsize=8)
+        for ax in column:
+            ax.minorticks_off()
+        column[0].set_title(name, fontsize=10)
+        column[0].set_ylabel("distance to held-out images")
+        column[1].set_ylabel("distance to held-out images")
     page.legend(
-        *page.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8, frameon=False
+        *page.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False
     )
     page.savefig(path)
 
@@ -403,6 +428,8 @@ if __name__ == "__main__":
     job = sys.argv[1] if len(sys.argv) > 2 else ""
     if job == "table":
         table(sys.argv[2])
+    elif job == "seconds" and len(sys.argv) == 4:
+        seconds(sys.argv[2], sys.argv[3].split(","))
     elif job == "figure":
         figure(Path(sys.argv[2]))
     elif job == "run" and len(sys.argv) == 5:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import symbreak as sb
+from symbreak.data.held_out import held_out
 from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.residual import LawResidual, Mlp, law_error
 from symbreak.noise import NoiseLevel
@@ -367,6 +368,13 @@ def test_a_law_that_copies_is_told(digits, tmp_path):
     spikes.shape = (1, 8, 8)
     with pytest.warns(LateStartWarning, match="draws of the law are copies of training images"):
         train_network(digits.take(np.arange(300), "300"), tmp_path / "a", SMALL, law=spikes)
+
+
+def test_a_top_below_the_collapse_level_is_told(digits, tmp_path):
+    law, few = sb.Gaussian.fit(digits), digits.subset(300)
+    level = sb.collapse_time(sb.Empirical(held_out(few, None, 0.1, fewest=16, bundled=False).train.tensor())).sigma
+    with pytest.warns(LateStartWarning, match=rf"alone above sigma 0\.2, and below {level:.3g} the training images"):
+        train_network(few, tmp_path / "a", dataclasses.replace(SMALL, top=0.2), law=law)
 
 
 def test_a_backbone_of_another_output_shape(digits):
