@@ -5,12 +5,14 @@
     python benchmarks/late_start.py --data mnist --model FOLDER        # MNIST, needs SYMBREAK_DATA
     python benchmarks/late_start.py --page docs/late-start.md          # the page, from what is finished
 
-Every baseline gets its best grid: spacings, levels and laws are selected on seeds and images of their own, and
-all numbers are reported on other seeds. Distances are Fréchet distances in a classifier's 64 features to
-held-out images that nothing was fitted on or chosen with. What is finished is kept in --out and not done again.
+Every baseline may take the grids that `auto` may take (the sampler's own in three spacings, and Karras' where the
+sampler has it). Grids, levels, laws and the best sampler of a column are picked on other seeds than those printed.
+Distances are Fréchet distances in a classifier's 64 features to held-out images that nothing was fitted on or chosen
+with. Comparisons are differences on the same seeds and reference. What is finished is kept in --out and not done again.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -30,16 +32,16 @@ from symbreak.metrics.feature_rows import (
     save_classifier,
     train_classifier,
 )
-from symbreak.metrics.frechet import distance, floor
+from symbreak.metrics.frechet import difference, distance, floor, ratio
 from symbreak.networks.denoiser import fingerprint
 from symbreak.runtime.files import write_json
-from symbreak.start.grids import steps_for
+from symbreak.start.grids import grids, standard_starts, steps_for
 from symbreak.start.late_start import cut
 from symbreak.studies.measure import SELECTION_SEED, Comparison
 
-SAMPLERS = ("dpm++2m", "dpm++2m-karras", "unipc", "ddim", "pndm", "ddpm")
-SPACINGS = ("leading", "trailing", "linspace")
+SAMPLERS = ("dpm++2m", "unipc", "ddim", "pndm", "ddpm")
 MANY = (20, 50)  # network evaluations of baselines beyond the table
+PLAIN = ("standard", "afs")  # columns without a late start
 
 
 class Teleported:
@@ -121,7 +123,7 @@ def main():
     extract = classifier(args.data, train, out)
     real = features(extract, [reference])
     ref = sb.Moments.fit([real])
-    began = time.perf_counter()
+    began = time.process_time()
     clusters = args.clusters or (40 if args.data == "digits" else 60)
     gaussian = sb.Gaussian.fit(train)
     laws = {
@@ -129,10 +131,9 @@ def main():
         "classes": sb.PrincipalMixture.fit(train, labels=True, gaussian=gaussian),
         "clusters": sb.PrincipalMixture.fit(train, components=clusters, gaussian=gaussian),
     }
-    fitting = time.perf_counter() - began
+    fitting = time.process_time() - began
     network = sb.denoiser(unet, pipe.scheduler)
     top = sb.schedule(pipe.scheduler).sigma_range[1]
-    teleported = {"teleported": Teleported(gaussian, top)}
     scale = math.sqrt(float(gaussian.eigenvalues[0]))
     about = {
         "data": train.fingerprint(),
@@ -145,76 +146,89 @@ def main():
     seeds, choosing = range(args.samples * args.repeats), range(SELECTION_SEED, SELECTION_SEED + args.selection)
     comparison = Comparison(unet, extract, ref, train.shards(run), seeds, choosing, args.repeats, 100, run, real)
 
-    def measure(start, net=unet, key="", **more):
-        """A start's distance and quality in one row, and what else is said of it."""
+    def measure(start, selected, net=unet, key="", **more):
+        """A start's distance and quality in one row, its distance on the selecting seeds, and what else is said."""
         cell = comparison.cell(start, comparison.quality, unet=net, key=key)
-        return {**cell["distance"], **{k: v for k, v in cell.items() if k != "distance"}, **more}
+        return {**cell["distance"], **{k: v for k, v in cell.items() if k != "distance"}, "selected": selected, **more}
+
+    def spaced(base, steps, spent):
+        """The standard starts of every grid and spacing, by name."""
+        starts = {
+            spacing if grid == "own" else f"{grid}, {spacing}": start
+            for grid, full in grids(base).items()
+            for spacing, start in standard_starts(full, steps, skip=True).items()
+        }
+        return {name: start for name, start in starts.items() if start.calls == spent}
+
+    def standard(base, steps, calls):
+        """The standard start of the best grid and spacing."""
+        starts = spaced(base, steps, calls)
+        if calls in MANY:  # a long run is little moved by its spacing; all are scored only where a choice is cheap
+            starts = {k: v for k, v in starts.items() if k.endswith("trailing")}
+        name, scores = comparison.choose(starts)
+        return measure(starts[name], scores[name], grid=name)
 
     def afs(base, calls):
-        """Standard start with calls + 1 steps, the first of them analytic; best spacing selected."""
-        best = None
-        for spacing in SPACINGS:
-            try:
-                start = sb.standard_start(base, calls + 1, spacing)
-            except ValueError:
-                continue
-            if start.calls != calls + 1:
-                continue
+        """Standard start with calls + 1 steps, the first of them analytic, of the best grid and spacing."""
+        tried = []
+        for grid, start in spaced(base, calls + 1, calls + 1).items():
             net = FirstStepAnalytic(unet)
             net.first = float(start.scheduler.timesteps[0])
-            value = comparison.score(start, unet=net, key="afs")
-            best = (value, spacing, start, net) if best is None or value < best[0] else best
-        return best
+            tried.append((comparison.score(start, unet=net, key="afs"), grid, start, net))
+        if not tried:
+            return None
+        selected, grid, start, net = min(tried, key=lambda t: t[0])
+        return measure(start, selected, net, "afs", grid=grid)
+
+    levels = np.geomspace(0.15 * scale, 3.0 * scale, 8)
+
+    def scanned(base, steps, some):
+        """The best of some laws, of 8 levels and of the sampler's grids."""
+        tried = []
+        for grid, full in grids(base).items():
+            for law in some:
+                for sigma in levels:
+                    with contextlib.suppress(ValueError):
+                        start = cut(full, laws[law], steps, sb.NoiseLevel(float(sigma)))
+                        tried.append((comparison.score(start), law, grid, start))
+        selected, law, grid, start = min(tried, key=lambda t: t[0])
+        return start, grid, measure(start, selected, law=law, grid=grid)
+
+    def chosen(base, steps):
+        """The start that chooses itself; its distance on the selecting seeds decides among samplers only."""
+        began = time.process_time()
+        start = sb.late_start(base, list(laws.values()), steps, denoiser=network, data=chooser, check=False)
+        seconds = time.process_time() - began + fitting
+        law = "standard" if start.law is None else list(laws)[start.choice.chosen.law]
+        return measure(start, comparison.score(start), law=law, grid=start.choice.chosen.grid, seconds=seconds)
+
+    def row_of(name, calls):
+        """All columns of a sampler at a number of network evaluations; none where no number of steps costs them."""
+        base = sb.scheduler(name, like=pipe.scheduler)
+        try:
+            steps = steps_for(base, calls)
+        except sb.InputError:
+            return None
+        row = {"sampler": name, "calls": calls, "standard": standard(base, steps, calls)}
+        if calls in MANY:
+            return row
+        analytic = afs(base, calls)
+        late, grid, row["gaussian"] = scanned(base, steps, ["Gaussian"])
+        teleported = cut(grids(base)[grid], Teleported(gaussian, top), steps, late.asked)
+        row["teleported"] = measure(teleported, None)
+        row["auto"] = chosen(base, steps)
+        if not args.no_scan:
+            row["scan"] = scanned(base, steps, list(laws))[2]
+        return row if analytic is None else {**row, "afs": analytic}
 
     rows = []
-    for name in args.samplers.split(","):
-        base = sb.scheduler(name, like=pipe.scheduler)
-        for calls in (*map(int, args.calls.split(",")), *(() if quick else MANY)):
-            try:
-                steps = steps_for(base, calls)
-            except sb.InputError:
-                continue
-            row = {"sampler": name, "calls": calls}
-            spaced = {s: sb.standard_start(base, steps, s) for s in SPACINGS}
-            if calls in MANY:
-                # A long run is little moved by its spacing; all are scored only where a choice is cheap.
-                row["standard"] = measure(spaced["trailing"], spacing="trailing")
+    for calls in (*map(int, args.calls.split(",")), *(() if quick else MANY)):
+        for name in args.samplers.split(","):
+            row = row_of(name, calls)
+            if row is not None:
                 rows.append(row)
-                continue
-            spacing, _ = comparison.choose(spaced)
-            row["standard"] = measure(spaced[spacing], spacing=spacing)
-            analytic = afs(base, calls)
-            if analytic:
-                _, spacing, start, net = analytic
-                row["afs"] = measure(start, net, "afs", spacing=spacing)
-            levels = np.geomspace(0.15 * scale, 3.0 * scale, 8)
-
-            def late(law, sigma, base=base, steps=steps):
-                return cut(base, law, steps, sb.NoiseLevel(float(sigma)))
-
-            def score(law, sigma, late=late):
-                try:
-                    return comparison.score(late((laws | teleported)[law], sigma))
-                except ValueError:
-                    return math.inf
-
-            best = min(levels, key=lambda s: score("Gaussian", s))
-            row["gaussian"] = measure(late(gaussian, best))
-            best = min(levels, key=lambda s: score("teleported", s))
-            row["teleported"] = measure(late(teleported["teleported"], best))
-            began = time.perf_counter()
-            start = sb.late_start(base, list(laws.values()), steps, denoiser=network, data=chooser, check=False)
-            seconds = time.perf_counter() - began
-            law = "standard" if start.law is None else list(laws)[start.choice.chosen.law]
-            grid = start.choice.chosen.grid
-            row["auto"] = measure(start, law=law, grid=grid, seconds=seconds + fitting)
-            if not args.no_scan:
-                pairs = [(law, s) for law in laws for s in levels]
-                law, sigma = min(pairs, key=lambda p: score(*p))
-                row["scan"] = measure(late(laws[law], sigma), law=law)
-            rows.append(row)
-            write_json(out / "late_start.json", {"rows": rows, "fitting": fitting})
-            print(line(row), flush=True)
+                write_json(out / "late_start.json", {"rows": rows, "fitting": fitting})
+                print(line(row), flush=True)
     same = floor(features(extract, [chooser]), ref, args.samples, args.repeats, extract.name).to_dict()
     some = torch.randperm(len(train), generator=torch.Generator().manual_seed(9))[: len(seeds)]
     real_ones = features(extract, [comparison.train.at(some)])
@@ -225,7 +239,6 @@ def main():
         "network": sum(p.numel() for p in unet.parameters()),
         "choosing": len(chooser),
         "selection": args.selection,
-        "teleported": "a level scanned for itself",
         "accuracy": extract.accuracy,
         "real": precision_recall(features(extract, [chooser])[:1000], real[:1000]),
         "drawing": drawing(laws, unet, train.shape),
@@ -246,9 +259,9 @@ def drawing(laws, unet, shape, batch=256):
         work()
         times = []
         for _ in range(7):
-            began = time.perf_counter()
+            began = time.process_time()  # of one thread, so that a busy machine does not count
             work()
-            times.append(time.perf_counter() - began)
+            times.append(time.process_time() - began)
         return float(np.median(times))
 
     with torch.inference_mode():
@@ -426,9 +439,9 @@ def line(row):
         if key in row:
             d = row[key]
             parts.append(f"{key} {d['mean']:.3g} [{d['low']:.3g}, {d['high']:.3g}]")
-    d = row["auto"]
-    parts.append(f"({d['law']} at {d['sigma']:.2g}, {d['grid']}, {d['seconds']:.0f} s, recall {d['recall']:.2f})")
-    return " ".join(parts)
+    d = row.get("auto")
+    about = f"({d['law']} at {d['sigma']:.2g}, {d['grid']}, {d['seconds']:.0f} s, recall {d['recall']:.2f})" if d else ""
+    return " ".join([*parts, about])
 
 
 if __name__ == "__main__":
