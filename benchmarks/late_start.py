@@ -154,7 +154,7 @@ def main():
     def spaced(base, steps, spent):
         """The standard starts of every grid and spacing, by name."""
         starts = {
-            spacing if grid == "own" else f"{grid}, {spacing}": start
+            {"own": spacing}.get(grid, grid): start  # a spacing does not move Karras' levels
             for grid, full in grids(base).items()
             for spacing, start in standard_starts(full, steps, skip=True).items()
         }
@@ -164,7 +164,7 @@ def main():
         """The standard start of the best grid and spacing."""
         starts = spaced(base, steps, calls)
         if calls in MANY:  # a long run is little moved by its spacing; all are scored only where a choice is cheap
-            starts = {k: v for k, v in starts.items() if k.endswith("trailing")}
+            starts = {k: v for k, v in starts.items() if k in ("trailing", "own", "Karras")}
         name, scores = comparison.choose(starts)
         return measure(starts[name], scores[name], grid=name)
 
@@ -275,47 +275,45 @@ def drawing(laws, unet, shape, batch=256):
 
 
 def write_page(path):
-    """The documentation's page from the finished runs under build/late_start."""
-    lines = [
-        "# Late starts against the best baselines",
-        "",
-        "Written by `python benchmarks/late_start.py --page docs/late-start.md` from finished runs of the same script.",
-        "How `auto` chooses: [choosing-a-start.md](choosing-a-start.md).",
-    ]
-    short = []
-    for name, title in (("digits", "digits"), ("digits1000", "digits, repeats of 1,000 images"), ("mnist", "mnist")):
+    """The parts of the documentation's page that finished runs under build/late_start decide; its prose stays."""
+    text = path.read_text(encoding="utf-8")
+    for name in ("digits", "mnist"):
         file = Path("build/late_start") / name / "late_start.json"
-        if file.exists():
-            whole = json.loads(file.read_text())
-            if "about" not in whole:
-                print(f"{file} is not finished; left out")
-                continue
-            lines += section(title, whole)
-            short += summary(name, whole) if name == title else []
-    head = [
-        "",
-        "## At a glance",
-        "",
-        "For every number of network evaluations an image (NFE), the best of all samplers by the mean.",
-        "",
-        "| images | NFE | best without a late start | best Gaussian start, level scanned | chosen by `auto` |",
-        "|---|---|---|---|---|",
-    ]
-    path.write_text("\n".join([*lines[:4], *head, *short, *lines[4:]]) + "\n", encoding="utf-8")
+        begin, end = f"<!-- {name}:begin, written by benchmarks/late_start.py -->", f"<!-- {name}:end -->"
+        if not file.exists() or "about" not in json.loads(file.read_text()):
+            print(f"{file} is not finished; the page keeps what it has")
+            continue
+        before, rest = text.split(begin)
+        body = section(name, json.loads(file.read_text()))
+        text = before + "\n".join([begin, *body, end]) + rest.split(end)[1]
+    path.write_text(text, encoding="utf-8")
 
 
-def summary(name, whole):
-    """Rows at a glance: for every NFE the best of all samplers, by the mean."""
-    late, out = [r for r in whole["rows"] if "auto" in r], []
-    for calls in sorted({r["calls"] for r in late}):
-        same = [r for r in late if r["calls"] == calls]
-        plain = [(r[k], r["sampler"]) for r in same for k in ("standard", "afs") if k in r]
-        columns = [
-            min(plain, key=lambda p: p[0]["mean"]),
-            min(((r["gaussian"], r["sampler"]) for r in same), key=lambda p: p[0]["mean"]),
-            min(((r["auto"], r["sampler"]) for r in same), key=lambda p: p[0]["mean"]),
-        ]
-        out.append(f"| {name} | {calls} | " + " | ".join(f"{cell(d)}, {who}" for d, who in columns) + " |")
+def best(rows, keys):
+    """The row and the column of the best start, picked on seeds that are not printed."""
+    return min(((r, k) for r in rows for k in keys if k in r), key=lambda p: p[0][p[1]]["selected"])
+
+
+def named(row, key):
+    """A start in words."""
+    about = row[key]
+    what = {"standard": f"{about['grid']}", "afs": f"AFS, {about['grid']}"}.get(key)
+    return f"{cell(about)}, {row['sampler']}" + (f", {what}" if what else f", sigma {about['sigma']:.2g}")
+
+
+def gap(a, b):
+    """How much farther a is than b, with the interval of the difference."""
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference(a, b))
+
+
+def summary(rows):
+    """Rows at a glance: for every NFE the best of all samplers, and the differences to what auto chose."""
+    out = []
+    for calls in sorted({r["calls"] for r in rows if "auto" in r}):
+        same = [r for r in rows if r["calls"] == calls]
+        plain, gaussian, auto = (best(same, keys) for keys in (PLAIN, ("gaussian",), ("auto",)))
+        gaps = [gap(r[k], auto[0]["auto"]) for r, k in (plain, gaussian)]
+        out.append(f"| {calls} | " + " | ".join([*(named(*p) for p in (plain, gaussian, auto)), *gaps]) + " |")
     return out
 
 
@@ -328,19 +326,25 @@ def section(name, whole):
     d = rows[0]["auto"]
     n = d["samples"] * d["repeats"]
     out = [
-        "",
-        f"## {name}",
-        "",
         f"{about['images']:,} training images, network of {about['network']:,} parameters. Fréchet distance in the "
         f"64 features of `{d['extractor']}` (accuracy {about['accuracy']:.1%}) to {d['reference']:,} held-out images: "
         f"mean of {d['repeats']} repeats of {d['samples']} images with its 95 % interval (jackknife over repeats and "
-        f"parts of the reference); in brackets the distance of all {n:,} images at once. Spacings, levels and laws of "
-        f"the baselines and of the scan were selected on {about['selection']} images of other seeds. `auto` saw "
-        f"{about['choosing']} held-out images that "
-        "are not in the reference, and no image of the network. PNDM repeats a step and has no AFS. "
-        f"Teleportation starts at {about.get('teleported', 'the level scanned for the Gaussian')}. "
-        "The scan goes over laws and 8 levels on the sampler's own grid; *its choice* calls this grid own. "
+        f"parts of the reference); in round brackets that of all {n:,} images at once. Grids, levels and laws of "
+        "the baselines and of the scan, and the sampler that stands for a column, were selected on "
+        f"{about['selection']} images of other seeds. All starts of a sampler may take the same grids: its own in "
+        f"three spacings, and Karras' where it has it. `auto` saw {about['choosing']} held-out images that are not in "
+        "the reference; of the network's images it saw none. PNDM repeats a step and has no AFS. Teleportation starts "
+        "at the level and on the grid of the scanned Gaussian. The scan goes over laws, 8 levels and grids. "
         f"Training images, {train['repeats']} repeats of {train['samples']:,}: {cell(train)}.",
+        "",
+        "Differences are of the same seeds against the same reference, with their 95 % interval:",
+        "",
+        "| NFE | best without a late start | best Gaussian start, level scanned | chosen by `auto` | without a late "
+        "start, less `auto` | Gaussian, less `auto` |",
+        "|---|---|---|---|---|---|",
+        *summary(rows),
+        "",
+        *verdicts(rows),
         "",
         "| sampler | NFE | standard start | AFS | Gaussian, scanned | teleported | **auto** | its choice | scan |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -349,12 +353,16 @@ def section(name, whole):
         a = row["auto"]
         choice = "standard" if a["law"] == "standard" else f"{a['law']} at {a['sigma']:.2g}, {a['grid']}"
         cells = [cell(row[k]) if k in row else "-" for k in ("standard", "afs", "gaussian", "teleported")]
-        scan = f"{cell(row['scan'])}, {row['scan']['law']} at {row['scan']['sigma']:.2g}" if "scan" in row else "-"
+        cells[:2] = [f"{c}, {row[k]['grid']}" if k in row else c for c, k in zip(cells, PLAIN)]
+        scan = "-"
+        if "scan" in row:
+            scan = f"{cell(row['scan'])}, {row['scan']['law']} at {row['scan']['sigma']:.2g}, {row['scan']['grid']}"
         out.append(f"| {row['sampler']} | {row['calls']} | {' | '.join(cells)} | {cell(a)} | {choice} | {scan} |")
     out += ["", "Standard starts with more network evaluations:", "", "| sampler | NFE | distance |", "|---|---|---|"]
-    out += [f"| {r['sampler']} | {r['calls']} | {cell(r['standard'])} |" for r in rows if "auto" not in r]
-    out += ["", *verdicts(rows), ""]
+    many = sorted((r for r in rows if "auto" not in r), key=lambda r: r["calls"])
+    out += [f"| {r['sampler']} | {r['calls']} | {cell(r['standard'])}, {r['standard']['grid']} |" for r in many]
     out += [
+        "",
         "Diversity and copying, dpm++2m (class entropy of all images of a cell; precision and recall with k = 3 of at "
         "most 1,000 features; nearest training image in pixels of 500 images):",
         "",
@@ -372,8 +380,7 @@ def section(name, whole):
     real = about["real"]
     out += [f"| held-out images | | | {real['precision']:.3f} | {real['recall']:.3f} | | |", ""]
     seconds = [r["auto"]["seconds"] for r in rows if "auto" in r]
-    threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
-    out.append(f"Fitting all laws and choosing took {min(seconds):.0f} to {max(seconds):.0f} s ({threads}).")
+    out.append(f"Fitting all laws and choosing took {min(seconds):.0f} to {max(seconds):.0f} s of one thread.")
     out += [
         f"Drawing 256 starts, {law}: {v['seconds'] * 1e3:.1f} ms, {v['share']:.2%} of one network evaluation of as "
         f"many images, {v['share'] / 3:.2%} of three."
@@ -382,54 +389,35 @@ def section(name, whole):
     return out
 
 
-def wanted(plain, gaussian):
-    """Whether the factors aimed at with 3 and 5 calls were reached."""
-    words = [("reached" if ratio >= goal else "missed") for ratio, goal in ((plain, 2.0), (gaussian, 1.5))]
-    return f" (aims: 2 {words[0]}, 1.5 {words[1]})"
-
-
 def verdicts(rows):
-    """What was to be shown, measured: by the means and by all images at once."""
+    """What was to be shown: ratios and differences with their intervals."""
     out = []
-    late = [r for r in rows if "auto" in r]
-    for calls in sorted({r["calls"] for r in late}):
-        same = [r for r in late if r["calls"] == calls]
-        plain = [(r[k], f"{r['sampler']}, {k}") for r in same for k in ("standard", "afs") if k in r]
-        parts = []
-        for value, words in (("mean", "by the means"), ("pooled", "all images at once")):
-            best, who = min(plain, key=lambda p: p[0][value])
-            gauss = min((r["gaussian"] for r in same), key=lambda d: d[value])
-            auto = min((r["auto"] for r in same), key=lambda d: d[value])
-            parts.append(
-                f"{words} the best without a late start has {best[value]:.2f} ({who}), the best scanned Gaussian "
-                f"{gauss[value]:.2f}, the best auto {auto[value]:.2f}, {best[value] / auto[value]:.2f} and "
-                f"{gauss[value] / auto[value]:.2f} times nearer"
-                + (wanted(best[value] / auto[value], gauss[value] / auto[value]) if calls in (3, 5) else "")
-            )
-        out.append(f"- {calls} NFE: {'; '.join(parts)}.")
-    inside = [r for r in late if "scan" in r]
-    tenth = [r for r in inside if r["auto"]["mean"] <= 1.1 * r["scan"]["mean"]]
-    near = [r for r in inside if r in tenth or r["auto"]["mean"] <= r["scan"]["high"]]
-    missed = ", ".join(f"{r['sampler']} {r['calls']}" for r in inside if r not in near) or "none"
-    out.append(
-        f"- auto against the full scan over laws and levels: {len(tenth)} of {len(inside)} rows within 10 %, "
-        f"{len(near)} within 10 % or the scan's interval; missed: {missed}."
-    )
-    plain = [(r[k], r, k) for r in rows for k in ("standard", "afs") if k in r]
-    best, row, key = min(plain, key=lambda p: p[0]["mean"])
-    out.append(f"- Best without a late start at any NFE: {cell(best)}, {row['sampler']}, {key}, {row['calls']} NFE.")
-    ten = min((d for d, r, _ in plain if r["calls"] == 10), key=lambda d: d["mean"])
-    for calls in (1, 3):
-        same = [r for r in late if r["calls"] == calls]
-        if same:
-            r = min(same, key=lambda r: r["auto"]["mean"])
-            goal, name = (best, "the best above") if calls == 3 else (ten, "the best at 10 NFE without a late start")
-            inside = "inside its interval" if r["auto"]["mean"] <= goal["high"] else "above its interval"
-            said = "reached" if r["auto"]["mean"] <= goal["mean"] else f"missed, {inside}"
+    for calls in sorted({r["calls"] for r in rows if "auto" in r}):
+        same = [r for r in rows if r["calls"] == calls]
+        auto = best(same, ["auto"])[0]["auto"]
+        times = [ratio(r[k], auto) for r, k in (best(same, PLAIN), best(same, ["gaussian"]))]
+        said = ["without an interval" if t is None else "{:.2f} [{:.2f}, {:.2f}]".format(*t) for t in times]
+        out.append(
+            f"- {calls} NFE: the best without a late start is {said[0]} times as far as the best `auto`, the best "
+            f"scanned Gaussian {said[1]} times."
+        )
+    for few, many in ((1, 10), (3, 20), (3, 50), (5, 50), (10, 50)):
+        late, plain = ([r for r in rows if r["calls"] == n] for n in (few, many))
+        if late and plain:
+            (a, _), (b, key) = best(late, ["auto"]), best(plain, PLAIN)
             out.append(
-                f"- Best auto with {calls} NFE: {cell(r['auto'])}, {r['sampler']}; aim: {name} "
-                f"({goal['mean']:.2f}), {said}."
+                f"- `auto` with {few} NFE ({a['sampler']}) less the best without a late start with {many} "
+                f"({b['sampler']}, {key}): {gap(a['auto'], b[key])}."
             )
+    scanned = [r for r in rows if "scan" in r]
+    gaps = {f"{r['sampler']} with {r['calls']}": difference(r["auto"], r["scan"]) for r in scanned}
+    worse = [f"{name} ({g[0]:+.2f} [{g[1]:+.2f}, {g[2]:+.2f}])" for name, g in gaps.items() if g[1] > 0]
+    better = sum(g[2] < 0 for g in gaps.values())
+    if gaps:
+        out.append(
+            f"- `auto` against the scan over laws, levels and grids, {len(gaps)} rows: farther beyond the interval in "
+            f"{len(worse)}{': ' if worse else ''}{', '.join(worse)}; nearer beyond the interval in {better}."
+        )
     return out
 
 
@@ -440,7 +428,9 @@ def line(row):
             d = row[key]
             parts.append(f"{key} {d['mean']:.3g} [{d['low']:.3g}, {d['high']:.3g}]")
     d = row.get("auto")
-    about = f"({d['law']} at {d['sigma']:.2g}, {d['grid']}, {d['seconds']:.0f} s, recall {d['recall']:.2f})" if d else ""
+    about = (
+        f"({d['law']} at {d['sigma']:.2g}, {d['grid']}, {d['seconds']:.0f} s, recall {d['recall']:.2f})" if d else ""
+    )
     return " ".join([*parts, about])
 
 
