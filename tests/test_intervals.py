@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from symbreak.laws import Gaussian, Mixture, Sphere
+from symbreak.laws import Gaussian, Mixture, PrincipalMixture, Sphere
 from symbreak.moments.one_pass import Moments, grouped
 from symbreak.noise import generator
-from symbreak.phases.beyond_gaussian import fitting_error, non_gaussianity
+from symbreak.phases.beyond_gaussian import fitting_error, non_gaussianity, refitting_error
 from symbreak.phases.class_entropy import class_entropy, class_entropy_bound
 from symbreak.phases.cloning import clones
 from symbreak.phases.speciation import cloning_probability, cloning_time, ladder, speciation_time
@@ -308,3 +308,53 @@ def test_fitting_a_gaussian_costs_nats():
         costs.append(0.5 * (float((1 / ratio - 1 + ratio.log()).sum()) + mean))
     assert fitting_error(np.ones(64), 898, np.array([1.6]))[0] == pytest.approx(np.mean(costs), rel=0.1)
     assert np.mean(costs) == pytest.approx(0.1, abs=0.02)
+
+
+def fitted_law(kind, n, dim, seed):
+    """A truth of one or four Gaussians, and the law that n draws of it are fitted with."""
+    means = 3 * math.sqrt(8 / dim) * np.random.default_rng(0).standard_normal((4, dim))
+    truth = Mixture.from_parameters(
+        *((np.zeros((1, dim)), 1.0) if kind == "gaussian" else (means, 1.0, [0.4, 0.3, 0.2, 0.1]))
+    )
+    x, labels = truth.sample_labelled(n, 0.0, generator(seed, 1))
+    if kind == "gaussian":
+        return truth, Gaussian.fit(x)
+    groups = {"labels": labels.numpy()} if kind == "classes" else {"components": 4}
+    return truth, PrincipalMixture.fit(x, **groups)
+
+
+def passes_a_tenth(kind, n, dim, seed, law=None):
+    """Whether 0.1 nat is passed with the law's own fitting error, and without it."""
+    truth, fitted = fitted_law(kind, n, dim, seed)
+    images, sigma = truth.sample(256, 0.0, generator(seed, 2)), np.geomspace(0.3, 40, 20)
+    bound = non_gaussianity(truth, law or fitted, images, sigma)
+    fitting = refitting_error(law or fitted, n, bound.losses.sigma, seed)
+    return bound.time(), bound.time(fitting=fitting)
+
+
+def test_data_of_the_law_itself_do_not_depart_from_it():
+    """Four Gaussians, an exact network, a mixture fitted to 400: .1 nat at sigma 1.1 was the fit's own error."""
+    with_it, without = passes_a_tenth("classes", 400, 16, 0)
+    assert with_it.sigma > 1
+    assert without.level is None
+    assert "fitting the law alone costs" in without.reason
+
+
+def test_a_departure_stays_without_the_fitting_error():
+    """The same four Gaussians against one: they are told apart from it, at nearly the same level."""
+    truth, _ = fitted_law("classes", 400, 16, 0)
+    one = Gaussian.fit(truth.sample(400, 0.0, generator(0, 1)))
+    with_it, without = passes_a_tenth("classes", 400, 16, 0, one)
+    assert with_it.sigma == pytest.approx(without.sigma, rel=0.1)
+    assert without.low.sigma < without.sigma < without.high.sigma
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "n", "dim"), [("gaussian", 898, 64), ("gaussian", 200, 64), ("classes", 400, 16), ("clusters", 400, 16)]
+)
+def test_no_level_in_data_of_the_law_itself(kind, n, dim):
+    levels = [passes_a_tenth(kind, n, dim, seed) for seed in range(40)]
+    print(f"{kind}, {n}: {sum(b.level is not None for _, b in levels)} of 40")  # noqa: T201
+    assert all(a.level is not None for a, _ in levels)
+    assert sum(b.level is not None for _, b in levels) <= 4

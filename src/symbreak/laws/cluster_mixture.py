@@ -36,7 +36,7 @@ from symbreak.moments.one_pass import LowRankMoments, Moments
 from symbreak.noise import generator
 from symbreak.runtime.files import InputError
 
-__all__ = ["PrincipalMixture"]
+__all__ = ["PrincipalMixture", "refitted"]
 
 PRIORS = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 FOLDS = 5
@@ -261,6 +261,22 @@ class _Stage:
         w = torch.softmax(log_pi - self.offset + x @ self.shift.T - 0.5 * quadratic, dim=1)
         pull = torch.bmm(w[:, None], y)[:, 0] - w @ self.shift
         return self.factor * (pull - self.gauss * x)
+
+
+def refitted(inner: Mixture, samples: int, prior: float, clustered: bool, seed: int) -> Mixture:
+    """A mixture in leading components fitted to n draws of itself: what fitting alone gets wrong.
+
+    Args:
+        inner: of a `PrincipalMixture`, whose ``prior`` it was shrunk with.
+        samples: n.
+        prior: as there.
+        clustered: whether components are clusters, which the draws have to be sorted into.
+        seed: of the draws and of the clustering.
+    """
+    a, code = inner.sample_labelled(samples, 0.0, generator(seed, 31))
+    if clustered:
+        code = _groups(a, None, inner.components, seed)[0]
+    return _shrunk(a, code, inner.components, prior)
 
 
 def _signs(gaussian: Gaussian, p: int) -> torch.Tensor:

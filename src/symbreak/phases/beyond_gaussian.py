@@ -17,22 +17,28 @@ import numpy as np
 import torch
 
 from symbreak.critical import CriticalTime, Curve, Levels, Result, levels, mean_curve, passing_time, share_curve
-from symbreak.intervals import mean_interval, resampled
+from symbreak.intervals import mean_interval, percentiles, resampled
+from symbreak.laws import Gaussian, Mixture, PrincipalMixture
 from symbreak.laws.class_posterior import Labels
+from symbreak.laws.cluster_mixture import refitted
 from symbreak.laws.law import Law, top_eigenvalue
 from symbreak.networks.denoiser import Batches, Denoiser, as_denoiser, images_for
 from symbreak.networks.families import denoiser as denoiser_of
 from symbreak.networks.residual import LawResidual, law_answer
+from symbreak.noise import generator
 from symbreak.phases.losses import Losses, between, filled, integral_above, loss_curve, nowhere
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Run, renamed
 
 __all__ = ["Added", "NonGaussianity", "added_to_law", "divergence_bound", "fitting_error", "non_gaussianity"]
+__all__ += ["refitting_error"]
 
 TOP = 20.0  # integrals end at this multiple of the data's largest standard deviation
 SPACING = 0.25  # largest step of an integral in log sigma
 THRESHOLD = 0.1  # nats
 FEW = 10  # images that choose an end, at least
+REFITS, REFIT_DRAWS = 6, 128  # of a law, and draws that measure each
+MOST_REFITTED = 10_000  # samples, above which a refit is scaled
 SOURCE = "integral of denoising losses (derived, I-MMSE)"
 
 
@@ -62,19 +68,33 @@ class NonGaussianity(Curve):
         """Number of images."""
         return self.losses.images
 
-    def time(self, threshold: float = THRESHOLD, resamples: int = 1000, seed: int = 0) -> CriticalTime:
-        """The level where it passes a threshold in nats, with a bootstrap interval over images."""
-        fine = between(self.losses.sigma)
+    def time(
+        self, threshold: float = THRESHOLD, resamples: int = 1000, seed: int = 0, fitting: np.ndarray | None = None
+    ) -> CriticalTime:
+        """The level where it passes a threshold in nats, with a bootstrap interval over images.
+
+        Args:
+            threshold: in nats.
+            resamples, seed: of the bootstrap.
+            fitting: nats [refits, G] at the levels of the losses that the law costs for being fitted to a sample
+                (`refitting_error`). They are taken off, and how far they scatter widens the interval; there is no level
+                where what is left cannot be told from 0.
+        """
+        fine, criterion = between(self.losses.sigma), f"non-Gaussianity of {threshold:g} nat"
         nats = _nats(self.losses, self.law, fine)
-        value = nats.mean(1)
-        return passing_time(
-            fine,
-            np.concatenate([value[None], resampled(nats, seed, resamples)]),
-            threshold,
-            nowhere(fine, value, threshold),
-            f"non-Gaussianity of {threshold:g} nat",
-            SOURCE,
-        )
+        curves = np.concatenate([nats.mean(1)[None], resampled(nats, seed, resamples)])
+        if fitting is not None:
+            alone = np.array([np.interp(np.log(fine), np.log(self.losses.sigma), f) for f in fitting])
+            scatter = alone.std(0, ddof=1) * math.sqrt(1 + 1 / len(alone))
+            luck = np.random.default_rng([seed, 1]).standard_t(len(alone) - 1, resamples)
+            curves -= alone.mean(0) + np.append(0.0, luck)[:, None] * scatter
+            if not percentiles(curves[1:])[0].max() > 0:
+                reason = (
+                    f"it is {nats[0].mean():.3g} nats at sigma {fine[0]:.4g}, and fitting the law alone costs "
+                    f"{alone[:, 0].mean():.3g} there: no departure from the law is told apart from 0"
+                )
+                return CriticalTime(None, criterion=criterion, source=SOURCE, reason=reason)
+        return passing_time(fine, curves, threshold, nowhere(fine, curves[0], threshold), criterion, SOURCE)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for records."""
@@ -154,6 +174,45 @@ def fitting_error(eigenvalues: np.ndarray, count: int, sigma: np.ndarray) -> np.
     r = eigenvalues / (eigenvalues + np.asarray(sigma)[:, None] ** 2)
     out: np.ndarray = (r.sum(1) ** 2 + (r * r).sum(1) + 2 * r.sum(1)) / (4 * count)
     return out
+
+
+def refitting_error(law: Gaussian | PrincipalMixture, count: int, sigma: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Nats [refits, G] that a law costs for being fitted to n samples, were the data of this law: no departure from it.
+
+    Each refit is to n draws of the law, in its leading components (64 of one Gaussian); its divergence is the integral
+    of E|D - D_refit|^2 / u^3 over fresh draws. A fitted law is sharper than the truth and its refits cost less; by how
+    much a refit of each refit says, and all are divided by that. In the other components the law is Gaussian, where
+    `fitting_error` knows the rest. Above 10,000 samples the divergence of 10,000 is scaled by 10,000 / n.
+
+    Args:
+        law: that was fitted.
+        count: n.
+        sigma: rising levels [G], not more than about 0.3 apart in log sigma; the integral ends at the last.
+
+    Source: derived; a parametric bootstrap with a second one for its bias, Efron 1979.
+    """
+    n = min(count, MOST_REFITTED)
+    if isinstance(law, PrincipalMixture):
+        gaussian, truth, prior, clustered = law.gaussian, law.inner, law.prior or 0.0, law.classes is None
+    else:
+        values = law.eigenvalues[: min(64, law.eigenvectors.shape[1])]
+        truth = Mixture.from_parameters(torch.zeros(1, len(values)), torch.diag(values)[None])
+        gaussian, prior, clustered = law, 0.0, False
+
+    def cost(of: Mixture, fitted: Mixture) -> np.ndarray:
+        losses = loss_curve(of, of.sample(REFIT_DRAWS, 0.0, generator(seed, 32)), sigma, {"refit": fitted}, seed=seed)
+        return divergence_bound(losses, "refit").indicator
+
+    once, twice = [], []
+    for i in range(REFITS):
+        fitted, again = truth, refitted(truth, n, prior, clustered, seed + i)
+        once.append(cost(fitted, again))
+        fitted, again = again, refitted(again, n, prior, clustered, seed + REFITS + i)
+        twice.append(cost(fitted, again))
+    ratio = np.mean(once, 0) / np.maximum(np.mean(twice, 0), 1e-300)
+    all_values = gaussian.eigenvalues.numpy()
+    beyond = fitting_error(all_values, count, sigma) - fitting_error(all_values[: truth.dim], count, sigma)
+    return np.array(once) * ratio * n / count + beyond
 
 
 @renamed()

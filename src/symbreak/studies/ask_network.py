@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ import torch
 
 from symbreak.critical import CriticalTime, Curve, crossing, share_curve
 from symbreak.intervals import mean_interval, proportion
-from symbreak.laws import Empirical
+from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.metrics.feature_rows import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser, as_denoiser, fixed_class
 from symbreak.networks.residual import LawResidual, law_answer, residual_of
 from symbreak.noise import generator
-from symbreak.phases.beyond_gaussian import added_to_law, divergence_bound, fitting_error
+from symbreak.phases.beyond_gaussian import THRESHOLD, added_to_law, divergence_bound, refitting_error
 from symbreak.phases.branches import Classify
 from symbreak.phases.class_entropy import class_entropy_bound
 from symbreak.phases.class_information import condition_information, guidance_window
@@ -171,28 +171,28 @@ def _u_turns(d: Diagnosis, network: Denoiser, images: torch.Tensor, classify: Cl
 def _losses(d: Diagnosis, network: Denoiser, laws: Laws, images: torch.Tensor) -> np.ndarray:
     """Denoising losses of network and laws, what follows from them, and their levels."""
     with d.stage("losses") as run:
-        every = {"Gaussian": laws.gaussian} | ({} if laws.classes is None else {"class mixture": laws.classes})
+        every: dict[str, Gaussian | PrincipalMixture] = {"Gaussian": laws.gaussian}
+        every |= {} if laws.classes is None else {"class mixture": laws.classes}
         levels = d.levels(network, 0.05, 6.0, d.effort.losses)
         losses = loss_curve(network, images, levels, laws=every, seed=d.seed, run=run)
         d.draw("loss", "network", "network", losses.mmse)
         d.draw("rate", "entropy rate, rescaled", "network", entropy_rate(losses, rescaled=True))
-        for law in every:
+        for law, fitted in every.items():
             d.draw("loss", law, law, losses.law(law))
             _beside(d, law, losses)
             bound = divergence_bound(losses, law)
             d.draw("information", f"network against {law}", law, bound)
-            time = bound.time()
-            if law == "Gaussian":
-                nats = fitting_error(laws.gaussian.eigenvalues.numpy(), laws.gaussian.moments.count, levels)
-                d.draw("information", "fitting the Gaussian alone", law, Curve(levels, nats, nats, nats), ":")
-                alone = crossing(levels, nats, 0.1)
-                if alone is not None:
-                    said = (
-                        f"fitting it to {laws.gaussian.moments.count:,} images alone costs 0.1 nat at sigma {alone:.4g}"
-                    )
-                    time = replace(time, reason="; ".join(filter(None, (time.reason, said))))
-                    d.notes.append(f"Non-Gaussianity: {said}.")
-            d.add("non-Gaussianity" if law == "Gaussian" else "distance from the mixture", "network", time)
+            alone = refitting_error(fitted, len(d.train), losses.sigma, seed=d.seed)
+            drawn = Curve(losses.sigma, alone.mean(0), alone.min(0), alone.max(0))
+            d.draw("information", f"fitting the {law} alone", law, drawn, ":")
+            name = "non-Gaussianity" if law == "Gaussian" else "distance from the mixture"
+            d.add(name, "network", bound.time(fitting=alone))
+            at, total = crossing(losses.sigma, drawn.value, THRESHOLD), bound.time().sigma
+            if at is not None and total is not None:
+                d.notes.append(
+                    f"{name[0].upper()}{name[1:]}: without what fitting to {len(d.train):,} {d.data.noun} alone costs "
+                    f"(0.1 nat at sigma {at:.4g}); with it 0.1 nat is passed at {total:.4g}."
+                )
         empirical = loss_curve(laws.empirical, images, levels, seed=d.seed).mmse
         d.draw("loss", f"{len(laws.empirical):,} training {d.data.noun}", "data", empirical)
     return losses.sigma
