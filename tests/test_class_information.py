@@ -227,3 +227,56 @@ def test_bad_shares_and_a_network_without_a_null_class():
             guidance_window(info, shares)
     with pytest.raises(InputError, match="network without classes"):
         without_condition(sb.denoiser(sb.load_pipeline("digits").unet, sb.scheduler("ddpm")))
+
+
+# a single condition, such as a prompt
+
+
+def log_ratio(law, component, sigma, n=40_000):
+    """E[log p(x_sigma | c) - log p(x_sigma)] by draws of the component, from the densities themselves."""
+    x = component.sample(n, generator=generator(11))
+    x = x + sigma * torch.randn(x.shape, generator=generator(12), dtype=x.dtype)
+    return float((component.log_prob(x, sigma) - law.log_prob(x, sigma)).mean())
+
+
+@each_law
+def test_what_a_single_condition_tells_is_the_log_ratio_of_the_two_laws(law):
+    k = len(law.classes) - 1
+    component, whole = law.given(k), -math.log(float(law.class_weights[k]))
+    # Where covariances differ a few samples have much of it: 3,000 give 5 %, in their own interval's words.
+    near = (0.06 if law.shape == (16,) else 0.02) * whole
+    x = component.sample(3000, generator=generator(5))
+    info = condition_information(component, x, without=law)
+    assert info.limit["low"] < whole < info.limit["high"]
+    assert info.limit["value"] == pytest.approx(whole, abs=near)
+    assert info.by_losses.value[0] == pytest.approx(whole, abs=near)
+    assert (info.name, math.isinf(info.total), info.notes) == ("condition information", True, ())
+    for i in (len(info.sigma) // 3, len(info.sigma) // 2, 2 * len(info.sigma) // 3):
+        wanted = log_ratio(law, component, float(info.sigma[i]))
+        assert info.value[i] == pytest.approx(wanted, abs=near)
+    window = guidance_window(info)
+    assert window.low.criterion == "class information at 0.9 of its limit"
+    for level, left in ((window.low, 0.9), (window.high, 0.1)):
+        assert log_ratio(law, component, level.sigma) == pytest.approx(left * whole, abs=near)
+    json.dumps(plain(info.to_dict()), allow_nan=False)
+
+
+def test_single_conditions_make_up_the_classes():
+    """The classes' shares of D(p(x | c) || p(x)) are I(c; x), on the same noise up to the draws."""
+    law = LAWS["three classes"]
+    x, y = draws(law, 3000)
+    whole = condition_information(law, x, y, [0.3, 1.0, 3.0]).value
+    each = [condition_information(law.given(k), x[y == k], sigma=[0.3, 1.0, 3.0], without=law) for k in range(3)]
+    assert sum(float((y == k).double().mean()) * each[k].value for k in range(3)) == pytest.approx(whole, rel=0.03)
+
+
+def test_bad_input_of_a_single_condition():
+    law = LAWS["three classes"]
+    x, y = draws(law, 100)
+    for more, line in [
+        ({"labels": y, "without": law}, "labels or a null class came with an unconditional denoiser"),
+        ({"without": sb.Gaussian.fit(sb.samples(torch.randn(20, 3)))}, "expected one shape"),
+        ({"without": law}, "answers the same with the condition as without"),
+    ]:
+        with pytest.raises(InputError, match=line):
+            condition_information(law, x, **more)

@@ -1,6 +1,7 @@
 """Class-conditional networks in audit, study and phases."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,12 +11,15 @@ import torch
 import symbreak as sb
 from symbreak.networks.families import NetworkDenoiser, as_unet, denoiser
 from symbreak.phases.class_entropy import class_entropy
+from symbreak.report.tables import tables
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Run
+from symbreak.start import choose
 from symbreak.start.classes import Classes
 from symbreak.studies.ask_network import _class_information
 from symbreak.studies.compare_samplers import Study, run
 from symbreak.studies.diagnosis import Diagnosis, some_images
+from symbreak.studies.evaluate import evaluate_network
 from symbreak.studies.measure import pipeline_of
 from tests.test_class_information import Conditional
 from tests.test_cli import symbreak
@@ -79,6 +83,42 @@ def test_a_study_samples_the_classes_of_the_data(digits):
     plain = sb.load_pipeline("digits")
     with pytest.raises(InputError, match="has no classes, but some were named"):
         sb.audit(data, model=plain, sampling=sb.Sampling(count=4, steps=2, classes=Classes((1,))))
+
+
+def test_a_guided_study_agrees_with_evaluate_and_counts_both_branches(digits, monkeypatch):
+    data, pipe = digits
+    for name, value in (("LEVELS", 3), ("LOSSES", 6), ("STATES", 16)):
+        monkeypatch.setattr(choose, name, value)
+    tiny = Study(samplers=("ddim",), calls=(4,), samples=40, repeats=2, selection=10, sweep=(1.0,), micro_batch=64,
+                 reference_calls=7)  # fmt: skip
+    guide, classes = sb.guided(denoiser(pipe.unet, pipe.scheduler), 10, 2.0, (1.0, 30.0)), Classes((1, 2))
+    record = run(tiny, guide, classes=classes, identity={"guidance": {"null_label": 10}})
+    content = record.content
+    about = {"scale": 2.0, "window": [1.0, 30.0], "null_label": 10}
+    assert content["sampling"] == {"classes": {"in_turn": [1, 2]}, "guidance": about}
+    (row,) = content["rows"]
+    for key in ("standard", "spectral", "best", "noised", "auto"):
+        assert row[key]["steps"] < row[key]["calls"] <= 4 or row[key]["level"]["sigma"] < 1
+    assert (content["reference"]["calls"], content["reference"]["steps"]) == (6, 4)  # two of them guided; 5 cost 8
+    full = sb.scheduler("ddim", like=pipe.scheduler)
+    start = sb.standard_start(full, row["standard"]["steps"], row["standard"]["spacing"])
+    same = evaluate_network(guide, start, range(40), data, None, classes, repeats=2, cache=False)
+    assert same["sampling"]["calls"] == row["standard"]["calls"]
+    assert same["distance"]["pooled"] == pytest.approx(row["standard"]["distance"]["pooled"], rel=1e-4)
+    (table,) = [t for k, t in tables(record)[0].items() if k == "starts"]
+    assert any("Guidance of scale 2 at sigma 1 to 30; NFE count both" in note for note in table.notes)
+    # fewer evaluations than one guided step
+    with pytest.raises(InputError, match="cannot take a guided step with 1 network evaluations"):
+        run(replace(tiny, calls=(1,)), sb.guided(denoiser(pipe.unet, pipe.scheduler), 10, 2.0), classes=classes)
+
+
+@pytest.mark.slow
+def test_the_command_study_is_guided(capsys, folder, tmp_path):  # noqa: F811
+    tiny = ("study", "--model", folder, "--samplers", "ddim", "--calls", 4, "--quick", "--json", "--out", tmp_path)
+    code, out, err = symbreak(capsys, *tiny, "--class", "1,2", "--guidance", 2, "--window", "1,20")
+    assert code == 0, err
+    assert json.loads(out)["content"]["sampling"]["guidance"]["scale"] == 2
+    assert json.loads(out)["content"]["rows"][0]["standard"]["calls"] <= 4
 
 
 def test_the_class_information_of_a_network_that_is_asked_with_its_null_class(digits):

@@ -58,6 +58,7 @@ def test_denoise_and_sample_from_a_late_start(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::symbreak.start.late_start.LateStartWarning")  # of 80 samples, and of noise
 @EACH
 def test_diagnose_and_choose_a_start(name):
     d = denoiser_of(name)

@@ -20,6 +20,7 @@ from cyclopts import App, CycloptsError, Parameter
 from symbreak.cli.console import err, fail, note, note_of, running, say, say_record
 from symbreak.cli.options import (
     CLASSIFIERS,
+    DATA,
     MICRO,
     MODEL,
     Beginning,
@@ -32,16 +33,17 @@ from symbreak.cli.options import (
     Machine,
     Memory,
     NullLabel,
+    Prompt,
     Reading,
     SamplesRange,
     Sha256,
+    Vae,
     Weights,
     flag,
     guided_lines,
     memory_size,
     option,
     required,
-    told,
     warnings_as_lines,
 )
 from symbreak.runtime.errors import InputError, visible
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from symbreak.laws.law import Law
 
 POINTS = 500  # at most, of a data set whose world is drawn
+OWN = 100  # samples of a network at least, where they stand for data
 
 app = App(
     name="symbreak",
@@ -77,6 +80,7 @@ def study(
     calls: Annotated[str, option(None, "network evaluations (NFE) of the rows")] = "3,5,10",
     features: Annotated[str | None, option(None, f"pixels, efficientnet-lite0, {CLASSIFIERS}")] = None,
     quick: Annotated[bool, flag(None, "a smoke run of a minute: no evidence")] = False,
+    conditions: Conditions = Conditions(),
     reading: Reading = Reading(),
     memory: Memory = None,
     machine: Machine = Machine(),
@@ -100,19 +104,28 @@ def study(
         features=features,
         **reading.options(),
     )
+    conditions.check(model, prompts=False)
     with running(out, memory_size(memory)) as work:
-        record = run(settings.smoke() if quick else settings, machine.load(model, classes=True), work)
+        pipe: Any = machine.load(model, classes=True)
+        named, about = None, dict[str, Any]()
+        if conditions != Conditions():
+            opened = reading.open(data)
+            unet, classes, about = conditions.applied(pipe, opened, reading.open_if(holdout, opened), work.unstored())
+            pipe = pipe if unet is pipe.unet else unet
+            named = None if classes is None or classes.shares else classes
+        record = run(settings.smoke() if quick else settings, pipe, work, named, about)
     note(data, *record.content["data"]["notes"])
     say_record(record, out, as_json, {**record.to_dict(), "report": str(out / "report.html")})
 
 
 @app.command(
     help_epilogue="Examples: symbreak phases --data digits; "
-    "symbreak phases --data digits --model digits --out build/phases"
+    "symbreak phases --data digits --model digits --out build/phases; "
+    "symbreak phases --model FOLDER --prompt 'a cat' --classify module:callable"
 )
 def phases(
     *,
-    data: Data,
+    data: Annotated[str | None, option(None, f"{DATA}; with --prompt samples of the network are enough")] = None,
     model: Annotated[str | None, option(None, f"{MODEL}; with it the network")] = None,
     out: Folder = None,
     holdout: Annotated[str | None, option(None, "images for losses and U-turns (default: a part of D)")] = None,
@@ -125,7 +138,8 @@ def phases(
     steps: Annotated[int | None, option(None, "sampler steps of a trajectory (default 40)")] = None,
     branches: Annotated[int | None, option(None, "branch levels of the clones (default 12)")] = None,
     null_label: NullLabel = None,
-    prompt: Annotated[str | None, option(None, "of a text-to-image pipeline; its images are decoded")] = None,
+    prompt: Prompt = None,
+    vae: Vae = None,
     seed: Annotated[int, option(None, "of all noise")] = 0,
     quick: Annotated[bool, flag(None, "about a minute on the digits: wider intervals")] = False,
     reading: Reading = Reading(),
@@ -135,7 +149,6 @@ def phases(
     as_json: Json = False,
 ) -> None:
     """When does it decide? Every criterion on one sigma axis, of a data set and, with --model, of a network."""
-    from symbreak.metrics.feature_rows import extractor
     from symbreak.studies.attributes import attribute_levels
     from symbreak.studies.diagnose import Effort, diagnose
 
@@ -146,38 +159,69 @@ def phases(
     sizes: dict[str, Any] = {"pairs": pairs, "steps": steps, "branches": branches}
     if attributes is not None:
         others = {"model": model, "holdout": holdout, "classify": classify, "clusters": clusters, **sizes}
-        others |= {"null-label": null_label, "prompt": prompt, "quick": quick or None}
+        others |= {"null-label": null_label, "prompt": prompt, "vae": vae, "quick": quick or None}
         misplaced = next((name for name, value in others.items() if value is not None), None)
         if misplaced is not None:
             raise InputError(f"--{misplaced} came with --attributes, which asks the data alone. Leave it out.")
         names = None if attributes == "all" else attributes.split(",")
         with running(out, memory_size(memory)) as work:
-            say_record(attribute_levels(reading.open(data, limit), names, seed=seed, run=work), out, as_json)
+            opened = reading.open(required(data, "--data"), limit)
+            say_record(attribute_levels(opened, names, seed=seed, run=work), out, as_json)
         return
     effort = Effort().quick() if quick else Effort()
+    effort = replace(effort, **{k: v for k, v in sizes.items() if v is not None})
+    if prompt is None or holdout is not None:
+        required(data, "--data")
+    if prompt is not None and null_label is not None:
+        raise InputError("--prompt came with --null-label, which is of classes. Leave it out.")
     with running(out, memory_size(memory)) as work:
-        pipe: Any = None if prompt is not None else machine.load_if(model, classes=True)
+        pipe: Any = machine.load_if(model, classes=True, prompt=prompt, vae=vae)
+        judge, network, decode = _judge(classify), pipe, getattr(pipe, "decode", None)
         if null_label is not None:
-            pipe = _without_condition(pipe, null_label)
-        named = None if classify in (None, "classifier") else extractor(str(classify))
-        judge: Any = getattr(named, "function", named)  # a callable may give classes, which are no features
-        opened = reading.open(data, limit)
-        unseen = reading.open_if(holdout, opened)
+            network = _without_condition(pipe, null_label)
+        if data is None:
+            opened, unseen = _samples(pipe, effort, seed, work), None
+        else:
+            opened = reading.open(data, limit)
+            unseen = reading.open_if(holdout, opened)
+            if decode is not None:
+                opened, unseen = pipe.encode(opened), pipe.encode(unseen)
         if prompt is not None:
-            text = told(machine.load(required(model, "--model"), prompt=True), prompt)
-            opened, unseen, pipe = text.encode(opened), text.encode(unseen), text.unet
-            judge = judge if judge is None or text.decode is None else _decoded(judge, text.decode)
+            network = _with_and_without(pipe)
+        if decode is not None and judge is not None:
+            judge = _decoded(judge, decode)
         record = diagnose(
-            opened,
-            pipe,
-            holdout=unseen,
-            classify=judge,
-            clusters=clusters,
-            effort=replace(effort, **{k: v for k, v in sizes.items() if v is not None}),
-            seed=seed,
-            run=work,
+            opened, network, holdout=unseen, classify=judge, clusters=clusters, effort=effort, seed=seed, run=work
         )
     say_record(record, out, as_json)
+
+
+def _judge(classify: str | None) -> Any:
+    """The classifier that --classify names; ``None`` for one that is trained."""
+    from symbreak.metrics.feature_rows import extractor
+
+    named = None if classify in (None, "classifier") else extractor(str(classify))
+    return getattr(named, "function", named)  # a callable may give classes, which are no features
+
+
+def _with_and_without(pipe: Any) -> Any:
+    """A prompted network beside the same without its prompt, from which nothing is guided away."""
+    from symbreak.networks.guidance import guided
+
+    prompted, without = pipe.prompted
+    return guided(prompted, without, 1.0)
+
+
+def _samples(pipe: Any, effort: Any, seed: int, run: Any) -> Images:
+    """Samples of a network that was told a prompt, in place of data: as many latents as a diagnosis asks for."""
+    from symbreak.data.samples import samples
+    from symbreak.start.late_start import standard_start
+    from symbreak.start.sample import generate
+
+    start, count = standard_start(pipe.scheduler, effort.steps), max(OWN, effort.pairs)
+    x = generate(pipe.unet, start, range(seed, seed + count), micro_batch=MICRO, clamp=False, run=run.unstored())
+    note(pipe.prompt, f"no --data: {count} of the network's own samples, of {effort.steps} steps each, stand for them")
+    return replace(samples(x), name=pipe.prompt)
 
 
 def _decoded(judge: Any, decode: Any) -> Any:
@@ -215,6 +259,8 @@ def fit(
     steps: Annotated[int | None, option(None, "with --start: num_inference_steps (default: 5)")] = None,
     holdout: Annotated[str | None, option(None, "with --start: images to choose with (default: a part of D)")] = None,
     clusters: Clusters = None,
+    prompt: Prompt = None,
+    vae: Vae = None,
     grid: Annotated[
         Literal["free", "entropic"] | None,
         option(None, "with --start: find the levels of all steps, too (free), or equal steps of entropy (entropic)"),
@@ -234,15 +280,17 @@ def fit(
 
     if out.is_dir():
         raise InputError(f"{out} is a folder; expected a file name such as {out / 'moments.safetensors'}.")
-    if not start and (model, sampler, steps, holdout, clusters, grid, at) != (None,) * 6 + ("auto",):
+    belong = (model, sampler, steps, holdout, clusters, prompt, vae, grid)
+    if not start and (belong, at) != ((None,) * len(belong), "auto"):
         raise InputError(
-            "--model, --sampler, --steps, --holdout, --clusters, --grid and --at belong to a start. Add --start."
+            "--model, --sampler, --steps, --holdout, --clusters, --prompt, --vae, --grid and --at belong to a start. "
+            "Add --start."
         )
     if start and (rank, memory) != (None, None):
         raise InputError("--rank and --memory are for moments; a start decides on the rank itself. Leave them out.")
     try_writing(out.parent)
     if start:
-        pipe = machine.load(required(model, "--model"), classes=True)
+        pipe = machine.load(required(model, "--model"), True, prompt, vae)
         beginning = Beginning(sampler=sampler, steps=steps)
         opened = reading.open(data)
         begin = beginning.fit(pipe, opened, reading.open_if(holdout, opened), clusters, 5, grid, at)
@@ -335,21 +383,14 @@ def sample(
     if not reads and opened is not None and opened.units is None:
         raise InputError(misplaced)
     with running(out) as work:
-        pipe: Any = machine.load(model, classes=True, prompt=conditions.prompt is not None)
-        held_out = None if opened is None else reading.open_if(holdout, opened)
-        text = conditions.prompt
-        if text is not None:
-            pipe = told(pipe, text, conditions.guidance)
-            opened, held_out = pipe.encode(opened), pipe.encode(held_out)
+        pipe: Any = machine.load(model, True, conditions.prompt, conditions.vae)
+        held_out, decode = None if opened is None else reading.open_if(holdout, opened), getattr(pipe, "decode", None)
         begin = None if auto else beginning.plan(pipe, steps=5)  # before a window is looked for
-        if text is None:
-            unet, classes, about = conditions.applied(pipe, opened, held_out, work.unstored())
-        else:
-            unet, classes, about = pipe.unet, None, {"prompt": text}
+        unet, classes, about = conditions.applied(pipe, opened, held_out, work.unstored())
         if begin is None:
             begin = beginning.fit(pipe, cast("Images", opened), held_out, clusters, steps=5)
         settings = decisive(unet, begin, micro_batch, {**beginning.names(model, machine, pipe), **about})
-        more = {"data": opened} if text is None else {"decode": pipe.decode}
+        more = {"data": opened} if decode is None else {"decode": decode}
         made = write_images(unet, begin, wanted, out, settings, classes, micro_batch=micro_batch, run=work, **more)
     value = {**settings, "out": str(out), "seeds": seeds, "images": len(wanted), "made": made}
     together = [path for path in (out / "samples.csv", out / "samples.npy") if path.is_file()]
@@ -416,7 +457,7 @@ def evaluate(
     conditions.check(model)
     wanted, where = parse_seeds(seeds), machine.place()
     with running(out, memory_size(memory)) as work:
-        pipe = machine.load_if(model, classes=True)
+        pipe = machine.load_if(model, True, conditions.prompt, conditions.vae)
         measuring: dict[str, Any] = {
             "features": NamedExtractor(features, weights, weights_sha256, where),
             "classify": None if classify is None else NamedExtractor(classify, device=where),
@@ -433,7 +474,16 @@ def evaluate(
             begin = beginning.measured(pipe, train, held_out, clusters, steps=10)
             unet, classes, about = conditions.applied(pipe, train, held_out, work.unstored())
             content = evaluate_network(
-                unet, begin, wanted, train, held_out, classes, micro_batch=MICRO, identity=identity | about, **measuring
+                unet,
+                begin,
+                wanted,
+                train,
+                held_out,
+                classes,
+                micro_batch=MICRO,
+                identity=identity | about,
+                decode=getattr(pipe, "decode", None),
+                **measuring,
             )
             note("network", *guided_lines(content["sampling"]))
         else:
@@ -504,11 +554,13 @@ def audit(
         sampling["seeds"] = parse_seeds(seeds)
     conditions.check(model)
     with running(out, memory_size(memory)) as work:
-        pipe: Any = machine.load_if(model, classes=True)
+        pipe: Any = machine.load_if(model, True, conditions.prompt, conditions.vae)
         opened = reading.open(data, limit)
         held_out = reading.open_if(holdout, opened)
         if pipe is not None:
-            unet, sampling["classes"], _ = conditions.applied(pipe, opened, held_out, work.unstored())
+            unet, sampling["classes"], about = conditions.applied(pipe, opened, held_out, work.unstored())
+            if hasattr(pipe, "decode"):
+                sampling |= {"decode": pipe.decode, "identity": about}
             if unet is not pipe.unet:
                 sampling["start"], pipe = getattr(pipe, "start", None), unet
         record = measure(

@@ -8,9 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from cyclopts import Parameter
@@ -20,13 +18,16 @@ from symbreak.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from symbreak.data.images import Images
+    from symbreak.networks.denoiser import Denoiser
     from symbreak.networks.guidance import Guided
     from symbreak.networks.types import Network, Pipeline, Scheduler
     from symbreak.noise import NoiseLevel
+    from symbreak.phases.class_information import ConditionInformation
     from symbreak.runtime.plain import Values
     from symbreak.runtime.run import Run
     from symbreak.start.classes import Classes
     from symbreak.start.late_start import LateStart
+    from symbreak.start.loading import LatentPipeline
 
 DATA = "digits, a folder of images (sub-folders are classes), a .parquet, .npz, .npy or .csv file, or a hub id"
 MODEL = "digits, a diffusers folder or a hub id"
@@ -37,6 +38,7 @@ START = (
 CLASSIFIERS = "digits-classifier, classifier (trained on the labels), FILE.safetensors, module:callable"
 MICRO = 64  # states of one network evaluation
 CONDITIONED = 512  # images by which the window of guidance is found
+PROMPTED, PROMPTED_STEPS = 64, 25  # samples of a prompt by which its window is found, and steps of each
 
 
 def option(name: str | None, text: str) -> Parameter:
@@ -57,6 +59,10 @@ SamplesRange = Annotated[str | None, option("--samples-range", "--range of the s
 NullLabel = Annotated[
     int | None,
     option("--null-label", "label of the network's class that stands for none (default: the one that it names)"),
+]
+Prompt = Annotated[str | None, option("--prompt", "of a text-to-image pipeline: what it is told")]
+Vae = Annotated[
+    str | None, option("--vae", "of a latent network: folder of its autoencoder, or of a pipeline that has it")
 ]
 Weights = Annotated[str | None, option("--weights", "of inception (file) or dinov2 (folder)")]
 Sha256 = Annotated[str | None, option("--weights-sha256", "of other Inception weights than FID's")]
@@ -197,24 +203,34 @@ class Machine:
             return self.device
         return f"cuda:{torch.cuda.current_device()}" if torch.cuda.is_available() else "cpu"
 
-    def load(self, model: str, classes: bool = False, prompt: bool = False) -> Pipeline:
-        """The pipeline that a model names; one that needs a class or a prompt only where there is one to give."""
-        from symbreak.start.loading import load_pipeline, refuse_conditional
+    def load(
+        self, model: str, classes: bool = False, prompt: str | None = None, vae: str | None = None
+    ) -> Pipeline | LatentPipeline:
+        """The pipeline that a model names; one that needs a class or a prompt only where there is one to give.
 
+        One that was told a prompt, or has an autoencoder, brings pictures to latents and back.
+        """
+        from symbreak.start.loading import LatentPipeline, load_autoencoder, load_pipeline, refuse_conditional
+
+        autoencoder = None if vae is None else load_autoencoder(vae, self.place())
         pipe = load_pipeline(model, device=self.place(), precision=self.precision, compiled=self.compiled)
-        if not prompt:
-            refuse_conditional(pipe, model, classes)
-        return pipe
+        if prompt is None:
+            refuse_conditional(pipe, model, classes, latents=vae is not None)
+        return pipe if (prompt, vae) == (None, None) else LatentPipeline.of(pipe, prompt, autoencoder)
 
-    def load_if(self, model: str | None, classes: bool = False) -> Any:
+    def load_if(
+        self, model: str | None, classes: bool = False, prompt: str | None = None, vae: str | None = None
+    ) -> Any:
         """The pipeline that a model names, if one is named.
 
         Raises:
-            InputError: for a precision or a compiler without a network that they belong to.
+            InputError: for a precision, a compiler, a prompt or an autoencoder without a network that they belong to.
         """
         if model is None and (self.precision, self.compiled) != ("fp32", False):
             raise InputError("--precision and --compile belong to a network. Add --model, or leave them out.")
-        return None if model is None else self.load(model, classes)
+        if model is None and (prompt, vae) != (None, None):
+            raise InputError("--prompt and --vae belong to a network. Add --model.")
+        return None if model is None else self.load(model, classes, prompt, vae)
 
 
 @Parameter(name="*")
@@ -317,6 +333,9 @@ class Beginning:
             own = own_start(pipe)
             if own is not None:
                 own.check_units(data)
+            encode = getattr(pipe, "encode", None)
+            if encode is not None:
+                data, holdout = encode(data), encode(holdout)
             return fit_start(data, pipe.unet, self.scheduler(pipe), number, holdout, clusters, grid=grid, at=at)
 
     def measured(
@@ -341,7 +360,7 @@ class Beginning:
 @Parameter(name="*")
 @dataclass(frozen=True)
 class Conditions:
-    """What a class-conditional network is told."""
+    """What a network is told: classes, or a prompt; and the autoencoder of its latents."""
 
     of_class: Annotated[
         str | None,
@@ -351,26 +370,30 @@ class Conditions:
     guidance: Annotated[float | None, option(None, "scale of classifier-free guidance (default: 1, none)")] = None
     window: Annotated[
         str | None,
-        option(None, "guide at sigma LOW,HIGH only; auto: where the class is decided, by --data (default: everywhere)"),
+        option(
+            None,
+            "guide at sigma LOW,HIGH only; auto: where the class is decided, by --data, or the prompt, by samples "
+            "(default: everywhere)",
+        ),
     ] = None
-
-    prompt: Annotated[str | None, option(None, "of a text-to-image pipeline: what it is told")] = None
+    prompt: Prompt = None
+    vae: Vae = None
 
     @property
     def needs_data(self) -> bool:
         """Whether labelled data decide something."""
-        return self.of_class == "data" or self.window == "auto"
+        return self.of_class == "data" or (self.window == "auto" and self.prompt is None)
 
-    def check(self, model: str | None) -> None:
-        """Raise what can be known before anything is loaded."""
+    def check(self, model: str | None, prompts: bool = True) -> None:
+        """Raise what can be known before anything is loaded; ``prompts``: whether the command takes latents."""
         if model is None and self != Conditions():
             raise InputError(
-                "--class, --null-label, --guidance, --window and --prompt belong to a network. Add --model."
+                "--class, --null-label, --guidance, --window, --prompt and --vae belong to a network. Add --model."
             )
-        if self.prompt is not None and (self.of_class, self.null_label, self.window) != (None, None, None):
-            raise InputError(
-                "--prompt came with --class, --null-label or --window, which are of classes. Leave them out."
-            )
+        if not prompts and (self.prompt, self.vae) != (None, None):
+            raise InputError("--prompt and --vae are not for study. Compare starts with evaluate, which takes them.")
+        if self.prompt is not None and (self.of_class, self.null_label) != (None, None):
+            raise InputError("--prompt came with --class or --null-label, which are of classes. Leave them out.")
         if self.guidance is None and self.window is not None:
             raise InputError(f"--window {self.window} came without a scale of guidance. Add --guidance, such as 2.")
         if self.window != "auto":
@@ -397,7 +420,7 @@ class Conditions:
         from symbreak.start.loading import classes_for
 
         count, named = class_count(pipe.unet), self._named()
-        if count is None and self != Conditions():
+        if count is None and self != Conditions(vae=self.vae):
             raise InputError(
                 "--class, --null-label, --guidance and --window are for class-conditional networks; this one has "
                 "no classes. Leave them out."
@@ -416,14 +439,10 @@ class Conditions:
         Args:
             data, unseen: see `classes` and `network`.
             run: see `network`.
-
-        Raises:
-            InputError: for a prompt, with which only `told` knows what to do.
         """
-        if self.prompt is not None:
-            raise InputError("--prompt is for sample and phases: sample with it, then pass the images as --samples.")
-        classes = self.classes(pipe, data)
+        classes = None if self.prompt is not None else self.classes(pipe, data)
         unet, about = self.network(pipe, classes, unseen or data, run)
+        about |= getattr(pipe, "about", {})
         return unet, classes, about | ({} if classes is None else {"classes": classes.to_dict()})
 
     def network(
@@ -439,46 +458,46 @@ class Conditions:
         from symbreak.networks.denoiser import fixed_class
         from symbreak.networks.families import denoiser
         from symbreak.networks.guidance import check_classes, guided, without_condition
-        from symbreak.phases.class_information import condition_information, guidance_window
-        from symbreak.studies.diagnosis import some_images
+        from symbreak.phases.class_information import guidance_window
 
         if self.guidance is None or (self.guidance == 1 and self.window != "auto"):
             return pipe.unet, {}
-        network = denoiser(pipe.unet, pipe.scheduler)
-        without = without_condition(network, self.null_label)
-        if classes is not None:
-            check_classes(classes.different(), pipe.unet, fixed_class(without))
+        network, without = getattr(pipe, "prompted", None) or (denoiser(pipe.unet, pipe.scheduler), None)
+        if without is None:
+            without = without_condition(network, self.null_label)
+            if classes is not None:
+                check_classes(classes.different(), pipe.unet, fixed_class(without))
         window, by_data = limits(None if self.window == "auto" else self.window, "--window"), {}
         if self.window == "auto":
-            images, labels = some_images(cast("Images", data), CONDITIONED, seed=0)
-            information = condition_information(network, images, labels, null=self.null_label, run=run)
+            information = self._information(pipe, network, without, data, run)
             predicted = guidance_window(information)
             low, high = window = predicted.levels
-            note("guidance", f"the class is decided between sigma {low:.4g} and {high:.4g}", *information.notes)
+            what = "class" if self.prompt is None else "prompt"
+            note("guidance", f"the {what} is decided between sigma {low:.4g} and {high:.4g}", *information.notes)
             by_data = {"information": information.to_dict(), "predicted": predicted.to_dict()}
         model = guided(network, without, self.guidance, window)
         return model, {"guidance": {**model.guidance, "null_label": self.null_label, **by_data}}
 
+    def _information(
+        self, pipe: Pipeline, network: Denoiser, without: Denoiser, data: Images | None, run: Run
+    ) -> ConditionInformation:
+        """Of the classes by labelled images; of a prompt by samples of the network that was told it."""
+        import torch
 
-def told(pipe: Pipeline, prompt: str, scale: float | None = None) -> Any:
-    """A text-to-image pipeline as one of a denoiser that was told a prompt, guided away from none where a scale came.
+        from symbreak.networks.latents import encode
+        from symbreak.phases.class_information import condition_information
+        from symbreak.start.late_start import standard_start
+        from symbreak.start.sample import generate
+        from symbreak.studies.diagnosis import some_images
 
-    It has ``unet``, ``scheduler``, ``decode`` from latents to pictures, and ``encode`` of images.
-    """
-    from symbreak.networks.families import denoiser
-    from symbreak.networks.guidance import guided
-    from symbreak.networks.latents import decode, encode
-
-    network: Any = denoiser(pipe, prompt=prompt)
-    schedule, vae = network.scheduler, getattr(pipe, "vae", None)
-    if scale is not None and scale != 1:
-        network = guided(network, denoiser(pipe, prompt=""), scale)
-    return SimpleNamespace(
-        unet=network,
-        scheduler=schedule,
-        decode=None if vae is None else partial(decode, vae),
-        encode=lambda data: data if vae is None or data is None else encode(vae, data).images(),
-    )
+        if self.prompt is not None:
+            start, seeds = standard_start(pipe.scheduler, PROMPTED_STEPS), range(1_000_000, 1_000_000 + PROMPTED)
+            samples = generate(network, start, seeds, clamp=False, run=run)
+            return condition_information(network, samples, without=without, run=run)
+        images, labels = some_images(cast("Images", data), CONDITIONED, seed=0)
+        if getattr(pipe, "autoencoder", None) is not None:
+            images = torch.cat(list(encode(pipe.autoencoder, images)))
+        return condition_information(network, images, labels, null=self.null_label, run=run)
 
 
 def guided_lines(settings: Values) -> list[str]:

@@ -2,12 +2,16 @@
 
     I(c; x_sigma) = integral from sigma to infinity of E|D_c(x) - D_u(x)|^2 / u^3 du                 nats
 
+Of a single condition, such as a prompt, the same integral over its own samples is D(p(x_sigma | c) || p(x_sigma)): the
+expected log-ratio of the two laws. Its limit is -log of the share that the condition has of everything.
+
 for a class c that the clean sample decides: D_c is the posterior mean given the class, D_u the one without it, and
 MMSE_u - MMSE_c = E|D_c - D_u|^2. At low noise it goes to H[c], which calibrates a network: one that is unsure stays
 below, one whose two answers differ by error goes above. Where it rises guidance acts; above D_c and D_u agree, below
 the class is fixed.
 
-Source: derived (I-MMSE: Guo, Shamai, Verdu 2005); the entropy production of arXiv:2602.09651.
+Source: derived (I-MMSE: Guo, Shamai, Verdu 2005; Verdu 2010 for a single condition); the entropy production of
+arXiv:2602.09651.
 """
 
 from __future__ import annotations
@@ -53,7 +57,8 @@ class ConditionInformation(Curve):
     """I(c; x_sigma) in nats, a `Curve` with intervals over images.
 
     Attributes:
-        total: H[c], the entropy of the classes of the images.
+        total: H[c], the entropy of the classes of the images; infinite for a single condition, whose share of
+            everything nobody knows.
         grid: rising levels [G] of the integral.
         apart: |D_c - D_u|^2 [G, N] of every image.
         gain: |x_0 - D_u|^2 - |x_0 - D_c|^2 [G, N], the same in expectation were the network perfect.
@@ -118,6 +123,7 @@ def condition_information(
     sigma: Levels | None = None,
     *,
     null: int | None = None,
+    without: Law | Denoiser | None = None,
     seed: int = 0,
     draws: int = 1,
     run: Run | None = None,
@@ -138,6 +144,9 @@ def condition_information(
             limit is taken.
         null: label of the network's null class; by default the one that the denoiser is fixed to, or the network says
             it has.
+        without: D_u of a condition that ``denoiser`` is fixed to, such as the same pipeline with the prompt ``""``.
+            Then ``data`` are samples of that condition, without labels, and the curve is
+            D(p(x_sigma | c) || p(x_sigma)).
         seed: of the noise, which every level has for itself.
         draws: noise draws an image, averaged.
         run: a finished part a level, and progress in levels.
@@ -159,25 +168,20 @@ def condition_information(
     True
     """
     source, run = as_denoiser(denoiser), run or Run()
-    without = without_condition(source, null)
-    law: Any = source.law if isinstance(source, LawDenoiser) else None
-    network: Any = source if law is not None else conditional(source)
-    if law is not None and getattr(law, "classes", None) is None:
-        raise InputError(f"{type(law).__name__} has no classes; expected a law with classes, or a conditional network.")
-    if labels is None and isinstance(data, Images):
+    single, network = without is not None, _network(source, without, labels, null)
+    of_all = without_condition(source, null) if without is None else as_denoiser(without)
+    if labels is None and isinstance(data, Images) and not single:
         labels = data.labels
-    if labels is None:
+    if labels is None and not single:
         raise InputError("no labels came, and the data have none; expected the class of every image.")
     if draws < 1:
         raise InputError(f"{draws} noise draws an image; expected at least 1.")
     requested = None if sigma is None else levels(sigma)
-    images = images_for(network, data, np.array(network.sigma_range)[:1] if requested is None else requested[0])
-    classes = torch.from_numpy(labels_of(labels, len(images)))
-    check_classes(classes, source if law is None else law, None if law is not None else fixed_class(without))
-    counts = np.unique(classes.numpy(), return_counts=True)[1]
-    if len(counts) < 2:
-        raise InputError(f"all images are of the class {int(classes[0])}; expected at least two classes.")
-    low, high = _range(images, network.sigma_range)
+    known = max(network.sigma_range[0], of_all.sigma_range[0]), min(network.sigma_range[1], of_all.sigma_range[1])
+    images = images_for(network, data, np.array(known)[:1] if requested is None else requested[0])
+    classes = None if labels is None else torch.from_numpy(labels_of(labels, len(images)))
+    total = math.inf if classes is None else _entropy_of(classes, source, of_all)
+    low, high = _range(images, known)
     start = np.array([low]) if requested is None else requested[0]
     grid = filled(start, max(high, float(start.max())), SPACING)
     s, shape = (grid, grid.shape) if requested is None else requested
@@ -188,22 +192,24 @@ def condition_information(
         for draw in range(draws):
             # Noise of its own at every level: their errors average out in the integral.
             for rows, clean, x in pieces(images, u, seed, 33, i, draw):
-                of_class, of_all = posterior_mean(network, x, u, classes[rows]), posterior_mean(without, x, u)
-                sums[0, rows] += energy(of_class - of_all)
-                sums[1, rows] += energy(clean - of_all) - energy(clean - of_class)
+                y = None if classes is None else classes[rows]
+                with_condition, alone = posterior_mean(network, x, u, y), posterior_mean(of_all, x, u)
+                sums[0, rows] += energy(with_condition - alone)
+                sums[1, rows] += energy(clean - alone) - energy(clean - with_condition)
         if not np.isfinite(sums).all():
             raise InputError(f"the network answers NaN or infinity at sigma {u:.4g}; expected denoised images.")
         return {"sums": sums / draws}
 
-    first = network if law is not None else network.bind(class_labels=classes[:1])
-    settings = (*fingerprints(run, without, first), null, grid.tolist(), images, classes, seed, draws)
+    first = network if classes is None or isinstance(network, LawDenoiser) else network.bind(class_labels=classes[:1])
+    settings = (*fingerprints(run, of_all, first), null, grid.tolist(), images, classes, seed, draws)
     parts = run.parts("class-information", list(enumerate(grid.tolist())), level, *settings)
     apart, gain = np.stack([part["sums"] for part in parts], axis=1)
     if not apart.any():
-        raise InputError("the network answers the same with a class as without one: its condition says nothing.")
-    values = _above(apart, grid, s)
-    information = mean_curve(s, values, "class information", shape=shape).extended(
-        ConditionInformation, total=float(entropy(counts)), grid=grid, apart=apart, gain=gain
+        what = "a class" if classes is not None else "the condition"
+        raise InputError(f"the network answers the same with {what} as without: its condition says nothing.")
+    values, name = _above(apart, grid, s), "class information" if classes is not None else "condition information"
+    information = mean_curve(s, values, name, shape=shape).extended(
+        ConditionInformation, total=total, grid=grid, apart=apart, gain=gain
     )
     return _noted(information)
 
@@ -250,6 +256,35 @@ def guidance_window(
     return GuidanceWindow(low=time(last), high=time(first), shares=(first, last), notes=information.notes)
 
 
+def _network(source: Denoiser, without: Law | Denoiser | None, labels: Labels | None, null: int | None) -> Any:
+    """The denoiser that is told the condition: of classes, or a single one that it is fixed to."""
+    law: Any = source.law if isinstance(source, LawDenoiser) else None
+    if without is not None:
+        if labels is not None or null is not None:
+            raise InputError("labels or a null class came with an unconditional denoiser. Pass one of them.")
+        if tuple(as_denoiser(without).shape) != tuple(source.shape):
+            raise InputError(
+                f"the unconditional denoiser has the shape {tuple(as_denoiser(without).shape)}, the conditional one "
+                f"{tuple(source.shape)}; expected one shape."
+            )
+        return source
+    if law is not None and getattr(law, "classes", None) is None:
+        raise InputError(f"{type(law).__name__} has no classes; expected a law with classes, or a conditional network.")
+    return source if law is not None else conditional(source)
+
+
+def _entropy_of(classes: torch.Tensor, source: Denoiser, without: Denoiser) -> float:
+    """H[c] of the images' classes, which the network or law has."""
+    law = isinstance(source, LawDenoiser)
+    check_classes(
+        classes, source.law if isinstance(source, LawDenoiser) else source, None if law else fixed_class(without)
+    )
+    counts = np.unique(classes.numpy(), return_counts=True)[1]
+    if len(counts) < 2:
+        raise InputError(f"all images are of the class {int(classes[0])}; expected at least two classes.")
+    return float(entropy(counts))
+
+
 def _range(images: torch.Tensor, known: tuple[float, float]) -> tuple[float, float]:
     """The lowest and the highest level that are of interest, inside a network's range."""
     flat = images.flatten(1).double()
@@ -287,10 +322,10 @@ def _noted(information: ConditionInformation) -> ConditionInformation:
     above = float(_above(information.apart, information.grid, information.grid[-1:]).mean())
     if above > 0.1 * limit["value"]:
         notes.append(
-            f"{above / limit['value']:.0%} of the class information lies above the highest level, sigma "
+            f"{above / limit['value']:.0%} of the {information.name} lies above the highest level, sigma "
             f"{information.grid[-1]:.4g}: it is continued from there."
         )
-    inside = limit["low"] <= total <= limit["high"]
+    inside = limit["low"] <= total <= limit["high"] or math.isinf(total)
     if not inside and abs(limit["value"] / total - 1) > FAR:
         what = "its two answers differ by error" if limit["value"] > total else "it is unsure of the class"
         notes.append(

@@ -49,6 +49,7 @@ PANELS = {
     "changed": ("share", "Class changed by going back to this level, or by a kick there"),
     "pixels": ("share", "Squared difference after a U-turn, of that of two images"),
     "entropy": ("nats", "Class entropy H[c | x]: what is still open"),
+    "condition": ("nats", "When does the prompt decide? What a noised sample tells of it"),
     "information": ("nats", "How far from a law, by denoising losses (a lower bound)"),
     "loss": ("squared error", "Squared error of a denoised image, summed over its pixels in [-1, 1]"),
     "rate": ("nats", "Squared error / sigma^2: the noise levels that decide most"),

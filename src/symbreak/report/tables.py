@@ -187,6 +187,14 @@ def _study(record: Record, content: Values) -> tuple[dict[str, Table], list[str]
             remarks.append(remark)
         table.add(row["sampler"], number(row["calls"]), *cells, *remarks)
     table.notes = [_won(table, name, i - len(table.remarks)) for i, name in enumerate(table.remarks)]
+    guidance = content.get("sampling", {}).get("guidance")
+    if guidance:
+        low, high = guidance["window"]
+        end = "infinity" if high is None else number(high)
+        table.notes.append(
+            f"Guidance of scale {guidance['scale']:g} at sigma {low:.4g} to {end}; NFE count both branches, so guided "
+            "rows take fewer steps."
+        )
     table.notes += [
         f"Floor, real training images, {floor['samples']} x {floor['repeats']} repeats: {_distance(floor)}."
     ]

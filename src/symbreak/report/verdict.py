@@ -133,9 +133,12 @@ def _enough(content: Values) -> str:
 
 
 def _guide(content: Values) -> str:
-    """Between which levels guidance acts, of a class-conditional network."""
-    high, low = (_row(content, f"class information, {share} %", "network") for share in (10, 90))
-    return "" if low is None or high is None else f"Guide between {_at(high, True)} and {_at(low, True)}."
+    """Between which levels guidance acts, of a class-conditional network or of a prompt."""
+    for name in ("class information", "condition information"):
+        high, low = (_row(content, f"{name}, {share} %", "network") for share in (10, 90))
+        if low is not None and high is not None:
+            return f"Guide between {_at(high, True)} and {_at(low, True)}."
+    return ""
 
 
 # --- study ----------------------------------------------------------------------------------------

@@ -1,12 +1,14 @@
-"""Loading: a diffusers pipeline from a name, a folder or the hub, on a device and in a precision."""
+"""Loading: a diffusers pipeline from a name, a folder or the hub, on a device and in a precision; its autoencoder."""
 
 from __future__ import annotations
 
 import re
 import sys
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -14,20 +16,24 @@ import torch
 from symbreak.data.images import Images
 from symbreak.networks.adapters import adapted, family_of
 from symbreak.networks.denoiser import class_count
+from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.foreign import check_network, check_pipeline, from_hub, quiet, stored_numbers, variant_of
 from symbreak.networks.guidance import check_classes
+from symbreak.networks.latents import decode, encode
 from symbreak.networks.own_call import network_in
 from symbreak.networks.residual import backbone
 from symbreak.networks.samplers import scheduler as named_scheduler
 from symbreak.networks.types import Network, Pipeline, Scheduler
 from symbreak.noise import schedule
 from symbreak.runtime.files import InputError
+from symbreak.runtime.identity import weights_hash
+from symbreak.runtime.plain import Values
 from symbreak.runtime.ranks import usable
 from symbreak.start.classes import Classes
 from symbreak.start.late_start import LateStart
 from symbreak.start.pipeline import RESIDUAL, read_residual
 
-__all__ = ["classes_for", "load_pipeline", "refuse_conditional"]
+__all__ = ["LatentPipeline", "classes_for", "load_autoencoder", "load_pipeline", "refuse_conditional"]
 
 NETWORKS = ("unet", "transformer")
 BUNDLED = ("digits", "digits-conditional")  # networks that ship with the package
@@ -141,30 +147,124 @@ def _weights(folder: Path, variant: str | None) -> tuple[str | None, int]:
 
 def _alone(folder: Path, variant: str | None, scheduler: Scheduler | None) -> diffusers.DiffusionPipeline:
     """A network's own folder, with the scheduler beside it or a given one."""
-    config, beside = check_network(folder), folder.resolve().parent / "scheduler" / "scheduler_config.json"
+    check_network(folder)
+    beside = folder.resolve().parent / "scheduler" / "scheduler_config.json"
     if scheduler is None and not beside.is_file():
         raise InputError(
             f"{folder} holds a network alone, without its scheduler. Pass its pipeline, or load_pipeline(..., "
             "scheduler=sb.scheduler('ddpm'))."
         )
-    variant, numbers = _weights(folder, variant)
     try:
         with quiet():
             if scheduler is None:
                 settings = check_network(beside, kind="SchedulerMixin")
                 scheduler = getattr(diffusers, str(settings["_class_name"])).from_config(settings)
-            kind = getattr(diffusers, str(config["_class_name"]))
-            options = {"use_safetensors": True, "local_files_only": True, "variant": variant}
-            network = kind.from_pretrained(str(folder), **options).eval()
     except InputError:
         raise
     except Exception as error:
         what = " ".join(str(error).split())[:160]
-        raise InputError(f"{folder} cannot be loaded as a network ({type(error).__name__}: {what}).") from None
-    _check_weights(network, numbers, folder)
+        raise InputError(f"{beside} cannot be loaded as a scheduler ({type(error).__name__}: {what}).") from None
+    network = _component(folder, variant)
     pipe = diffusers.DDPMPipeline(unet=network, scheduler=scheduler)
     pipe.unet = _faced(network, pipe)
     return pipe
+
+
+def _component(folder: Path, variant: str | None = None) -> Network:
+    """A network, or an autoencoder, of its own folder."""
+    config, (variant, numbers) = check_network(folder), _weights(folder, variant)
+    try:
+        with quiet():
+            kind = getattr(diffusers, str(config["_class_name"]))
+            options = {"use_safetensors": True, "local_files_only": True, "variant": variant}
+            network = kind.from_pretrained(str(folder), **options).eval()
+    except Exception as error:
+        what = " ".join(str(error).split())[:160]
+        raise InputError(f"{folder} cannot be loaded as a network ({type(error).__name__}: {what}).") from None
+    _check_weights(network, numbers, folder)
+    return network
+
+
+def load_autoencoder(source: str | Path, device: str | torch.device | None = None) -> Network:
+    """The autoencoder of latent networks, for `encode` and `decode`.
+
+    Args:
+        source: its own folder, or that of a diffusers pipeline that has one.
+        device: where it runs.
+
+    Raises:
+        InputError: for a folder without an autoencoder, or one whose files are broken.
+    """
+    folder = Path(source).expanduser()
+    if (folder / "model_index.json").is_file():
+        parts = check_pipeline(folder)
+        folder = folder / next((k for k in ("vae", "vqvae") if isinstance(parts.get(k), list)), "vae")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{source} holds no autoencoder; expected its folder, or that of a pipeline that has one.")
+    name = str(check_network(folder)["_class_name"])
+    if not ("Autoencoder" in name or name == "VQModel"):
+        raise InputError(f"{source} holds a {name}, which is no autoencoder.")
+    vae = _component(folder)
+    return vae if device is None else vae.to(usable(device))
+
+
+@dataclass(frozen=True)
+class LatentPipeline:
+    """A network on latents, with what leads from pictures to latents and back; a pipeline like any other.
+
+    Attributes:
+        unet, scheduler: the network, told its prompt, and the scheduler that it was trained with.
+        autoencoder: of its latents; ``None`` for a text network of pictures.
+        prompted: of a text network its denoiser with the prompt, and the one with none; else ``None``.
+        prompt: what it was told.
+    """
+
+    unet: Network
+    scheduler: Scheduler
+    autoencoder: Network | None
+    prompted: tuple[Any, Any] | None = None
+    prompt: str | None = None
+
+    @classmethod
+    def of(cls, pipe: Pipeline, prompt: str | None = None, autoencoder: Network | None = None) -> LatentPipeline:
+        """A pipeline with its own autoencoder, or another one.
+
+        Raises:
+            InputError: for a prompt for a network without text, or latents of other channels than the network's.
+        """
+        vae = next(
+            (v for v in (autoencoder, *(getattr(pipe, k, None) for k in ("vae", "vqvae"))) if v is not None), None
+        )
+        unet, scheduler, both = pipe.unet, pipe.scheduler, None
+        if prompt is not None:
+            both = denoiser(pipe, prompt=prompt), denoiser(pipe, prompt="")
+            scheduler = getattr(both[0], "scheduler", scheduler)  # whose shift is that of the prompt's size
+            unet = as_unet(both[0], scheduler)
+        channels, there = unet.config.in_channels, getattr(getattr(vae, "config", None), "latent_channels", None)
+        if there not in (None, channels):
+            raise InputError(
+                f"the autoencoder has latents of {there} channels, the network takes {channels}. Pass the one that the "
+                "network was trained with."
+            )
+        return cls(unet, scheduler, vae, both, prompt)
+
+    def encode(self, data: Images | None) -> Images | None:
+        """The latents of pictures, under their name; pictures where there is no autoencoder."""
+        if data is None or self.autoencoder is None:
+            return data
+        if data.units is not None:
+            raise InputError(f"{data.name} holds no pictures, which an autoencoder takes. Leave --vae out.")
+        return replace(encode(self.autoencoder, data).images(), name=data.name)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pictures [N, C, H, W] in [-1, 1] of latents."""
+        return latents if self.autoencoder is None else decode(self.autoencoder, latents)
+
+    @property
+    def about(self) -> Values:
+        """What decides a picture beside the network, for records."""
+        vae = {} if self.autoencoder is None else {"autoencoder": weights_hash(self.autoencoder)}
+        return vae if self.prompt is None else {"prompt": self.prompt, **vae}
 
 
 def _residual(folder: Path) -> diffusers.DiffusionPipeline:
@@ -188,19 +288,22 @@ def _check_weights(unet: Network, stored: int, source: str | Path) -> None:
         raise InputError(f"the weights {bad} of {source} hold NaN or infinity: a diverged or damaged network.")
 
 
-def refuse_conditional(pipe: Pipeline, source: str, classes: bool = False) -> None:
+def refuse_conditional(pipe: Pipeline, source: str, classes: bool = False, latents: bool = False) -> None:
     """Conditions that nobody has to give raise an error of one clear line instead of a crash inside.
 
     Args:
         pipe: the network's pipeline.
         source: its name.
         classes: whether there are classes to give.
+        latents: whether an autoencoder is there to decode them.
     """
     config = pipe.unet.config
-    if getattr(pipe, "vae", None) is not None or getattr(pipe, "vqvae", None) is not None:
+    if latents:
+        pass
+    elif getattr(pipe, "vae", None) is not None or getattr(pipe, "vqvae", None) is not None:
         raise InputError(
-            f"the network of {source} works on latents, which are no images. Use start.latents(noise) with its own "
-            "pipeline, whose autoencoder decodes them."
+            f"the network of {source} works on latents, which are no images. Name its autoencoder (--vae {source}), "
+            "or use start.latents(noise) with its own pipeline."
         )
     if config.get("num_class_embeds") and not (classes or config.get("class_embed_type")):
         raise InputError(
@@ -209,8 +312,8 @@ def refuse_conditional(pipe: Pipeline, source: str, classes: bool = False) -> No
         )
     if config.get("class_embed_type") or config.get("cross_attention_dim"):
         raise InputError(
-            f"the network of {source} needs a condition (text, or another than a class's number). Use "
-            "start.latents(noise) with its own pipeline."
+            f"the network of {source} needs a condition (text, or another than a class's number). Say it (--prompt), "
+            "or use start.latents(noise) with its own pipeline."
         )
 
 

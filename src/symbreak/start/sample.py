@@ -43,12 +43,23 @@ from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.late_start import LateStart, law_in_words
 
-__all__ = ["decisive", "evaluations", "generate", "generate_shards", "parse_seeds", "run_sampler", "write_images"]
+__all__ = [
+    "Decode",
+    "decisive",
+    "evaluations",
+    "generate",
+    "generate_shards",
+    "most_steps",
+    "parse_seeds",
+    "run_sampler",
+    "write_images",
+]
 
 BLOCK = 256  # images of a finished part, about
 MARK = "symbreak"  # key of the text in a PNG that says what decided it
 SPELLED = ("model", "start")  # names, which decide nothing
 Generators = torch.Generator | Sequence[torch.Generator] | None
+Decode = Callable[[torch.Tensor], torch.Tensor]  # latents [n, *S] -> pictures [n, C, H, W] in [-1, 1]
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -126,6 +137,30 @@ def evaluations(unet: Network | Denoises | Denoiser, start: LateStart) -> int:
     """Network evaluations (NFE) of a sample: one a step, two where guidance asks with a condition and without."""
     count = getattr(posing(unet, start.full), "evaluations", None)
     return start.calls if count is None else sum(count(float(t)) for t in start.scheduler.timesteps)
+
+
+def most_steps(
+    make: Callable[[int], LateStart], unet: Network | Denoises | Denoiser, budget: int, name: str = "the sampler"
+) -> LateStart:
+    """The start of the most steps that cost no more than some network evaluations (NFE), guidance's among them.
+
+    Args:
+        make: number of steps -> a start.
+        unet: what is sampled; `evaluations` counts.
+        budget: what may be spent.
+        name: what an error calls the sampler.
+
+    Raises:
+        InputError: where one step costs more.
+    """
+    for steps in range(budget, 0, -1):
+        start = make(steps)
+        if evaluations(unet, start) <= budget:
+            return start
+    raise InputError(
+        f"{name} cannot take a guided step with {budget} network evaluations: both branches count. Choose more, "
+        "or a narrower window."
+    )
 
 
 def precision(unet: Network) -> torch.dtype:
@@ -398,26 +433,25 @@ def generate_shards(
     *,
     micro_batch: int = 64,
     clamp: bool | None = None,
+    decode: Decode | None = None,
     run: Run | None = None,
 ) -> Shards:
     """Images of the given seeds, the same as those of `generate`, of which every process makes and holds a part.
 
     Args:
         unet, start, seeds, labels, micro_batch, clamp: see `generate`.
+        decode: of a latent network: latents [n, *S] -> pictures [n, C, H, W]; finished parts are latents.
         run: see `generate`; images beyond its memory go into a file without a name in its folder.
     """
     run = (run or Run()).named("images")
+    clamp = clamp if decode is None else False
     images = _Images(unet, start, seeds, micro_batch, labels, clamp=clamp)
     n, size = len(images.seeds), _block(micro_batch)
     edges = shares(n, size)
     memory = run.bytes()
     if len(edges) == 2:  # too few for every process to have some: they share the micro-batches
-        return Shards(
-            [generate(unet, start, seeds, labels, micro_batch=micro_batch, clamp=clamp, run=run).numpy()],
-            edges,
-            memory,
-            run.folder,
-        )
+        x = generate(unet, start, seeds, labels, micro_batch=micro_batch, clamp=clamp, run=run)
+        return Shards([(x if decode is None else decode(x)).numpy()], edges, memory, run.folder)
     first, last = edges[rank_of()[0] :][:2]
     key = images.key(run)
 
@@ -430,7 +464,7 @@ def generate_shards(
             with alone():
                 x = run.part(f"{key}/{at}", partial(images.part, at, end, done))["x"]
             done(end)
-            yield x
+            yield x if decode is None else decode(torch.from_numpy(x)).numpy()
 
     return Shards(blocks(), edges, memory, run.folder)
 
@@ -501,7 +535,7 @@ def write_images(
     *,
     micro_batch: int = 64,
     data: Images | None = None,
-    decode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    decode: Decode | None = None,
     run: Run | None = None,
 ) -> int:
     """One PNG a seed, ``00000007.png``, and ``sample.json`` with what decides them; an interrupted call continues.

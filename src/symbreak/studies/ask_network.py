@@ -13,6 +13,7 @@ import torch
 from symbreak.critical import CriticalTime, Curve, crossing, share_curve
 from symbreak.intervals import mean_interval, proportion
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
+from symbreak.laws.class_posterior import class_of
 from symbreak.metrics.feature_rows import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser, as_denoiser, fixed_class
@@ -46,6 +47,7 @@ CLUSTERS = 10  # classes of a network where neither labels nor a number were giv
 SHOWN = 10  # images of what a network adds, at SHOWN_LEVELS levels
 SHOWN_LEVELS = 4
 ALONG, ALONG_LEVELS = 2, 10  # images that are noised to levels along the axis
+RAREST = 3  # images of a class at least, by which its entropy is measured
 SECOND = "#b3424a"  # colour of a network's second curve in a panel
 
 
@@ -115,16 +117,19 @@ def _trained(d: Diagnosis, run: Run) -> Any:
     return model
 
 
-def ask_network(d: Diagnosis, network: Denoiser, laws: Laws, moments: Moments, reader: ClassReader) -> None:
-    """Everything that needs the network."""
+def ask_network(
+    d: Diagnosis, network: Denoiser, laws: Laws, moments: Moments, reader: ClassReader, without: Denoiser | None = None
+) -> None:
+    """Everything that needs the network; ``without`` is the same one without its condition, such as a prompt."""
     pairs = _clones(d, network, reader)
     classify = reader.classify or _nearest_cluster(pairs)
     images, labels = some_images(d.test, d.effort.images, d.seed)
     _u_turns(d, network, images, classify)
     levels = _losses(d, network, laws, images)
     _added(d, network, images)
-    if reader.features is not None and labels is not None:
-        _class_entropy(d, network, reader.features, images, labels)
+    _class_entropy(d, network, reader, images, labels)
+    if without is not None:
+        _condition_information(d, network, without, torch.as_tensor(pairs.ends))
     if labels is not None:
         _class_information(d, network, images, labels)
     _stability(d, network, classify)
@@ -291,12 +296,35 @@ def _added(d: Diagnosis, network: Denoiser, images: torch.Tensor) -> None:
         d.added = {**added.to_dict(), **shown, "top": float(top), "fade": residual.fade[0]}
 
 
+def _scores(classify: Classify, classes: np.ndarray) -> Classify:
+    """What a classifier says of images [B, F]: its scores, or which of some classes it names, as rows of one 1."""
+
+    def features(x: torch.Tensor) -> torch.Tensor:
+        said = torch.as_tensor(classify(x)).cpu()
+        return said if said.ndim == 2 else (said.reshape(-1, 1) == torch.from_numpy(classes)).float()
+
+    return features
+
+
 def _class_entropy(
-    d: Diagnosis, network: Denoiser, features: Classify, images: torch.Tensor, labels: torch.Tensor
+    d: Diagnosis, network: Denoiser, reader: ClassReader, images: torch.Tensor, labels: torch.Tensor | None
 ) -> None:
+    """By the labels of the data, or by what a classifier that was passed says of them."""
+    features, classify = reader.features, reader.classify
+    if (features is None and classify is None) or (features is not None and labels is None):
+        return
     with d.stage("class entropy") as run:
         sigma = d.levels(network, 0.07, 2.5, d.effort.turns)
         some, known = some_images(d.train, 2 * d.effort.images, d.seed, even=True)
+        if features is None:
+            labels, known = (torch.from_numpy(class_of(classify, x)) for x in (images, some))
+            classes, counts = np.unique(known.numpy(), return_counts=True)
+            classes = classes[counts >= RAREST]
+            features = _scores(classify, classes)
+            of_them = (torch.isin(y, torch.from_numpy(classes)) for y in (labels, known))
+            (images, labels), (some, known) = (
+                (x[keep], y[keep]) for x, y, keep in zip((images, some), (labels, known), of_them)
+            )
         options: Values = {"features": features, "seed": d.seed, "run": run}
         try:
             entropy = class_entropy_bound(network, sigma, images, labels, some, known, **options)
@@ -325,6 +353,29 @@ def _class_information(d: Diagnosis, network: Denoiser, images: torch.Tensor, la
             f"Class information goes to {limit['value']:.3g} [{limit['low']:.3g}, {limit['high']:.3g}] nats at low "
             f"noise, the classes have {total:.3g}. Guidance acts at sigma {low:.3g} to {high:.3g}. All else is of the "
             f"network with its null class, {null}."
+        )
+        d.notes.extend(information.notes)
+
+
+def _condition_information(d: Diagnosis, network: Denoiser, without: Denoiser, samples: torch.Tensor) -> None:
+    """When a prompt, or another single condition, decides: what the network's own samples, noised, tell of it."""
+    name = "condition information"
+    with d.stage(name) as run:
+        try:
+            information = condition_information(network, samples, without=without, seed=d.seed, run=run)
+        except InputError as error:  # a prompt that changes nothing must not cost the other criteria
+            d.add(name, "network", CriticalTime(None, criterion=name, reason=str(error)))
+            return
+        window = guidance_window(information, seed=d.seed)
+        d.add(f"{name}, 10 %", "network", window.high)
+        d.add(f"{name}, 90 %", "network", window.low)
+        d.draw("condition", "network, D(p(x | prompt) || p(x))", "network", information, "o-")
+        limit, (low, high) = information.limit, window.levels
+        d.mark("condition", limit["value"], "its limit")
+        d.notes.append(
+            f"The prompt is decided, and guidance acts, at sigma {low:.3g} to {high:.3g}: there {len(samples)} samples "
+            f"of the network pass 10 to 90 % of {limit['value']:.3g} [{limit['low']:.3g}, {limit['high']:.3g}] nats, "
+            "by which the law with the prompt differs from the one without it."
         )
         d.notes.extend(information.notes)
 

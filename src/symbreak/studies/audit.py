@@ -43,7 +43,7 @@ from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.late_start import LateStart, standard_start
 from symbreak.start.loading import classes_for
-from symbreak.start.sample import decisive, generate_shards
+from symbreak.start.sample import Decode, decisive, generate_shards
 from symbreak.studies.evaluate import checked
 from symbreak.studies.measure import pipeline_of
 from symbreak.studies.pictures import png_row
@@ -74,6 +74,8 @@ class Sampling:
         seeds: instead of 0 .. count - 1.
         classes: of a class-conditional network, which class every seed has; by default those of the data.
         start: where to begin; by default what `symbreak train --residual` chose for the network.
+        decode: of a latent network: latents -> pictures like the data.
+        identity: plain values that decide the samples beside these, such as what made the decoder.
     """
 
     count: int = 1000
@@ -82,6 +84,8 @@ class Sampling:
     seeds: Sequence[int] | None = None
     classes: Classes | None = None
     start: LateStart | None = None
+    decode: Decode | None = None
+    identity: Values | None = None
 
     def list(self) -> list[int]:
         """The seeds, one an image."""
@@ -271,19 +275,22 @@ def _sampled(
     model = pipeline_of(model, train)
     labels = classes_for(model, "the pipeline", train, sampling.classes)
     network, seeds = denoiser(model.unet, model.scheduler), sampling.list()
-    if tuple(network.shape) != train.shape:
+    shape, decode = tuple(network.shape), sampling.decode
+    if decode is not None:
+        shape = tuple(decode(torch.zeros(1, *shape)).shape[1:])
+    if shape != train.shape:
         raise InputError(
-            f"the network makes {train.noun} of {tuple(network.shape)}, but the training {train.noun} are "
+            f"the network makes {train.noun} of {shape}, but the training {train.noun} are "
             f"{train.shape}. Resize them (--size) or choose another network."
         )
     if not seeds:
         raise InputError("0 samples of the network; expected at least one.")
     begin = sampling.begin(model)
-    if train.units is not None:
+    if train.units is not None or decode is not None:
         check_unclipped(begin.full, f"the samples of {train.name}")
     whole = seeds == list(range(seeds[0], seeds[0] + len(seeds)))
-    of = decisive(model.unet, begin, MICRO)
-    made = {
+    of = decisive(model.unet, begin, MICRO, sampling.identity)
+    made: Values = {
         "network": of["weights"],
         "probe": of["probe"],
         "scheduler": plain(dict(model.scheduler.config)),
@@ -293,14 +300,15 @@ def _sampled(
         "law_in_words": of["law_in_words"],
         "level": of["level"],
         **({} if labels is None else {"classes": labels.to_dict()}),
-        **({"guidance": of["guidance"]} if "guidance" in of else {}),
+        **{k: of[k] for k in ("guidance", "prompt", "autoencoder") if k in of},
         "seeds": f"{seeds[0]}-{seeds[-1]}" if whole else ",".join(map(str, seeds)),
     }
     of_classes = {} if labels is None else {"classes": labels.of(seeds).tolist()}
     run = run.identified({**of["identity"], **of_classes, "kind": "samples of an audit", "seeds": seeds})
     with run.timed("samples") as part:  # three sides, of images and features
         clamp = None if train.units is None else False
-        x = generate_shards(model.unet, begin, seeds, labels, micro_batch=MICRO, clamp=clamp, run=part.share(1 / 12))
+        room = part.share(1 / 12)
+        x = generate_shards(model.unet, begin, seeds, labels, micro_batch=MICRO, clamp=clamp, decode=decode, run=room)
     return made, run, x
 
 

@@ -7,12 +7,16 @@ the standard start with its best spacing, the Gaussian late start at the spectra
 Gaussian late start at the best level of a small sweep (spacing and level are chosen on other seeds than
 those reported), training images noised to that level, the best any law could do there, and the start that
 chooses itself (`fit_start`): law, level and grid, without sampling the network.
+
+A guided network is sampled guided in every cell. Evaluations of both branches count: a start takes as many steps as the
+row's NFE allow it. Laws, levels and grids are chosen for the network as it is, as `evaluate` does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,8 +32,9 @@ from symbreak.metrics.reference import statistics
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import of_network
 from symbreak.networks.families import NetworkDenoiser, denoises
+from symbreak.networks.guidance import Guided
 from symbreak.networks.samplers import scheduler
-from symbreak.networks.types import Pipeline, Scheduler
+from symbreak.networks.types import Network, Pipeline, Scheduler
 from symbreak.noise import NoiseLevel, generator, schedule
 from symbreak.phases.speciation import speciation_time
 from symbreak.report.record import Record
@@ -38,11 +43,13 @@ from symbreak.runtime.files import InputError
 from symbreak.runtime.identity import identity_of, of_data, unrepeatable
 from symbreak.runtime.plain import Values, plain, versions
 from symbreak.runtime.run import Run, renamed
+from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.fit import CHOOSERS, FEWEST, candidate_laws, late_start
 from symbreak.start.grids import standard_starts, steps_for
 from symbreak.start.late_start import LateStart, law_in_words, standard_start
 from symbreak.start.loading import classes_for, load_pipeline
+from symbreak.start.sample import evaluations, most_steps
 from symbreak.studies.diagnosis import spectral_times
 from symbreak.studies.evaluate import REFERENCE_PARTS, default_extractor
 from symbreak.studies.measure import SELECTION_SEED, Comparison, pipeline_of
@@ -118,14 +125,23 @@ class Study:
 
 
 @renamed()
-def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) -> Record:
+def run(
+    study: Study,
+    pipeline: Pipeline | Guided | None = None,
+    run: Run | None = None,
+    classes: Classes | None = None,
+    identity: Values | None = None,
+) -> Record:
     """Run a study.
 
     Args:
         study: what to measure.
-        pipeline: the network that ``study.model`` names where it is loaded already, for another device or precision.
+        pipeline: the network that ``study.model`` names where it is loaded already, for another device or precision;
+            or `guided`.
         run: its folder gets ``record.json`` and, while it runs, the finished cells: the same call goes on after an
             interruption and ends with the same record. Images beyond its memory go into files without a name.
+        classes: of a class-conditional network, which class every seed has; by default the data's.
+        identity: what the record says of guidance and classes beside scale and window, as plain values.
 
     Returns:
         The `Record`; it is also saved where the run has a folder.
@@ -137,7 +153,9 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
         raise InputError(f"run(study, {str(pipeline)!r}) is now run(study, run=sb.Run({str(pipeline)!r})).")
     run = (run or Run()).taken()
     with run.timed("all"):
-        everything, parts, pipe, plans, phases = _prepared(study, pipeline, run)
+        everything, parts, pipe, plans, phases = _prepared(study, pipeline, classes, run)
+        classes = classes_for(pipe, study.model, parts.train, classes)
+        sampling = _sampling(pipe.unet, classes, identity)
         train, test = parts.train, parts.test
         network = NetworkDenoiser(pipe.unet, pipe.scheduler)
         with run.timed("features"):
@@ -156,6 +174,7 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
             "network": of,
             "features": {"name": extract.name, **(extract.decides(train.shape) or unrepeatable(extract.name))},
             **{k: v for k, v in settings.items() if k not in SPELLED},
+            **sampling,
         }
         run = run.identified(identity_of("study", **decides))
         x, real_images = (d.shards(run.share(1 / 4).named("images")) for d in (train, test))
@@ -164,19 +183,21 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
             pipe.unet, extract, reference, x, reported, choosing, study.repeats, study.micro_batch, run, stream=11
         )
         comparison.units = train.units
-        comparison.classes = classes_for(pipe, study.model, train)
-        comparison.labels = None if comparison.classes is None else train.labels
+        comparison.classes, comparison.labels = classes, None if classes is None else train.labels
         comparison.searched = None if parts.train is everything else everything
         with run.timed("laws") as part:
             part.tell(0, 1)
-            chooser = _chooser(study, pipe, train, comparison.classes is not None)
+            chooser = _chooser(study, pipe, train, classes is not None)
             part.tell(1, 1)
         rows = _table(study, plans, comparison, chooser)
         best = None
         if study.reference_calls:
             with run.timed("reference") as part:
                 part.tell(0, 1)
-                start = standard_start(scheduler("ddim", like=pipe.scheduler), study.reference_calls, "trailing")
+                full = scheduler("ddim", like=pipe.scheduler)
+                start = most_steps(
+                    lambda n: standard_start(full, n, "trailing"), pipe.unet, study.reference_calls, "ddim"
+                )
                 best = _cell(comparison, start, {"sampler": "ddim"})
                 part.tell(1, 1)
         content = {
@@ -201,6 +222,7 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
                 train.units,
             ),
             "smoke": study.quick,
+            **({"sampling": sampling} if sampling else {}),
         }
     content["verdict"] = sentences("study", content)
     record = Record("study", settings, content, packages, run.timings)
@@ -210,8 +232,17 @@ def run(study: Study, pipeline: Pipeline | None = None, run: Run | None = None) 
     return record
 
 
+def _sampling(unet: Network, classes: Classes | None, identity: Values | None) -> Values:
+    """What the record says of classes that were named, and of guidance; nothing where there is neither."""
+    guidance = getattr(unet, "guidance", None)
+    named = {} if classes is None or classes.shares else {"classes": classes.to_dict()}
+    if guidance is None:
+        return named
+    return {**named, "guidance": dict(plain({**(identity or {}).get("guidance", {}), **guidance}))}
+
+
 def _prepared(
-    study: Study, pipeline: Pipeline | None, run: Run
+    study: Study, pipeline: Pipeline | Guided | None, classes: Classes | None, run: Run
 ) -> tuple[Images, HeldOut, Pipeline, list[_Plan], Values]:
     """All data, their halves, the network, every start and the spectral times.
 
@@ -230,7 +261,7 @@ def _prepared(
     parts = held_out(everything, holdout, share=0.5)
     train = parts.train
     pipe = load_pipeline(study.model) if pipeline is None else pipeline_of(pipeline, train)
-    classes_for(pipe, study.model, train)
+    classes_for(pipe, study.model, train, classes)
     shape = NetworkDenoiser(pipe.unet, pipe.scheduler).shape
     if tuple(shape) != train.shape:
         raise InputError(
@@ -247,7 +278,7 @@ def _prepared(
             raise InputError(f"{train.name} has no spectral speciation level: {spectral.reason} A study needs one.")
         phases = {"schedule": type(pipe.scheduler).__name__, **spectral_times(train, schedule(pipe.scheduler), moments)}
     plans = [
-        _plan(sampler, full, calls, law, spectral.level, study.sweep)
+        _plan(sampler, full, calls, law, spectral.level, study.sweep, pipe.unet)
         for sampler, full in base.items()
         for calls in study.calls
     ]
@@ -260,15 +291,34 @@ Chooser = Callable[["_Plan"], LateStart]
 def _chooser(study: Study, pipe: Pipeline, train: Images, classes: bool) -> Chooser:
     """What gives the start that chooses itself, as `fit_start` does; the laws are fitted once for all rows."""
     parts = held_out(train, None, min(0.2, CHOOSERS / len(train)), fewest=FEWEST, bundled=False)
-    laws, network = candidate_laws(parts.train), denoises(pipe.unet, pipe.scheduler)
+    guide = _guided(pipe.unet)
+    laws = candidate_laws(parts.train)
+    network = denoises(pipe.unet, pipe.scheduler) if guide is None else guide.conditional
     some = parts.test.subset(min(len(parts.test), max(FEWEST, study.selection)))
 
     def choose(plan: _Plan) -> LateStart:
         labels = some.labels if classes else None
         start = late_start(plan.full, laws, plan.steps, denoiser=network, data=some, labels=labels, check=False)
+        if guide is not None:  # law, level and grid stand; steps are left out for the second branch
+            start = most_steps(partial(_again, start), guide, plan.calls, plan.sampler)
         return replace(start, pictures=train.units is None)
 
     return choose
+
+
+def _guided(unet: Network) -> Guided | None:
+    """The guided denoiser that poses as a network, where it is one."""
+    source = getattr(unet, "source", None)
+    return source if isinstance(source, Guided) else None
+
+
+def _again(start: LateStart, steps: int) -> LateStart:
+    """A start with another number of steps."""
+    if steps == start.steps:
+        return start
+    if start.law is None:
+        return standard_start(start.full, steps)
+    return late_start(start.full, start.law, steps, at=start.level, check=False)
 
 
 def _auto(chooser: Chooser, plan: _Plan, comparison: Comparison) -> Values:
@@ -278,8 +328,9 @@ def _auto(chooser: Chooser, plan: _Plan, comparison: Comparison) -> Values:
             start = chooser(plan)
         except InputError as error:
             return {"reason": str(error)}
-    if start.calls != plan.calls:
-        return {"reason": f"it costs {start.calls} network evaluations instead of {plan.calls}."}
+    calls = evaluations(comparison.unet, start)
+    if calls > plan.calls or (calls < plan.calls and _guided(comparison.unet) is None):
+        return {"reason": f"it costs {calls} network evaluations instead of {plan.calls}."}
     about = {"law": None if start.law is None else repr(start.law), "law_in_words": law_in_words(start.law)}
     with comparison.run.timed("sampling"):
         return {**_cell(comparison, start, about), "notes": list(start.notes)}
@@ -338,7 +389,7 @@ def _cell(comparison: Comparison, start: LateStart, choice: Values, noised: bool
 
 @dataclass(frozen=True)
 class _Plan:
-    """All starts of one row of the table; each spends the row's network evaluations."""
+    """All starts of one row of the table; each spends the row's network evaluations, a guided one as many as it can."""
 
     sampler: str
     full: Scheduler
@@ -349,13 +400,28 @@ class _Plan:
 
 
 def _plan(
-    sampler: str, full: Scheduler, calls: int, law: Gaussian, level: NoiseLevel, sweep: tuple[float, ...]
+    sampler: str,
+    full: Scheduler,
+    calls: int,
+    law: Gaussian,
+    level: NoiseLevel,
+    sweep: tuple[float, ...],
+    unet: Network | None = None,
 ) -> _Plan:
     steps = steps_for(full, calls, sampler)
     standard = standard_starts(full, steps)
     # A sweep goes below the spectral level on purpose: no check.
     late = {f: late_start(full, law, steps, at=NoiseLevel(level.sigma * f), check=False) for f in sorted({1.0, *sweep})}
+    if _guided(unet) is not None:
+        standard = {k: most_steps(partial(_spaced, full, k), unet, calls, sampler) for k in standard}
+        late = {f: most_steps(partial(_again, start), unet, calls, sampler) for f, start in late.items()}
+        return _Plan(sampler, full, calls, steps, standard, late)
     spent = {s.calls for s in (*standard.values(), *late.values())}
     if spent != {calls}:
         raise InputError(f"{sampler} spends {sorted(spent)} network evaluations at different levels; expected {calls}.")
     return _Plan(sampler, full, calls, steps, standard, late)
+
+
+def _spaced(full: Scheduler, spacing: str, steps: int) -> LateStart:
+    """The standard start of a spacing, of which a scheduler may have its own only."""
+    return standard_start(full, steps, None if spacing == "own" else spacing)

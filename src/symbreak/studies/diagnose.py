@@ -21,7 +21,7 @@ from symbreak.metrics.extractors import device_of
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, network_of, of_network, open_classes
 from symbreak.networks.families import denoises
-from symbreak.networks.guidance import without_condition
+from symbreak.networks.guidance import Guided, without_condition
 from symbreak.networks.types import Pipeline
 from symbreak.noise import schedule
 from symbreak.phases.branches import Classify
@@ -64,7 +64,8 @@ def diagnose(
         model: a diffusers pipeline with ``.unet`` and ``.scheduler``, whose own schedule gives the steps; or a
             `denoiser`, or a law. A class-conditional network is asked with its null class, and for its class
             information; one that does not say which class that is comes as a denoiser with it:
-            ``sb.denoiser(unet, scheduler, class_labels=torch.tensor([10]))``.
+            ``sb.denoiser(unet, scheduler, class_labels=torch.tensor([10]))``. A prompt, or another single condition,
+            comes beside the network without it, as `guided` of scale 1: then the record says when it decides, too.
         modes: rungs of the ladder, and pictures of modes.
         moments: of the data, where they are already fitted.
         holdout: images for losses and U-turns that neither laws nor network have seen; by default the other half of
@@ -88,6 +89,7 @@ def diagnose(
     """
     effort, run = effort or Effort(), (run or Run()).taken()
     effort.check()
+    model, without = _apart(model)
     network = None if model is None else _network(model, data)
     scheduler = getattr(model, "scheduler", None)
     if clusters is not None and not 2 <= clusters <= len(data) // 4:
@@ -143,7 +145,7 @@ def diagnose(
         law_losses(d, laws)
     collapse(d, laws)
     if network is not None:
-        ask_network(d, network, laws, moments, reader)
+        ask_network(d, network, laws, moments, reader, without)
         content["network"] = _about(network)
     along(d, network, laws)
     content |= {"schedule": name, "held_out": parts.to_dict(), **d.content()}
@@ -153,6 +155,16 @@ def diagnose(
         record.save(run.folder)
         run.close()
     return record
+
+
+Model = Pipeline | Denoises | Denoiser | None
+
+
+def _apart(model: Model) -> tuple[Model, Denoiser | None]:
+    """A network with a single condition, and the same without it, where both came and nothing is guided."""
+    if isinstance(model, Guided) and model.scale == 1 and open_classes(model.conditional) is None:
+        return model.conditional, model.unconditional
+    return model, None
 
 
 def _network(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser:

@@ -40,7 +40,7 @@ from symbreak.runtime.run import MEMORY, Run, renamed
 from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.late_start import LateStart
-from symbreak.start.sample import decisive, generate_shards
+from symbreak.start.sample import Decode, decisive, generate_shards
 from symbreak.studies.pictures import png_row, shown
 
 __all__ = ["Subset", "default_extractor", "evaluate", "evaluate_network"]
@@ -196,6 +196,7 @@ def evaluate_network(
     *,
     micro_batch: int = MICRO,
     identity: Values | None = None,
+    decode: Decode | None = None,
     run: Run | None = None,
     **measuring: Any,
 ) -> Values:
@@ -205,6 +206,7 @@ def evaluate_network(
         unet, start, seeds, labels, micro_batch: see `generate`.
         data, holdout: see `evaluate`.
         identity: plain values that decide the images beside these, such as how the network was compiled.
+        decode: of a latent network: latents -> pictures like the data.
         run: its folder keeps finished images until the record is written; a quarter of its memory holds images.
         **measuring: passed to `evaluate`.
 
@@ -212,7 +214,10 @@ def evaluate_network(
         As `evaluate`.
     """
     run = (run or Run()).taken()
-    _check_first(denoises(unet, start.full).shape, start, seeds, data, holdout, measuring)
+    shape = tuple(denoises(unet, start.full).shape)
+    if decode is not None:
+        shape = tuple(decode(torch.zeros(1, *shape)).shape[1:])
+    _check_first(shape, start, seeds, data, holdout, measuring, decode is not None)
     clamp = None if data.units is None else False
     settings = decisive(unet, start, micro_batch, identity)
     made = settings["identity"]
@@ -220,9 +225,9 @@ def evaluate_network(
     of_classes = {} if classes is None else {"classes": torch.as_tensor(classes).tolist()}
     sampling = run.identified({**made, **of_classes, "kind": "samples", "seeds": [int(s) for s in seeds]})
     room = sampling.share(1 / 4)
-    images = generate_shards(unet, start, seeds, classes, micro_batch=micro_batch, clamp=clamp, run=room)
+    images = generate_shards(unet, start, seeds, classes, micro_batch=micro_batch, clamp=clamp, decode=decode, run=room)
     content = evaluate(images, data, holdout, run=run if run.memory is None else run.share(3 / 4), **measuring)
-    names = ("calls", "steps", "level", "law_in_words", "guidance", "classes")
+    names = ("calls", "steps", "level", "law_in_words", "guidance", "classes", "prompt")
     content["sampling"] = {name: settings[name] for name in names if name in settings}
     content["verdict"] = sentences("evaluation", content)
     if run.folder is not None and rank_of()[0] == 0:
@@ -238,6 +243,7 @@ def _check_first(
     data: Images,
     holdout: Images | None,
     measuring: dict[str, Any],
+    latents: bool = False,
 ) -> None:
     """What can be known to fail raises its error before a network is sampled, which may take hours."""
     if tuple(shape) != data.shape:
@@ -245,8 +251,9 @@ def _check_first(
             f"the network makes {data.noun} of {tuple(shape)}, but the training {data.noun} are {data.shape}. Resize "
             "them (--size) or choose another network."
         )
-    start.check_units(data)
-    if data.units is not None:
+    if not latents:
+        start.check_units(data)
+    if data.units is not None or latents:
         check_unclipped(start.full, f"the samples of {data.name}")
     reference, repeats = measuring.get("reference"), measuring.get("repeats", 5)
     saved = load_statistics(reference) if reference is not None and agreed(Path(reference).exists) else None

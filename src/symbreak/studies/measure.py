@@ -40,7 +40,7 @@ from symbreak.runtime.run import Run
 from symbreak.start.classes import Classes
 from symbreak.start.late_start import LateStart
 from symbreak.start.loading import refuse_conditional
-from symbreak.start.sample import generate
+from symbreak.start.sample import evaluations, generate
 from symbreak.studies.diagnosis import spread_of
 
 __all__ = ["Comparison", "Measure", "compared", "pipeline_of", "recorded"]
@@ -119,13 +119,23 @@ class Comparison:
         labels: Classes | torch.Tensor | None = self.classes
         if noised:
             # Without replacement, as the floor draws: every image once before any comes again.
-            source, count = generator(self.stream, seeds[0]), len(self.train)
+            pool = self._of_classes()
+            source, count = generator(self.stream, seeds[0]), len(pool)
             rounds = [torch.randperm(count, generator=source) for _ in range(-(-len(seeds) // count))]
-            chosen = torch.cat(rounds)[: len(seeds)]
+            chosen = pool[torch.cat(rounds)[: len(seeds)]]
             clean = self.train.at(chosen)
             labels = None if self.labels is None else self.labels[chosen]
         clamp = None if self.units is None else False
         return generate(unet or self.unet, start, seeds, labels, micro_batch=self.micro_batch, clean=clean, clamp=clamp)
+
+    def _of_classes(self) -> torch.Tensor:
+        """Which training images are noised: all, or those of the classes that are named."""
+        if self.classes is None or self.classes.shares or self.labels is None:
+            return torch.arange(len(self.train))
+        pool = torch.isin(self.labels, self.classes.different()).nonzero()[:, 0]
+        if not len(pool):
+            raise InputError(f"no training image is of the classes {self.classes.different().tolist()}.")
+        return pool
 
     def cell(
         self,
@@ -136,7 +146,7 @@ class Comparison:
         unet: Network | None = None,
         key: str = "",
     ) -> Values:
-        """Level, cost and ``distance`` of a start on the reporting seeds, and what ``more(images, features)`` says.
+        """Level, NFE and ``distance`` of a start on the reporting seeds, and what ``more(images, features)`` says.
 
         Args:
             unet: another network than the pipeline's; ``key`` must name it.
@@ -149,7 +159,8 @@ class Comparison:
             return {"distance": measured, **({} if more is None else more(x, f))}
 
         name = f"cell/{key}/{_key(start)}/{noised}/{more is not None}"
-        return {"sigma": start.level.sigma, "calls": start.calls, **self.run.value(name, make)}
+        calls = evaluations(unet or self.unet, start)
+        return {"sigma": start.level.sigma, "calls": calls, **self.run.value(name, make)}
 
     def score(self, start: LateStart, *, unet: Network | None = None, key: str = "") -> float:
         """The distance of all choosing seeds together."""
