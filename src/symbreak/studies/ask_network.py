@@ -311,12 +311,14 @@ def _class_entropy(
 ) -> None:
     """By the labels of the data, or by what a classifier that was passed says of them."""
     features, classify = reader.features, reader.classify
-    if (features is None and classify is None) or (features is not None and labels is None):
+    if features is not None:
+        classify = None
+    if classify is None and (features is None or labels is None):
         return
     with d.stage("class entropy") as run:
         sigma = d.levels(network, 0.07, 2.5, d.effort.turns)
         some, known = some_images(d.train, 2 * d.effort.images, d.seed, even=True)
-        if features is None:
+        if classify is not None:
             labels, known = (torch.from_numpy(class_of(classify, x)) for x in (images, some))
             classes, counts = np.unique(known.numpy(), return_counts=True)
             classes = classes[counts >= RAREST]
@@ -327,7 +329,7 @@ def _class_entropy(
             )
         options: Values = {"features": features, "seed": d.seed, "run": run}
         try:
-            entropy = class_entropy_bound(network, sigma, images, labels, some, known, **options)
+            entropy = class_entropy_bound(network, sigma, images, torch.as_tensor(labels), some, known, **options)
             d.add("class entropy", "network", entropy.time())
             d.draw("entropy", "network, upper bound", "network", entropy, "o-")
         except InputError as error:  # a class that is too rare must not cost the other criteria
