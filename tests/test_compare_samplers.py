@@ -63,11 +63,14 @@ def test_the_record_holds_the_whole_table(record):
             assert cell["distance"]["samples"] == 20
             assert cell["distance"]["reference"] == 899
         assert row["best"]["level"] == row["noised"]["level"]
-        assert row["standard"]["spacing"] in ("leading", "linspace", "trailing")
+        spacings = ("leading", "linspace", "trailing")
+        grids = ("", "uniform, ") if row["sampler"] == "dpm++2m-karras" else ("",)
+        assert sorted(row["spacings"]) == sorted(f"{grid}{spacing}" for grid in grids for spacing in spacings)
         assert row["standard"]["level"]["sigma"] > 3 > row["spectral"]["level"]["sigma"]
         # the chosen candidate is the best of those tried on the selection seeds
         best = min(row["sweep"], key=lambda s: s["pooled"])
-        assert best["factor"] == row["best"]["factor"]
+        assert (best["factor"], best["level_grid"]) == (row["best"]["factor"], row["best"]["level_grid"])
+        assert {s["level_grid"] for s in row["sweep"]} == ({"own", "uniform"} if len(grids) == 2 else {"own"})
         assert min(row["spacings"], key=row["spacings"].get) == row["standard"]["spacing"]
     assert rows[1]["steps"] == 2  # PNDM spends one call more than steps
     assert record.content["reference"]["calls"] == 4
@@ -94,6 +97,7 @@ def test_the_column_auto_is_the_start_that_fit_start_chooses():
     pipe, data = load_pipeline("digits"), images("digits")
     full = scheduler("ddim", like=pipe.scheduler)
     plan = _plan("ddim", full, 3, Gaussian.fit(data), NoiseLevel(1.3), ())
+    assert {grid for grid, _ in plan.swept} == {"own"}
     auto, start = _chooser(Study(), pipe, data, classes=False)(plan), fit_start(data, pipe.unet, full, 3)
     assert auto.level == start.level
     assert law_hash(auto.law) == law_hash(start.law)

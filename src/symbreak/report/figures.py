@@ -623,7 +623,7 @@ def sweep_axes(content: Values, axes: np.ndarray) -> None:
             if row["calls"] != n:
                 continue
             color = COLORS[samplers.index(row["sampler"]) % len(COLORS)]
-            sweep = sorted(row["sweep"], key=lambda s: s["sigma"])
+            sweep = sorted(_on_own_grid(row), key=lambda s: s["sigma"])
             ax.loglog(
                 [s["sigma"] for s in sweep],
                 [s["pooled"] for s in sweep],
@@ -638,9 +638,14 @@ def sweep_axes(content: Values, axes: np.ndarray) -> None:
             ax.axvspan(critical["low"]["sigma"], critical["high"]["sigma"], color="#999", alpha=0.25, linewidth=0)
         ax.axvline(critical["level"]["sigma"], color="#555", linewidth=1)
         ax.axhline(content["selection_floor"]["mean"], color="#999", linewidth=1)
-        _plain_ticks(ax.xaxis, sorted({s["sigma"] for row in rows[:1] for s in row["sweep"]}))
+        _plain_ticks(ax.xaxis, sorted({s["sigma"] for row in rows[:1] for s in _on_own_grid(row)}))
         _plain_ticks(ax.yaxis, [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)])
         ax.invert_xaxis()
         ax.set(xlabel="start level sigma (later to the right)", title=f"{n} network evaluations")
     axes[0].set_ylabel(f"Fréchet distance, {content['floor']['extractor']}", fontsize=8)
     axes[-1].legend(fontsize=7, frameon=False)
+
+
+def _on_own_grid(row: Values) -> list[Values]:
+    """The levels of a sweep on the sampler's own grid; records of before know no other."""
+    return [s for s in row["sweep"] if s.get("level_grid", "own") == "own"]

@@ -3,10 +3,11 @@
 batches -> moments -> speciation level -> late starts -> images -> features -> distances -> `Record`.
 
 For every sampler and number of network evaluations (NFE) five columns are measured at equal NFE on the same seeds:
-the standard start with its best spacing, the Gaussian late start at the spectral speciation level, the
-Gaussian late start at the best level of a small sweep (spacing and level are chosen on other seeds than
-those reported), training images noised to that level, the best any law could do there, and the start that
-chooses itself (`fit_start`): law, level and grid, without sampling the network.
+the standard start on its best grid and spacing, the Gaussian late start at the spectral speciation level, the
+Gaussian late start at the best level of a small sweep on the best grid (grid, spacing and level are chosen on other
+seeds than those reported), training images noised to that level, the best any law could do there, and the start that
+chooses itself (`fit_start`): law, level and grid, without sampling the network. All but the second may take the same
+grids.
 
 A guided network is sampled guided in every cell. Evaluations of both branches count: a start takes as many steps as the
 row's NFE allow it. Laws, levels and grids are chosen for the network as it is, as `evaluate` does.
@@ -15,6 +16,7 @@ row's NFE allow it. Laws, levels and grids are chosen for the network as it is, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +48,7 @@ from symbreak.runtime.run import Run, renamed
 from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.fit import CHOOSERS, FEWEST, candidate_laws, late_start
-from symbreak.start.grids import standard_starts, steps_for
+from symbreak.start.grids import grids, standard_starts, steps_for
 from symbreak.start.late_start import LateStart, law_in_words, standard_start
 from symbreak.start.loading import classes_for, load_pipeline
 from symbreak.start.sample import evaluations, most_steps
@@ -344,18 +346,24 @@ def _table(study: Study, plans: list[_Plan], comparison: Comparison, chooser: Ch
     for plan in plans:
         with run.timed("choosing"):
             spacing, spacings = comparison.choose(plan.standard)
-            factor, swept = comparison.choose(plan.late)
-        best = plan.late[factor]
+            (grid, factor), swept = comparison.choose(plan.swept)
+        best, picked = plan.swept[grid, factor], {"factor": factor, "level_grid": grid}
         with run.timed("sampling"):
             columns = {
                 "standard": _cell(comparison, plan.standard[spacing], {"spacing": spacing}),
                 "spectral": _cell(comparison, plan.late[1.0], {"factor": 1.0}),
-                "best": _cell(comparison, best, {"factor": factor}),
-                "noised": _cell(comparison, best, {"factor": factor}, noised=True),
+                "best": _cell(comparison, best, picked),
+                "noised": _cell(comparison, best, picked, noised=True),
             }
         sweep = [
-            {"sigma": plan.late[f].level.sigma, "factor": f, "pooled": v, "samples": study.selection}
-            for f, v in swept.items()
+            {
+                "sigma": plan.swept[g, f].level.sigma,
+                "factor": f,
+                "level_grid": g,
+                "pooled": v,
+                "samples": study.selection,
+            }
+            for (g, f), v in swept.items()
         ]
         steps = plan.late[1.0].steps
         gain = difference(columns["standard"]["distance"], columns["best"]["distance"])
@@ -395,8 +403,13 @@ class _Plan:
     full: Scheduler
     calls: int
     steps: int
-    standard: dict[str, LateStart]  # by spacing
-    late: dict[float, LateStart]  # by level, as a multiple of the speciation sigma; 1.0 is always there
+    standard: dict[str, LateStart]  # by spacing of the sampler's own grid, or by another grid
+    swept: dict[tuple[str, float], LateStart]  # by grid, and by level as a multiple of the speciation sigma
+
+    @property
+    def late(self) -> dict[float, LateStart]:
+        """The late starts on the sampler's own grid; 1.0 is always there."""
+        return {factor: start for (grid, factor), start in self.swept.items() if grid == "own"}
 
 
 def _plan(
@@ -409,19 +422,26 @@ def _plan(
     unet: Network | None = None,
 ) -> _Plan:
     steps = steps_for(full, calls, sampler)
-    standard = standard_starts(full, steps)
-    # A sweep goes below the spectral level on purpose: no check.
-    late = {f: late_start(full, law, steps, at=NoiseLevel(level.sigma * f), check=False) for f in sorted({1.0, *sweep})}
+    standard, swept = standard_starts(full, steps), {}
+    try:
+        offered = grids(full)
+    except InputError:  # a learned variance, with which the start that chooses itself can try no grid either
+        offered = {"own": full}
+    for grid, scheduled in offered.items():
+        # A sweep goes below the spectral level on purpose: no check.
+        for factor in sorted({1.0, *sweep}):
+            with suppress(*(() if grid == "own" else (InputError,))):  # another grid may have too few steps
+                at = NoiseLevel(level.sigma * factor)
+                swept[grid, factor] = late_start(scheduled, law, steps, at=at, check=False)
+        if grid != "own":
+            others = standard_starts(scheduled, steps, skip=True)
+            standard |= {f"{grid}, {spacing}": start for spacing, start in others.items() if start.calls == calls}
+    swept = {(grid, factor): start for (grid, factor), start in swept.items() if grid == "own" or start.calls == calls}
     if _guided(unet) is not None:
-        standard = {k: most_steps(partial(_spaced, full, k), unet, calls, sampler) for k in standard}
-        late = {f: most_steps(partial(_again, start), unet, calls, sampler) for f, start in late.items()}
-        return _Plan(sampler, full, calls, steps, standard, late)
-    spent = {s.calls for s in (*standard.values(), *late.values())}
+        standard = {k: most_steps(partial(_again, s), unet, calls, sampler) for k, s in standard.items()}
+        swept = {k: most_steps(partial(_again, start), unet, calls, sampler) for k, start in swept.items()}
+        return _Plan(sampler, full, calls, steps, standard, swept)
+    spent = {s.calls for s in (*standard.values(), *swept.values())}
     if spent != {calls}:
         raise InputError(f"{sampler} spends {sorted(spent)} network evaluations at different levels; expected {calls}.")
-    return _Plan(sampler, full, calls, steps, standard, late)
-
-
-def _spaced(full: Scheduler, spacing: str, steps: int) -> LateStart:
-    """The standard start of a spacing, of which a scheduler may have its own only."""
-    return standard_start(full, steps, None if spacing == "own" else spacing)
+    return _Plan(sampler, full, calls, steps, standard, swept)

@@ -8,7 +8,7 @@ interrupted call continues.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ __all__ = ["Comparison", "Measure", "compared", "pipeline_of", "recorded"]
 SELECTION_SEED = 1_000_000  # choices are made on seeds from here on, reports on seeds from 0 on
 NEAREST = 500  # images whose nearest training image is looked for
 NEIGHBOURS = 1000  # features compared for precision and recall
-Name = TypeVar("Name", str, float)
+Name = TypeVar("Name", bound=Hashable)
 More = Callable[[torch.Tensor, torch.Tensor], Values]
 
 
