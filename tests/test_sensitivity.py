@@ -292,3 +292,13 @@ def test_bad_input(world):
         sensitivity(train, pipe, samplers=("pndm",), calls=(2,), **args)
     with pytest.raises(InputError, match="2 skewnesses and 1 kurtoses"):
         PowerMap(LAW, [1.0, 0.0], [1.0])
+
+
+def test_training_images_to_noise_are_drawn_without_replacement(monkeypatch):
+    """As the floor draws: with replacement 8 of 8 would hold 5 or 6 different ones, and their spread is smaller."""
+    monkeypatch.setattr(measure, "generate", lambda *_, clean, **__: clean)
+    train = torch.arange(8.0).reshape(8, 1, 1, 1).expand(8, 1, 2, 2)
+    comparison = Comparison(None, MEASURE.extract, None, Shards.of(train.contiguous()), (), (), 1, 8, Run())
+    noised = comparison.images(None, range(20), noised=True)[:, 0, 0, 0]
+    assert [noised[i : i + 8].unique().numel() for i in (0, 8)] == [8, 8]
+    assert noised[16:].unique().numel() == 4
