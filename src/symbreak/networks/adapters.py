@@ -266,12 +266,12 @@ def family_of(network: Network, name: str | None = None, scheduled: bool = True)
         )
     if hasattr(getattr(network, "config", None), "in_channels"):
         return "unet"
+    if any(c.__module__.startswith("k_diffusion") for c in type(network).__mro__):
+        return "k-diffusion"  # which has a sigma_data, too
     if _first(network, "sigma_data", "label_dim") is not None or hasattr(network, "img_resolution"):
         return "edm"
     if callable(getattr(network, "schedule", None)) and classes[0].endswith("Denoiser"):
         return "azula"
-    if any(c.__module__.startswith("k_diffusion") for c in type(network).__mro__):
-        return "k-diffusion"
     if arguments[:1] == ["t"]:
         return "time-first"
     return "plain" if scheduled else "k-diffusion"
