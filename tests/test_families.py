@@ -304,7 +304,7 @@ def test_flow_matching_of_data_at_one_with_the_time_last():
 def test_the_page_runs(monkeypatch):
     page = Path(__file__).parents[1] / "docs" / "my-own-network.md"
     codes = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(codes) == 4
+    assert len(codes) == 5
     law = sb.Gaussian.fit(sb.images("digits"))
     unet = sb.as_unet(law, sb.scheduler("ddpm"))
     vae = nets.vae()
@@ -314,6 +314,8 @@ def test_the_page_runs(monkeypatch):
     pipe.vae = vae
     names = {
         "sb": sb, "pipe": pipe, "pictures": pictures, "words": nets.text(), "data": sb.images("digits"),
+        "cat": law, "nothing": sb.Mixture.from_parameters(torch.zeros(1, 1, 8, 8), [1.0]),
+        "cats": law.sample(50, generator=torch.Generator().manual_seed(5)),
         "net": lambda x, t: unet(x, t, return_dict=False)[0],
         "prompts": {"prompt_embeds": nets.text(), "height": 64, "width": 64},
         "odd_network": lambda d: {"noise": unet(d["image"], d["step"], return_dict=False)[0]},
