@@ -33,6 +33,11 @@ TAKE_LEVELS = {
     "euler",
     "edm-euler",
     "flow-euler",
+    "unipc",
+    "unipc-karras",
+    "deis",
+    "flow-dpm++2m",
+    "flow-unipc",
 }
 
 
@@ -53,7 +58,7 @@ def test_levels_are_taken_or_the_reason_is_named(name):
     law = gaussian_law()
     x = generate(as_unet(law, base), start, range(200), micro_batch=200, clamp=False)
     share = float(x.var(0).sum() / law.eigenvalues.sum())
-    assert (0.65 if name.startswith(("dpm", "heun")) else 0.2) < share < 1.35
+    assert (0.65 if name.startswith(("dpm", "heun", "unipc", "deis")) else 0.2) < share < 1.35
     assert float((x.mean(0) - law.moments.mean).abs().max()) < 0.5
 
 
@@ -94,9 +99,9 @@ def test_without_a_network_the_law_stands_in_its_place():
 def test_samplers_without_levels_keep_the_three_grids_and_say_so():
     law = gaussian_law()
     data = law.sample(64, 0.0, generator(2)).float()
-    start = late_start(scheduler("unipc"), law, 3, denoiser=law, data=data, check=False, grid="free")
+    start = late_start(scheduler("lms"), law, 3, denoiser=law, data=data, check=False, grid="free")
     assert start.grid is None
-    assert "UniPCMultistepScheduler takes no levels" in start.explain()
+    assert "LMSDiscreteScheduler takes no levels" in start.explain()
     assert {c.grid for c in start.choice.candidates if c.law is not None} == {"own", "Karras"}
 
 

@@ -269,6 +269,10 @@ def fit(
         Literal["auto", "standard"],
         option(None, "with --start: standard finds a grid for white noise only, without a late start"),
     ] = "auto",
+    learn: Annotated[
+        int | None,
+        option(None, "with --start: learn the sampler's steps from N of the network's own fine trajectories"),
+    ] = None,
     reading: Reading = Reading(),
     memory: Memory = None,
     machine: Machine = Machine(),
@@ -280,11 +284,11 @@ def fit(
 
     if out.is_dir():
         raise InputError(f"{out} is a folder; expected a file name such as {out / 'moments.safetensors'}.")
-    belong = (model, sampler, steps, holdout, clusters, prompt, vae, grid)
+    belong = (model, sampler, steps, holdout, clusters, prompt, vae, grid, learn)
     if not start and (belong, at) != ((None,) * len(belong), "auto"):
         raise InputError(
-            "--model, --sampler, --steps, --holdout, --clusters, --prompt, --vae, --grid and --at belong to a start. "
-            "Add --start."
+            "--model, --sampler, --steps, --holdout, --clusters, --prompt, --vae, --grid, --at and --learn belong to a "
+            "start. Add --start."
         )
     if start and (rank, memory) != (None, None):
         raise InputError("--rank and --memory are for moments; a start decides on the rank itself. Leave them out.")
@@ -293,7 +297,7 @@ def fit(
         pipe = machine.load(required(model, "--model"), True, prompt, vae)
         beginning = Beginning(sampler=sampler, steps=steps)
         opened = reading.open(data)
-        begin = beginning.fit(pipe, opened, reading.open_if(holdout, opened), clusters, 5, grid, at)
+        begin = beginning.fit(pipe, opened, reading.open_if(holdout, opened), clusters, 5, grid, at, learn)
         begin.save(out)
         say(as_json, {"out": str(out), **begin.to_dict()}, lambda: _print(begin.explain(), f"start: {out}"))
         return

@@ -323,6 +323,7 @@ class Beginning:
         steps: int,
         grid: str | None = None,
         at: str = "auto",
+        learn: int | None = None,
     ) -> LateStart:
         """A start fitted to data and chosen for a network."""
         from symbreak.start.fit import fit_start
@@ -336,7 +337,8 @@ class Beginning:
             encode = getattr(pipe, "encode", None)
             if encode is not None:
                 data, holdout = encode(data), encode(holdout)
-            return fit_start(data, pipe.unet, self.scheduler(pipe), number, holdout, clusters, grid=grid, at=at)
+            choices: Values = {"grid": grid, "at": at, "learn": learn}
+            return fit_start(data, pipe.unet, self.scheduler(pipe), number, holdout, clusters, **choices)
 
     def measured(
         self, pipe: Pipeline, data: Images, holdout: Images | None, clusters: int | None, steps: int

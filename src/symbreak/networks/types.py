@@ -40,6 +40,7 @@ class _Scheduler(_Configured, Protocol):
     timesteps: torch.Tensor
     sigmas: torch.Tensor
     set_timesteps: Any
+    step: Any
 
     @classmethod
     def from_config(cls, config: Any, /, **settings: Any) -> Any: ...

@@ -44,6 +44,7 @@ from symbreak.start.cut_schedule import no_levels, schedule_of, visited
 from symbreak.start.free_grid import Search, entropic
 from symbreak.start.grids import grids, standard_starts
 from symbreak.start.late_start import Grid, LateStart, cut, on_grid
+from symbreak.start.learned_steps import mark
 from symbreak.start.sampler_cost import END, STATES, SamplerCost, many
 
 if TYPE_CHECKING:
@@ -350,10 +351,10 @@ def choose(
         notes = (f"{no_levels(scheduler)}; its own grids were tried instead of the grid {grid}.",)
     elif grid is not None:
         made = _free if grid == "free" else partial(_entropic, network=network, images=images, classes=classes)
-        mark = Grid.mark(as_unet(network, scheduler).parameters())
+        made_for = mark(as_unet(network, scheduler).parameters())
         lowest = max(network.sigma_range[0], schedule_of(scheduler).sigma_range[0], trials.cost.end)
         for one in made(trials, scheduler, laws, gaps, steps, lowest, (float(low), float(high))):
-            trials.add(replace(one, grid=replace(cast(Grid, one.grid), network=mark)), grid, gaps, laws)
+            trials.add(replace(one, grid=replace(cast(Grid, one.grid), network=made_for)), grid, gaps, laws)
     starts, states = trials.starts, trials.cost.count
     candidates = [c for c in starts if math.isfinite(c.cost)]
     if grid == "entropic" and not notes:  # who asks for it does not want another

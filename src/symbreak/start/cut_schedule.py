@@ -67,12 +67,14 @@ SECOND_ORDER = {"FlowMatchHeunDiscreteScheduler"}  # whose step to 0 is Euler's 
 # These step from k to k - T // n whatever their grid says, so T has to be a multiple of n.
 WHOLE_STRIDE = {"DDIMScheduler", "PNDMScheduler"}
 # Classes whose set_timesteps takes the levels of all steps, and how: whole or fractional steps of the network, sigmas,
-# or places between sigma_max and sigma_min.
-WHOLE, FRACTIONAL, PLACES = "whole", "fractional", "places"
+# or places between sigma_max and sigma_min. Those that are left with other levels step along them, but take none.
+WHOLE, FRACTIONAL, PLACES, LEFT = "whole", "fractional", "places", "left"
 GIVEN = {
     "DPMSolverMultistepScheduler": WHOLE,
     "DPMSolverSinglestepScheduler": WHOLE,
     "DDPMScheduler": WHOLE,
+    "UniPCMultistepScheduler": LEFT,
+    "DEISMultistepScheduler": LEFT,
     "HeunDiscreteScheduler": FRACTIONAL,
     "EulerDiscreteScheduler": SIGMAS,
     "EDMEulerScheduler": PLACES,
@@ -83,6 +85,7 @@ OWN_LEVELS = {  # why others cannot
     "PNDMScheduler": "its steps are all of one length",
     "LCMScheduler": "it knows only the steps of its own coarse grid",
 }
+NOISE = 1 - 1e-6  # share of noise that diffusers takes for pure noise along flow matching's levels
 SPACED = (*GRIDS, "use_lu_lambdas")  # which override levels that are given
 INSTEAD = {
     "IPNDMScheduler": "it takes trained_betas as its time grid; use PNDMScheduler or DPMSolverMultistepScheduler"
@@ -164,8 +167,6 @@ def _given(scheduler: Scheduler, **asked: object) -> Scheduler:
 def no_levels(scheduler: Scheduler) -> str:
     """Why a scheduler cannot be given the levels of its steps; nothing where it can."""
     name = type(scheduler).__name__
-    if flow_sigmas(scheduler):
-        return f"{name} with use_flow_sigmas takes no levels"
     if name not in GIVEN:
         return f"{name} takes no levels: {OWN_LEVELS.get(name, 'diffusers makes them itself')}"
     if scheduler.config.get("final_sigmas_type", "zero") != "zero":
@@ -177,7 +178,7 @@ def check_takes_levels(scheduler: Scheduler) -> None:
     """A scheduler that takes no levels raises an error that names samplers which do."""
     reason = no_levels(scheduler)
     if reason:
-        raise InputError(f"{reason}. Use dpm++2m, dpm++2s, heun, euler, ddpm, edm-euler or flow-euler.")
+        raise InputError(f"{reason}. Use dpm++2m, dpm++2s, unipc, deis, heun, euler, ddpm, edm-euler or flow-euler.")
 
 
 def check_levels(sigmas: Sequence[float], steps: int) -> tuple[float, ...]:
@@ -223,7 +224,8 @@ def scheduler_on(scheduler: Scheduler, sigmas: Sequence[float], full: Schedule) 
             f"{high:.4g} to {low:.4g}. Choose levels inside it."
         )
     times = [full.time(min(max(s, low), high)) for s in sigmas]
-    if kind == WHOLE:
+    flow = flow_sigmas(scheduler)
+    if kind in (WHOLE, LEFT) and not flow:
         # Each its own step: those below make room for the ones above.
         whole = [round(t) for t in times]
         if whole[0] < steps - 1:
@@ -241,6 +243,12 @@ def scheduler_on(scheduler: Scheduler, sigmas: Sequence[float], full: Schedule) 
         given = {"sigmas": (roots - roots[0]) / (roots[-1] - roots[0]) if steps > 1 else torch.zeros(1)}
         return _given(ready, num_inference_steps=steps, **given)
     ready = cls.from_config(config, **unspaced)
+    if flow:
+        _check_flow_sigmas(cls.__name__, config)
+        part = [min(t / full.t_max, NOISE) for t in times]
+        return _left(timed(ready, steps), part, torch.tensor(part, dtype=torch.float64) * full.t_max)
+    if kind == LEFT:
+        return _left(timed(ready, steps), [full.level(t).sigma for t in times], torch.tensor(times).long())
     if kind == SIGMAS:
         return _given(ready, sigmas=[*sigmas, 0.0])
     if kind == FLOW:
@@ -263,31 +271,39 @@ def visited(scheduler: Scheduler, full: Schedule) -> list[float]:
     return sorted({s for s in levels if s > 0}, reverse=True)
 
 
-def begins_at(scheduler: Scheduler, full: Schedule) -> NoiseLevel:
-    """The level of a ready scheduler's first step, read back from the scheduler itself."""
+def begins_at(scheduler: Scheduler, full: Schedule, step: int = 0) -> NoiseLevel:
+    """The level of a ready scheduler's first step, or of another that asks once, read back from the scheduler."""
     kind = FLOW if flow_sigmas(scheduler) else KINDS.get(type(scheduler).__name__, STEPS)
     if kind == STEPS:
-        return full.level(float(scheduler.timesteps[0]))
-    sigma = float(scheduler.sigmas[0])
+        return full.level(float(scheduler.timesteps[step]))
+    sigma = float(scheduler.sigmas[step])
     if kind == FLOW:  # s = sigma / (1 + sigma)
         return NoiseLevel(math.inf, alpha=0.0) if sigma >= 1 else NoiseLevel(sigma / (1 - sigma), alpha=1 - sigma)
     return NoiseLevel(sigma) if kind == SIGMAS else NoiseLevel(sigma, alpha=1.0)
 
 
+def _left(ready: Scheduler, sigmas: Sequence[float], times: torch.Tensor) -> Scheduler:
+    """A timed scheduler that is left with other levels, in its own sigmas, and other times, one a step."""
+    # Where its last step leads is its own: not all know a level of 0.
+    ready.sigmas = torch.cat([torch.tensor(sigmas, dtype=torch.float64).to(ready.sigmas), ready.sigmas[-1:]])
+    # Whole ones are rounded along flow matching's levels.
+    ready.timesteps = times.float() if times.is_floating_point() else times
+    return ready
+
+
+def _check_flow_sigmas(name: str, config: Values) -> None:
+    if config.get("use_dynamic_shifting") or config.get("shift_terminal"):
+        raise InputError(f"{name} with a dynamic shift or a shifted terminal cannot be cut. Pass a fixed shift.")
+
+
 def _cut_flow_sigmas(scheduler: Scheduler, level: NoiseLevel, steps: int) -> Scheduler:
     """DPM-Solver's kind along flow matching's levels, in equal steps of the unshifted level down to 0."""
     cls, config = type(scheduler), dict(scheduler.config)
-    if config.get("use_dynamic_shifting") or config.get("shift_terminal"):
-        raise InputError(
-            f"{cls.__name__} with a dynamic shift or a shifted terminal cannot be cut. Pass a fixed shift."
-        )
-    ready, shift = timed(cls.from_config(config), steps), float(config.get("flow_shift") or 1.0)
-    s = level.sigma / (1 + level.sigma)
+    _check_flow_sigmas(cls.__name__, config)
+    shift, s = float(config.get("flow_shift") or 1.0), level.sigma / (1 + level.sigma)
     plain = s / (shift - (shift - 1) * s) * torch.arange(steps, 0, -1, dtype=torch.float64) / steps
     levels = shift * plain / (1 + (shift - 1) * plain)
-    ready.sigmas = torch.cat([levels, torch.zeros(1)]).to(ready.sigmas)
-    ready.timesteps = (levels * config["num_train_timesteps"]).float()  # whole ones are rounded
-    return ready
+    return _left(timed(cls.from_config(config), steps), levels.tolist(), levels * config["num_train_timesteps"])
 
 
 def _check_flow(name: str, config: Values) -> None:

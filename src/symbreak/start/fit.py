@@ -37,6 +37,7 @@ from symbreak.start.cut_schedule import (
     schedule_of,
 )
 from symbreak.start.late_start import Grid, LateStart, LateStartWarning, cut, on_grid, standard_start
+from symbreak.start.learn import check_learnable, learn_steps
 
 __all__ = ["candidate_laws", "cluster_count", "fit_start", "gaussian_law", "late_start"]
 
@@ -85,6 +86,7 @@ def late_start(
     check: bool = True,
     run: Run | None = None,
     grid: str | Sequence[float] | Grid | None = None,
+    learn: int | None = None,
 ) -> LateStart:
     """Cut a scheduler so that it begins at a level, and start there from a law.
 
@@ -106,6 +108,9 @@ def late_start(
             together with the start level on the sampler's cost, never worse in it than those three, without a network
             evaluation. ``"entropic"``: equal steps of the rescaled entropy rate, measured on the network
             (arXiv:2504.13612). Or falling sigmas, or the ``grid`` of another start.
+        learn: learn coefficients of the sampler's steps from so many of the network's own fine trajectories, after
+            level and grid are known; needs ``denoiser``, and spends network evaluations once (`learn_steps`). ``None``:
+            the sampler's own.
 
     Returns:
         A `LateStart`: ``start(noise)`` is the state that ``start.scheduler.step`` expects first.
@@ -113,13 +118,37 @@ def late_start(
     Raises:
         InputError: for a scheduler that cannot be cut, a level outside the schedule, more steps
             than the cut schedule has, or shapes and ranges that do not fit; for a grid that does not fall, has another
-            number of steps, or was made for another network.
+            number of steps, or was made for another network; for ``learn`` without a network, too few trajectories, or
+            a sampler that draws noise or asks more than once a step.
 
     Warns:
         LateStartWarning: where the start is later than the spectral speciation level, or not to be trusted.
 
     Source: arXiv:2305.19693 (Gaussian late start).
     """
+    if learn is None:
+        return _made(scheduler, law, steps, at, denoiser, data, labels, check, run, grid)
+    if denoiser is None:
+        raise InputError(f"learn={learn} came without the network whose trajectories are learned from. Pass denoiser=.")
+    check_scheduler(scheduler)
+    check_learnable(standard_start(scheduler, steps), learn)  # before anything costs time
+    start = _made(scheduler, law, steps, at, denoiser, data, labels, check, run, grid)
+    return learn_steps(start, denoiser, learn, labels, run=run)
+
+
+def _made(
+    scheduler: Scheduler,
+    law: Transports | Sequence[Transports],
+    steps: int,
+    at: NoiseLevel | CriticalTime | str | int | float,
+    denoiser: Denoises | Denoiser | None,
+    data: Batches | None,
+    labels: Labels | None,
+    check: bool,
+    run: Run | None,
+    grid: str | Sequence[float] | Grid | None,
+) -> LateStart:
+    """A `late_start` with the sampler's own steps."""
     check_scheduler(scheduler)
     laws: list[Transports] = list(law) if isinstance(law, Sequence) else [law]
     if not laws:
@@ -141,7 +170,7 @@ def late_start(
         start, choice = choose(scheduler, laws, int(steps), denoiser, data, labels, 0, run, grid, standard)
         if check:
             for note in choice.signatures:
-                warnings.warn(note, LateStartWarning, stacklevel=2)
+                warnings.warn(note, LateStartWarning, stacklevel=3)
         return replace(start, notes=(*start.notes, choice.sentence, *choice.signatures), choice=choice)
     if len(laws) > 1:
         raise InputError(
@@ -163,7 +192,7 @@ def late_start(
                 "on it."
             )
             start = replace(start, notes=(*start.notes, note))
-            warnings.warn(note, LateStartWarning, stacklevel=2)
+            warnings.warn(note, LateStartWarning, stacklevel=3)
     return start
 
 
@@ -247,6 +276,7 @@ def fit_start(
     run: Run | None = None,
     grid: str | None = None,
     at: str = "auto",
+    learn: int | None = None,
     **condition: Any,
 ) -> LateStart:
     """From a data set and a network to a start, in one call: fit the laws, choose among them.
@@ -263,6 +293,7 @@ def fit_start(
         run: its progress counts the levels of the losses and the grids that are tried.
         grid: ``"free"`` or ``"entropic"``, see `late_start`.
         at: ``"auto"``, or ``"standard"`` for the standard start's grid only.
+        learn: trajectories to learn the sampler's steps from, see `late_start`.
         **condition: of the network, such as ``prompt`` of a pipeline; see `denoiser`.
 
     Raises:
@@ -306,6 +337,8 @@ def fit_start(
             raise InputError("the network is class-conditional, but the images to choose with have no labels.")
     if at not in ("auto", "standard"):
         raise InputError(f"at={at!r}; expected 'auto' or 'standard'. Use late_start for a level.")
+    if learn is not None:
+        check_learnable(standard_start(scheduler, steps), learn)
     laws = candidate_laws(data, clusters)
-    start = late_start(scheduler, laws, steps, at, network, holdout, labels, check, run, grid)
+    start = late_start(scheduler, laws, steps, at, network, holdout, labels, check, run, grid, learn)
     return start.of(data)

@@ -33,7 +33,10 @@ class _Held:
 
     Attributes:
         ours: whether the start's levels replace as many others; else others raise an error.
+        fixed: whether levels or steps were made for their number, and another raises an error.
     """
+
+    fixed = False
 
     def __init__(self, scheduler: Scheduler) -> None:
         # Of DPM-Solver's kind along flow matching's levels diffusers has no setting that cuts them.
@@ -46,21 +49,35 @@ class _Held:
     def __call__(self, *args: object, **kwargs: object) -> None:
         scheduler, times = self.scheduler, self.levels["timesteps"]
         self.original(scheduler, *args, **kwargs)
-        if self.ours and len(scheduler.timesteps) == len(times):
+        if hasattr(scheduler.step, "restart"):  # of learned steps, which count
+            scheduler.step.restart()
+        name, count = type(scheduler).__name__, len(scheduler.timesteps)
+        if self.fixed and count != len(times):
+            raise InputError(
+                f"a pipeline asked {name} for {count} times; the start's levels or steps were made for {len(times)}. "
+                "Call it as pipe(..., **start.arguments(pipe, noise))."
+            )
+        if (self.ours or self.fixed) and count == len(times):
             for name, value in self.levels.items():
                 setattr(scheduler, name, value.to(getattr(scheduler, name).device))
         first, start = float(scheduler.timesteps[0]), float(times[0])
         if abs(first - start) > SAME * abs(start):
             raise InputError(
-                f"a pipeline put {type(scheduler).__name__} back to the time {first:.6g}, the start begins at "
+                f"a pipeline put {name} back to the time {first:.6g}, the start begins at "
                 f"{start:.6g}. Call it as pipe(..., **start.arguments(pipe, noise))."
             )
 
 
-def hold(scheduler: Scheduler) -> Scheduler:
-    """A ready scheduler that begins at its first time, whoever sets its timesteps, or raises an error."""
+def hold(scheduler: Scheduler, fixed: bool = False) -> Scheduler:
+    """A ready scheduler that begins at its first time, whoever sets its timesteps, or raises an error.
+
+    Args:
+        scheduler: changed, and returned.
+        fixed: whether its levels or steps were made for their number.
+    """
     if not isinstance(scheduler.__dict__.get("set_timesteps"), _Held):
         scheduler.set_timesteps = _Held(scheduler)
+    scheduler.set_timesteps.fixed |= fixed
     return scheduler
 
 

@@ -46,6 +46,7 @@ from symbreak.start.cut_schedule import (
     visited,
 )
 from symbreak.start.in_pipeline import hold, pipeline_arguments
+from symbreak.start.learned_steps import Learned, Mark, check_mark, teach
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,9 +61,10 @@ __all__ = [
     "law_in_words",
     "on_grid",
     "standard_start",
+    "with_steps",
 ]
 
-FORMAT, VERSIONS = "symbreak.start", ("1", "2")  # 2: with a grid of its own
+FORMAT, VERSIONS = "symbreak.start", ("1", "2", "3")  # 2: with a grid of its own, 3: with learned steps
 LAW = "law."  # prefix of the law's tensors and metadata in the file of a start
 
 
@@ -83,27 +85,12 @@ class Grid:
 
     name: str
     sigmas: tuple[float, ...]
-    network: tuple[float, float] | None = None
+    network: Mark | None = None
     evaluations: int = 0
-
-    @staticmethod
-    def mark(weights: Iterable[torch.Tensor]) -> tuple[float, float] | None:
-        """Count and root mean square of a network's weights, which survive other precisions; ``None`` without any."""
-        sizes, squares = 0, 0.0
-        for w in {id(w): w for w in weights}.values():
-            sizes, squares = sizes + w.numel(), squares + float(w.detach().float().square().sum(dtype=torch.float64))
-        return (float(sizes), math.sqrt(squares / sizes)) if sizes else None
 
     def check(self, weights: Iterable[torch.Tensor]) -> None:
         """A network with other weights than the one that the grid was made for raises an error."""
-        other = None if self.network is None else self.mark(weights)
-        if self.network is None or other is None:
-            return
-        if other[0] != self.network[0] or not math.isclose(other[1], self.network[1], rel_tol=1e-3):
-            raise InputError(
-                f"the {self.name} grid was made for a network of {self.network[0]:,.0f} weights of mean square "
-                f"{self.network[1] ** 2:.4g}; this one has {other[0]:,.0f} of {other[1] ** 2:.4g}. Fit a start for it."
-            )
+        check_mark(self.network, weights, f"{self.name} grid was")
 
     def to_dict(self) -> Values:
         """Plain values, for records."""
@@ -126,6 +113,7 @@ class LateStart(Shown):
         pictures: whether samples of the shape of pictures are pixels, which `generate` cuts to [-1, 1].
         units: of the network's samples, where they are no pictures: what brings them back to the data's own.
         grid: levels of the steps that were found for them; ``None`` where the scheduler makes its own.
+        learned: coefficients of its steps, where they were learned from the network; `with_steps` gives them.
     """
 
     scheduler: Scheduler
@@ -139,14 +127,17 @@ class LateStart(Shown):
     pictures: bool = True
     units: Units | None = None
     grid: Grid | None = None
+    learned: Learned | None = None
 
     def __post_init__(self) -> None:
-        hold(self.scheduler)  # pipelines set its timesteps themselves
+        # Pipelines set its timesteps themselves. Levels and steps that were made for their number allow no other.
+        hold(self.scheduler, fixed=self.grid is not None or self.learned is not None)
 
     def __repr__(self) -> str:
         begins = f"sigma {self.level.sigma:.4g} with {self.calls} network evaluations"
         law = "white noise" if self.law is None else repr(self.law)
-        return f"LateStart({type(self.scheduler).__name__}, {self.steps} steps, from {begins},\n          law={law})"
+        steps = f"{self.steps} steps" if self.learned is None else f"{self.steps} learned steps"
+        return f"LateStart({type(self.scheduler).__name__}, {steps}, from {begins},\n          law={law})"
 
     @property
     def calls(self) -> int:
@@ -272,6 +263,7 @@ class LateStart(Shown):
             "law": None if self.law is None else repr(self.law),
             "notes": list(self.notes),
             **({} if self.grid is None else {"grid": self.grid.to_dict()}),
+            **({} if self.learned is None else {"learned": self.learned.to_dict()}),
             "choice": None if self.choice is None else self.choice.to_dict(),
         }
 
@@ -295,8 +287,9 @@ class LateStart(Shown):
             **({} if self.pictures else {"pictures": False}),
             **({} if self.units is None else {"units": self.units.to_dict()}),
             **({} if self.grid is None else {"grid": self.grid.to_dict() | {"network": self.grid.network}}),
+            **({} if self.learned is None else {"learned": self.learned.to_dict() | {"network": self.learned.network}}),
         }
-        version = VERSIONS[self.grid is not None]
+        version = VERSIONS[2 if self.learned is not None else self.grid is not None]
         metadata = {"format": FORMAT, "version": version, "start": json.dumps(about, sort_keys=True)}
         tensors = {"asked": _pair(self.asked), **self._realised()}
         if self.law is not None:
@@ -346,6 +339,8 @@ class LateStart(Shown):
                 start = on_grid(full, law, grid)
             else:
                 start = standard_start(full, steps) if law is None else cut(full, law, steps, level)
+            if "learned" in about:
+                start = with_steps(start, Learned.of(about["learned"], steps))
             units = Units.of(about["units"]) if "units" in about else None
             pairs = [(value, tensors[key]) for key, value in start._realised().items()]
             # Another machine's logarithm may differ in the last digits; another rule of diffusers in the first.
@@ -384,6 +379,13 @@ class LateStart(Shown):
         """What tells, in a file, whether the scheduler was cut again to the same."""
         return {"level": _pair(self.level), "timesteps": torch.as_tensor(self.scheduler.timesteps).double()}
 
+    def check_made_for(self, weights: Iterable[torch.Tensor]) -> None:
+        """A network with other weights than the one that grid and steps were made for raises an error."""
+        weights = list(weights)
+        for made in (self.grid, self.learned):
+            if made is not None:
+                made.check(weights)
+
     def explain(self) -> str:
         """Where it starts, what it costs, what to know; after ``at="auto"`` the two curves and their minimum."""
         law = "white noise" if self.law is None else repr(self.law)
@@ -394,7 +396,8 @@ class LateStart(Shown):
         certificate = getattr(self.law, "certificate", lambda sigma: None)(self.level.sigma)
         low_rank = (certificate.sentence(),) if certificate is not None and certificate.modes else ()
         text = " ".join((head, *low_rank, *self.notes))
-        return "\n".join((text, *self._grids(), *(() if self.choice is None else (self.choice.table(),))))
+        learned = () if self.learned is None else (self.learned.sentence,)
+        return "\n".join((text, *self._grids(), *learned, *(() if self.choice is None else (self.choice.table(),))))
 
     def _grids(self) -> list[str]:
         """The levels of a grid of its own beside the scheduler's, from the same level down."""
@@ -479,6 +482,17 @@ def on_grid(scheduler: Scheduler, law: Transports | None, grid: Grid) -> LateSta
     ready = scheduler_on(scheduler, grid.sigmas, full)
     begins = begins_at(ready, full)
     return LateStart(ready, begins, law, len(grid.sigmas), begins, scheduler, grid=grid)
+
+
+def with_steps(start: LateStart, learned: Learned) -> LateStart:
+    """A start whose sampler's steps have learned coefficients; the other stays as it is."""
+    if len(learned.coefficients) != start.calls:
+        raise InputError(
+            f"coefficients of {len(learned.coefficients)} learned steps came for a start of {start.calls}. Learn them "
+            "for it."
+        )
+    ready = teach(start.fresh(), schedule_of(start.full), learned.coefficients)
+    return replace(start, scheduler=ready, learned=learned)
 
 
 def standard_start(scheduler: Scheduler, steps: int, spacing: str | None = None) -> LateStart:

@@ -100,8 +100,7 @@ def check_shape(unet: Network, start: LateStart, micro_batch: int) -> tuple[int,
         raise InputError(
             f"the start's law has the shape {tuple(start.law.shape)}, the network {shape}. Fit it on such data."
         )
-    if start.grid is not None:
-        start.grid.check(unet.parameters())
+    start.check_made_for(unet.parameters())
     if not (start.pictures and is_picture(shape)):
         check_unclipped(start.full, f"samples of {' x '.join(map(str, shape))}")
     return shape
@@ -365,6 +364,7 @@ class _Images:
                 law = None if start.law is None else law_hash(start.law)
             inputs = [v for v in (self.labels, self.clean, *self.condition.values()) if isinstance(v, torch.Tensor)]
             settings = {**of_scheduler(start.full), "times": torch.as_tensor(start.scheduler.timesteps)}
+            settings |= _learned(start)
             scheduler = weights_hash(self.unet), identity_of("images", **settings), start.steps, start.level
             # Of a denoiser the weights do not say its class or guidance, which may count below the first step only.
             posed = (fingerprint(denoises(self.unet, start.full)),) if hasattr(self.unet, "source") else ()
@@ -497,6 +497,7 @@ def decisive(
         level=[start.level.sigma, start.level.alpha],
         steps=start.steps,
         times=torch.as_tensor(start.scheduler.timesteps),
+        **_learned(start),
         micro_batch=micro_batch,
         **{k: v for k, v in (more or {}).items() if k not in (*SPELLED, *of)},
     )
@@ -523,6 +524,11 @@ def decisive(
         }
     )
     return settings
+
+
+def _learned(start: LateStart) -> Values:
+    """The coefficients of learned steps, where a start has some."""
+    return {} if start.learned is None else {"learned": start.learned.coefficients}
 
 
 def write_images(

@@ -331,7 +331,8 @@ def _key(start: LateStart) -> str:
     probe = start(torch.randn(4, *shape, generator=generator(64, 0)))
     config = start.scheduler.to_json_string() if hasattr(start.scheduler, "to_json_string") else ""
     times = torch.as_tensor(start.scheduler.timesteps)
-    return digest(type(start.scheduler).__name__, config, start.steps, start.level, probe, times)
+    learned = () if start.learned is None else (str(start.learned.coefficients),)
+    return digest(type(start.scheduler).__name__, config, start.steps, start.level, probe, times, *learned)
 
 
 def _same_grid(a: LateStart, b: LateStart) -> bool:
@@ -342,4 +343,4 @@ def _same_grid(a: LateStart, b: LateStart) -> bool:
         return [*map(float, s.scheduler.timesteps), *levels, float(s.scheduler.init_noise_sigma)]
 
     # Schedulers without sigmas step differently for equal timesteps, so only grids with sigmas are compared.
-    return hasattr(a.scheduler, "sigmas") and grid(a) == grid(b)
+    return hasattr(a.scheduler, "sigmas") and a.learned == b.learned and grid(a) == grid(b)
