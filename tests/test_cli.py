@@ -17,6 +17,10 @@ from symbreak.moments.one_pass import Moments
 from symbreak.networks.samplers import scheduler
 from symbreak.runtime.files import read_tensors, write_tensors
 from symbreak.start.fit import late_start
+from symbreak.start.late_start import Grid, LateStart, on_grid, with_steps
+from symbreak.start.learned_steps import Learned
+
+FIT = ("fit", "--start", "--data", "digits", "--model", "digits")
 
 
 def symbreak(capsys, *argv):
@@ -358,6 +362,37 @@ def test_a_start_is_fitted_saved_and_used(capsys, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+def test_a_grid_is_found_and_steps_are_learned(capsys, tmp_path):
+    """What they are and what they cost stands on the terminal and in the record; the saved start samples with them."""
+    path, small = tmp_path / "start.safetensors", ("--sampler", "dpm++2m", "--steps", "2", "--clusters", "4")
+    code, out, err = symbreak(capsys, *FIT, *small, "--grid", "free", "--learn", "8", "--out", path)
+    assert code == 0, err
+    assert "levels of the 2 steps, then 0:" in out
+    assert "6 of the network's own fine trajectories" in out
+    assert "network evaluations of one sample, once" in out
+    start = LateStart.load(path)
+    assert start.grid is None or len(start.grid.sigmas) == 2
+    assert (start.learned is None) == ("own steps stand" in out)
+    for name in ("a", "b"):
+        code, _, err = symbreak(capsys, "sample", "--start", path, "--seeds", "0-1", "--out", tmp_path / name, "--json")
+        assert code == 0, err
+    assert (tmp_path / "a" / "00000001.png").read_bytes() == (tmp_path / "b" / "00000001.png").read_bytes()
+    record = json.loads((tmp_path / "a" / "sample.json").read_text())
+    if start.learned is not None:
+        assert record["learned"]["evaluations"] == start.learned.evaluations
+
+
+def test_samplers_without_levels_say_so_on_the_terminal(capsys, tmp_path):
+    """White noise only, and a scheduler that takes no levels keeps its own grids."""
+    small = ("--sampler", "lms", "--steps", "2", "--clusters", "4", "--at", "standard", "--grid", "free", "--json")
+    code, out, err = symbreak(capsys, *FIT, *small, "--out", tmp_path / "start.safetensors")
+    fitted = json.loads(out)
+    assert code == 0, err
+    assert fitted["law"] is None
+    assert "grid" not in fitted
+    assert any("LMSDiscreteScheduler takes no levels" in note for note in fitted["notes"])
+
+
 def test_an_evaluation_chooses_its_start(capsys, tmp_path):
     argv = ("evaluate", "--data", "digits", "--model", "digits", "--start", "auto", "--clusters", "6", "--steps", "2")
     code, out, _ = symbreak(capsys, *argv, "--seeds", "0-19", "--repeats", "2", "--json")
@@ -390,6 +425,22 @@ def test_an_evaluation_chooses_its_start(capsys, tmp_path):
         (("sample", "--start", "OTHER"), "Fit a start for it"),
         (("sample", "--start", "FOLDER"), "is a folder"),
         (("fit", "--start", "--data", "digits", "--model", "digits", "--clusters", "5000"), "5000 clusters"),
+        (("fit", "--data", "digits", "--grid", "free"), "Add --start"),
+        (("fit", "--data", "digits", "--at", "standard"), "Add --start"),
+        (("fit", "--data", "digits", "--learn", "8"), "Add --start"),
+        ((*FIT, "--grid", "karras"), 'Choose from: "free", "entropic"'),
+        ((*FIT, "--at", "400"), 'Choose from: "auto", "standard"'),
+        ((*FIT, "--grid", "free", "--steps", "1200"), "more than the 1,000 levels"),
+        ((*FIT, "--learn", "many"), "--learn"),
+        ((*FIT, "--learn", "1"), "at least 2"),
+        ((*FIT, "--learn", "8", "--steps", "10"), "leaves 6 trajectories to fit the 19 coefficients"),
+        ((*FIT, "--learn", "32", "--sampler", "ddpm"), "draws noise"),
+        ((*FIT, "--learn", "32", "--sampler", "heun"), "asks the network 9 times in 5 steps"),
+        (("sample", "--start", "GRID"), "the given grid was made for a network of 1,000 weights"),
+        (("sample", "--start", "LEARNED"), "learned steps were made for a network of 1,000 weights"),
+        (("sample", "--start", "RISING"), "each below the one before"),
+        (("sample", "--start", "LONGER"), "a grid of 3 levels for 4 steps"),
+        (("sample", "--start", "FEWER"), "coefficients of 2 learned steps came for 3"),
     ],
 )
 def test_bad_starts(capsys, tmp_path, argv, words):
@@ -400,6 +451,22 @@ def test_bad_starts(capsys, tmp_path, argv, words):
     other = late_start(scheduler("dpm++2m", prediction_type="v_prediction"), law, 3, check=False)
     other_path = other.save(tmp_path / "other.safetensors")
     names = {"SAVED": path, "NEWER": newer, "OTHER": other_path, "FOLDER": tmp_path}
+    whose, base = (1000.0, 1.0), scheduler("dpm++2m")
+    grid = on_grid(base, law, Grid("given", (3.0, 1.0, 0.3), whose))
+    names["GRID"] = grid.save(tmp_path / "grid.safetensors")
+    learned = [Learned(((0.1, 0.0),) * n, (6, 2), (0.1, 0.2), 800, whose) for n in (3, 2)]
+    names["LEARNED"] = with_steps(late_start(base, law, 3, check=False), learned[0]).save(
+        tmp_path / "steps.safetensors"
+    )
+    tensors, metadata = read_tensors(names["GRID"])
+    about = json.loads(metadata["start"])
+    for name, changed in (
+        ("RISING", {"grid": about["grid"] | {"sigmas": [1.0, 3.0, 0.3]}}),
+        ("LONGER", {"steps": 4}),
+        ("FEWER", {"learned": learned[1].to_dict() | {"network": whose}}),
+    ):
+        text = json.dumps(about | changed)
+        names[name] = write_tensors(tmp_path / f"{name}.safetensors", tensors, {**metadata, "start": text})
     argv = [names.get(a, a) for a in argv]
     code, out, err = symbreak(capsys, *argv, "--out", tmp_path / "out" / "x")
     assert (code, out) == (2, "")

@@ -130,10 +130,22 @@ def late_start(
         return _made(scheduler, law, steps, at, denoiser, data, labels, check, run, grid)
     if denoiser is None:
         raise InputError(f"learn={learn} came without the network whose trajectories are learned from. Pass denoiser=.")
-    check_scheduler(scheduler)
-    check_learnable(standard_start(scheduler, steps), learn)  # before anything costs time
+    _check_early(scheduler, steps, grid, learn)
     start = _made(scheduler, law, steps, at, denoiser, data, labels, check, run, grid)
     return learn_steps(start, denoiser, learn, labels, run=run)
+
+
+def _check_early(scheduler: Scheduler, steps: int, grid: object, learn: int | None) -> None:
+    """What can be known of grid and learned steps raises an error before anything costs time."""
+    check_scheduler(scheduler)
+    check_steps(steps)
+    full = schedule_of(scheduler)
+    if grid is not None and full.steps is not None and steps > full.steps:
+        raise InputError(
+            f"{steps} steps are more than the {full.steps:,} levels that the network knows. Ask for fewer."
+        )
+    if learn is not None:
+        check_learnable(standard_start(scheduler, steps), learn)
 
 
 def _made(
@@ -149,14 +161,13 @@ def _made(
     grid: str | Sequence[float] | Grid | None,
 ) -> LateStart:
     """A `late_start` with the sampler's own steps."""
-    check_scheduler(scheduler)
+    _check_early(scheduler, steps, grid, None)
     laws: list[Transports] = list(law) if isinstance(law, Sequence) else [law]
     if not laws:
         raise InputError("no law to start from; expected one, or a list of them.")
     for one in laws:
         if not hasattr(one, "transport"):
             raise InputError(f"{type(one).__name__} is no law to start from: it has no .transport(noise, sigma).")
-    check_steps(steps)
     if grid is not None and not isinstance(grid, str):
         return _on_levels(scheduler, laws, int(steps), at, denoiser, grid)
     if grid not in (None, "free", "entropic"):
@@ -337,8 +348,7 @@ def fit_start(
             raise InputError("the network is class-conditional, but the images to choose with have no labels.")
     if at not in ("auto", "standard"):
         raise InputError(f"at={at!r}; expected 'auto' or 'standard'. Use late_start for a level.")
-    if learn is not None:
-        check_learnable(standard_start(scheduler, steps), learn)
+    _check_early(scheduler, steps, grid, learn)
     laws = candidate_laws(data, clusters)
     start = late_start(scheduler, laws, steps, at, network, holdout, labels, check, run, grid, learn)
     return start.of(data)

@@ -518,6 +518,7 @@ def decisive(
             "micro_batch": micro_batch,
             "device": of["device"].partition(" ")[0],
             "steps": start.steps,
+            **({} if start.learned is None else {"learned": start.learned.to_dict()}),
             "calls": calls,
             "level": start.level.to_dict(),
             "identity": decides,
