@@ -7,9 +7,10 @@
 
 Two networks of one recipe (recipes/): one that predicts noise, one that learns only what a law does not know. Rows:
 DDPM (DDIM with eta = 1), DDIM, PNDM, DPM++2M on its own and on Karras levels, UniPC, with 1, 3, 5 and 10 network
-evaluations; columns: the standard start with the scheduler's settings, late from one Gaussian, late from all laws
-(`auto`), and the second network from its law. Then the paper's own grid, linspace(0, t_start, n), t_start scanned,
-beside its published FIDs: ratios compare, numbers do not.
+evaluations; columns: the standard start with the scheduler's settings, with its best spacing, and with an analytic
+first step (AFS); late from one Gaussian whose level is scanned, late from all laws (`auto`), and the second network
+from its law. Then the paper's own grid, linspace(0, t_start, n), t_start scanned, beside its published FIDs: ratios
+compare, numbers do not. Tables appear in the folder as table.md and table.html, and in docs/natural-images.md.
 
 Distances are Fréchet distances in --features (EfficientNet-Lite0 at 112 x 112 by default; never FID) to the test
 images. Beside each: precision, recall, the entropy of the classes as logistic regressions on the features read them,
@@ -23,12 +24,15 @@ Source: Raya & Ambrogioni 2023, arXiv:2305.19693.
 """
 
 import argparse
+import html
 import json
 import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,15 +45,20 @@ from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.feature_rows import features
 from symbreak.metrics.frechet import distance
 from symbreak.metrics.memorization import different, nearest_summary
-from symbreak.runtime.files import write_json
+from symbreak.report.tables import measured, number
+from symbreak.runtime.files import write_json, write_whole
 from symbreak.runtime.identity import weights_hash
-from symbreak.start.grids import steps_for
+from symbreak.runtime.plain import plain
+from symbreak.start.grids import standard_starts, steps_for
+from symbreak.start.late_start import law_in_words
 
 ROOT = Path(__file__).parents[1]
 SAMPLERS = ("ddpm", "ddim", "pndm", "dpm++2m", "dpm++2m-karras", "unipc-karras")
 CALLS = (1, 3, 5, 10)
 LEVELS = (200, 300, 400, 500, 600, 700)  # first steps of the paper's grid that are scanned
+FACTORS = (0.15, 0.25, 0.5, 1.0, 1.5, 2.5)  # levels of the scanned Gaussian, in its largest standard deviations
 SELECTION = 10**6  # first seed of those that select
+LIMIT, SIDE = 300, 16  # images of a tiny run, and their side: laws in 3,072 numbers take minutes
 
 
 @dataclass(frozen=True)
@@ -94,11 +103,24 @@ def paper_images(unet, full, law, steps, first, seeds, eta, batch=100):
     return torch.cat(out)
 
 
+class FirstStepAnalytic(torch.nn.Module):
+    """AFS: the first prediction is the state itself, x / sqrt(1 + sigma^2), without the network (arXiv:2210.05475)."""
+
+    def __init__(self, unet, first):
+        super().__init__()
+        self.unet, self.config, self.first = unet, unet.config, first
+
+    def forward(self, sample, timestep, **kwargs):
+        if float(torch.as_tensor(timestep).reshape(-1)[0]) >= self.first:
+            return (sample,)
+        return self.unet(sample, timestep, **kwargs)
+
+
 class Bench:
     """What every cell shares."""
 
     def __init__(self, world, root, models, out, args):
-        limit = 300 if args.tiny else None
+        limit = LIMIT if args.tiny else None
         self.train, test = (
             sb.images(str(root / f"{world.data}-{half}.parquet"), limit=limit, labels=world.classes, **world.options)
             for half in ("train", "test")
@@ -108,13 +130,13 @@ class Bench:
         self.judge = attribute_classifier(self.train, world.classes, self.extract)
         self.classes = self.judge.joint or world.classes[0]
         self.held_out = test.tensor()
-        self.part, self.samples = args.part, args.samples
+        self.part, self.samples, self.select = args.part, args.samples, min(300, args.samples)
         identity = [weights_hash(p.unet) for p in (self.pipe, self.residual)]
         prints = [images.fingerprint() for images in (self.train, test)]
         of = {"networks": identity, "features": self.extract.name, "part": self.part, "data": prints}
         self.run = sb.Run(out).identified(of)
-        kept = self.run.part("real", lambda: {"features": features(self.extract, self.held_out).numpy()})
-        self.real = torch.from_numpy(kept["features"])
+        stored = self.run.part("real", lambda: {"features": features(self.extract, self.held_out).numpy()})
+        self.real = torch.from_numpy(stored["features"])
         self.reference = sb.Moments.fit([self.real])
         self.laws = dict(zip(("Gaussian", "classes", "clusters"), sb.candidate_laws(self.train)))
         self.network = sb.denoiser(self.pipe.unet, self.pipe.scheduler)
@@ -154,9 +176,44 @@ class Bench:
         # Parts serve any number of samples, what is measured of them one.
         return self.run.value(f"{key}/{self.samples}", lambda: {**self.measured(part), "calls": calls, **more})
 
+    def score(self, key, make):
+        """Distance of some images of seeds that are not reported."""
+
+        def value():
+            rows = features(self.extract, make(range(SELECTION, SELECTION + self.select)))
+            return sb.frechet_distance(sb.Moments.fit([rows]), self.reference)
+
+        return self.run.value(f"scan/{key}/{self.select}", value)
+
+    def column(self, key, candidates, calls):
+        """A cell of the start of ``candidates``, {name: (network, start)}, that is nearest on other seeds.
+
+        Where there is none, the reason. Starts are made only where the cell is not finished.
+        """
+
+        def chosen():
+            try:
+                some = {k: (u, s) for k, (u, s) in candidates().items() if self.spent(u, s) == calls}
+            except sb.InputError as error:  # such as a network that is hardly trained
+                return {"reason": str(error)}
+            if not some:
+                return {"reason": f"no start costs {calls} network evaluations"}
+            makes = {k: partial(sb.generate, u, s) for k, (u, s) in some.items()}
+            names = list(makes)
+            best = names[0] if len(names) == 1 else min(names, key=lambda k: self.score(f"{key}/{k}", makes[k]))
+            start = some[best][1]
+            more = {"choice": best, "law": law_in_words(start.law), "sigma": start.level.sigma}
+            return self.cell(key, makes[best], calls, **more)
+
+        return self.run.value(f"column/{key}/{self.samples}", chosen)
+
+    @staticmethod
+    def spent(unet, start):
+        return start.calls - isinstance(unet, FirstStepAnalytic)
+
 
 def table(bench, tell):
-    """Rows at 1, 3, 5 and 10 evaluations: standard start, one Gaussian, all laws, and the network below a law."""
+    """Rows at 1, 3, 5 and 10 evaluations, the columns of `COLUMNS`."""
     rows = []
     for name in SAMPLERS:
         base = sb.scheduler(name, like=bench.pipe.scheduler)
@@ -166,29 +223,54 @@ def table(bench, tell):
             except sb.InputError:
                 continue
             row = {"sampler": name, "calls": calls}
-            starts = {"standard": (bench.pipe.unet, sb.standard_start(base, steps))}
-            for column, laws in (("gaussian", ["Gaussian"]), ("auto", list(bench.laws))):
-                some = [bench.laws[k] for k in laws]
-                try:
-                    late = sb.late_start(base, some, steps, denoiser=bench.network, data=bench.chooser, check=False)
-                except sb.InputError as error:  # a network that is hardly trained
-                    row[f"no {column}"] = str(error)
-                    continue
-                starts[column] = bench.pipe.unet, late
-            own = bench.residual.start.law, bench.residual.start.level
-            if name.startswith("dpm++2m"):
-                like = sb.scheduler(name, like=bench.residual.scheduler)
-                starts["residual"] = bench.residual.unet, sb.late_start(like, own[0], steps, at=own[1], check=False)
-            for column, (unet, start) in starts.items():
-
-                def make(seeds, unet=unet, start=start):
-                    return sb.generate(unet, start, seeds)
-
-                more = {"law": repr(start.law), "sigma": start.level.sigma}
-                row[column] = bench.cell(f"{name}/{calls}/{column}", make, start.calls, **more)
+            for column, candidates in COLUMNS.items():
+                made = partial(candidates, bench, name, base, steps)
+                row[column] = bench.column(f"{name}/{calls}/{column}", made, calls)
             rows.append(row)
             tell(row)
     return rows
+
+
+def spaced(bench, base, steps):
+    return {k: (bench.pipe.unet, s) for k, s in standard_starts(base, steps, skip=True).items()}
+
+
+def analytic(bench, name, base, steps):
+    """The standard start with one step more, the first of them without the network."""
+    some = standard_starts(base, steps + 1, skip=True)
+    return {k: (FirstStepAnalytic(bench.pipe.unet, float(s.scheduler.timesteps[0])), s) for k, s in some.items()}
+
+
+def scanned(bench, name, base, steps):
+    """One Gaussian at some levels."""
+    law, out = bench.laws["Gaussian"], {}
+    for factor in FACTORS:
+        at = sb.NoiseLevel(factor * float(law.eigenvalues[0]) ** 0.5)
+        with suppress(sb.InputError):
+            out[f"{factor:g}"] = bench.pipe.unet, sb.late_start(base, law, steps, at=at, check=False)
+    return out
+
+
+def automatic(bench, name, base, steps):
+    laws = list(bench.laws.values())
+    start = sb.late_start(base, laws, steps, denoiser=bench.network, data=bench.chooser, check=False)
+    return {"auto": (bench.pipe.unet, start)}
+
+
+def below(bench, name, base, steps):
+    """The network that knows what its law does not, from that law."""
+    like, start = sb.scheduler(name, like=bench.residual.scheduler), bench.residual.start
+    return {"its own": (bench.residual.unet, sb.late_start(like, start.law, steps, at=start.level, check=False))}
+
+
+COLUMNS = {
+    "standard": lambda bench, name, base, steps: {"own": (bench.pipe.unet, sb.standard_start(base, steps))},
+    "grid": lambda bench, name, base, steps: spaced(bench, base, steps),
+    "afs": analytic,
+    "gaussian": scanned,
+    "auto": automatic,
+    "residual": below,
+}
 
 
 def own_grid(bench, world, tell):
@@ -199,13 +281,8 @@ def own_grid(bench, world, tell):
         def make(seeds, first, law, steps=steps):
             return paper_images(bench.pipe.unet, full, law, steps, first, seeds, eta=0.0)
 
-        def score(first):
-            rows_ = features(bench.extract, make(range(SELECTION, SELECTION + min(300, bench.samples)), first, law))
-            return sb.frechet_distance(sb.Moments.fit([rows_]), bench.reference)
-
-        key = f"scan/{steps}/{min(300, bench.samples)}"
-        scanned = {t: bench.run.value(f"{key}/{t}", lambda t=t: score(t)) for t in LEVELS}
-        best = min(scanned, key=scanned.__getitem__)
+        scores = {t: bench.score(f"{steps}/{t}", lambda s, t=t: make(s, t, law)) for t in LEVELS}
+        best = min(scores, key=scores.__getitem__)
         row = {"steps": steps, "calls": steps, "first": best, "published": world.published[steps]}
         row["standard"] = bench.cell(f"paper/{steps}/standard", lambda s: make(s, 999, None), steps)
         row["late"] = bench.cell(f"paper/{steps}/late", lambda s, t=best: make(s, t, law), steps)
@@ -218,45 +295,184 @@ def trained(world, out, root, args):
     """Folders of the plain network and of the one below a law, trained where they are not."""
     folders = []
     options = [str(v) for k, value in world.options.items() for v in (f"--{k}", value)]
+    recipe = ROOT / "recipes" / f"{world.recipe}.json"
+    if args.tiny:
+        recipe = out / "tiny.json"
+        write_json(recipe, {"channels": [8, 16], "batch": 8, "steps": 2})
     for name, flags in (("plain", []), ("residual", ["--residual"])):
         if name == "plain" and args.model:
             folders.append(args.model)
             continue
-        recipe = ["--recipe", str(ROOT / "recipes" / f"{world.recipe}.json")]
         steps = ["--steps", str(args.steps)] if args.steps else []
         data = ["--data", f"{root}/{world.data}-train.parquet", "--labels", "none", *options]
-        limit = ["--limit", "300"] if args.tiny else []
-        command = ["train", *data, *limit, *recipe, *steps, *flags, "--out", str(out / name)]
-        subprocess.run([sys.executable, "-m", "symbreak", *command], check=True)
+        limit = ["--limit", str(LIMIT)] if args.tiny else []
+        command = ["train", *data, *limit, "--recipe", str(recipe), *steps, *flags, "--out", str(out / name)]
+        failed = subprocess.run([sys.executable, "-m", "symbreak", *command]).returncode
+        if failed:  # the command has said why
+            sys.exit(failed)
         folders.append(out / name)
     return folders
 
 
-def main():
+NAMES = {
+    "standard": "standard start",
+    "grid": "best grid",
+    "afs": "AFS",
+    "gaussian": "Gaussian, scanned",
+    "auto": "`auto`",
+    "residual": "below its law",
+}
+PLAIN, AIMS = ("standard", "grid", "afs"), {3: 1.5, 5: 1.2, 10: 1.0}
+
+
+def cell(d):
+    if "mean" not in d:
+        return "-"
+    return f"{measured(d['mean'], d['low'], d['high'])} ({number(d['pooled'], '.3g')})"
+
+
+def nearest_of(rows, columns):
+    """(distance, sampler and column) of the nearest cell of some columns, None where there is none."""
+    some = [(r[c]["mean"], f"{r['sampler']}, {NAMES[c]}") for r in rows for c in columns if "mean" in r[c]]
+    return min(some, default=None)
+
+
+def aims(rows):
+    """What was asked of `auto`, and whether it was reached."""
+    lines = []
+    for calls in sorted({r["calls"] for r in rows}):
+        same = [r for r in rows if r["calls"] == calls]
+        usual, auto, own = (nearest_of(same, c) for c in (PLAIN, ("auto",), ("residual",)))
+        if usual is None or auto is None:
+            continue
+        times, aim = usual[0] / auto[0], AIMS.get(calls)
+        said = "" if aim is None else f" (aim {aim:g}: {'reached' if times >= aim else 'missed'})"
+        line = (
+            f"{calls} NFE: nearest without a late start {usual[0]:.3g} ({usual[1]}), `auto` {auto[0]:.3g} ({auto[1]})"
+        )
+        line += f", {times:.3g} times nearer{said}"
+        if own is not None:
+            line += f"; below its law {own[0]:.3g} ({own[1]})"
+        lines.append(f"- {line}.")
+    return lines
+
+
+def blocks(whole):
+    """The tables: paragraphs, and (heads, rows)."""
+    about, rows, entropy = whole["about"], whole["rows"], whole["about"]["entropy"]
+    n, k = about["samples"], about["samples"] // about["part"]
+    sizes = " and ".join(f"{size:,}" for size in about["networks"])
+    yield (
+        f"Written by `scripts/reproduce_natural.py {about['world']}`. Fréchet distance in {about['features']} (no FID) "
+        f"to the test images: mean of {k} repeats of {about['part']:,} images with its 95 % Student-t interval, in "
+        f"brackets all {n:,} at once; training images {cell(whole['train'])}. Networks of {sizes} parameters, trained: "
+        f"{about['trained']}. "
+        "Spacings, grids under AFS and levels of the scan were selected on images of other seeds."
+        + (" **Tiny: no evidence.**" if about["tiny"] else "")
+    )
+    yield ["sampler", "NFE", *NAMES.values()], [[r["sampler"], r["calls"], *(cell(r[c]) for c in NAMES)] for r in rows]
+    yield aims(rows)
+    shown = [(r, c) for r in rows if r["calls"] <= 5 for c in NAMES if "mean" in r[c]]
+    yield (
+        f"What a distance hides. Classes are {about['classes']}, as logistic regressions on the features read them: "
+        f"training images {entropy['plug_in']:.3f} bits. Precision and recall: k = 3, 1,000 samples. Copies: d1 / d2 < "
+        "1/3."
+    )
+    yield (
+        ["sampler", "NFE", "start", "drawn from", "sigma", "bits", "precision", "recall", "copies"],
+        [
+            [r["sampler"], r["calls"], NAMES[c], d["law"], f"{d['sigma']:.3g}", f"{d['entropy']:.3f}"]
+            + [f"{d['precision']:.3f}", f"{d['recall']:.3f}", f"{d['memorized']:.1%} of {d['neighbours_of']}"]
+            for r, c in shown
+            for d in [r[c]]
+        ],
+    )
+    yield (
+        "The paper's own grid: DDIM on steps even from 0 to t_start, one Gaussian, t_start scanned. Published: FID of "
+        "another network in Inception features (arXiv:2305.19693): ratios compare, numbers do not."
+    )
+    yield (
+        ["steps", "standard", "late, from step", "ratio", "published FID, standard and late", "ratio", "ours over it"],
+        [
+            [r["steps"], cell(r["standard"]), f"{cell(r['late'])}, {r['first']}", f"{ours:.3g}"]
+            + [f"{standard} and {late}", f"{standard / late:.3g}", f"{ours * late / standard:.2g}"]
+            for r in whole["paper"]
+            for late, standard in [r["published"]]
+            for ours in [r["standard"]["mean"] / r["late"]["mean"]]
+        ],
+    )
+    worst = [name for name, a in about["accuracies"].items() if not a["resolved"]]
+    yield f"Classifiers below 70 % balanced accuracy: {', '.join(worst) or 'none'}."
+
+
+def write_pages(whole, out):
+    """table.md and table.html in the folder; the table of a whole run also in docs/natural-images.md."""
+    text, page = [], []
+    for block in blocks(whole):
+        if isinstance(block, str):
+            text += [block, ""]
+            page.append(f"<p>{html.escape(block)}</p>")
+        elif isinstance(block, list):
+            text += [*block, ""]
+            page.append("<ul>" + "".join(f"<li>{html.escape(line[2:])}</li>" for line in block) + "</ul>")
+        else:
+            heads, rows = block
+            lines = [heads, ["---"] * len(heads), *rows]
+            text += ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
+            made = [("th", heads), *(("td", row) for row in rows)]
+            drawn = ("".join(f"<{tag}>{html.escape(str(v))}</{tag}>" for v in row) for tag, row in made)
+            page.append("<table>" + "".join(f"<tr>{row}</tr>" for row in drawn) + "</table>")
+    style = "body{font:15px sans-serif;max-width:75em;margin:2em auto}td,th{padding:.2em .6em;text-align:left}"
+    title = f"Late start on {whole['about']['world']}"
+    whole_page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{style}</style><h1>{title}</h1>"
+    whole_page += "\n".join(page) + "\n"
+    text = "\n".join(text)
+    write_whole(out / "table.md", lambda p: p.write_text(text, encoding="utf-8"))
+    write_whole(out / "table.html", lambda p: p.write_text(whole_page, encoding="utf-8"))
+    if whole["about"]["tiny"]:
+        return
+    path, name = ROOT / "docs" / "natural-images.md", whole["about"]["world"]
+    begin, end = (
+        f"<!-- measured:{name}:begin, written by scripts/reproduce_natural.py -->",
+        f"<!-- measured:{name}:end -->",
+    )
+    before, rest = path.read_text(encoding="utf-8").split(begin)
+    docs = f"{before}{begin}\n{text}{end}{rest.split(end)[1]}"
+    write_whole(path, lambda p: p.write_text(docs, encoding="utf-8"))
+
+
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("world", choices=sorted(WORLDS))
     parser.add_argument("--model", default=None, help="a diffusers folder; without it one is trained")
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--features", default="efficientnet-lite0-112")
+    parser.add_argument("--features", default=None, help="default: efficientnet-lite0-112")
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--part", type=int, default=1000, help="images a repeat, and what an interruption loses")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps instead of the recipe's")
     parser.add_argument("--tiny", action="store_true", help="a few images, steps and rows: no evidence")
-    args = parser.parse_args()
+    parser.add_argument("--page", action="store_true", help="write the tables from what is finished, and stop")
+    args = parser.parse_args(argv)
+    out = args.out or ROOT / "build" / (args.world + ("-tiny" if args.tiny else ""))
+    if args.page:
+        write_pages(json.loads((out / "table.json").read_text(encoding="utf-8")), out)
+        return
     if args.tiny:
-        args.samples, args.part, args.steps, args.features = 32, 16, 2, "efficientnet-lite0-64"
-        globals().update(SAMPLERS=("dpm++2m",), CALLS=(1, 3), LEVELS=(300,))
+        args.samples, args.part, args.features = 32, 16, args.features or "efficientnet-lite0-64"
+        WORLDS[args.world].options["size"] = SIDE
+        globals().update(SAMPLERS=("dpm++2m",), CALLS=(1, 3), LEVELS=(300,), FACTORS=(0.5, 1.0))
+    args.features = args.features or "efficientnet-lite0-112"
     world, root = WORLDS[args.world], Path(os.environ.get("SYMBREAK_DATA", ""))
     if not (root / f"{world.data}-train.parquet").is_file():
         sys.exit(f"{args.world} needs SYMBREAK_DATA, a folder with {world.data}-train.parquet and -test.parquet.")
     if args.samples < 2 * args.part or args.samples % args.part:
         sys.exit(f"--samples {args.samples}; expected a multiple of {args.part}, at least {2 * args.part}.")
-    out = args.out or ROOT / "build" / (args.world + ("-tiny" if args.tiny else ""))
+    out.mkdir(parents=True, exist_ok=True)
     models, began = trained(world, out, root, args), time.perf_counter()
     bench = Bench(world, root, models, out / "measured", args)
 
     def tell(row):
-        cells = " ".join(f"{k} {v['mean']:.3g}" for k, v in row.items() if isinstance(v, dict))
+        cells = " ".join(f"{k} {v['mean']:.3g}" for k, v in row.items() if isinstance(v, dict) and "mean" in v)
         name = row.get("sampler", "paper's grid")
         print(name, row["calls"], cells, f"({time.perf_counter() - began:.0f} s)", flush=True)
 
@@ -266,23 +482,32 @@ def main():
     )
     rows = torch.from_numpy(real["features"])
     counts = class_counts(bench.judge, bench.points[some])[bench.classes]
-    write_json(
-        out / "table.json",
+    whole = plain(
         {
             "about": {
+                "world": args.world,
                 "tiny": args.tiny,
                 "features": bench.extract.name,
                 "samples": args.samples,
+                "part": args.part,
+                "trained": "passed as MODEL"
+                if args.model
+                else "steps " + str(args.steps)
+                if args.steps
+                else "the recipe",
                 "networks": [sum(p.numel() for p in m.unet.parameters()) for m in (bench.pipe, bench.residual)],
+                "classes": bench.classes,
                 "accuracies": bench.judge.accuracies,
                 "entropy": entropy_interval(counts),
             },
             "train": distance(rows, bench.reference, max(1, len(rows) // args.part), bench.extract.name).to_dict(),
             "rows": table(bench, tell),
             "paper": own_grid(bench, world, tell),
-        },
+        }
     )
-    print(out / "table.json", json.dumps({"seconds": round(time.perf_counter() - began)}))
+    write_json(out / "table.json", whole)
+    write_pages(whole, out)
+    print(out / "table.html", json.dumps({"seconds": round(time.perf_counter() - began)}))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,11 @@ import symbreak as sb
 from symbreak.cli.commands import main
 from symbreak.data.labels import attributes
 from symbreak.metrics.attributes import attribute_classifier
+from symbreak.networks.families import as_unet
+from symbreak.phases.speciation import cloning_time
 from symbreak.report.tables import tables
 from symbreak.runtime.errors import InputError
+from tests.test_class_information import Conditional
 
 SIDE, SPREAD = 8, 0.06
 GAPS = {"Large": 1.2, "Small": 0.5}  # lengths of +-m along two patterns
@@ -132,7 +136,8 @@ BAD = [
     (("phases", "--attributes", "Beard"), "has no attribute 'Beard'. It has: Large, Small, Chance"),
     (("phases", "--attributes", "Always"), "in the attribute 'Always': one class is empty"),
     (("phases", "--attributes", "Rare"), "'Rare' has 5 images in its rarest class; expected at least 20"),
-    (("phases", "--attributes", "all", "--model", "digits"), "--model came with --attributes"),
+    (("phases", "--attributes", "all", "--clusters", "3"), "--clusters came with --attributes, which have classes"),
+    (("phases", "--attributes", "all", "--pairs", "30"), "--pairs came with --attributes, and is asked of a network"),
     (("phases", "--attributes", "all", "--prompt", "a cat"), "--prompt came with --attributes"),
     (("phases", "--attributes", "all", "--null-label", "3"), "--null-label came with --attributes"),
     (("phases", "--attributes", "all", "--quick"), "--quick came with --attributes"),
@@ -173,3 +178,55 @@ def test_a_classifier_of_attributes_answers_the_same_on_any_batch(source):
     whole, part = judge(x), judge(x[:7])
     for name in ("Large", "Small", "Chance"):
         torch.testing.assert_close(whole[name][:7], part[name])
+
+
+def planted():
+    """The exact law of the planted pictures, whose classes are those of Large."""
+    patterns = torch.from_numpy(np.linalg.qr(np.random.default_rng(7).normal(size=(SIDE * SIDE, 2)))[0].T)
+    signs = [(large, small) for large in (-1, 1) for small in (-1, 1)]
+    halves = torch.tensor([GAPS["Large"] / 2, GAPS["Small"] / 2], dtype=torch.float64)
+    means = torch.tensor(signs, dtype=torch.float64) * halves @ patterns
+    weights = [0.5 * (SHARE if small > 0 else 1 - SHARE) for _, small in signs]
+    law = sb.Mixture.from_parameters(means.reshape(4, 1, SIDE, SIDE), SPREAD**2, weights)
+    law.classes = torch.tensor([0, 0, 1, 1])
+    return law
+
+
+@pytest.fixture(scope="module")
+def answered(source, tmp_path_factory):
+    """A record of a network that is the law of the pictures itself, with Large as its condition and none as class 2."""
+    network, own = Conditional(planted()), sb.scheduler("ddpm")
+    network.num_class_embeds, network.null_label = 3, 2
+    pipe = SimpleNamespace(unet=as_unet(network, own), scheduler=own)
+    effort = sb.Effort(pairs=200, steps=24, branches=8, turns=6, images=120)
+    run = sb.Run(tmp_path_factory.mktemp("network"))
+    return sb.attribute_levels(sb.images(source, labels="Large"), model=pipe, effort=effort, run=run)
+
+
+def test_a_network_decides_attributes_where_its_law_does(answered, tmp_path):
+    """One set of clones and of U-turns serves all: halfway is phi of two Gaussians at +-m, known from quadrature."""
+    record, rows = answered, {row["attribute"]: row["network"] for row in answered.content["rows"]}
+    for name, length in GAPS.items():
+        prior = 0.5 if name == "Large" else SHARE
+        pair = sb.Mixture.from_parameters([[-length / 2], [length / 2]], SPREAD**2, [1 - prior, prior])
+        exact = cloning_time(pair, samples=100_000).sigma
+        for what in ("clones", "u_turns"):
+            found = rows[name][what]
+            # the interval of 200 pairs; 24 steps read the crossing high by up to 13 %
+            assert found["low"]["sigma"] < exact < 1.15 * found["high"]["sigma"], (name, what)
+        assert rows[name]["classifier"]["resolved"]
+        assert rows[name]["share"] == pytest.approx(prior, abs=0.1)
+    known = rows["Large"]["information"]
+    assert rows["Small"]["information"] is None
+    assert known["limit"]["value"] == pytest.approx(math.log(2), rel=0.1)
+    assert known["low"]["level"]["sigma"] < rows["Large"]["clones"]["level"]["sigma"] < known["high"]["level"]["sigma"]
+    assert not rows["Chance"]["classifier"]["resolved"]
+    page = sb.write_report(record, tmp_path / "r.html").read_text()
+    assert "When does the network decide it?" in page
+    assert "By its clones the network decides Large first" in page
+    assert [row["title"] for row in record.content["along"]["rows"]][:3] == [
+        "noised",
+        "denoised by the network",
+        "sampled again from here",
+    ]
+    assert len(record.plot(Figure().subplots()).lines) > 6

@@ -14,10 +14,10 @@ from symbreak.networks.samplers import scheduler
 from symbreak.noise import NoiseLevel, generator
 from symbreak.phases import branches, kicks
 from symbreak.phases.branches import Paths
-from symbreak.phases.cloning import _with_steps, clones
+from symbreak.phases.cloning import _with_steps, clones, clones_by_attribute
 from symbreak.phases.kicks import opportunity
 from symbreak.phases.speciation import cloning_probability, cloning_time
-from symbreak.phases.turns import u_turns
+from symbreak.phases.turns import u_turns, u_turns_by_attribute
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
 
@@ -409,3 +409,43 @@ def test_intervals_cover_the_exact_level(name):
         held += found.low.sigma <= exact.sigma <= found.high.sigma
     print(f"{name}: {held} of 100 intervals hold sigma {exact.sigma:.4g}")  # noqa: T201
     assert held >= 90
+
+
+def test_one_set_of_trajectories_serves_all_attributes():
+    """A mixture of four Gaussians is two attributes: 8 apart and 3 apart. Each is what its own experiment gives."""
+    law = mixture([[x, y] for x in (-4.0, 4.0) for y in (-1.5, 1.5)], 1.0)
+    judges = {"wide": lambda x: (x[..., 0].flatten() > 0).long(), "near": lambda x: (x[..., 1].flatten() > 0).long()}
+
+    def both(x):
+        return {name: judge(x) for name, judge in judges.items()}
+
+    options = {"steps": 20, "seeds": 3}
+    sigma, images = [0.5, 1.0, 2.0, 4.0, 8.0], law.sample(200, 0.0, generator(5, 1)).float()
+    pairs = clones_by_attribute(law, sigma, both, 300, **options)
+    turns = u_turns_by_attribute(law, images, sigma, both, **options)
+    for name, judge in judges.items():
+        one, turned = clones(law, sigma, judge, 300, **options), u_turns(law, images, sigma, judge, **options)
+        assert (pairs[name].agree == one.agree).all()
+        assert pairs[name].crossing == one.crossing
+        assert turns[name].crossing == turned.crossing
+        np.testing.assert_array_equal(turns[name].distance, turned.distance)
+    assert pairs["wide"].crossing.sigma > pairs["near"].crossing.sigma
+
+
+def test_attributes_of_an_interrupted_run_are_found_again(tmp_path):
+    """The parts of other classifiers are not taken for these."""
+    law, calls = network(WORLDS["equal"]), []
+
+    def judge(sign):
+        def both(x):
+            calls.append(len(x))
+            return {"large": (sign * x.flatten() > 0).long(), "name: / odd": (x.flatten() > 2).long()}
+
+        return both
+
+    first, second, other = (
+        clones_by_attribute(law, [2.0, 4.0], judge(sign), 60, 10, run=Run(tmp_path)) for sign in (1, 1, -1)
+    )
+    assert set(first) == {"large", "name: / odd"}
+    assert (first["large"].agree == second["large"].agree).all()
+    assert (first["large"].labels == 1 - other["large"].labels).all()

@@ -132,7 +132,8 @@ def phases(
     classify: Annotated[str | None, option(None, CLASSIFIERS)] = None,
     clusters: Annotated[int | None, option(None, "classes are this many clusters of the images")] = None,
     attributes: Annotated[
-        str | None, option(None, "only: when each attribute is decided, all or columns such as Male,Smiling")
+        str | None,
+        option(None, "only: when each attribute is decided, all or columns such as Male,Smiling; --classify: features"),
     ] = None,
     pairs: Annotated[int | None, option(None, "pairs of clones (default 300)")] = None,
     steps: Annotated[int | None, option(None, "sampler steps of a trajectory (default 40)")] = None,
@@ -149,28 +150,28 @@ def phases(
     as_json: Json = False,
 ) -> None:
     """When does it decide? Every criterion on one sigma axis, of a data set and, with --model, of a network."""
+    from symbreak.metrics.feature_rows import extractor
     from symbreak.studies.attributes import attribute_levels
     from symbreak.studies.diagnose import Effort, diagnose
 
-    if classify == "pixels":
+    if classify == "pixels" and attributes is None:
         raise InputError(
             "--classify pixels gives no classes; expected a classifier, FILE.safetensors or module:callable."
         )
     sizes: dict[str, Any] = {"pairs": pairs, "steps": steps, "branches": branches}
     if attributes is not None:
-        others = {"model": model, "holdout": holdout, "classify": classify, "clusters": clusters, **sizes}
-        others |= {"null-label": null_label, "prompt": prompt, "vae": vae, "quick": quick or None}
+        others = {"clusters": clusters, "prompt": prompt, "vae": vae}
+        of_network = {"holdout": holdout, "classify": classify, **sizes, "null-label": null_label}
+        of_network |= {"quick": quick or None}
         misplaced = next((name for name, value in others.items() if value is not None), None)
         if misplaced is not None:
-            raise InputError(f"--{misplaced} came with --attributes, which asks the data alone. Leave it out.")
-        names = None if attributes == "all" else attributes.split(",")
-        with running(out, memory_size(memory)) as work:
-            opened = reading.open(required(data, "--data"), limit)
-            say_record(attribute_levels(opened, names, seed=seed, run=work), out, as_json)
-        return
+            raise InputError(f"--{misplaced} came with --attributes, which have classes of their own. Leave it out.")
+        misplaced = next((name for name, value in of_network.items() if value is not None), None)
+        if misplaced is not None and model is None:
+            raise InputError(f"--{misplaced} came with --attributes, and is asked of a network. Add --model.")
     effort = Effort().quick() if quick else Effort()
     effort = replace(effort, **{k: v for k, v in sizes.items() if v is not None})
-    if prompt is None or holdout is not None:
+    if attributes is not None or prompt is None or holdout is not None:
         required(data, "--data")
     if prompt is not None and null_label is not None:
         raise InputError("--prompt came with --null-label, which is of classes. Leave it out.")
@@ -186,6 +187,13 @@ def phases(
             unseen = reading.open_if(holdout, opened)
             if decode is not None:
                 opened, unseen = pipe.encode(opened), pipe.encode(unseen)
+        if attributes is not None:
+            names, seen = None if attributes == "all" else attributes.split(","), judge and extractor(str(classify))
+            record = attribute_levels(
+                opened, names, model=network, holdout=unseen, extract=seen, effort=effort, seed=seed, run=work
+            )
+            say_record(record, out, as_json)
+            return
         if prompt is not None:
             network = _with_and_without(pipe)
         if decode is not None and judge is not None:

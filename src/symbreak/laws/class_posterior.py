@@ -12,7 +12,7 @@ at every level; a labelled data set over its own noised samples. Source: derived
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,6 +29,7 @@ __all__ = [
     "by_class",
     "class_draws",
     "class_of",
+    "classes_by_name",
     "features_of",
     "labels_of",
     "mixture_of",
@@ -86,6 +87,15 @@ def class_of(classify: Callable[[torch.Tensor], Any], images: torch.Tensor) -> n
     if not (whole == a).all():
         raise InputError(f"classify gave fractions ({float(a[whole != a][0]):g}); expected integer classes [{n}].")
     return whole
+
+
+def classes_by_name(
+    classify: Callable[[torch.Tensor], Mapping[str, Any]], images: torch.Tensor
+) -> dict[str, np.ndarray]:
+    """Classes [B] of images [B, *S] by each of several attributes, each as `class_of` reads them."""
+    with torch.no_grad():
+        out = classify(images.float())
+    return {name: class_of(lambda _, v=values: v, images) for name, values in out.items()}  # type: ignore[misc]
 
 
 def features_of(features: Callable[[torch.Tensor], Any], images: torch.Tensor) -> np.ndarray:

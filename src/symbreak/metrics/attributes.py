@@ -18,6 +18,7 @@ from symbreak.metrics.feature_rows import features
 from symbreak.noise import generator
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.plain import Values
+from symbreak.runtime.run import Run
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -82,7 +83,7 @@ def attribute_names(classify: object) -> tuple[bool, list[str] | None]:
 
 
 def attribute_classifier(
-    data: Images, names: Sequence[str] | None, extract: Extractor, seed: int = 0
+    data: Images, names: Sequence[str] | None, extract: Extractor, seed: int = 0, run: Run | None = None
 ) -> AttributeClassifier:
     """Train a classifier for every attribute of a data set.
 
@@ -94,6 +95,7 @@ def attribute_classifier(
         names: the attributes; ``None`` takes all that tell two classes apart.
         extract: features.
         seed: of the choice of the held-out images.
+        run: finished features of the images.
 
     Raises:
         InputError: for an attribute that is not there, or, where it is named, with fewer than 20 images in a class.
@@ -108,7 +110,8 @@ def attribute_classifier(
     wanted = {name: c for name, c in attributes(some, names).items() if enough(name, c, names is not None)}
     if not wanted:
         raise InputError(f"no attribute of {data.name} has {FEWEST} images in each class. Pass more images.")
-    rows = features(_seen(extract), some).numpy()
+    key = (extract.to_dict(), some.fingerprint())
+    rows = (run or Run()).part("attribute-features", lambda: {"x": features(_seen(extract), some).numpy()}, *key)["x"]
     place = torch.randperm(len(rows), generator=generator(seed, 73)).numpy()
     new = place < HELD_OUT * len(rows)
     reduce = make_pipeline(

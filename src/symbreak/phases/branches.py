@@ -14,7 +14,7 @@ Source: derived; the experiments' own sources are in their files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,15 +32,17 @@ from symbreak.runtime.files import digest
 from symbreak.runtime.ranks import agreed
 from symbreak.runtime.run import Arrays, Run
 
-__all__ = ["Branches", "Classify", "Paths", "class_shares"]
+__all__ = ["NAMED", "Attributes", "Branches", "Classify", "Paths", "class_shares", "stacked"]
 
 # Levels of a network that knows all of them, as EDM's sampler chooses (arXiv:2206.00364).
 HIGHEST, LOWEST = 80.0, 0.002
 PAIRS = 64  # trajectories of a block: a network's piece, and what an interrupted run loses at most
 NUMBERS = 2**16  # numbers in the states of one evaluation
+NAMED = "labels of "  # an attribute
 STREAMS = {"clones": 1, "u_turns": 2, "opportunity": 3}
 
 Classify = Callable[[torch.Tensor], torch.Tensor]
+Attributes = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 Tell = Callable[[int], None]
 
 
@@ -218,6 +220,8 @@ class Branches:
         def answers() -> str:
             noise = (u * torch.randn(8, *self.denoiser.shape, generator=g) for u in heights)
             out = function(torch.cat([ask(self.denoiser, x, float(u)) for x, u in zip(noise, heights)]))
+            if isinstance(out, Mapping):  # of attributes by name
+                out = np.concatenate([np.asarray(v).reshape(len(v), -1) for v in out.values()], axis=1)
             values = out.detach().cpu().tolist() if isinstance(out, torch.Tensor) else np.asarray(out).tolist()
             return digest(getattr(function, "__qualname__", type(function).__name__), values)
 
@@ -287,6 +291,15 @@ def _monotone(s: np.ndarray, falling: np.ndarray) -> np.ndarray:
     out = np.empty(falling.shape)
     out[:, order] = [isotonic_regression(values, increasing=False) for values in falling[:, order]]
     return out
+
+
+def stacked(said: list[np.ndarray | dict[str, np.ndarray]]) -> Arrays:
+    """Classes of images one level after the other as arrays [1 + G, n]: ``labels``, or one an attribute."""
+    arrays: Arrays = {}
+    for name in said[0] if isinstance(said[0], dict) else [""]:
+        each = [one[name] if isinstance(one, dict) else one for one in said]
+        arrays[f"{NAMED}{name}" if name else "labels"] = np.stack(each)
+    return arrays
 
 
 def class_shares(labels: np.ndarray, classes: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ Source: Biroli, Bonnaire, de Bortoli, Mézard 2024, arXiv:2402.18491; the monoto
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,16 +17,16 @@ from scipy import stats
 
 from symbreak.critical import CriticalTime, Curve, Levels, Result, curve, mean_curve
 from symbreak.intervals import percentiles
-from symbreak.laws.class_posterior import class_of
+from symbreak.laws.class_posterior import class_of, classes_by_name
 from symbreak.laws.clusters import kmeans
 from symbreak.laws.law import Law
 from symbreak.networks.denoiser import Denoiser
 from symbreak.noise import NoiseLevel
-from symbreak.phases.branches import Branches, Classify, Paths, Tell, class_shares
+from symbreak.phases.branches import NAMED, Attributes, Branches, Classify, Paths, Tell, class_shares, stacked
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
 
-__all__ = ["Clones", "clone_agreement", "clones"]
+__all__ = ["Clones", "clone_agreement", "clones", "clones_by_attribute"]
 
 SOURCE = "arXiv:2402.18491, phi halfway from sum_c pi_c^2 to 1"
 
@@ -114,17 +115,57 @@ def clones(
     >>> measured.crossing.low.sigma < 3.8 < measured.crossing.high.sigma     # phi = 3/4: z^2 = 16 / (1 + sigma^2)
     True
     """
-    branches = Branches(law_or_denoiser, sigma, steps, paths, shared=True)
-    if pairs < 2:
-        raise InputError(f"{pairs} pairs; expected at least 2.")
+    branches = _branches(law_or_denoiser, sigma, pairs, steps, paths)
     if classify is not None and clusters is not None:
         raise InputError("classify and clusters came together; pass one of them.")
     if clusters is not None and not 2 <= clusters <= pairs // 2:
         raise InputError(f"{clusters} clusters of {pairs} final images; expected at least 2, and two images for each.")
-    w = branches.weights(pairs, seeds)
     arrays = _ends(branches, branches.classifier(classify) if clusters is None else None, pairs, seeds, run)
-    ends = arrays["ends"][0]
     labels = arrays["labels"] if clusters is None else _clusters(arrays["ends"], clusters, seeds)
+    return _measured(branches, labels, arrays["ends"][0], branches.weights(pairs, seeds))
+
+
+def clones_by_attribute(
+    law_or_denoiser: Law | Denoiser,
+    sigma: Levels,
+    classify: Attributes,
+    pairs: int = 300,
+    steps: int = 40,
+    seeds: int = 0,
+    paths: Paths | None = None,
+    run: Run | None = None,
+) -> dict[str, Clones]:
+    """The level at which a sampler decides each of several attributes: one set of `clones` serves them all.
+
+    Args:
+        law_or_denoiser, sigma, pairs, steps, seeds, paths, run: as for `clones`.
+        classify: final images [B, *S] float32 -> by the attribute's name classes [B] or scores [B, K].
+
+    Returns:
+        `Clones` by attribute. They share their trajectories: the errors of attributes are correlated.
+
+    Raises:
+        InputError: as `clones`.
+
+    Source: arXiv:2402.18491.
+    """
+    branches = _branches(law_or_denoiser, sigma, pairs, steps, paths)
+    arrays = _ends(branches, classify, pairs, seeds, run, classes_by_name)
+    w, ends = branches.weights(pairs, seeds), arrays.pop("ends")[0]
+    return {key.removeprefix(NAMED): _measured(branches, labels, ends, w) for key, labels in arrays.items()}
+
+
+def _branches(source: Law | Denoiser, sigma: Levels, pairs: int, steps: int, paths: Paths | None) -> Branches:
+    """The trajectories of clones."""
+    branches = Branches(source, sigma, steps, paths, shared=True)
+    if pairs < 2:
+        raise InputError(f"{pairs} pairs; expected at least 2.")
+    return branches
+
+
+def _measured(branches: Branches, labels: np.ndarray, ends: np.ndarray, w: np.ndarray) -> Clones:
+    """What the classes [1 + G, pairs] of trunks and clones say, with the weights of `Branches.weights`."""
+    pairs = labels.shape[1]
     agree = (labels[1:] == labels[0]).T
     classes = np.unique(labels)
     priors, floor = class_shares(labels.T, classes, w)
@@ -197,17 +238,25 @@ def _with_steps(time: CriticalTime, grid: np.ndarray) -> CriticalTime:
     return replace(time, low=low, reason=reason)
 
 
-def _ends(branches: Branches, classify: Classify | None, pairs: int, seeds: int, run: Run | None) -> Arrays:
-    """``labels`` [1 + G, pairs] of trunks and clones, and the trunks' ``ends`` [1, pairs, *S]; without classify all."""
+def _ends(
+    branches: Branches,
+    classify: Classify | Attributes | None,
+    pairs: int,
+    seeds: int,
+    run: Run | None,
+    read: Callable[..., np.ndarray | dict[str, np.ndarray]] = class_of,
+) -> Arrays:
+    """``labels`` [1 + G, pairs] of trunks and clones, and the trunks' ``ends`` [1, pairs, *S]; without classify all.
+
+    Where several attributes are ``read``, labels of each.
+    """
 
     def make(rows: np.ndarray, g: torch.Generator, tell: Tell) -> Arrays:
         images = branches.images(len(rows), g, tell)
         if classify is None:
             return {"ends": images.float().cpu().numpy()}
-        return {
-            "labels": np.stack([class_of(classify, some) for some in images]),
-            "ends": images[:1].float().cpu().numpy(),
-        }
+        ends, said = images[:1].float().cpu().numpy(), [read(classify, some) for some in images]
+        return {"ends": ends, **stacked(said)}
 
     return branches.measure(run, "clones", pairs, make, classify, seeds=seeds)
 

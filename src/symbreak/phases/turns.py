@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from symbreak.critical import CriticalTime, Curve, Levels, Result, mean_curve
-from symbreak.laws.class_posterior import Labels, class_of, features_of, labels_of
+from symbreak.laws.class_posterior import Labels, class_of, classes_by_name, features_of, labels_of
 from symbreak.laws.law import Law
 from symbreak.networks.denoiser import Batches, Denoiser, images_for
-from symbreak.phases.branches import Branches, Classify, Paths, Tell
+from symbreak.phases.branches import NAMED, Attributes, Branches, Classify, Paths, Tell, stacked
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
 
-__all__ = ["UTurns", "u_turns"]
+__all__ = ["UTurns", "u_turns", "u_turns_by_attribute"]
 
 SOURCE = "arXiv:2402.16991, class change at half of 1 - sum_c p_c pi_c"
 
@@ -92,18 +92,66 @@ def u_turns(
     Source: arXiv:2402.16991.
     """
     branches = Branches(law_or_denoiser, sigma, steps, paths)
-    s, turns, count = branches.s, branches.paths.turns, len(branches.s)
-    x = images_for(branches.denoiser, images, s).to(branches.dtype)
-    n = len(x)
+    x, judge = images_for(branches.denoiser, images, branches.s).to(branches.dtype), branches.classifier(classify)
+    origin = class_of(judge, x) if labels is None else labels_of(labels, len(x))
+    arrays = _ends(branches, x, judge, features, seeds, run, class_of)
+    return _measured(branches, origin, arrays["labels"], arrays["distance"], branches.weights(len(x), seeds))
+
+
+def u_turns_by_attribute(
+    law_or_denoiser: Law | Denoiser,
+    images: Batches,
+    sigma: Levels,
+    classify: Attributes,
+    steps: int = 40,
+    seeds: int = 0,
+    paths: Paths | None = None,
+    run: Run | None = None,
+) -> dict[str, UTurns]:
+    """Which attributes of real images survive noise? One set of `u_turns` serves them all.
+
+    Args:
+        law_or_denoiser, images, sigma, steps, seeds, paths, run: as for `u_turns`.
+        classify: images [B, *S] float32 -> by the attribute's name classes [B] or scores [B, K]. What it says of the
+            images themselves is where they begin, so that its mistakes are no changes.
+
+    Returns:
+        `UTurns` by attribute; they share their trajectories, and so the distance in pixels.
+
+    Raises:
+        InputError: as `u_turns`.
+
+    Source: arXiv:2402.16991.
+    """
+    branches = Branches(law_or_denoiser, sigma, steps, paths)
+    x = images_for(branches.denoiser, images, branches.s).to(branches.dtype)
+    origin = classes_by_name(classify, x)
+    arrays = _ends(branches, x, classify, None, seeds, run, classes_by_name)
+    w, distance = branches.weights(len(x), seeds), arrays.pop("distance")
+    return {
+        name: _measured(branches, origin[name], labels, distance, w)
+        for key, labels in arrays.items()
+        for name in [key.removeprefix(NAMED)]
+    }
+
+
+def _ends(
+    branches: Branches,
+    x: torch.Tensor,
+    judge: Classify | Attributes,
+    features: Callable[[torch.Tensor], object] | None,
+    seeds: int,
+    run: Run | None,
+    read: Callable[..., np.ndarray | dict[str, np.ndarray]],
+) -> Arrays:
+    """Classes [1 + G, turns N] of a fresh sample and of the ends of each U-turn, and feature distances [G, turns N]."""
+    s, turns, n = branches.s, branches.paths.turns, len(x)
     if turns < 1:
         raise InputError(f"{turns} turns of each image; expected at least 1.")
-    judge = branches.classifier(classify)
-    origin = class_of(judge, x) if labels is None else labels_of(labels, n)
     seen = features_of(features or _pixels, x.float())
     scale = 2 * float(seen.var(axis=0, ddof=1).sum())
     if not scale > 0:
         raise InputError("all images have the same features; expected images that differ.")
-    w = branches.weights(n, seeds)
 
     def make(rows: np.ndarray, g: torch.Generator, tell: Tell) -> Arrays:
         clean = x[torch.from_numpy(rows % n)]
@@ -114,14 +162,21 @@ def u_turns(
         back = branches.images(len(clean), g, tell, join)
         moved = [features_of(features or _pixels, some.float()) - seen[rows % n] for some in back[1:]]
         return {
-            "labels": np.stack([class_of(judge, some) for some in back]),
+            **stacked([read(judge, some) for some in back]),
             "distance": np.stack([(a**2).sum(1) / scale for a in moved]),
         }
 
-    arrays = branches.measure(run, "u_turns", n * turns, make, judge, features, x, seeds=seeds)
-    ends = arrays["labels"].reshape(1 + count, turns, n)
+    return branches.measure(run, "u_turns", n * turns, make, judge, features, x, seeds=seeds)
+
+
+def _measured(
+    branches: Branches, origin: np.ndarray, labels: np.ndarray, distance: np.ndarray, w: np.ndarray
+) -> UTurns:
+    """What the classes of the images and of the ends say, see `_ends`, with the weights of `Branches.weights`."""
+    s, n, turns, count = branches.s, len(origin), branches.paths.turns, len(branches.s)
+    ends = labels.reshape(1 + count, turns, n)
     changed = (ends[1:] != origin).mean(1).T
-    distance = arrays["distance"].reshape(count, turns, n).mean(1).T
+    distance = distance.reshape(count, turns, n).mean(1).T
     classes = np.unique(np.append(ends, origin))
     data = np.stack([origin == c for c in classes], axis=1).astype(float)
     model = np.stack([(ends[0] == c).mean(0) for c in classes], axis=1)

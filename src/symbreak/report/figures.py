@@ -383,9 +383,19 @@ def attributes_figure(content: Values) -> Figure:
     from matplotlib.figure import Figure
 
     rows = [row for row in content["rows"] if row["level"] is not None]
-    figure = Figure(figsize=(9, 1.2 + 0.2 * len(rows)), layout="constrained")
-    ax = figure.subplots()
+    strip = (content.get("along") or {}).get("rows", [])
+    heights = [*[0.45 * len(strip)] * bool(strip), 1.0 + 0.2 * len(rows)]
+    figure = Figure(figsize=(WIDTH if strip else 9, sum(heights) + 0.2), layout="constrained")
+    *above, ax = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for i, row in enumerate(rows):
+        for name, marker in (("clones", "s"), ("u_turns", "^")):
+            critical = (row.get("network") or {}).get(name)
+            if critical and critical["level"] is not None:
+                color = COLORS[2] if row["network"]["classifier"]["resolved"] else COLORS[7]
+                ends = [(critical[k] or critical["level"])["sigma"] for k in ("low", "high")]
+                label = None if ax.get_legend_handles_labels()[1].count(name) else name
+                ax.plot(ends, [i + 0.25] * 2, color=color, linewidth=0.8, alpha=0.6)
+                ax.plot(critical["level"]["sigma"], i + 0.25, marker, color=color, markersize=4, label=label, ls="")
         at, color = row["level"]["sigma"], COLORS[0] if row["resolved"] else COLORS[7]
         ends = [at if row[k] is None else row[k]["sigma"] for k in ("low", "high")]
         ax.plot(ends, [i, i], color=color, linewidth=1.5)
@@ -394,6 +404,7 @@ def attributes_figure(content: Values) -> Figure:
             ax.plot(row["free_entropy"]["level"]["sigma"], i, "|", color=COLORS[3], markersize=8)
     if content["spectral"]["level"] is not None:
         ax.axvline(content["spectral"]["level"]["sigma"], color=COLORS[1], linestyle=":", label="spectral, all images")
+    if ax.get_legend_handles_labels()[1]:
         ax.legend(frameon=False, fontsize=8, loc="lower left")
     ax.set_yticks(range(len(rows)), [row["attribute"].replace("_", " ") for row in rows], fontsize=8)
     ax.set_ylim(len(rows) - 0.4, -0.6)
@@ -402,6 +413,8 @@ def attributes_figure(content: Values) -> Figure:
     _plain_ticks(ax.xaxis, [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)])
     ax.set_xlabel("sigma (noise falls to the right, as in generation)")
     _plain_frame(ax)
+    if strip:
+        _strip(above[0], content["along"])
     return figure
 
 

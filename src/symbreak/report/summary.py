@@ -54,6 +54,9 @@ def _attributes(content: Values, ax: Axes) -> None:
             color="C0",
         )
         ax.plot(row["level"]["sigma"], i, "o", color="C0", markerfacecolor="C0" if row["resolved"] else "white")
+        clones = (row.get("network") or {}).get("clones") or {}
+        if clones.get("level"):
+            ax.plot(clones["level"]["sigma"], i, "s", color="C2", markersize=4)
     ax.set_yticks(range(len(rows)), [row["attribute"] for row in rows], fontsize=7)
     sigma_axis(ax)
 

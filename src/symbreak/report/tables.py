@@ -285,7 +285,42 @@ def _attributes(record: Record, content: Values) -> tuple[dict[str, Table], list
         f"(told apart) is below {least:.0%}, and their levels say little.",
         f"Spectral speciation of all images: sigma {span(spectral, 'sigma')}. Intervals: 95 % over the images.",
     ]
-    return {"attributes": table}, content["notes"]
+    more = {"network": _attributes_of_network(content)} if content.get("network") else {}
+    return {"attributes": table, **more}, [*content["notes"], *content.get("network_notes", [])]
+
+
+def _attributes_of_network(content: Values) -> Table:
+    """What a network says of every attribute."""
+    known = [row for row in content["rows"] if row["network"] is not None]
+    informed = [row for row in known if row["network"]["information"] is not None]
+    table = Table(
+        f"The same of a network of {content['network']['parameters']:,} parameters, as classifiers read its images",
+        ("attribute",),
+        ("share of its images", "sigma, clones", f"step ({content['schedule']})", "sigma, U-turns")
+        + ("sigma, information 10 %", "90 %") * bool(informed)
+        + ("classifier right",),
+        ("resolved",),
+    )
+    for row in known:
+        of = row["network"]
+        views = [span(of["clones"], "sigma"), span(of["clones"], "step"), span(of["u_turns"], "sigma")]
+        if informed:
+            ends = of["information"] or {}
+            views += [span(ends[k], "sigma") if ends else Cell("") for k in ("high", "low")]
+        right, said = of["classifier"], Cell("no", kind="lose")
+        said = Cell("yes", kind="win") if right["resolved"] else said
+        accuracy = measured(right["value"], right["low"], right["high"], ".1%")
+        table.add(row["attribute"], number(of["share"], ".1%"), *views, accuracy, said)
+        for name, critical in (("clones", of["clones"]), ("U-turns", of["u_turns"])):
+            if critical["level"] is None and critical["reason"]:
+                table.notes.append(f"{row['attribute']}, {name}: {critical['reason']}")
+    table.notes += [
+        "Clones: ways down that part there have the same value at their ends, halfway from chance to always. U-turns: "
+        "images noised to there and denoised have another value, half as often as images that have nothing in common. "
+        "Classifiers are measured on held-out images; what they get wrong in half of the cases is no attribute of "
+        f"the samples: below {content['resolved']:.0%} levels say little."
+    ]
+    return table
 
 
 def _added(content: Values) -> Table:

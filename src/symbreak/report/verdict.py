@@ -292,6 +292,31 @@ def _audit(content: Values) -> list[str]:
 
 
 def _attributes(content: Values) -> list[str]:
+    return [*_attributes_of_data(content), *_attributes_of_network(content)]
+
+
+def _attributes_of_network(content: Values) -> list[str]:
+    """Whether a network decides the attributes later than two Gaussians tell them apart, by its clones."""
+    pairs = [
+        (row, row["network"]["clones"])
+        for row in content["rows"]
+        if row["resolved"] and row["level"] and row.get("network") and row["network"]["classifier"]["resolved"]
+    ]
+    pairs = [(row, clones) for row, clones in pairs if clones["level"] is not None]
+    if not pairs:
+        return []
+    ratios = sorted(clones["level"]["sigma"] / row["level"]["sigma"] for row, clones in pairs)
+    middle = ratios[len(ratios) // 2]
+    first = max(pairs, key=lambda pair: float(pair[1]["level"]["sigma"]))
+    last = min(pairs, key=lambda pair: float(pair[1]["level"]["sigma"]))
+    return [
+        f"By its clones the network decides {first[0]['attribute']} first, at {_at(first[1], False)}, and "
+        f"{last[0]['attribute']} last, at {_at(last[1], False)}: at {middle:.2g} times the level of the data, in the "
+        f"median of {len(pairs)} attributes."
+    ]
+
+
+def _attributes_of_data(content: Values) -> list[str]:
     rows = [row for row in content["rows"] if row["resolved"] and row["level"] is not None]
     if not rows:
         return [f"None of the {len(content['rows'])} attributes is told apart well enough to say when it is decided."]

@@ -14,6 +14,7 @@ from symbreak.critical import CriticalTime, Curve, crossing, share_curve
 from symbreak.intervals import mean_interval, proportion
 from symbreak.laws import Empirical, Gaussian, PrincipalMixture
 from symbreak.laws.class_posterior import class_of
+from symbreak.laws.law import Law, is_law
 from symbreak.metrics.feature_rows import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser, as_denoiser, fixed_class
@@ -234,15 +235,12 @@ def _beside(d: Diagnosis, law: str, losses: Losses) -> None:
     }
 
 
-def along(d: Diagnosis, network: Denoiser | None, laws: Laws) -> None:
-    """Some held-out images noised to levels along the axis, denoised there, and sampled again from there.
-
-    By the network; without one by the law of the classes, or by the Gaussian.
-    """
+def along(d: Diagnosis, source: Denoiser | Law) -> None:
+    """Some held-out images noised to levels along the axis, denoised there, and sampled again from there."""
     if len(d.data.shape) < 3:
         return  # vectors and signals: a picture of every level would be a figure of its own
-    name = "network" if network is not None else "Gaussian" if laws.classes is None else "class mixture"
-    denoiser = as_denoiser(network or laws.classes or laws.gaussian)
+    denoiser, law = as_denoiser(source), "class mixture" if isinstance(source, PrincipalMixture) else "Gaussian"
+    name = law if is_law(source) else "network"
     images, _ = some_images(d.test, ALONG, d.seed, even=True)
     images = images[:ALONG]
     levels = d.looked_at(ALONG_LEVELS, *denoiser.sigma_range)

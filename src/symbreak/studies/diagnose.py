@@ -37,7 +37,7 @@ from symbreak.studies.ask_data import class_laws, collapse, law_losses, laws_of,
 from symbreak.studies.ask_network import along, ask_network, class_reader, name_of
 from symbreak.studies.diagnosis import Diagnosis, Effort, some_images, spread_of
 
-__all__ = ["Effort", "diagnose"]
+__all__ = ["Effort", "about_network", "diagnose", "network_for"]
 
 
 NO_CLASSES = "No two classes of at least 2 images by the labels: no criterion of classes. Pass --clusters K for some."
@@ -90,7 +90,7 @@ def diagnose(
     effort, run = effort or Effort(), (run or Run()).taken()
     effort.check()
     model, without = _apart(model)
-    network = None if model is None else _network(model, data)
+    network = None if model is None else network_for(model, data)
     scheduler = getattr(model, "scheduler", None)
     if clusters is not None and not 2 <= clusters <= len(data) // 4:
         raise InputError(f"{clusters} clusters for {len(data):,} {data.noun}; expected 2 to {len(data) // 4:,}.")
@@ -146,8 +146,8 @@ def diagnose(
     collapse(d, laws)
     if network is not None:
         ask_network(d, network, laws, moments, reader, without)
-        content["network"] = _about(network)
-    along(d, network, laws)
+        content["network"] = about_network(network)
+    along(d, network or laws.classes or laws.gaussian)
     content |= {"schedule": name, "held_out": parts.to_dict(), **d.content()}
     content["verdict"] = sentences("phases", content)
     record = Record("phases", settings, content, versions(torch.get_num_threads()), run.timings)
@@ -167,7 +167,7 @@ def _apart(model: Model) -> tuple[Model, Denoiser | None]:
     return model, None
 
 
-def _network(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser:
+def network_for(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser:
     """The denoiser of a pipeline without conditions, a denoiser or a law, that makes samples like the data."""
     if isinstance(model, Denoises):  # a law knows all levels: those that the data need are asked about
         spread = spread_of(data)
@@ -193,7 +193,7 @@ def _network(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser:
     return network
 
 
-def _about(network: Denoiser) -> Values:
+def about_network(network: Denoiser) -> Values:
     """What a record says of a network."""
     inner = network_of(network)
     return {
