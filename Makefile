@@ -56,7 +56,7 @@ bench: $(STAMP)
 # The site, offline, into build/site: python -m http.server -d build/site (pages open from disk, the search does not).
 docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The pictures of the gallery; table and figure of the digits study, from `symbreak study` in build/study (make_docs.py).
 figures: $(STAMP)

@@ -1,4 +1,4 @@
-"""Hooks of the site that `make docs` builds: formulas as MathML, and the scripts of the gallery as pages."""
+"""Hooks of the site that `make docs` builds: formulas as MathML, pictures, links, scripts of the gallery as pages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
+NAMED = re.compile(r"\[([\w-]+\.md)\](?=\(\1)")  # a link that shows a file's name, as one reads it in a clone
+PICTURE = re.compile(r"^!\[([^\]]*)\]\(([^)]+)\)$", re.MULTILINE)
 MATH = re.compile(r"\$\$(.+?)\$\$|\$(?!\s)([^$\n]+(?:\n[^$\n]+)*?)(?<!\s)\$", re.DOTALL)
 ROOT = Path(__file__).parents[1]
 GALLERY = ROOT / "docs" / "gallery"
@@ -61,9 +63,15 @@ def gallery_page(name: str, text: str) -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Formulas between dollars as MathML, which browsers draw without a script."""
+    """Formulas between dollars as MathML, which browsers draw without a script; pictures that open; links by title."""
+    markdown = NAMED.sub(lambda link: f"[{_title(link[1])}]", PICTURE.sub(r"[![\1](\2)](\2)", markdown))
     pieces = CODE.split(markdown)
     return "".join(piece if i % 2 else MATH.sub(_mathml, piece) for i, piece in enumerate(pieces))
+
+
+def _title(page: str) -> str:
+    """The heading of a page of docs/."""
+    return (ROOT / "docs" / page).read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
 
 
 def _mathml(match: re.Match[str]) -> str:

@@ -108,6 +108,8 @@ def test_diffusers_own_guidance(classy, prediction):
         ({"unconditional": gaussian_law()}, "expected one shape"),
         ({"unconditional": "3"}, "neither a law"),
         ({"unconditional": 3}, "the null class 3 came for a law"),
+        ({"scale": None}, r"got no scale; .* Call sb.guided\(sb.denoiser\(unet, scheduler, class_labels="),
+        ({"conditional": torch.nn.Identity()}, r"got Identity, which is no denoiser; .* a scale. Call sb.guided"),
     ],
 )
 def test_bad_input(change, match):

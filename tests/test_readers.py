@@ -384,10 +384,12 @@ def test_label_columns_of_the_users_choice(tmp_path):
     assert sb.images("digits", labels="none").labels is None
 
 
-@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()])
+@pytest.mark.parametrize("kind", ["binary", "large_binary", "binary_view"])
 def test_columns_of_bytes(tmp_path, kind):
+    if not hasattr(pa, kind):
+        pytest.skip("this Arrow has no such column")
     try:
-        path = table(tmp_path / "x.parquet", {}, kind=kind)
+        path = table(tmp_path / "x.parquet", {}, kind=getattr(pa, kind)())
     except (pa.ArrowNotImplementedError, pa.ArrowInvalid):
         pytest.skip("this Arrow writes no such column")
     same(sb.images(path).tensor()[2], pixels(picture(2, mode="RGB")))

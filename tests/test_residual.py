@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import warnings
+from functools import partial
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -23,7 +25,7 @@ from symbreak.start.loading import _loaded, load_pipeline
 from symbreak.start.objectives import noising
 from symbreak.start.pipeline import LateStartPipeline
 from symbreak.start.recipe import Recipe
-from symbreak.start.train import train_network
+from symbreak.start.train import _Training, train_network
 from symbreak.start.training_law import _copies, training_law
 from tests.test_cli import symbreak
 
@@ -342,6 +344,24 @@ def test_minutes_become_steps_once(digits, tmp_path):
     tensors, _ = sb.runtime.files.read_tensors(tmp_path / "a" / "checkpoint.safetensors")
     result = train_network(digits, tmp_path / "a", recipe, law="auto")
     assert result["recipe"]["steps"] == int(tensors["seconds"][1]) == result["looks"]["rows"][-1]["step"]
+
+
+def test_minutes_count_looks_and_the_choice_of_a_start(digits, tmp_path, capsys):
+    looks = SimpleNamespace(seconds=[5.0], known=object())
+    training = SimpleNamespace(recipe=Recipe(minutes=10.0), looks=looks, losses=[0.0] * 100, steps=1000, spent=300.0)
+    training._left = partial(_Training._left, training)
+    # 300 s are left, less 5 looks for the last one and the choice of a start, less what looks may still take
+    assert training._left() == 300 - 25 - (60 - 5)
+    _Training.paced(training, 205.0, 100)  # 2 s a step
+    assert training.steps == 100 + 110
+    _Training.paced(training, 15.0, 100)  # never more than were planned
+    assert training.steps == 210
+    assert _Training.affordable(training)
+    looks.seconds = [5.0] * 12
+    assert not _Training.affordable(training)
+    made = train_network(digits, tmp_path / "a", dataclasses.replace(SMALL, minutes=1e-3), law="auto")
+    assert made["recipe"]["steps"] == 16
+    assert "s of 0.001 minutes are spent before the first step: 16 steps are made." in capsys.readouterr().err
 
 
 def test_a_law_that_was_fitted_elsewhere(digits, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -17,7 +18,7 @@ from symbreak.networks.samplers import SAMPLERS, scheduler
 from symbreak.noise import NoiseLevel, schedule
 from symbreak.runtime.files import InputError
 from symbreak.start.cut_schedule import SUPPORTED
-from symbreak.start.fit import late_start
+from symbreak.start.fit import fit_start, late_start
 from symbreak.start.late_start import LateStart, standard_start
 from tests.worlds import gaussian_law
 
@@ -168,6 +169,23 @@ def test_a_late_start_has_less_discretization_error():
 def test_unsupported_schedulers_are_refused_with_the_mend(cls, mend):
     with pytest.raises(InputError, match=f"{cls} cannot be cut.*{mend}"):
         late_start(getattr(diffusers, cls)(), gaussian_law(), 5, at=400)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda name: late_start(name, gaussian_law(), 3),
+        lambda name: fit_start(None, as_unet(gaussian_law(), scheduler("ddim")), name),
+        lambda name: standard_start(name, 3),
+        lambda name: denoiser(as_unet(gaussian_law(), scheduler("ddim")), name),
+        lambda name: scheduler("ddim", like=name),
+    ],
+)
+def test_a_name_or_a_pipeline_in_a_schedulers_place(call):
+    with pytest.raises(InputError, match=r"'dpm\+\+2m' is a name; .* Pass sb.scheduler\('dpm\+\+2m', like="):
+        call("dpm++2m")
+    with pytest.raises(InputError, match="SimpleNamespace came in a scheduler's place, and has one"):
+        call(SimpleNamespace(scheduler=scheduler("ddim")))
 
 
 def test_pure_noise_has_no_late_start_but_a_standard_one():

@@ -91,6 +91,19 @@ def each(objects):
             yield name, one
 
 
+def test_denoisers_say_what_they_denoise(objects):
+    net = "NetworkDenoiser(UNet2DModel, predicts epsilon, shape=(1, 8, 8), sigma 0.01 .. 157.4)"
+    assert repr(objects["denoiser"]) == net
+    assert (
+        repr(objects["denoiser"].bind(class_labels=torch.tensor([3])))[:-1]
+        == f"{net[:-1]}, class_labels=int64[1] 3 .. 3"
+    )
+    assert repr(objects["guided"]).startswith(f"Guided({net}, scale=2, window=(0.0, inf), shape=(1, 8, 8), ")
+    assert repr(objects["as_unet"]).startswith("as_unet(LawDenoiser(Gaussian(shape=(1, 8, 8), ")
+    own = sb.denoiser(lambda x, sigma: x, shape=(2,), sigma_range=(0.02, 80.0))
+    assert repr(own) == "SigmaDenoiser(<lambda>, k-diffusion, shape=(2,), sigma 0.02 .. 80)"
+
+
 FOREIGN = ("scheduler", "pipeline", "late_sigmas")  # of diffusers and torch
 
 

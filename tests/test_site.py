@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import symbreak as sb
-from tests.webdriver import browser  # noqa: F401
+from tests.browser import browser  # noqa: F401
 
 mpl.use("Agg")
 ROOT = Path(__file__).parents[1]
@@ -105,15 +105,15 @@ def test_the_site_asks_nobody_else(site):
 
 @pytest.mark.slow
 def test_the_site_in_a_browser(site, browser):  # noqa: F811
-    _, address = site
-    browser.ask("POST", "/url", {"url": f"{address}/index.html"})
+    folder, address = site
+    browser.open(f"{address}/index.html")
     for width in (1200, 480):
         browser.resize(width, 900)
-        for page in ("index.html", "choosing-a-start.html", "gallery/digits_decide.html", "reference/phases.html"):
-            browser.ask("POST", "/url", {"url": f"{address}/{page}"})
-            assert browser.run("return document.documentElement.scrollWidth - window.innerWidth") <= 0, (page, width)
+        for page in sorted(str(p.relative_to(folder)) for p in folder.rglob("*.html")):
+            browser.open(f"{address}/{page}")
+            assert browser.overflow() <= 0, (page, width)
     browser.resize(1200, 900)
-    browser.ask("POST", "/url", {"url": f"{address}/index.html"})
+    browser.open(f"{address}/index.html")
     browser.run(
         """const q = document.querySelector(".md-search__input"); q.focus();
         document.getElementById("__search").checked = true; q.value = "speciation";

@@ -21,7 +21,7 @@ from symbreak.report.record import Record
 from symbreak.runtime.files import InputError
 from symbreak.studies.point_network import train_point_network
 from symbreak.studies.worlds import WORLDS, draw_world, explore_world
-from tests.webdriver import browser  # noqa: F401
+from tests.browser import browser  # noqa: F401
 
 THETA_C = math.sqrt(math.sqrt(2) - 1)
 
@@ -150,6 +150,22 @@ def test_laws_of_the_command(tmp_path):
     assert len(_own_law("data", str(points), None, None, None, None)) == 500
 
 
+def test_points_of_many_dimensions_are_shown_in_their_leading_directions():
+    generator = torch.Generator().manual_seed(0)
+    few = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+    few = (few - few.mean(0)) * torch.tensor([3.0, 2.0, 1.0])
+    turn = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64))[0]
+    plane, whole = Empirical(few), Empirical((few @ turn[:3] + 5).reshape(12, 1, 5, 8))
+    a, b = explore_world(plane), explore_world(whole)
+    assert a.content["notes"] == []
+    assert "of 40 dimensions are shown in their 16 leading principal directions, with 100.0%" in b.content["notes"][0]
+    # 13 directions without any variance change nothing but the draws of the collapse
+    for one, other in zip(a.content["critical"], b.content["critical"], strict=True):
+        assert one["name"] == other["name"]
+        if one["level"] is not None and not one["name"].startswith("collapse"):
+            assert one["level"]["sigma"] == pytest.approx(other["level"]["sigma"], rel=1e-4), one["name"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -166,7 +182,6 @@ def test_laws_of_the_command(tmp_path):
         ("two-deltas --dim 3", "belongs to symbreak world sphere"),
         ("data", "FILE of symbreak world data FILE is missing"),
         ("data no.csv", "no.csv does not exist"),
-        ("data digits", "64 dimensions"),
         ("data SAME", "no spread"),
     ],
 )
@@ -318,7 +333,7 @@ END, HOME, LEFT = "\ue010", "\ue011", "\ue012"
 
 def test_slider_splits_the_potential(browser, two_deltas, tmp_path):  # noqa: F811
     path = write_report(two_deltas, tmp_path / "world.html")
-    browser.ask("POST", "/url", {"url": path.as_uri()})
+    browser.open(path.as_uri())
     sigma = two_deltas.content["sigma"]
     high = keys(browser, HOME)
     assert float(high["sigma"]) == pytest.approx(sigma[0], rel=1e-9)
@@ -353,7 +368,7 @@ def test_slider_splits_the_potential(browser, two_deltas, tmp_path):  # noqa: F8
 def test_link_and_click_set_the_level(browser, mixture, tmp_path):  # noqa: F811
     path = write_report(mixture, tmp_path / "world.html")
     sigma = np.array(mixture.content["sigma"])
-    browser.ask("POST", "/url", {"url": path.as_uri() + "#sigma=1.83"})
+    browser.open(path.as_uri() + "#sigma=1.83")
     at = float(browser.run("return document.getElementById('well').dataset.sigma"))
     assert at == pytest.approx(sigma[np.abs(np.log(sigma / 1.83)).argmin()], rel=1e-9)
     # between the fold and the centre's own crossing there are two wells on the axis: centre and class 0
@@ -370,7 +385,7 @@ def test_link_and_click_set_the_level(browser, mixture, tmp_path):  # noqa: F811
 
 def test_panels_are_saved_and_fit_a_telephone(browser, mixture, tmp_path):  # noqa: F811
     path = write_report(mixture, tmp_path / "world.html")
-    browser.ask("POST", "/url", {"url": path.as_uri()})
+    browser.open(path.as_uri())
     panels = ("well", "map", "fork", "paths", "times")
     sigma = mixture.content["sigma"]
     lines = {r["level"]["sigma"] for r in mixture.content["critical"] if r["level"]}
@@ -396,7 +411,7 @@ def test_panels_are_saved_and_fit_a_telephone(browser, mixture, tmp_path):  # no
         if name == "map":  # painted, not blank
             assert len(picture.convert("RGB").crop((110, 40, 900, 500)).getcolors(2**20)) > 100
     browser.resize(480, 900)
-    assert browser.run("const d = document.documentElement; return d.scrollWidth - d.clientWidth") <= 0
+    assert browser.overflow() <= 0
     wide = "return [...document.querySelectorAll('.scroll')].some(e => e.scrollWidth > e.clientWidth)"
     assert not browser.run(wide)
     assert browser.run("return document.getElementById('times').viewBox.baseVal.width") == 520

@@ -597,7 +597,10 @@ def train(
     out: Annotated[Path, option(None, "folder for the diffusers pipeline")],
     recipe: Annotated[Path | None, option(None, "JSON settings; see recipes/")] = None,
     steps: Annotated[int | None, option(None, "optimizer steps, instead of the recipe's")] = None,
-    minutes: Annotated[float | None, option(None, "train for so long, instead of a number of steps")] = None,
+    minutes: Annotated[
+        float | None,
+        option(None, "train for so long in all, with the law, the previews and the start; 16 steps at least"),
+    ] = None,
     residual: Annotated[
         bool, flag(None, "fit a law to the data, and train only what it does not know; brings its own start")
     ] = False,

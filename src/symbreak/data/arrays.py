@@ -188,7 +188,10 @@ def _layout(name: str, shape: tuple[int, ...], layout: str | None) -> tuple[str,
         return "NHW", ()
     fits = [kind for kind, axis in (("NHWC", -1), ("NCHW", 1)) if len(shape) == 4 and shape[axis] in (1, 3)]
     if not fits:
-        raise InputError(f"{said}. Expected [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels.")
+        raise InputError(
+            f"{said}. Expected [N, H, W], [N, H, W, C] or [N, C, H, W] with 1 or 3 channels. What is no pictures, such "
+            "as rows of a table, is opened with sb.samples(array, scale='standard') (--scale standard)."
+        )
     if len(fits) == 2:
         raise InputError(f"{said}, which may be NCHW or NHWC. Say which with layout=NCHW (--layout NCHW).")
     return fits[0], (f"The shape {tuple(shape)} is read as {fits[0]}.",) if fits[0] == "NHWC" else ()

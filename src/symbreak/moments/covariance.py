@@ -202,6 +202,7 @@ def eigendecomposed(c: np.ndarray, name: str, driver: str | None = None) -> tupl
     Raises:
         InputError: where an eigenvalue lies below zero by more than rounding.
     """
+    driver = driver if len(c) > 1 else None  # scipy 1.12's evd fails for a single number
     values, vectors = scipy.linalg.eigh(c, driver=driver)
     if values[0] < -1e-9 * max(abs(values[-1]), 1e-300) * math.sqrt(len(values)):
         raise InputError(f"{name} has the eigenvalue {values[0]:.3g}; expected a positive semidefinite matrix.")

@@ -9,7 +9,7 @@ are adapted to one (`symbreak.networks.families.denoiser`). x is a VE state [B, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
@@ -20,6 +20,7 @@ from symbreak.runtime.files import InputError, digest
 from symbreak.runtime.identity import Identity, of_device, of_scheduler, weights_hash
 from symbreak.runtime.ranks import agreed
 from symbreak.runtime.run import Run
+from symbreak.runtime.shown import LONGEST, brief, shortened
 
 __all__ = [
     "Batches",
@@ -34,6 +35,7 @@ __all__ = [
     "fingerprints",
     "fixed_class",
     "images_for",
+    "in_words",
     "network_of",
     "null_label",
     "of_network",
@@ -61,7 +63,7 @@ class Denoiser(Protocol):
         """Smallest and largest sigma."""
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
-        """E[x_0 | x] [B, *S] for VE states x [B, *S]."""
+        """E[x_0 | x], [B, *S] for VE states x [B, *S]."""
 
 
 @runtime_checkable
@@ -81,8 +83,19 @@ class LawDenoiser:
         self.law, self.sigma_range = law, sigma_range
         self.shape: tuple[int, ...] = tuple(law.shape)
 
+    def __repr__(self) -> str:
+        return in_words(self, repr(self.law))
+
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         return self.law.denoise(x, sigma)
+
+
+def in_words(denoiser: Denoiser, what: str, condition: Mapping[str, object] | None = None) -> str:
+    """A denoiser in a line: what it is, its shape, the levels that it knows, and what it is told."""
+    low, high = denoiser.sigma_range
+    told = "".join(f", {name}={brief(value)}" for name, value in (condition or {}).items())
+    levels = f"sigma {low:.4g} .. {high:.4g}"
+    return shortened(f"{type(denoiser).__name__}({what}, shape={tuple(denoiser.shape)}, {levels}{told})", LONGEST)
 
 
 def as_denoiser(law_or_denoiser: Denoises | Denoiser) -> Denoiser:

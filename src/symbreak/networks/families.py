@@ -31,9 +31,9 @@ from symbreak.networks.adapters import (
     sample_shape,
     takes_sigma,
 )
-from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser, network_of, null_label, open_classes
+from symbreak.networks.denoiser import Denoiser, Denoises, as_denoiser, in_words, network_of, null_label, open_classes
 from symbreak.networks.own_call import of_pipeline
-from symbreak.networks.samplers import kind_of
+from symbreak.networks.samplers import check_is_scheduler, kind_of
 from symbreak.networks.samplers import scheduler as named_scheduler
 from symbreak.networks.types import Network, Scheduler
 from symbreak.noise import NoiseLevel, schedule, sigma_of
@@ -151,6 +151,10 @@ class NetworkDenoiser:
         self.schedule, self.prediction = self.says.schedule, self.says.prediction
         self.shape: tuple[int, ...] = sample_shape(self.unet)
 
+    def __repr__(self) -> str:
+        network = self.unet.network if isinstance(self.unet, Adapted) else self.unet
+        return in_words(self, f"{type(network).__name__}, predicts {self.prediction}", self.condition)
+
     @property
     def sigma_range(self) -> tuple[float, float]:
         """Levels the network was trained on."""
@@ -197,6 +201,10 @@ class SigmaDenoiser:
         self.model, self.shape, self.sigma_range, self.condition = model, shape, sigma_range, condition
         self.family = family
         self.num_class_embeds, self.null_label = FAMILIES[family].classes(model)
+
+    def __repr__(self) -> str:
+        name = getattr(self.model, "__name__", type(self.model).__name__)
+        return in_words(self, f"{name}, {self.family}", self.condition)
 
     def bind(self, **condition: object) -> SigmaDenoiser:
         """The same denoiser with a condition fixed, e.g. ``bind(class_labels=y)``."""
@@ -269,6 +277,7 @@ def denoiser(
             raise InputError("a pipeline came with a scheduler or a family of its own. Leave them out.")
         network, scheduler, condition = of_pipeline(unet, shape, condition)
         return NetworkDenoiser(network, scheduler, **condition)
+    check_is_scheduler(scheduler)
     key = None if isinstance(unet, Adapted) else family_of(unet, family, scheduler is not None)
     if key is None or not FAMILIES[key].sigma:
         of = FAMILIES[unet.family if key is None else key]
@@ -326,6 +335,9 @@ class _Posing(torch.nn.Module):
             **({"sample_size": shape[1:]} if len(shape) == 3 else {"sample_shape": shape}),
         )
         self.dtype = torch.float32
+
+    def __repr__(self) -> str:
+        return f"as_unet({self.source!r})"
 
     @property
     def device(self) -> torch.device:

@@ -15,6 +15,7 @@ from symbreak.networks.denoiser import (
     as_denoiser,
     class_count,
     fixed_class,
+    in_words,
     network_of,
     null_label,
 )
@@ -99,6 +100,9 @@ class Guided:
         if network is not None:
             self.unet = network  # by which others know where it runs, its weights and its classes
 
+    def __repr__(self) -> str:
+        return in_words(self, f"{self.conditional!r}, scale={self.scale:g}, window={self.window}")
+
     @property
     def guidance(self) -> dict[str, object]:
         """What decides its answers beside those of the two, as plain values; an end of ``None`` is none."""
@@ -164,7 +168,7 @@ def _joined(first: Mapping[str, object], last: Mapping[str, object], rows: int) 
 def guided(
     conditional: Denoises | Denoiser,
     unconditional: Denoises | Denoiser | int,
-    scale: float,
+    scale: float | None = None,
     window: tuple[float, float] | None = None,
 ) -> Guided:
     """Classifier-free guidance as a denoiser, in a window of noise levels.
@@ -176,7 +180,7 @@ def guided(
     Args:
         conditional: law or denoiser D_c, such as ``sb.denoiser(unet, scheduler, class_labels=y)``.
         unconditional: law or denoiser D_u, such as the same network with its null class; or the label of that class.
-        scale: w; 1 is the conditional denoiser alone, which then is the only one that is evaluated.
+        scale: w, which has to be passed; 1 is the conditional denoiser alone, which then is the only one evaluated.
         window: (low, high), such as the ``levels`` of `guidance_window`; by default every level.
 
     Returns:
@@ -195,6 +199,15 @@ def guided(
     >>> d.evaluations(1.0), d.evaluations(3.0)
     (2, 1)
     """
+    network = not isinstance(conditional, Denoises | Denoiser)
+    if network or scale is None:
+        null, classes = (f(getattr(conditional, "unet", conditional)) for f in (null_label, class_count))
+        label = null if null is not None else "NULL" if classes is None else classes - 1
+        what = f"{type(conditional).__name__}, which is no denoiser" if network else "no scale"
+        raise InputError(
+            f"guided() got {what}; expected the denoiser of a class, the label of the null class, and a scale. Call "
+            f"sb.guided(sb.denoiser(unet, scheduler, class_labels=torch.tensor([3])), {label}, scale=2.0)."
+        )
     try:
         c = as_denoiser(conditional)
         u = without_condition(c, unconditional) if isinstance(unconditional, int) else as_denoiser(unconditional)

@@ -179,7 +179,7 @@ class LawResidual(torch.nn.Module):
     def forward(
         self, x: torch.Tensor, sigma: float | torch.Tensor, class_labels: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """E[x_0 | x] [B, *S] for VE states x [B, *S]; sigma a number or [B]."""
+        """E[x_0 | x], [B, *S] for VE states x [B, *S]; sigma a number or [B]."""
         s = torch.as_tensor(sigma_of(sigma), dtype=x.dtype, device=x.device).reshape(-1)
         s = s.expand(len(x)) if len(s) == 1 else s
         base = law_answer(self.law, x, s, class_labels, self.fade)

@@ -102,6 +102,19 @@ def fixed_shift(scheduler: Scheduler, mu: float) -> Scheduler:
     return type(scheduler).from_config(dict(scheduler.config), **shift)
 
 
+def check_is_scheduler(scheduler: object) -> None:
+    """A sampler's name, or a pipeline, in a scheduler's place raises an error that says what to pass."""
+    if isinstance(scheduler, str):
+        raise InputError(
+            f"the scheduler {scheduler!r} is a name; expected a scheduler of diffusers. Pass "
+            f"sb.scheduler({scheduler!r}, like=...), with the network's own scheduler in like, as pipe.scheduler is."
+        )
+    if hasattr(scheduler, "scheduler") and not hasattr(scheduler, "sigma_range"):
+        raise InputError(
+            f"{type(scheduler).__name__} came in a scheduler's place, and has one. Pass its own, as pipe.scheduler."
+        )
+
+
 def levels_scheduler(low: float, high: float) -> Scheduler:
     """A DDPM scheduler of 1,000 levels from sigma ``low`` to ``high``, evenly in sigma^(1/7), which cuts no sample.
 
@@ -146,6 +159,7 @@ def scheduler(name: str, like: Scheduler | Levels | None = None, **settings: obj
         if name.startswith("flow-"):
             betas = {"prediction_type": "flow_prediction"} if "use_flow_sigmas" in changes else {}
         return cls(**({} if name.startswith("edm") else betas) | changes | settings)
+    check_is_scheduler(like)
     if isinstance(like, Levels):
         low, high = max(1.001 * like.sigma_range[0], LEAST_LEVEL), min(like.sigma_range[1] / 1.001, MOST_LEVEL)
         if name.startswith("edm"):

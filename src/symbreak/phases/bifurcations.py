@@ -59,7 +59,7 @@ def bifurcation(
         flow: ``"sde"`` (reverse SDE) or ``"ode"`` (probability flow).
         frame: ``"vp"`` or ``"ve"``. Quote sde/vp to compare with the paper; use VE to claim that
             something breaks, since VP fires for a single Gaussian of variance above 2 too.
-        x0: a guess of the clean state E[x_0 | x*] [*S] of the central fixed point; by default the mean.
+        x0: a guess of the clean state E[x_0 | x*], [*S] of the central fixed point; by default the mean.
         criterion: ``"centre"`` or ``"wells"``.
         starts: clean samples [n, *S] to look for wells from; by default draws of the law.
 

@@ -777,7 +777,7 @@ def fixed_points(
         flow: ``"sde"`` or ``"ode"``.
         frame: ``"vp"`` or ``"ve"``.
         starts: clean samples [n, *S] to look from; by default draws of the law.
-        x0: a guess of the clean state E[x_0 | x*] [*S] of the central fixed point.
+        x0: a guess of the clean state E[x_0 | x*], [*S] of the central fixed point.
 
     Returns:
         `FixedPoints`; points are states of the frame named. The search is by sampling: a branch whose

@@ -161,7 +161,7 @@ def network_stability(
         sigma: levels [G].
         flow: ``"sde"`` (reverse SDE) or ``"ode"`` (probability flow); alike in VE.
         frame: ``"ve"`` or ``"vp"``. VP criteria depend on the data's scale and can fire where nothing breaks.
-        x0: a guess of the clean state E[x_0 | x*] [*S] at high noise; by default zero (a law's mean).
+        x0: a guess of the clean state E[x_0 | x*], [*S] at high noise; by default zero (a law's mean).
         directions: leading eigenvalues and directions to keep, k.
         seed: of the trajectories whose ends look for wells, and of the spread in the interval.
         starts: clean samples [n, *S] to look for wells from; by default the ends of 16 trajectories of the

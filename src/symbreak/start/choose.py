@@ -133,12 +133,13 @@ class Choice(Shown):
     def sentence(self) -> str:
         """What was chosen, in one sentence."""
         best, usual = self.chosen, self.standard
+        grid = "on the scheduler's own grid" if best.grid == "own" else f"on the grid {best.grid}"
         against = "Squared error of an image that the start adds, less the network's own where a law takes its place:"
         if best.law is None:
-            return f"{against} {best.cost:.3g} for the standard start on the grid {best.grid}, and no late start less."
+            return f"{against} {best.cost:.3g} for the standard start {grid}, and no late start less."
         return (
-            f"{against} {best.cost:.3g} for {self.laws[best.law]} at sigma {best.level.sigma:.3g} on the grid "
-            f"{best.grid} ({best.law_cost:.2g} for the law, {best.sampler_cost:.2g} for the sampler), {usual.cost:.3g} "
+            f"{against} {best.cost:.3g} for {self.laws[best.law]} at sigma {best.level.sigma:.3g} {grid} "
+            f"({best.law_cost:.2g} for the law, {best.sampler_cost:.2g} for the sampler), {usual.cost:.3g} "
             "for the standard start."
         )
 

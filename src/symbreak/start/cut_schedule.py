@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from symbreak.networks.samplers import realised_betas
+from symbreak.networks.samplers import check_is_scheduler, realised_betas
 from symbreak.networks.types import Scheduler
 from symbreak.noise import NoiseLevel, Schedule, flow_sigmas, schedule
 from symbreak.runtime.files import InputError
@@ -110,6 +110,7 @@ def check_unclipped(scheduler: Scheduler, what: str) -> None:
 
 def check_scheduler(scheduler: Scheduler) -> None:
     """A scheduler that cannot be cut raises an error that names one that can."""
+    check_is_scheduler(scheduler)
     name = type(scheduler).__name__
     if name not in SUPPORTED:
         instead = INSTEAD.get(name, f"use one of {', '.join(sorted(SUPPORTED))}")

@@ -26,6 +26,7 @@ from symbreak.laws.law import Transports
 from symbreak.laws.saving import law_from_tensors, law_tensors
 from symbreak.networks.denoiser import Denoiser, Denoises, LawDenoiser, as_denoiser
 from symbreak.networks.foreign import check_settings
+from symbreak.networks.samplers import check_is_scheduler
 from symbreak.networks.types import Pipeline, Scheduler
 from symbreak.noise import NoiseLevel, schedule, sigma_of
 from symbreak.runtime.files import InputError, read_tensors, write_tensors
@@ -504,6 +505,7 @@ def standard_start(scheduler: Scheduler, steps: int, spacing: str | None = None)
         spacing: ``"leading"``, ``"linspace"`` or ``"trailing"``; ``None`` keeps the scheduler's own.
     """
     check_steps(steps)
+    check_is_scheduler(scheduler)
     cls = type(scheduler)
     if spacing is not None and not takes(scheduler, "timestep_spacing"):
         raise InputError(f"{cls.__name__} has no timestep_spacing. Leave spacing out.")

@@ -37,7 +37,9 @@ class Recipe:
         seed: of initial weights, data order, noise and dropout.
         conditional: whether the network is told the class of its images, a tenth of them without: the class after the
             last one stands for none.
-        minutes: train for so long instead of ``steps``: as many steps as this machine makes in that time.
+        minutes: train for so long instead of ``steps``: as many steps as this machine makes in that time, from the
+            reading of the images to the written network, 16 at least; counted anew at every look, for a machine may
+            get busy.
         clusters: with a law that is fitted: its components, by default one for 20 images and at most 60.
         folds: with a law that is fitted: laws that leave a part of the images out, which a network is trained at.
         top: with a law: sigma above which it answers alone; by default `TOP` standard deviations of the leading mode.

@@ -54,7 +54,10 @@ PARTS = (  # of a pipeline: without one of them it cannot be loaded
 )
 MACHINE = ("ranks", "threads", "device")  # of which a network that is finished is independent
 WARM, TIMED = 2, 5  # steps by which the time of one is measured
-SPENT = 0.85  # share of the minutes that goes into steps; the rest is for the looks and the choice of a start
+FEWEST = 2 * TIMES  # steps, however few minutes there are
+LOOKING = 0.1  # share of the minutes that looks may take
+AFTER = 0.15  # share of the minutes for what follows the steps, before a look has been timed
+CHOICE = 4  # looks that the choice of a start takes the time of
 
 
 def _is_picture(shape: tuple[int, ...]) -> bool:
@@ -352,6 +355,11 @@ class _Training:
         self._began, self._before = time.monotonic(), 0.0
 
     @property
+    def spent(self) -> float:
+        """Seconds since reading began, and those of the steps before an interruption."""
+        return self._before + time.monotonic() - self.job.began
+
+    @property
     def seconds(self) -> float:
         """Seconds spent, with those before an interruption."""
         return self._before + time.monotonic() - self._began
@@ -381,13 +389,33 @@ class _Training:
             times.append(time.perf_counter() - began)
         self.optimizer.zero_grad(set_to_none=True)
         each = sorted(times[WARM:])[TIMED // 2]
-        left = 60 * minutes - (time.monotonic() - self.job.began)  # what reading and the law took is spent
-        self.steps = agreed(lambda: max(2 * TIMES, int(SPENT * left / each)))
+        if (left := self._left()) < FEWEST * each:
+            note(f"{self.spent:.0f} s of {minutes:g} minutes are spent before the first step: {FEWEST} steps are made.")
+        self.steps = agreed(lambda: max(FEWEST, int(left / each)))
+
+    def _left(self) -> float:
+        """Seconds of the recipe's minutes for further steps, less those for looks and the choice of a start."""
+        whole, looks = 60 * (self.recipe.minutes or 0), self.looks.seconds
+        after = (1 + CHOICE * (self.looks.known is not None)) * looks[-1] if looks else AFTER * whole
+        return whole - self.spent - after - max(0.0, LOOKING * whole - sum(looks))
+
+    def affordable(self) -> bool:
+        """Whether one more look leaves the share of the minutes to looks that it may have."""
+        looks, minutes = self.looks.seconds, self.recipe.minutes
+        return minutes is None or agreed(lambda: sum(looks) + (looks[-1] if looks else 0.0) <= LOOKING * 60 * minutes)
+
+    def paced(self, seconds: float, steps: int) -> None:
+        """Fewer steps than were planned where a busy machine has made so many of them in so many seconds, and looks."""
+        if self.recipe.minutes is not None:
+            each, done = (seconds - sum(self.looks.seconds)) / steps, len(self.losses)
+            more = max(1, int(self._left() / max(each, 1e-9)))
+            self.steps = agreed(lambda: min(self.steps, max(FEWEST, done + more)))
 
     def go_on(self, images: Shards, every: float, run: Run) -> None:
         """Steps up to the last one, with a checkpoint every so many seconds and where the run is interrupted."""
         recipe, saved = self.recipe, time.monotonic()
         self.budgeted(images)
+        began, before = time.monotonic(), len(self.losses)
         per_epoch = max(1, len(images) // recipe.batch)
         whole = True  # weights, average and step count belong together
         epoch, order = -1, torch.empty(0, dtype=torch.long)
@@ -406,9 +434,13 @@ class _Training:
                 self.optimizer.step()
                 self.average.step(self.parameters)
                 self.losses.append(value)
+                last = step + 1 == self.steps
                 if self.looks.due(step + 1, self.steps) and self.finite():
-                    with self.averaged():
-                        self.looks.look(self.objective.unet(), step + 1, self.device)
+                    if last or self.affordable():
+                        with self.averaged():
+                            self.looks.look(self.objective.unet(), step + 1, self.device)
+                    if not last:
+                        self.paced(time.monotonic() - began, step + 1 - before)
                 whole = True
                 if (step + 1) % 10 == 0 or step + 1 == self.steps:
                     run.tell(step + 1, self.steps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ class Looks:
             is told none.
 
     Attributes:
+        seconds: that each look of this process took.
         rows: step and held-out squared error per element at each of ``sigma``, a row a look.
     """
 
@@ -69,6 +71,7 @@ class Looks:
         self.rows: list[list[float]] = []
         self.sigma: list[float] = []
         self.law: list[float] = []
+        self.seconds: list[float] = []
         if known is not None:
             held = self.clean = known.parts.test.tensor()
             self.labels = None if labels is None else known.parts.test.labels
@@ -86,6 +89,11 @@ class Looks:
 
     def look(self, unet: Network, step: int, device: torch.device) -> None:
         """Held-out losses, and a grid of samples of fixed seeds."""
+        began = time.monotonic()
+        self._look(unet, step, device)
+        self.seconds.append(time.monotonic() - began)
+
+    def _look(self, unet: Network, step: int, device: torch.device) -> None:
         with torch.inference_mode():
             if self.known is not None:
                 network = denoiser(unet, noising())

@@ -50,7 +50,7 @@ __all__ = ["WORLDS", "check_world", "draw_world", "explore_world"]
 FLOW = "sde"  # in which potential and fixed points are drawn
 TRAJECTORIES = 60
 STARTS = 8  # samples of an empirical law from which fixed points are looked for
-LARGEST, LARGEST_OF_POINTS = 256, 16  # dimensions; the search of fixed points takes minutes in more
+LARGEST, DIRECTIONS = 256, 16  # dimensions of a law, and of points; the search of fixed points takes minutes in more
 SUBSTEPS = 3  # posterior steps between two levels that are drawn
 Points = Law | Denoiser
 
@@ -247,8 +247,26 @@ def _digits() -> World:
 WORLDS = {"two-deltas": _two_deltas, "sphere": _sphere, "mixture": _mixture, "digits": _digits}
 
 
+def _in_leading(law: Empirical) -> tuple[Empirical, tuple[str, ...]]:
+    """Points in their leading principal directions, where they have more dimensions than a world, and a note on that.
+
+    The marginal of a noised law in some directions is its marginal there, noised: nothing else is left out.
+    """
+    if law.dim <= DIRECTIONS:
+        return law, ()
+    points = law.points.reshape(len(law), -1).double()
+    points = points - points.mean(0)
+    _, values, directions = torch.linalg.svd(points, full_matrices=False)
+    share = float(values[:DIRECTIONS].square().sum() / values.square().sum().clamp_min(1e-300))
+    said = f"The points of {law.dim:,} dimensions are shown in their {DIRECTIONS} leading principal directions, with "
+    return Empirical(points @ directions[:DIRECTIONS].T), (f"{said}{share:.1%} of the variance.",)
+
+
 def _own(law: Law) -> World:
     """A law of one's own, looked at along its leading mode."""
+    notes: tuple[str, ...] = ()
+    if isinstance(law, Empirical):
+        law, notes = _in_leading(law)
     moments: Moments = law.moments  # type: ignore[attr-defined]
     axis = moments.leading_vectors(1)[:, 0]
     top = math.sqrt(max(float(moments.spectrum(1).values[0]), 0.0))
@@ -283,6 +301,7 @@ def _own(law: Law) -> World:
         middle=middle,
         stability=(("sde", "ve"), ("ode", "ve")),
         extra=extra,
+        notes=notes,
     )
 
 
@@ -295,9 +314,8 @@ def check_world(name: str | Law, train: bool = False, seed: int = 0) -> None:
     if isinstance(name, Law) and not isinstance(name, Mixture | Gaussian | Sphere | Empirical):
         kind = type(name).__name__
         raise InputError(f"a world of {kind}; expected a Gaussian, a Mixture, a Sphere or an Empirical law.")
-    largest = LARGEST_OF_POINTS if isinstance(name, Empirical) else LARGEST
-    if isinstance(name, Law) and name.dim > largest:
-        raise InputError(f"{type(name).__name__} law of {name.dim:,} dimensions; a world of it has at most {largest}.")
+    if isinstance(name, Law) and not isinstance(name, Empirical) and name.dim > LARGEST:
+        raise InputError(f"{type(name).__name__} law of {name.dim:,} dimensions; a world of it has at most {LARGEST}.")
     if isinstance(name, str) and name not in WORLDS:
         raise InputError(f"unknown world {name!r}. Known: {', '.join(WORLDS)}.")
     if train and name != "two-deltas":
@@ -312,7 +330,7 @@ def explore_world(name: str | Law, train: bool = False, seed: int = 0, *, run: R
 
     Args:
         name: one of `WORLDS`; or a law of one's own, a `Gaussian`, `Mixture`, `Sphere` or
-            `Empirical`.
+            `Empirical`, whose points are shown in 16 principal directions where they have more.
         train: also train a small network on the same data (two-deltas only) and put it through the same
             functions.
         seed: of trajectories and of the network.
