@@ -350,12 +350,12 @@ def test_minutes_count_looks_and_the_choice_of_a_start(digits, tmp_path, capsys)
     looks = SimpleNamespace(seconds=[5.0], known=object())
     training = SimpleNamespace(recipe=Recipe(minutes=10.0), looks=looks, losses=[0.0] * 100, steps=1000, spent=300.0)
     training._left = partial(_Training._left, training)
-    # 300 s are left, less 5 looks for the last one and the choice of a start, less what looks may still take
-    assert training._left() == 300 - 25 - (60 - 5)
+    # 300 s are left, less 9 looks for the last one and the choice of a start, less what looks may still take
+    assert training._left() == 300 - 45 - (60 - 5)
     _Training.paced(training, 205.0, 100)  # 2 s a step
-    assert training.steps == 100 + 110
+    assert training.steps == 100 + 100
     _Training.paced(training, 15.0, 100)  # never more than were planned
-    assert training.steps == 210
+    assert training.steps == 200
     assert _Training.affordable(training)
     looks.seconds = [5.0] * 12
     assert not _Training.affordable(training)

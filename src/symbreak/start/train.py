@@ -57,7 +57,7 @@ WARM, TIMED = 2, 5  # steps by which the time of one is measured
 FEWEST = 2 * TIMES  # steps, however few minutes there are
 LOOKING = 0.1  # share of the minutes that looks may take
 AFTER = 0.15  # share of the minutes for what follows the steps, before a look has been timed
-CHOICE = 4  # looks that the choice of a start takes the time of
+CHOICE = 8  # looks that the choice of a start takes the time of
 
 
 def _is_picture(shape: tuple[int, ...]) -> bool:
