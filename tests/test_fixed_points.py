@@ -200,6 +200,14 @@ def test_a_march_above_the_dense_size_looks_at_no_eigenvalues(monkeypatch):
     assert next(march(system, w, lam, -1, lam - 1.0, lam)).still is None
 
 
+def test_wells_are_looked_for_down_to_a_level():
+    assert bifurcation(TWO, "sde", "ve", criterion="wells", low=0.5).sigma == pytest.approx(1, abs=1e-4)
+    none = bifurcation(TWO, "sde", "ve", criterion="wells", low=1.5)
+    assert none.level is None
+    assert "down to 1.5" in none.reason
+    assert "down to 1.5" in bifurcation(TWO, "sde", "ve", low=1.5).reason
+
+
 def test_wells_that_are_always_or_never_there():
     assert "every level" in bifurcation(TWO, "ode", "vp", criterion="wells").reason
     one = Gaussian(Moments(2, torch.zeros(2), 9 * torch.eye(2)))
@@ -407,6 +415,7 @@ def test_images_keep_their_shape():
         (lambda: bifurcation(TWO, criterion="both"), "criterion 'both'"),
         (lambda: bifurcation(TWO, x0=torch.zeros(2)), "x0 has the shape"),
         (lambda: bifurcation(TWO, criterion="wells", starts=torch.zeros(0, 1)), "starts of shape"),
+        (lambda: bifurcation(TWO, low=0.0), "low=0; expected a sigma above 0 and below 99.8, where"),
         (lambda: fixed_points(TWO, [1.0, -1.0]), "sigma is -1"),
         (lambda: fixed_points(TWO, []), "expected a level or levels"),
     ],

@@ -184,7 +184,8 @@ def test_colour_far_behind_grey_ones_is_one_line(tmp_path, monkeypatch):
 def test_formats_that_pillow_reads(tmp_path):
     kinds = {"pgm": "PPM", "ppm": "PPM", "jfif": "JPEG", "jp2": "JPEG2000", "tga": "TGA", "bmp": "BMP", "tif": "TIFF"}
     kinds |= {"JPG": "JPEG", "gif": "GIF", "webp": "WEBP", "avif": "AVIF", "sgi": "SGI", "pcx": "PCX"}
-    kinds = {k: v for k, v in kinds.items() if v in Image.SAVE or not Image.init()}
+    Image.init()  # Pillow before 11.3 writes no AVIF
+    kinds = {k: v for k, v in kinds.items() if v in Image.SAVE}
     for suffix, kind in kinds.items():
         picture(0, (16, 16), "RGB").save(tmp_path / f"x.{suffix}", kind)
     data = sb.images(tmp_path)

@@ -43,6 +43,7 @@ def bifurcation(
     x0: torch.Tensor | None = None,
     criterion: str = "centre",
     starts: torch.Tensor | None = None,
+    low: float | None = None,
 ) -> CriticalTime:
     """The noise level at which the flow's symmetry breaks.
 
@@ -62,13 +63,16 @@ def bifurcation(
         x0: a guess of the clean state E[x_0 | x*], [*S] of the central fixed point; by default the mean.
         criterion: ``"centre"`` or ``"wells"``.
         starts: clean samples [n, *S] to look for wells from; by default draws of the law.
+        low: the sigma down to which is looked; by default 1e-3, or less. Wells are expensive to look for in many
+            dimensions where the noise is small.
 
     Returns:
         A `CriticalTime` with flow and frame; without a level, and with a reason, where nothing crosses.
         For a denoiser the reason states its Jacobian's asymmetry.
 
     Raises:
-        InputError: for an unknown flow, frame or criterion, or an ``x0`` or ``starts`` of another shape.
+        InputError: for an unknown flow, frame or criterion, an ``x0`` or ``starts`` of another shape, or a ``low`` that
+            does not lie below where the search begins.
 
     Source: arXiv:2305.19693; general criterion and wells derived for this package.
 
@@ -83,6 +87,12 @@ def bifurcation(
     if criterion not in ("centre", "wells"):
         raise InputError(f"unknown criterion {criterion!r}. Pass criterion='centre' or 'wells'.")
     system = System(law_or_denoiser, flow, frame, x0)
+    if low is not None:
+        if not 0 < low < system.high:
+            raise InputError(
+                f"low={low:g}; expected a sigma above 0 and below {system.high:.4g}, where the search starts."
+            )
+        system.low = max(system.low, low)
     name = "bifurcation" if criterion == "centre" else "wells"
     answer = partial(CriticalTime, criterion=name, flow=flow, frame=frame, source=SOURCE)
     rows = system.starts(starts) if criterion == "wells" else system.centre[None]

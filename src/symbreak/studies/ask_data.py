@@ -132,9 +132,11 @@ def class_laws(d: Diagnosis, laws: Laws) -> None:
         d.add("class entropy", name, entropy.time())
         d.draw("entropy", name, name, entropy, "--")
     with d.stage("wells"):
-        # Beyond the leading modes the class mixture is one Gaussian, which has no wells.
-        d.add("centre loses stability", name, bifurcation(mixture, "sde", "ve"))
-        d.add("second well", name, bifurcation(mixture, "sde", "ve", criterion="wells"))
+        # Beyond the leading modes the class mixture is one Gaussian, which has no wells. Far below the levels of the
+        # other answers a search takes most of its time, and nothing is decided there.
+        low = float(sigma.min())
+        d.add("centre loses stability", name, bifurcation(mixture, "sde", "ve", low=low))
+        d.add("second well", name, bifurcation(mixture, "sde", "ve", criterion="wells", low=low))
     if laws.labels is None:
         return
     labels = laws.labels
