@@ -22,8 +22,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import symbreak as sb
-from symbreak.intervals import mean_interval
 from symbreak.metrics.feature_rows import extractor, load_classifier, save_classifier, train_classifier
+from symbreak.metrics.frechet import difference
 from symbreak.phases.beyond_gaussian import non_gaussianity
 from symbreak.phases.gaussian_tests import MULTIVARIATE, PROJECTED, Gaussianity, gaussianity
 from symbreak.phases.reverse_paths import reverse_states
@@ -343,18 +343,18 @@ def sensitivity_numbers(content: dict, settings: dict) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in content["rows"]:
-        cells, values = [], []
+        cells, bests = [], []
         for name in ("Gaussian", "white noise"):
             start = row["starts"][name]
             best = next(c for c in start["cells"] if c["sigma"] == start["flat"]["best"])
             cells.append(f"{span(best['distance'])} at {best['sigma']:.2g}")
-            values.append(np.array(best["distance"]["values"]))
+            bests.append(best["distance"])
             if name == "Gaussian":
                 cells += [f"{a:.2g} to {b:.2g}" for a, b in (start["flat"]["overlap"], start["flat"]["paired"])]
         at = row["starts"]["white noise"]["knee"]
         ends = [f"{at[k]['sigma']:.2f}" if at[k] else "open" for k in ("low", "high")]
         cells.append(f"{at['level']['sigma']:.2f} [{ends[0]}, {ends[1]}]" if at["level"] else "none")
-        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*mean_interval(values[0] - values[1])))
+        cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference(*bests)))
         out.append(
             f"| {row['sampler']} | {row['calls']} | {span(row['standard']['distance'])} | " + " | ".join(cells) + " |"
         )
@@ -393,17 +393,18 @@ def starts_numbers(content: dict, settings: dict) -> list[str]:
                 + f" | {best['memorized']:.1%} |"
             )
         out.append("")
-    values = {(r["start"], r["calls"], r["asked"]): np.array(r["distance"]["values"]) for r in rows}
-    cells = sorted({k[1:] for k in values})
+    distances = {(r["start"], r["calls"], r["asked"]): r["distance"] for r in rows}
+    cells = sorted({k[1:] for k in distances})
     out += [
-        "Less the full Gaussian's distance at the same level and NFE, repeat by repeat, with 95 % interval:",
+        "Less the full Gaussian's distance at the same level and NFE, of the same seeds against the same reference, "
+        "with 95 % interval:",
         "",
         "| start | " + " | ".join(f"{n} NFE, {level:.2g}" for n, level in cells) + " |",
         "|---" * (len(cells) + 1) + "|",
     ]
     for name in names:
         if name != FULL:
-            gaps = [mean_interval(values[(name, *c)] - values[(FULL, *c)]) for c in cells]
+            gaps = [difference(distances[(name, *c)], distances[(FULL, *c)]) for c in cells]
             out.append(f"| {name} | " + " | ".join("{:+.2f} [{:+.2f}, {:+.2f}]".format(*g) for g in gaps) + " |")
     out.append("")
     real = content["real"]

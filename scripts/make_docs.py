@@ -42,7 +42,7 @@ def main() -> None:
         f"{content['extractor']['held_out_accuracy']:.1%}) to the {ground['reference']} held-out digits; mean of "
         f"{first['repeats']} repeats of {first['samples']} images with its 95 % interval (jackknife over "
         "repeats and reference), at equal "
-        "NFE. The spacing of the standard start and the level of the late start were chosen on other seeds."
+        "NFE. Grid and spacing of the standard start, and grid and level of the late start, were chosen on other seeds."
     )
     facts = [
         f"- Floor, training images at the same counts ({ground['repeats']} disjoint sets): {cell(ground)}; "
