@@ -5,10 +5,10 @@
     MODEL=FOLDER python benchmarks/few_steps.py          # MNIST with that network, needs SYMBREAK_DATA
 
 The sampler is DPM++ 2M. Baselines are reimplemented here from their papers: Karras (arXiv:2206.00364), AFS
-(2210.05475), GITS (2405.11326), DM-NonUniform (2402.17376), the entropic grid (2504.13612) and learned coefficients
-as S4S (2502.17423). Before anything is measured each of them runs on an exact mixture as the network. Choices (the
-spacing of the uniform grid, the grid under AFS and learned steps) are made on other seeds than those reported. What
-is finished is kept in --out.
+(2210.05475), GITS (2405.11326), DM-NonUniform (2402.17376), the entropic grid (2504.13612) and steps learned as in
+S4S (2502.17423), by the library's own function. Before anything is measured each of them runs on an exact mixture as
+the network. Choices (the spacing of the uniform grid, the grid under AFS and learned steps) are made on other seeds
+than those reported. What is finished is kept in --out.
 """
 
 import argparse
@@ -16,12 +16,13 @@ import itertools
 import math
 import os
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 from late_start import classifier, world
-from scipy.optimize import least_squares, minimize
+from scipy.optimize import minimize
 
 import symbreak as sb
 from symbreak.metrics import features
@@ -34,11 +35,13 @@ from symbreak.start.cut_schedule import visited
 from symbreak.start.free_grid import entropic
 from symbreak.start.grids import standard_starts
 from symbreak.start.late_start import Grid, cut, on_grid
-from symbreak.start.sample import generate
+from symbreak.start.learn import learn_steps
+from symbreak.start.sample import generate, integrate
 
 CHOOSING = 1_000_000  # seeds from here on choose
-LEARNING = 2_000_000  # and these are learned from
-FINE = 40  # levels of teachers' trajectories
+LEARNING = 2_000_000  # and these are what GITS looks at
+LEARNED = 64  # trajectories that steps are learned from
+FINE = 40  # levels of the trajectories that GITS looks at
 
 
 def ve_flow(denoise, x, levels):
@@ -122,57 +125,11 @@ class FirstAnswer(torch.nn.Module):
         return self.unet(sample, timestep, **more)
 
 
-def multistep(denoise, x, levels, pairs):
-    """x <- r x + (1 - r) (a D_i + b D_(i-1)) along levels and down to 0, the pairs (a, b) learned."""
-    before = None
-    for i, (s, t) in enumerate(zip(levels, [*levels[1:], 0.0])):
-        d = denoise(x, s)
-        r = t / s
-        x = r * x + (1 - r) * (pairs[i][0] * d + (0 if before is None else pairs[i][1] * before))
-        before = d
-    return x
-
-
-def second_order(levels):
-    """DPM++ 2M as such pairs."""
-    pairs = [(1.0, 0.0)]
-    for i in range(1, len(levels) - 1):
-        half = 0.5 * math.log(levels[i] / levels[i + 1]) / math.log(levels[i - 1] / levels[i])
-        pairs.append((1 + half, -half))
-    return np.array([*pairs, (1.0, 0.0)][: len(levels)])
-
-
-def learned(denoise, x, levels, low, rounds=4):
-    """Coefficients of the multistep update fitted to the ends of the network's own fine trajectories, as S4S does."""
-    truth = ve_flow(denoise, x, karras(levels[0], low, FINE))[-1]
-    truth, begin = denoise(truth, low), second_order(levels)
-    free = np.ones_like(begin, dtype=bool)
-    free[0, 1] = False
-    shape = (-1, *[1] * (x.ndim - 1))
-
-    def ends(thetas):  # all of them in one batch
-        n, pairs = len(thetas), np.tile(begin, (len(thetas), 1, 1))
-        pairs[:, free] = thetas
-        columns = torch.as_tensor(np.repeat(pairs, len(x), axis=0), dtype=x.dtype)
-        steps = [[columns[:, i, k].reshape(shape) for k in (0, 1)] for i in range(len(levels))]
-        out = multistep(denoise, x.repeat(n, *[1] * (x.ndim - 1)), levels, steps)
-        return (out.reshape(n, *x.shape) - truth).flatten(1).double().numpy() / math.sqrt(len(x))
-
-    def slopes(theta):
-        out = ends(np.stack([theta, *(theta + 0.01 * one for one in np.eye(len(theta)))]))
-        return ((out[1:] - out[0]) / 0.01).T
-
-    theta = least_squares(lambda v: ends(v[None])[0], begin[free], slopes, max_nfev=rounds).x
-    pairs = begin.copy()
-    pairs[free] = theta
-    return pairs
-
-
 def check():
     """Every baseline on an exact mixture as the network: its levels fall, its error is that of its order."""
     law = sb.Mixture.from_parameters(torch.tensor([[-2.0, 0, 0, 0], [2.0, 0, 0, 0]]).reshape(2, 1, 2, 2), [0.04, 0.04])
     g = torch.Generator().manual_seed(0)
-    top, low, x = 20.0, 0.01, 20.0 * torch.randn(64, 1, 2, 2, generator=g, dtype=torch.float64)
+    top, low, x = 20.0, 0.0101, 20.0 * torch.randn(64, 1, 2, 2, generator=g, dtype=torch.float64)
     truth = law.denoise(ve_flow(law.denoise, x, karras(top, low, 200))[-1], low)
     losses = loss_curve(law, law.sample(256, 0.0, g), np.geomspace(low, top, 24))
     grids = {
@@ -181,25 +138,24 @@ def check():
         "DM-NonUniform": dm_nonuniform(top, low, 6),
         "entropic": entropic(losses, top, 6),
     }
-    error = {"uniform": tuple(np.linspace(top, 0, 7)[:-1].tolist())} | grids
+    base, error = sb.scheduler("dpm++2m"), {"uniform": tuple(np.linspace(top, 0, 7)[:-1].tolist())} | grids
+    net, noise = as_unet(law, base), x.float() / top
+
+    def off(start):
+        return float((integrate(net, start, noise, micro_batch=64) - truth).square().mean())
+
     for name, levels in error.copy().items():
         assert all(a > b > 0 for a, b in itertools.pairwise(levels)), name
-        error[name] = float((multistep(law.denoise, x, levels, second_order(levels)) - truth).square().mean())
-    pairs = learned(law.denoise, x, grids["Karras"], low)
-    error["learned"] = float((multistep(law.denoise, x, grids["Karras"], pairs) - truth).square().mean())
+        start = on_grid(base, None, Grid("given", levels))
+        error[name] = off(start)
+    start = learn_steps(on_grid(base, None, Grid("given", grids["Karras"])), law, 64)
+    error["learned"] = off(start)
     assert error["learned"] < error["Karras"] < error["uniform"], error
     assert max(error["GITS"], error["entropic"]) < error["uniform"], error
-    base = sb.scheduler("dpm++2m")
     start = on_grid(base, None, Grid("given", karras(20.0, 0.02, 6)))
-    net = FirstAnswer(as_unet(law, base), float(start.scheduler.timesteps[0]), lambda x, t: (x,))
-    ends = generate(net, start, range(64), micro_batch=64, clamp=False)
+    answered = FirstAnswer(net, float(start.scheduler.timesteps[0]), lambda x, t: (x,))
+    ends = generate(answered, start, range(64), micro_batch=64, clamp=False)
     assert abs(float(ends[:, 0, 0, 0].abs().mean()) - 2) < 0.5  # both modes are reached with an answer less
-    # The pairs are DPM++ 2M itself.
-    a = generate(as_unet(law, base), start, range(8), micro_batch=8, clamp=False)
-    levels = visited(start.scheduler, sb.schedule(base))
-    noise = torch.stack([torch.randn(1, 2, 2, generator=torch.Generator().manual_seed(s)) for s in range(8)])
-    b = multistep(law.denoise, start.ve(noise).double(), levels, second_order(levels))
-    assert float((a - b).abs().max()) < 1e-3
     print("on an exact mixture, mean squared error:", {k: float(f"{v:.2g}") for k, v in error.items()}, flush=True)
 
 
@@ -255,28 +211,29 @@ class Bench:
         start = sb.late_start(self.base, self.laws, steps, denoiser=self.network, data=self.chooser, check=False, **how)
         return start, time.perf_counter() - began
 
-    def methods(self, steps, law, level):
-        """Sampler by method, each from seeds to images, from white noise (law None) or from the late start."""
-        late = law is not None
-        top = level if late else self.top
+    def on(self, law, levels):
+        return on_grid(self.base, law, Grid("given", tuple(levels)))
 
-        def on(levels):
-            return on_grid(self.base, law, Grid("given", tuple(levels)))
-
-        def sampler(levels):
-            return lambda seeds: self.plain(on(levels), seeds)
-
-        few = range(LEARNING, LEARNING + 64)
-        begin = on(karras(top, self.low, steps))
-        states = begin.ve(self.noise(few)).float()
-        losses = self.losses
-        grids = {
+    def grids(self, steps, law, top):
+        """Levels of all steps by method, from a level down."""
+        begin = self.on(law, karras(top, self.low, steps))
+        states = begin.ve(self.noise(range(LEARNING, LEARNING + 64))).float()
+        return {
             "Karras": karras(top, self.low, steps),
             "GITS": gits(self.denoise, states, top, self.low, steps),
             "DM-NonUniform": dm_nonuniform(top, self.low, steps),
-            "entropic": entropic(losses, top, steps),
+            "entropic": entropic(self.losses, top, steps),
         }
-        makes = {name: sampler(levels) for name, levels in grids.items()}
+
+    def samplers(self, law, grids):
+        starts = {name: self.on(law, levels) for name, levels in grids.items()}
+        return {name: (lambda seeds, s=start: self.plain(s, seeds)) for name, start in starts.items()}
+
+    def methods(self, steps, law, level):
+        """Sampler by method, each from seeds to images, from white noise (law None) or from the late start."""
+        late, top = law is not None, self.top if law is None else level
+        grids = self.grids(steps, law, top)
+        makes = self.samplers(law, grids)
         if late:
             spaced = {"own": cut(self.base, law, steps, sb.NoiseLevel(level))}
         else:
@@ -289,25 +246,22 @@ class Bench:
         for name, levels in (
             ("Karras", karras(top, self.low, steps + 1)),
             ("uniform", visited(self.spaced(steps + 1, law, level).scheduler, sb.schedule(self.base))),
-            ("entropic", entropic(losses, top, steps + 1)),
+            ("entropic", entropic(self.losses, top, steps + 1)),
         ):
-            start = on(levels)
+            start = self.on(law, levels)
             answer = (lambda x, t: (x,)) if other is None else (lambda x, t: other(x, t, return_dict=False))
             net = FirstAnswer(self.pipe.unet, float(start.scheduler.timesteps[0]), answer)
             more[name] = lambda seeds, start=start, net=net: self.plain(start, seeds, net)
         makes["AFS"] = more[self.best(more)]
-        under = self.best({k: makes[k] for k in grids})
-        levels = visited(on(grids[under]).scheduler, sb.schedule(self.base))
-        pairs = learned(self.denoise, states[: 64 if steps < 8 else 32], levels, self.low)
+        return makes, grids
 
-        def s4s(seeds):
-            out = []
-            for i in range(0, len(seeds), 100):
-                x = on(levels).ve(self.noise(seeds[i : i + 100])).float()
-                out.append(multistep(self.denoise, x, levels, pairs))
-            return torch.cat(out).clamp(-1, 1).float()
-
-        return makes | {"S4S-like": s4s}, {**grids, "S4S-like": (f"on {under}",)}
+    def learned(self, steps, law, level, free):
+        """Learned steps: on the grid that is the best with the sampler's own steps, as S4S, and on the free one."""
+        grids = self.grids(steps, law, self.top if law is None else level)
+        under = self.best(self.samplers(law, grids))
+        for name, start in (("S4S-like", self.on(law, grids[under])), ("free, learned", free)):
+            began = time.perf_counter()
+            yield name, learn_steps(start, self.network, LEARNED), time.perf_counter() - began
 
     def spaced(self, steps, law, level):
         if law is not None:
@@ -321,6 +275,10 @@ class Bench:
         parts = off.reshape(self.args.repeats, -1).mean(1).sqrt()
         return {"distance": d, "own": float(off.mean().sqrt()), "own_spread": float(parts.std()), **more}
 
+    def of_start(self, start, **more):
+        levels = visited(start.scheduler, sb.schedule(self.base))
+        return self.cell(lambda seeds: self.plain(start, seeds), levels=levels, **more)
+
     def rows(self, steps):
         """All cells of a number of evaluations."""
         high = min(self.top, 1000 * math.sqrt(float(self.gaussian.eigenvalues[0])))
@@ -329,41 +287,36 @@ class Bench:
         three, seconds = self.choose(steps)
         cells = []
         for late in (False, True):
-            usual = three if late else None
             if late and three.law is None:
                 continue
-            law, level = (usual.law, usual.level.sigma) if late else (None, None)
-            key = f"{steps}/{late}"
+            law, level = (three.law, three.level.sigma) if late else (None, None)
+            free = cache(lambda late=late: self.choose(steps, grid="free", **({} if late else {"at": "standard"})))
 
-            def made(law=law, level=level, late=late, three=three, seconds=seconds):
-                makes, about = self.methods(steps, law, level)
+            def plain(law=law, level=level, late=late, free=free):
+                makes, grids = self.methods(steps, law, level)
                 out = [
-                    self.cell(make, method=name, late=late, steps=steps, levels=list(about.get(name, ())))
+                    self.cell(make, method=name, late=late, steps=steps, levels=list(grids.get(name, ())))
                     for name, make in makes.items()
                 ]
-                free, took = self.choose(steps, grid="free", **({} if late else {"at": "standard"}))
-                starts = {"free": (free, took)} | ({"auto, three grids": (three, seconds)} if late else {})
+                starts = {"free": free()} | ({"auto, three grids": (three, seconds)} if late else {})
                 for name, (start, spent) in starts.items():
-                    levels = visited(start.scheduler, sb.schedule(self.base))
-                    cost = start.choice.chosen.sampler_cost
-                    out.append(
-                        self.cell(
-                            lambda s, start=start: self.plain(start, s),
-                            method=name,
-                            late=late,
-                            steps=steps,
-                            levels=levels,
-                            seconds=spent,
-                            sampler_cost=cost,
-                            cost=start.choice.chosen.cost,
-                        )
-                    )
+                    best = start.choice.chosen
+                    costs = {"seconds": spent, "sampler_cost": best.sampler_cost, "cost": best.cost}
+                    out.append(self.of_start(start, method=name, late=late, steps=steps, **costs))
                 return out
 
-            cells += self.run.value(key, made)
-            for c in cells:
-                d = c["distance"]
-                if c["late"] == late:
+            def taught(law=law, level=level, late=late, free=free):
+                out = []
+                for name, start, spent in self.learned(steps, law, level, free()[0]):
+                    about = (start.learned.to_dict() if start.learned else {}) | {"seconds": spent}
+                    out.append(self.of_start(start, method=name, late=late, steps=steps, **about))
+                return out
+
+            for key, made in ((f"{steps}/{late}", plain), (f"{steps}/{late}/learned", taught)):
+                new = self.run.value(key, made)
+                cells += new
+                for c in new:
+                    d = c["distance"]
                     print(steps, late, c["method"], f"{d['mean']:.3g} [{d['low']:.3g}, {d['high']:.3g}]", flush=True)
         return cells
 
@@ -398,7 +351,7 @@ def verdicts(cells):
     out, goals = [], {3: 0.7, 5: 0.85, 10: 1.0}
     for steps in sorted({c["steps"] for c in cells}):
         same = [c for c in cells if c["steps"] == steps]
-        plain = [c for c in same if not c["late"] and c["method"] != "free"]
+        plain = [c for c in same if not c["late"] and not c["method"].startswith("free")]
         named = {(c["method"], c["late"]): c for c in same}
         ours, three = named.get(("free", True)), named.get(("auto, three grids", True))
         if ours is None or three is None:
