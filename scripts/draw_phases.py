@@ -27,8 +27,9 @@ def table(record: Record) -> list[str]:
     out = []
     for part in (parts["criteria"], parts["checks"]):
         if part.rows:
-            names = [name for name, kind in part.columns if kind != "details"]
-            cells = (" | ".join(map(str, row[: len(names)])) for row in part.rows)
+            shown = [i for i, (name, kind) in enumerate(part.columns) if kind != "details" and name != "seconds"]
+            names = [part.columns[i][0] for i in shown]
+            cells = (" | ".join(str(row[i]) for i in shown) for row in part.rows)
             out += ["", f"| {' | '.join(names)} |", "|---" * len(names) + "|", *(f"| {c} |" for c in cells)]
             out += [""] * bool(part.notes) + [f"- {note}" for note in dict.fromkeys(part.notes)]
     return out[1:]

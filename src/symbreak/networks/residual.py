@@ -20,7 +20,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 
-from symbreak.networks.denoiser import Denoises, denoise_by_class
+from symbreak.networks.denoiser import Denoises, denoise_by_class, in_words
 from symbreak.noise import generator, sigma_of
 from symbreak.runtime.errors import InputError
 
@@ -137,6 +137,9 @@ class LawResidual(torch.nn.Module):
         config = getattr(network, "config", None)
         self.num_class_embeds: int | None = getattr(config, "num_class_embeds", None)
         self.null_label: int | None = getattr(config, "null_label", None)
+
+    def __repr__(self) -> str:
+        return in_words(self, f"{self.law!r}, {type(self.network).__name__}, top={self.top:.4g}")
 
     @property
     def sigma_range(self) -> tuple[float, float]:
