@@ -93,3 +93,15 @@ def test_a_tiny_table_is_the_same_after_interruptions(script, tmp_path, monkeypa
     assert page.count("<table>") == 3
     script.main([*command, str(tmp_path / "whole"), "--page"])
     assert (tmp_path / "whole" / "table.md").read_text() == text
+    # a whole run writes its tables into the documentation, over those of before
+    page = tmp_path / "docs" / "natural-images.md"
+    page.parent.mkdir()
+    page.write_text((SCRIPT.parents[1] / "docs" / page.name).read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    whole["about"]["tiny"] = False
+    for _ in range(2):
+        script.write_pages(whole, tmp_path / "whole")
+        written = page.read_text(encoding="utf-8")
+    assert written.count("| dpm++2m | 3 |") == 6  # the distances, and what they hide of five starts
+    assert written.count(":begin") == 3
+    assert "Not run to its end yet" in written
