@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 import symbreak as sb
 from symbreak.metrics.feature_rows import extractor, load_classifier, save_classifier, train_classifier
 from symbreak.metrics.frechet import difference
-from symbreak.phases.beyond_gaussian import non_gaussianity
+from symbreak.phases.beyond_gaussian import non_gaussianity, refitting_error
 from symbreak.phases.gaussian_tests import MULTIVARIATE, PROJECTED, Gaussianity, gaussianity
 from symbreak.phases.reverse_paths import reverse_states
 from symbreak.phases.speciation import cloning_time
@@ -126,7 +126,9 @@ def marks(data, test, pipe, laws, nats) -> dict:
         "speciation (spectral)": sb.speciation_time(laws[FULL].moments),
         "cloning, class mixture": cloning_time(mixture, samples=5000),
         "second well, class mixture": sb.bifurcation(mixture, "sde", "ve", criterion="wells"),
-        "non-Gaussianity of 0.1 nat, network": nats.time(),
+        "non-Gaussianity of 0.1 nat, network": nats.time(
+            fitting=refitting_error(laws[FULL], len(data), nats.losses.sigma)
+        ),
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from symbreak.intervals import entropy_interval, proportion
 from symbreak.metrics import distance, memorization
 from symbreak.metrics.coverage import density_coverage, precision_recall, vendi_score
-from symbreak.metrics.frechet import difference, extrapolated, frechet_distance, group_distance
+from symbreak.metrics.frechet import difference, extrapolated, frechet_distance, group_distance, ratio
 from symbreak.metrics.kernel_distance import kid
 from symbreak.metrics.memorization import nearer_to_train, nearest_summary
 from symbreak.moments.one_pass import Moments
@@ -63,7 +63,7 @@ DISTANCES = {
 }
 
 
-@pytest.mark.parametrize("of", ["mean", "pooled", "extrapolated", "difference"])
+@pytest.mark.parametrize("of", ["mean", "pooled", "extrapolated", "difference", "ratio"])
 @pytest.mark.parametrize("world", DISTANCES)
 def test_distance(world, of):
     d, power, n, repeats, m, tail = DISTANCES[world]
@@ -71,9 +71,10 @@ def test_distance(world, of):
     def one(g):
         x = draw(g, n * repeats, d, power=power, shift=0.1, scale=math.sqrt(1.3), tail=tail)
         reference = Moments.fit([draw(g, m, d, power=power, tail=tail)])
-        if of == "difference":
+        if of in ("difference", "ratio"):
             near = x - 0.05 + 0.05 * draw(g, len(x), d)
-            return difference(*(distance(z, reference, repeats, "w").to_dict() for z in (x, near)))
+            compare = difference if of == "difference" else ratio
+            return compare(*(distance(z, reference, repeats, "w").to_dict() for z in (x, near)))
         groups = [Moments.fit([part], parts=1) for part in x.split(n)]
         found = group_distance(groups, reference, "w")
         if of == "mean":
