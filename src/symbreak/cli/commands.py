@@ -49,8 +49,15 @@ from symbreak.cli.options import (
 from symbreak.runtime.errors import InputError, visible
 
 if TYPE_CHECKING:
+    import torch
+
     from symbreak.data.images import Images
     from symbreak.laws.law import Law
+    from symbreak.runtime.identity import Answer
+    from symbreak.runtime.run import Run
+    from symbreak.start.loading import LatentPipeline
+    from symbreak.start.sample import Decode
+    from symbreak.studies.diagnosis import Effort
 
 POINTS = 500  # at most, of a data set whose world is drawn
 OWN = 100  # samples of a network at least, where they stand for data
@@ -151,6 +158,7 @@ def phases(
 ) -> None:
     """When does it decide? Every criterion on one sigma axis, of a data set and, with --model, of a network."""
     from symbreak.metrics.feature_rows import extractor
+    from symbreak.networks.guidance import guided
     from symbreak.studies.attributes import attribute_levels
     from symbreak.studies.diagnose import Effort, diagnose
 
@@ -181,7 +189,7 @@ def phases(
         if null_label is not None:
             network = _without_condition(pipe, null_label)
         if data is None:
-            opened, unseen = _samples(pipe, effort, seed, work), None
+            opened, unseen = _samples(pipe, str(prompt), effort, seed, work), None
         else:
             opened = reading.open(data, limit)
             unseen = reading.open_if(holdout, opened)
@@ -195,7 +203,8 @@ def phases(
             say_record(record, out, as_json)
             return
         if prompt is not None:
-            network = _with_and_without(pipe)
+            prompted, without = pipe.prompted
+            network = guided(prompted, without, 1.0)  # with the prompt beside without: nothing is guided away
         if decode is not None and judge is not None:
             judge = _decoded(judge, decode)
         record = diagnose(
@@ -212,15 +221,7 @@ def _judge(classify: str | None) -> Any:
     return getattr(named, "function", named)  # a callable may give classes, which are no features
 
 
-def _with_and_without(pipe: Any) -> Any:
-    """A prompted network beside the same without its prompt, from which nothing is guided away."""
-    from symbreak.networks.guidance import guided
-
-    prompted, without = pipe.prompted
-    return guided(prompted, without, 1.0)
-
-
-def _samples(pipe: Any, effort: Any, seed: int, run: Any) -> Images:
+def _samples(pipe: LatentPipeline, prompt: str, effort: Effort, seed: int, run: Run) -> Images:
     """Samples of a network that was told a prompt, in place of data: as many latents as a diagnosis asks for."""
     from symbreak.data.samples import samples
     from symbreak.start.late_start import standard_start
@@ -228,14 +229,14 @@ def _samples(pipe: Any, effort: Any, seed: int, run: Any) -> Images:
 
     start, count = standard_start(pipe.scheduler, effort.steps), max(OWN, effort.pairs)
     x = generate(pipe.unet, start, range(seed, seed + count), micro_batch=MICRO, clamp=False, run=run.unstored())
-    note(pipe.prompt, f"no --data: {count} of the network's own samples, of {effort.steps} steps each, stand for them")
-    return replace(samples(x), name=pipe.prompt)
+    note(prompt, f"no --data: {count} of the network's own samples, of {effort.steps} steps each, stand for them")
+    return replace(samples(x), name=prompt)
 
 
-def _decoded(judge: Any, decode: Any) -> Any:
+def _decoded(judge: Answer, decode: Decode) -> Answer:
     """A classifier of pictures asked of latents."""
 
-    def classify(latents: Any) -> Any:
+    def classify(latents: torch.Tensor) -> object:
         return judge(decode(latents))
 
     classify.__name__ = f"{getattr(judge, '__name__', 'classifier')} of decoded images"

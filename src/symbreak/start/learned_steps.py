@@ -18,7 +18,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
@@ -129,7 +128,7 @@ class _Steps:
         timestep: int | float | torch.Tensor,
         sample: torch.Tensor,
         return_dict: bool = True,
-        **more: Any,
+        **more: object,
     ) -> SchedulerOutput | tuple[torch.Tensor]:
         if self.i == len(self.coefficients):
             self.restart()

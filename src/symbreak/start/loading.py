@@ -8,14 +8,13 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
 
 from symbreak.data.images import Images
 from symbreak.networks.adapters import adapted, family_of
-from symbreak.networks.denoiser import class_count
+from symbreak.networks.denoiser import Denoiser, class_count
 from symbreak.networks.families import as_unet, denoiser
 from symbreak.networks.foreign import check_network, check_pipeline, from_hub, quiet, stored_numbers, variant_of
 from symbreak.networks.guidance import check_classes
@@ -222,7 +221,7 @@ class LatentPipeline:
     unet: Network
     scheduler: Scheduler
     autoencoder: Network | None
-    prompted: tuple[Any, Any] | None = None
+    prompted: tuple[Denoiser, Denoiser] | None = None
     prompt: str | None = None
 
     @classmethod
