@@ -381,7 +381,7 @@ def blocks(whole):
     yield (
         ["sampler", "NFE", "start", "drawn from", "sigma", "bits", "precision", "recall", "copies"],
         [
-            [r["sampler"], r["calls"], NAMES[c], d["law"], f"{d['sigma']:.3g}", f"{d['entropy']:.3f}"]
+            [r["sampler"], r["calls"], NAMES[c], d["law"], f"{d['sigma']:.3g}", number(d["entropy"], ".3f")]
             + [f"{d['precision']:.3f}", f"{d['recall']:.3f}", f"{d['memorized']:.1%} of {d['neighbours_of']}"]
             for r, c in shown
             for d in [r[c]]
@@ -482,6 +482,7 @@ def main(argv=None):
     )
     rows = torch.from_numpy(real["features"])
     counts = class_counts(bench.judge, bench.points[some])[bench.classes]
+    steps = 2 if args.tiny and not args.steps else args.steps
     whole = plain(
         {
             "about": {
@@ -490,11 +491,7 @@ def main(argv=None):
                 "features": bench.extract.name,
                 "samples": args.samples,
                 "part": args.part,
-                "trained": "passed as MODEL"
-                if args.model
-                else "steps " + str(args.steps)
-                if args.steps
-                else "the recipe",
+                "trained": "passed as MODEL" if args.model else f"{steps} steps" if steps else "the recipe",
                 "networks": [sum(p.numel() for p in m.unet.parameters()) for m in (bench.pipe, bench.residual)],
                 "classes": bench.classes,
                 "accuracies": bench.judge.accuracies,
