@@ -39,12 +39,12 @@ def pictures(n, seed=0, share=SHARE):
     return x.reshape(n, 1, SIDE, SIDE), has
 
 
-def written(path, n=600, seed=0, **more):
+def written(path, n=600, seed=0, zoom=1, **more):
     x, has = pictures(n, seed)
     cells = []
     for one in ((x[:, 0] + 1) * 127.5).round().clip(0, 255).astype(np.uint8):
         stream = io.BytesIO()
-        Image.fromarray(one).save(stream, "PNG")
+        Image.fromarray(one.repeat(zoom, 0).repeat(zoom, 1)).save(stream, "PNG")
         cells.append({"bytes": stream.getvalue(), "path": None})
     rng = np.random.default_rng(1)
     columns = {**has, "Chance": rng.random(n) < 0.3, "Always": np.ones(n, bool), "Rare": np.arange(n) < 5, **more}

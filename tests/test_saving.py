@@ -241,7 +241,7 @@ def test_broken_starts(tmp_path):
         return late_start(scheduler("dpm++2m"), gaussian_law(), 5, at=NoiseLevel(2.0)).save(tmp_path / "s.safetensors")
 
     for damage, match in [
-        (lambda p: edited(p, version="3"), r"saved by a newer symbreak \(start version 3, this one reads 1, 2\)"),
+        (lambda p: edited(p, version="4"), r"saved by a newer symbreak \(start version 4, this one reads 1, 2, 3\)"),
         (lambda p: edited(p, format="symbreak.law"), "holds no start"),
         (lambda p: edited(p, start="{"), "broken start"),
         (lambda p: edited(p, {"asked": None}), "broken start"),

@@ -14,14 +14,21 @@ import torch
 
 import symbreak as sb
 from tests.browser import browser  # noqa: F401
+from tests.test_attributes import written
 
 mpl.use("Agg")
 ROOT = Path(__file__).parents[1]
 # They need Stable Diffusion's classes, networks of the reader, or files.
 RUN_ELSEWHERE = {"pipelines.md": "test_pipeline.py", "my-own-data.md": "test_any_shape.py"}
 RUN_ELSEWHERE["my-own-network.md"] = "test_families.py"
+LONG = {"training-below-the-law.md", "few-evaluations.md"}  # four networks are trained; grids and steps of a network
 # What a page takes for granted: data and networks of the reader.
-GIVEN = {"large.md": lambda: {"sb": sb, "batches": list(torch.randn(3, 50, 1, 16, 16))}}
+GIVEN = {
+    "large.md": lambda: {"sb": sb, "batches": list(torch.randn(3, 50, 1, 16, 16))},
+    "faces.md": lambda: {
+        "file": written(Path("celeba10k-train.parquet"), zoom=9)
+    },  # which the page reads, too few to say much
+}
 
 
 def blocks(page):
@@ -32,10 +39,7 @@ PAGES = [p for p in sorted(ROOT.glob("docs/*.md")) if blocks(p)]
 
 
 @pytest.mark.parametrize(
-    "page",
-    # this page trains four networks: a minute and a half
-    [pytest.param(p, marks=pytest.mark.slow) if p.name == "training-below-the-law.md" else p for p in PAGES],
-    ids=lambda p: p.name,
+    "page", [pytest.param(p, marks=pytest.mark.slow) if p.name in LONG else p for p in PAGES], ids=lambda p: p.name
 )
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     if page.name in RUN_ELSEWHERE:

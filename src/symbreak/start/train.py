@@ -148,8 +148,8 @@ def train_network(
             did not write, or a loss or a weight is no number any more; the last good checkpoint is then left.
 
     Warns:
-        LateStartWarning: where draws of the law are copies of training images, or the law answers alone below the level
-            where these can be told apart.
+        LateStartWarning: where draws of the law are copies of training images, or the recipe's ``top`` lies below
+            the level where these can be told apart.
     """
     run = run or Run()
     before = load_pipeline(init) if isinstance(init, str | Path) else init

@@ -167,7 +167,7 @@ def training_law(data: Images, recipe: Recipe, law: Law | str) -> TrainingLaw:
             LateStartWarning,
             stacklevel=5,
         )
-    if collapse is not None and top < collapse:
+    if recipe.top is not None and collapse is not None and top < collapse:
         warnings.warn(
             f"the law answers alone above sigma {top:.3g}, and below {collapse:.3g} the training images can be told "
             "apart: a law that knows them well would replay them. Take a top above that level, or pass more images.",
