@@ -30,8 +30,15 @@ from symbreak.phases.losses import Losses, between, filled, integral_above, loss
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Run, renamed
 
-__all__ = ["Added", "NonGaussianity", "added_to_law", "divergence_bound", "fitting_error", "non_gaussianity"]
-__all__ += ["refitting_error"]
+__all__ = [
+    "Added",
+    "NonGaussianity",
+    "added_to_law",
+    "divergence_bound",
+    "fitting_error",
+    "non_gaussianity",
+    "refitting_error",
+]
 
 TOP = 20.0  # integrals end at this multiple of the data's largest standard deviation
 SPACING = 0.25  # largest step of an integral in log sigma
@@ -205,10 +212,9 @@ def refitting_error(law: Gaussian | PrincipalMixture, count: int, sigma: np.ndar
 
     once, twice = [], []
     for i in range(REFITS):
-        fitted, again = truth, refitted(truth, n, prior, clustered, seed + i)
-        once.append(cost(fitted, again))
-        fitted, again = again, refitted(again, n, prior, clustered, seed + REFITS + i)
-        twice.append(cost(fitted, again))
+        fitted = refitted(truth, n, prior, clustered, seed + i)
+        once.append(cost(truth, fitted))
+        twice.append(cost(fitted, refitted(fitted, n, prior, clustered, seed + REFITS + i)))
     ratio = np.mean(once, 0) / np.maximum(np.mean(twice, 0), 1e-300)
     all_values = gaussian.eigenvalues.numpy()
     beyond = fitting_error(all_values, count, sigma) - fitting_error(all_values[: truth.dim], count, sigma)

@@ -32,7 +32,7 @@ from symbreak.runtime.files import digest
 from symbreak.runtime.ranks import agreed
 from symbreak.runtime.run import Arrays, Run
 
-__all__ = ["NAMED", "Attributes", "Branches", "Classify", "Paths", "class_shares", "stacked"]
+__all__ = ["Attributes", "Branches", "Classify", "Paths", "by_attribute", "class_shares", "stacked"]
 
 # Levels of a network that knows all of them, as EDM's sampler chooses (arXiv:2206.00364).
 HIGHEST, LOWEST = 80.0, 0.002
@@ -300,6 +300,11 @@ def stacked(said: list[np.ndarray | dict[str, np.ndarray]]) -> Arrays:
         each = [one[name] if isinstance(one, dict) else one for one in said]
         arrays[f"{NAMED}{name}" if name else "labels"] = np.stack(each)
     return arrays
+
+
+def by_attribute(arrays: Arrays) -> dict[str, np.ndarray]:
+    """The labels among arrays by the attribute's name, see `stacked`."""
+    return {key.removeprefix(NAMED): labels for key, labels in arrays.items() if key.startswith(NAMED)}
 
 
 def class_shares(labels: np.ndarray, classes: np.ndarray, w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

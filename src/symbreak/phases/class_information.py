@@ -275,10 +275,10 @@ def _network(source: Denoiser, without: Law | Denoiser | None, labels: Labels | 
 
 def _entropy_of(classes: torch.Tensor, source: Denoiser, without: Denoiser) -> float:
     """H[c] of the images' classes, which the network or law has."""
-    law = isinstance(source, LawDenoiser)
-    check_classes(
-        classes, source.law if isinstance(source, LawDenoiser) else source, None if law else fixed_class(without)
-    )
+    if isinstance(source, LawDenoiser):
+        check_classes(classes, source.law, None)
+    else:
+        check_classes(classes, source, fixed_class(without))
     counts = np.unique(classes.numpy(), return_counts=True)[1]
     if len(counts) < 2:
         raise InputError(f"all images are of the class {int(classes[0])}; expected at least two classes.")

@@ -22,7 +22,7 @@ from symbreak.laws.clusters import kmeans
 from symbreak.laws.law import Law
 from symbreak.networks.denoiser import Denoiser
 from symbreak.noise import NoiseLevel
-from symbreak.phases.branches import NAMED, Attributes, Branches, Classify, Paths, Tell, class_shares, stacked
+from symbreak.phases.branches import Attributes, Branches, Classify, Paths, Tell, by_attribute, class_shares, stacked
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
 
@@ -151,8 +151,8 @@ def clones_by_attribute(
     """
     branches = _branches(law_or_denoiser, sigma, pairs, steps, paths)
     arrays = _ends(branches, classify, pairs, seeds, run, classes_by_name)
-    w, ends = branches.weights(pairs, seeds), arrays.pop("ends")[0]
-    return {key.removeprefix(NAMED): _measured(branches, labels, ends, w) for key, labels in arrays.items()}
+    w, ends = branches.weights(pairs, seeds), arrays["ends"][0]
+    return {name: _measured(branches, labels, ends, w) for name, labels in by_attribute(arrays).items()}
 
 
 def _branches(source: Law | Denoiser, sigma: Levels, pairs: int, steps: int, paths: Paths | None) -> Branches:

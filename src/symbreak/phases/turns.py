@@ -15,7 +15,7 @@ from symbreak.critical import CriticalTime, Curve, Levels, Result, mean_curve
 from symbreak.laws.class_posterior import Labels, class_of, classes_by_name, features_of, labels_of
 from symbreak.laws.law import Law
 from symbreak.networks.denoiser import Batches, Denoiser, images_for
-from symbreak.phases.branches import NAMED, Attributes, Branches, Classify, Paths, Tell, stacked
+from symbreak.phases.branches import Attributes, Branches, Classify, Paths, Tell, by_attribute, stacked
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run, renamed
 
@@ -127,11 +127,9 @@ def u_turns_by_attribute(
     x = images_for(branches.denoiser, images, branches.s).to(branches.dtype)
     origin = classes_by_name(classify, x)
     arrays = _ends(branches, x, classify, None, seeds, run, classes_by_name)
-    w, distance = branches.weights(len(x), seeds), arrays.pop("distance")
+    w, distance = branches.weights(len(x), seeds), arrays["distance"]
     return {
-        name: _measured(branches, origin[name], labels, distance, w)
-        for key, labels in arrays.items()
-        for name in [key.removeprefix(NAMED)]
+        name: _measured(branches, origin[name], labels, distance, w) for name, labels in by_attribute(arrays).items()
     }
 
 

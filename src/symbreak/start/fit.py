@@ -126,42 +126,14 @@ def late_start(
 
     Source: arXiv:2305.19693 (Gaussian late start).
     """
-    if learn is None:
-        return _made(scheduler, law, steps, at, denoiser, data, labels, check, run, grid)
-    if denoiser is None:
-        raise InputError(f"learn={learn} came without the network whose trajectories are learned from. Pass denoiser=.")
     _check_early(scheduler, steps, grid, learn)
-    start = _made(scheduler, law, steps, at, denoiser, data, labels, check, run, grid)
-    return learn_steps(start, denoiser, learn, labels, run=run)
-
-
-def _check_early(scheduler: Scheduler, steps: int, grid: object, learn: int | None) -> None:
-    """What can be known of grid and learned steps raises an error before anything costs time."""
-    check_scheduler(scheduler)
-    check_steps(steps)
-    full = schedule_of(scheduler)
-    if grid is not None and full.steps is not None and steps > full.steps:
-        raise InputError(
-            f"{steps} steps are more than the {full.steps:,} levels that the network knows. Ask for fewer."
-        )
     if learn is not None:
-        check_learnable(standard_start(scheduler, steps), learn)
-
-
-def _made(
-    scheduler: Scheduler,
-    law: Transports | Sequence[Transports],
-    steps: int,
-    at: NoiseLevel | CriticalTime | str | int | float,
-    denoiser: Denoises | Denoiser | None,
-    data: Batches | None,
-    labels: Labels | None,
-    check: bool,
-    run: Run | None,
-    grid: str | Sequence[float] | Grid | None,
-) -> LateStart:
-    """A `late_start` with the sampler's own steps."""
-    _check_early(scheduler, steps, grid, None)
+        if denoiser is None:
+            raise InputError(
+                f"learn={learn} came without the network whose trajectories are learned from. Pass denoiser=."
+            )
+        start = late_start(scheduler, law, steps, at, denoiser, data, labels, check, run, grid)
+        return learn_steps(start, denoiser, learn, labels, run=run)
     laws: list[Transports] = list(law) if isinstance(law, Sequence) else [law]
     if not laws:
         raise InputError("no law to start from; expected one, or a list of them.")
@@ -181,7 +153,7 @@ def _made(
         start, choice = choose(scheduler, laws, int(steps), denoiser, data, labels, 0, run, grid, standard)
         if check:
             for note in choice.signatures:
-                warnings.warn(note, LateStartWarning, stacklevel=3)
+                warnings.warn(note, LateStartWarning, stacklevel=2)
         return replace(start, notes=(*start.notes, choice.sentence, *choice.signatures), choice=choice)
     if len(laws) > 1:
         raise InputError(
@@ -203,8 +175,21 @@ def _made(
                 "on it."
             )
             start = replace(start, notes=(*start.notes, note))
-            warnings.warn(note, LateStartWarning, stacklevel=3)
+            warnings.warn(note, LateStartWarning, stacklevel=2)
     return start
+
+
+def _check_early(scheduler: Scheduler, steps: int, grid: object, learn: int | None) -> None:
+    """What can be known of grid and learned steps raises an error before anything costs time."""
+    check_scheduler(scheduler)
+    check_steps(steps)
+    full = schedule_of(scheduler)
+    if grid is not None and full.steps is not None and steps > full.steps:
+        raise InputError(
+            f"{steps} steps are more than the {full.steps:,} levels that the network knows. Ask for fewer."
+        )
+    if learn is not None:
+        check_learnable(standard_start(scheduler, steps), learn)
 
 
 def _found(scheduler: Scheduler, law: Transports, steps: int, level: NoiseLevel | None, grid: str | None) -> LateStart:

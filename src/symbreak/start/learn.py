@@ -39,7 +39,9 @@ STEP = 0.01  # of the differences that stand for slopes
 OTHERS = 4  # one trajectory in so many is compared on, not fitted on
 LOWEST = 2e-3  # the least level of fine trajectories, of networks that know all
 FAR = 1e3  # highest level of fine trajectories: above it states are pure noise
-KNOWN = "dpm++2m, dpm++2s, unipc, deis, lms, ddim, euler, edm-euler, edm-dpm++2m or flow-euler"
+KNOWN = (
+    "dpm++2m, dpm++2s, unipc, deis, lms, ddim, euler, edm-euler, edm-dpm++2m, flow-euler, flow-dpm++2m or flow-unipc"
+)
 
 
 def check_learnable(start: LateStart, n: object) -> int:

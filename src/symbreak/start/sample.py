@@ -46,6 +46,7 @@ from symbreak.start.late_start import LateStart, law_in_words
 __all__ = [
     "Decode",
     "decisive",
+    "decoded_shape",
     "evaluations",
     "generate",
     "generate_shards",
@@ -160,6 +161,11 @@ def most_steps(
         f"{name} cannot take a guided step with {budget} network evaluations: both branches count. Choose more, "
         "or a narrower window."
     )
+
+
+def decoded_shape(shape: Sequence[int], decode: Decode | None) -> tuple[int, ...]:
+    """The shape of a network's samples once they are decoded, where they are latents."""
+    return tuple(shape) if decode is None else tuple(decode(torch.zeros(1, *shape)).shape[1:])
 
 
 def precision(unet: Network) -> torch.dtype:
@@ -581,7 +587,7 @@ def write_images(
     units = start.units if data is None else data.units
     pictures = pictures and units is None
     if decode is not None:
-        pictures, units, shape = True, None, tuple(decode(torch.zeros(1, *shape)).shape[1:])
+        pictures, units, shape = True, None, decoded_shape(shape, decode)
     suffix = "png" if pictures else "npy"
     with locked(folder):
         missing = agreed(lambda: _missing(folder, seeds, settings, shape, suffix))

@@ -43,7 +43,7 @@ from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.late_start import LateStart, standard_start
 from symbreak.start.loading import classes_for
-from symbreak.start.sample import Decode, decisive, generate_shards
+from symbreak.start.sample import Decode, decisive, decoded_shape, generate_shards
 from symbreak.studies.evaluate import checked
 from symbreak.studies.measure import pipeline_of
 from symbreak.studies.pictures import png_row
@@ -275,9 +275,8 @@ def _sampled(
     model = pipeline_of(model, train)
     labels = classes_for(model, "the pipeline", train, sampling.classes)
     network, seeds = denoiser(model.unet, model.scheduler), sampling.list()
-    shape, decode = tuple(network.shape), sampling.decode
-    if decode is not None:
-        shape = tuple(decode(torch.zeros(1, *shape)).shape[1:])
+    decode = sampling.decode
+    shape = decoded_shape(network.shape, decode)
     if shape != train.shape:
         raise InputError(
             f"the network makes {train.noun} of {shape}, but the training {train.noun} are "

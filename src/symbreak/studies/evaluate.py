@@ -40,7 +40,7 @@ from symbreak.runtime.run import MEMORY, Run, renamed
 from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
 from symbreak.start.late_start import LateStart
-from symbreak.start.sample import Decode, decisive, generate_shards
+from symbreak.start.sample import Decode, decisive, decoded_shape, generate_shards
 from symbreak.studies.pictures import png_row, shown
 
 __all__ = ["Subset", "default_extractor", "evaluate", "evaluate_network"]
@@ -214,9 +214,7 @@ def evaluate_network(
         As `evaluate`.
     """
     run = (run or Run()).taken()
-    shape = tuple(denoises(unet, start.full).shape)
-    if decode is not None:
-        shape = tuple(decode(torch.zeros(1, *shape)).shape[1:])
+    shape = decoded_shape(denoises(unet, start.full).shape, decode)
     _check_first(shape, start, seeds, data, holdout, measuring, decode is not None)
     clamp = None if data.units is None else False
     settings = decisive(unet, start, micro_batch, identity)
