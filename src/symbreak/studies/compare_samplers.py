@@ -192,16 +192,7 @@ def run(
             chooser = _chooser(study, pipe, train, classes is not None)
             part.tell(1, 1)
         rows = _table(study, plans, comparison, chooser)
-        best = None
-        if study.reference_calls:
-            with run.timed("reference") as part:
-                part.tell(0, 1)
-                full = scheduler("ddim", like=pipe.scheduler)
-                start = most_steps(
-                    lambda n: standard_start(full, n, "trailing"), pipe.unet, study.reference_calls, "ddim"
-                )
-                best = _cell(comparison, start, {"sampler": "ddim"})
-                part.tell(1, 1)
+        best = _many_evaluations(study, pipe, comparison) if study.reference_calls else None
         content = {
             "data": describe(train),
             "held_out": parts.to_dict(),
@@ -232,6 +223,17 @@ def run(
         record.save(run.folder)
         run.close()
     return record
+
+
+def _many_evaluations(study: Study, pipe: Pipeline, comparison: Comparison) -> Values:
+    """What the network gives with ``reference_calls`` evaluations of DDIM from the standard start."""
+    with comparison.run.timed("reference") as part:
+        part.tell(0, 1)
+        full = scheduler("ddim", like=pipe.scheduler)
+        start = most_steps(lambda n: standard_start(full, n, "trailing"), pipe.unet, study.reference_calls, "ddim")
+        cell = _cell(comparison, start, {"sampler": "ddim"})
+        part.tell(1, 1)
+    return cell
 
 
 def _sampling(unet: Network, classes: Classes | None, identity: Values | None) -> Values:

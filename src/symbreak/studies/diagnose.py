@@ -92,10 +92,7 @@ def diagnose(
     model, without = _apart(model)
     network = None if model is None else network_for(model, data)
     scheduler = getattr(model, "scheduler", None)
-    if clusters is not None and not 2 <= clusters <= len(data) // 4:
-        raise InputError(f"{clusters} clusters for {len(data):,} {data.noun}; expected 2 to {len(data) // 4:,}.")
-    if clusters is not None and classify is not None:
-        raise InputError("clusters and a classifier came together; pass one of them.")
+    _check_clusters(data, clusters, classify)
     parts = held_out(data, holdout)
     count = min(len(parts.test), effort.images)
     if network is not None and count < 20:
@@ -155,6 +152,14 @@ def diagnose(
         record.save(run.folder)
         run.close()
     return record
+
+
+def _check_clusters(data: Images, clusters: int | None, classify: Classify | None) -> None:
+    """Clusters that there can be, and no classifier beside them."""
+    if clusters is not None and not 2 <= clusters <= len(data) // 4:
+        raise InputError(f"{clusters} clusters for {len(data):,} {data.noun}; expected 2 to {len(data) // 4:,}.")
+    if clusters is not None and classify is not None:
+        raise InputError("clusters and a classifier came together; pass one of them.")
 
 
 Model = Pipeline | Denoises | Denoiser | None
