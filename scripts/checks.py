@@ -227,7 +227,7 @@ def sensitivity_figure(content: dict) -> Figure:
         if row["calls"] == calls[-1]:
             ax.set_xlabel("start level sigma")
         if row["sampler"] == samplers[0]:
-            ax.set_ylabel(f"distance, {row['calls']} calls")
+            ax.set_ylabel(f"distance, {row['calls']} NFE")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncol=3, fontsize=7)
     return figure
@@ -327,8 +327,17 @@ def gaussian_numbers(content: dict, settings: dict) -> list[str]:
     return out
 
 
+OLD = (
+    "> Measured by an earlier version: flat ranges and knees are those of repeats against one reference (Student t), "
+    "flat ranges at the 95 % of a single comparison, and the knee is where the mean curve passes the upper end of the "
+    "standard start's interval. They are narrower than the columns above say."
+)
+
+
 def sensitivity_numbers(content: dict, settings: dict) -> list[str]:
+    knees = [row["starts"]["white noise"]["knee"] for row in content["rows"]]
     out = [
+        *([OLD, ""] if any(k["level"] and k["interval"] != "jackknife" for k in knees) else []),
         how(content, settings),
         "",
         "Critical levels: "
@@ -354,8 +363,8 @@ def sensitivity_numbers(content: dict, settings: dict) -> list[str]:
             if name == "Gaussian":
                 cells += [f"{a:.2g} to {b:.2g}" for a, b in (start["flat"]["overlap"], start["flat"]["paired"])]
         at = row["starts"]["white noise"]["knee"]
-        ends = [f"{at[k]['sigma']:.2f}" if at[k] else "open" for k in ("low", "high")]
-        cells.append(f"{at['level']['sigma']:.2f} [{ends[0]}, {ends[1]}]" if at["level"] else "none")
+        ends = [f"{at[k]['sigma']:.2g}" if at[k] else "open" for k in ("low", "high")]
+        cells.append(f"{at['level']['sigma']:.2g} [{ends[0]}, {ends[1]}]" if at["level"] else f"none: {at['reason']}")
         cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*difference(*bests)))
         out.append(
             f"| {row['sampler']} | {row['calls']} | {span(row['standard']['distance'])} | " + " | ".join(cells) + " |"

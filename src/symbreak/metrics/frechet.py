@@ -131,17 +131,20 @@ def group_distance(groups: list[Moments], reference: Moments, extractor: str) ->
     for rest in reference.without_each() if len(groups) > 1 else []:
         of_rest = (rest, _root(rest))
         left_out.append(float(np.mean([_between(m, of_rest) for m in rooted])))
-    mean, low, high = _mean_interval(values, np.array(left_out))
+    mean, low, high = mean_of_repeats(values, np.array(left_out))
     count = min(m.count for m in groups)
     of = reference.count
     return Distance(tuple(values.tolist()), mean, low, high, pooled, count, of, extractor, tuple(left_out))
 
 
-def _mean_interval(values: np.ndarray, reference_left_out: np.ndarray) -> tuple[float, float, float]:
+def mean_of_repeats(
+    values: np.ndarray, reference_left_out: np.ndarray, confidence: float = 0.95
+) -> tuple[float, float, float]:
     """Mean over repeats with a jackknife over repeats and, where it was left out, parts of the reference."""
     mean = float(values.mean())
     without = (values.sum() - values) / max(1, len(values) - 1)
-    return mean, *jackknife(mean, without, *[x for x in (reference_left_out,) if len(x)])
+    sets = [x for x in (without, reference_left_out) if len(x)]
+    return mean, *jackknife(mean, *sets, confidence=confidence)
 
 
 def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -161,7 +164,7 @@ def difference(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float
             "distances of other repeats, counts or features; expected two of the same seeds and reference."
         )
     gap, left_out = (np.array(a[k]) - np.array(b[k]) for k in ("values", "reference_left_out"))
-    return _mean_interval(gap, left_out)
+    return mean_of_repeats(gap, left_out)
 
 
 def ratio(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[float, float, float] | None:

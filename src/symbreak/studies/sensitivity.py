@@ -2,9 +2,8 @@
 
 For every sampler and number of network evaluations: from a fitted law and from plain white noise (the degradation curve
 of arXiv:2305.19693), beside the standard start. All starts share their seeds, so that differences between them are
-sharper than either number. Distances are Fréchet distances in named features to held-out images; their intervals are
-jackknives over the repeats and parts of the reference. `flat_range` and `knee` compare levels at one reference: with
-Student's t over the repeats.
+sharper than either number. Distances are Fréchet distances in named features to held-out images. All intervals are
+jackknives over the repeats and parts of the reference, those of the differences in `flat_range` and `knee`, too.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from scipy import stats
 
 from symbreak.critical import CriticalTime
 from symbreak.data.images import Images
-from symbreak.intervals import mean_interval
 from symbreak.laws import Gaussian
 from symbreak.laws.law import Transports
 from symbreak.laws.simple import WhiteNoise
+from symbreak.metrics.frechet import mean_of_repeats
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser, Denoises
 from symbreak.networks.samplers import scheduler
@@ -37,40 +36,44 @@ from symbreak.studies.measure import Measure, compared, pipeline_of, recorded
 __all__ = ["flat_range", "knee", "sensitivity"]
 
 SAMPLERS = ("dpm++2m", "dpm++2m-karras", "ddim", "pndm", "ddpm")
+DECIDES = ("values", "reference_left_out")  # of a distance, what its differences are jackknifed over
 
 
-def flat_range(sigma: np.ndarray, values: np.ndarray, confidence: float = 0.95) -> Values:
+def flat_range(
+    sigma: np.ndarray, values: np.ndarray, left_out: np.ndarray | None = None, confidence: float = 0.95
+) -> Values:
     """The best level of a curve, and the levels around it that cannot be told from it.
 
     Args:
         sigma: rising levels [G].
-        values: distances of repeats [G, R], the same seeds at every level.
+        values: distances of repeats [G, R], the same seeds and reference at every level.
+        left_out: mean distances without each part of the reference [G, B]; without them the intervals are those of the
+            repeats, given this reference.
         confidence: of the intervals.
 
     The best is picked on the same repeats, so a level is left out only beyond the bound of all ordered pairs of levels,
 
-        t > t_{R-1}(1 - (1 - confidence) / (G (G - 1)))
+        t > t_{R-1}(1 - (1 - confidence) / (G (G - 1))),    for the parts of the reference t_{B-1}(...)
 
     (Bonferroni): among equal levels any is left out in at most 5 % of all experiments. Few repeats tell little: with 8
-    levels the bound is t = 7.4 for 5 repeats, 4.4 for 10.
+    levels the bound is t = 7.4 for 5 repeats, 4.4 for 10; of 8 parts it is 4.9.
 
     Returns:
         ``best`` (sigma), and as [lowest, highest] level of an unbroken run around it: ``overlap``, where the interval
-        overlaps the best's, and ``paired``, where the differences to the best, repeat by repeat, are below the bound.
-        Over levels tried: both end on the grid. ``None`` for single repeats. ``bound``: that on t.
+        overlaps the best's, and ``paired``, where the interval of the difference to the best, on the same seeds and
+        reference, reaches 0. Over levels tried: both end on the grid. ``None`` for single repeats. ``bound``: that on
+        t of the repeats.
 
     Source: multiple comparisons with the best, Hsu 1981, here without assuming equal variances.
     """
-    s, v = np.asarray(sigma, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    if v.ndim != 2 or len(v) != len(s) or not (np.diff(s) > 0).all():
-        raise InputError(f"{len(s)} levels for distances of shape {v.shape}; expected rising levels [G], [G, R].")
+    s, v, w = _curve(sigma, values, left_out)
     best = int(v.mean(1).argmin())
     out: Values = {"best": float(s[best]), "overlap": None, "paired": None, "bound": None}
     if v.shape[1] < 2:
         return out
     each = 1 - 2 * (1 - confidence) / max(2, len(s) * (len(s) - 1))  # two-sided confidence of one comparison
-    bounds = np.array([mean_interval(row, max(confidence, each)) for row in v])
-    gaps = np.array([mean_interval(row - v[best], each) for row in v])
+    bounds = _intervals(v, w, max(confidence, each))
+    gaps = _intervals(v - v[best], w - w[best], each)
     out["bound"] = float(stats.t.ppf(0.5 + each / 2, v.shape[1] - 1))
     for name, inside in (("overlap", bounds[:, 1] <= bounds[best, 2]), ("paired", gaps[:, 1] <= 0)):
         low = high = best
@@ -82,58 +85,86 @@ def flat_range(sigma: np.ndarray, values: np.ndarray, confidence: float = 0.95) 
     return out
 
 
-def knee(sigma: np.ndarray, values: np.ndarray, standard: np.ndarray, confidence: float = 0.95) -> CriticalTime:
-    """Where a curve leaves the standard start for good: below it every level's mean distance exceeds its interval.
+def knee(
+    sigma: np.ndarray,
+    values: np.ndarray,
+    standard: np.ndarray,
+    left_out: np.ndarray | None = None,
+    standard_left_out: np.ndarray | None = None,
+    confidence: float = 0.95,
+) -> CriticalTime:
+    """The lowest level tried from which on up a curve is not worse than the standard start.
 
-    The level is where the mean curve passes the upper end of the standard start's interval, linear in log sigma between
-    the two levels around it; ``low`` and ``high`` are where the ends of the curve's own intervals do, cut off at
-    levels tried.
+    Worse is a level whose difference to the standard start, on the same seeds and reference, has an interval above 0.
+    The intervals hold together at all G levels, each at 1 - (1 - confidence) / G.
 
     Args:
         sigma: rising levels [G].
-        values: distances of repeats [G, R].
-        standard: distances [R] of the standard start.
+        values, standard: distances of repeats [G, R], and of the standard start [R].
+        left_out, standard_left_out: mean distances without each part of the reference [G, B], [B]; see `flat_range`.
         confidence: of the intervals.
+
+    Returns:
+        The level; ``low``: the level tried below it, which is worse; ``high``: the lowest level from which on up the
+        intervals end below 0, ``None`` where the highest level's does not. What many images would say, the level from
+        which on up the mean is not above the standard start's, lies between ``low`` and ``high``.
+
+    Raises:
+        InputError: for a single repeat.
 
     Source: the degradation curve is that of arXiv:2305.19693; this definition of its knee is ours.
     """
-    s, v = np.asarray(sigma, dtype=np.float64), np.asarray(values, dtype=np.float64)
-    criterion, source = "knee of the distance", "arXiv:2305.19693 (curve)"
-    bounds = np.array([mean_interval(row, confidence) for row in v])
-    threshold = mean_interval(np.asarray(standard), confidence)[2]
-    if not math.isfinite(threshold):
+    s, v, w = _curve(sigma, values, left_out)
+    if v.shape[1] < 2:
         raise InputError("a single repeat has no interval; expected at least two to find a knee.")
+    w_standard = np.zeros(0) if standard_left_out is None else np.asarray(standard_left_out)
+    gaps = _intervals(v - np.asarray(standard), w - w_standard, 1 - (1 - confidence) / len(s))
 
-    def leaves(curve: np.ndarray) -> float | None:
-        """The largest level below which the curve is above the threshold throughout; inf where it always is."""
-        above = curve > threshold
-        if not above[0]:
-            return None
-        run = int(np.argmin(above)) if not above.all() else len(s)
-        if run == len(s):
-            return math.inf
-        a, b = curve[run - 1] - threshold, curve[run] - threshold
-        return float(math.exp(math.log(s[run - 1]) + (math.log(s[run]) - math.log(s[run - 1])) * a / (a - b)))
+    def lowest(fine: np.ndarray) -> int:
+        """Index of the lowest level from which on up all are fine."""
+        return int(len(s) - np.argmin(fine[::-1])) if not fine.all() else 0
 
-    at = leaves(bounds[:, 0])
-    if at is None:
-        reason = f"at sigma {s[0]:.4g}, the lowest tried, it does not exceed the standard start's interval"
-        return CriticalTime(None, criterion=criterion, source=source, reason=reason, confidence=confidence)
-    if math.isinf(at):
-        reason = f"it exceeds the standard start's interval at every level up to sigma {s[-1]:.4g}"
-        return CriticalTime(None, criterion=criterion, source=source, reason=reason, confidence=confidence)
-    # A higher curve leaves at a higher level.
-    low, high = leaves(bounds[:, 1]), leaves(bounds[:, 2])
+    at, surely = lowest(gaps[:, 1] <= 0), lowest(gaps[:, 2] <= 0)
+    level: NoiseLevel | None = None
+    low: NoiseLevel | None = None
+    high: NoiseLevel | None = None
+    reason: str | None = None
+    if at == 0:
+        reason = f"from sigma {s[0]:.4g}, the lowest tried, on up no level is worse than the standard start"
+    elif at == len(s):
+        reason = f"at sigma {s[-1]:.4g}, the highest tried, it is worse than the standard start"
+    else:
+        level, low = NoiseLevel(float(s[at])), NoiseLevel(float(s[at - 1]))
+        high = NoiseLevel(float(s[surely])) if surely < len(s) else None
+        reason = None if high else "the interval is open above: at the highest level its difference may be above 0"
     return CriticalTime(
-        NoiseLevel(at),
-        None if low is None else NoiseLevel(low),
-        None if high is None or math.isinf(high) else NoiseLevel(high),
-        criterion=criterion,
-        source=source,
-        reason=None if low is not None and high is not None and math.isfinite(high) else "the interval is open",
+        level,
+        low,
+        high,
+        criterion="knee of the distance",
+        source="arXiv:2305.19693 (curve)",
+        reason=reason,
         confidence=confidence,
-        interval="repeats",
+        interval="jackknife" if level else "",
     )
+
+
+def _curve(
+    sigma: np.ndarray, values: np.ndarray, left_out: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Levels [G], distances [G, R] and those without each part of the reference [G, B], checked."""
+    s, v = np.asarray(sigma, dtype=np.float64), np.asarray(values, dtype=np.float64)
+    w = np.zeros((len(s), 0)) if left_out is None else np.asarray(left_out, dtype=np.float64)
+    if v.ndim != 2 or w.ndim != 2 or not len(v) == len(w) == len(s) or not (np.diff(s) > 0).all():
+        raise InputError(
+            f"{len(s)} levels, distances of shape {v.shape} and {w.shape}; expected rising levels [G], [G, R], [G, B]."
+        )
+    return s, v, w
+
+
+def _intervals(values: np.ndarray, left_out: np.ndarray, confidence: float) -> np.ndarray:
+    """Mean and ends [G, 3] of every level, jackknifed over repeats and parts of the reference."""
+    return np.array([mean_of_repeats(v, w, confidence) for v, w in zip(values, left_out)])
 
 
 @renamed(**{k: f"measure=sb.Measure({k}=...)" for k in ("extract", "samples", "repeats", "micro_batch")})
@@ -191,6 +222,7 @@ def sensitivity(
         standard = standard_starts(full, steps)
         spacing, _ = comparison.choose(standard)
         reference = comparison.cell(standard[spacing])
+        of_standard = [np.array(reference["distance"][k]) for k in DECIDES]
         run.tell(done := done + 1, total)
         curves: Values = {}
         for label, law in starts.items():
@@ -199,12 +231,13 @@ def sensitivity(
                 cell = comparison.cell(late_start(full, law, steps, at=NoiseLevel(float(sigma)), check=False))
                 cells[cell["sigma"]] = cell  # a grid may offer one level for two requested ones
                 run.tell(done := done + 1, total)
-            at, values = np.array(list(cells)), np.array([cell["distance"]["values"] for cell in cells.values()])
-            flat = flat_range(at, values)
+            at = np.array(list(cells))
+            values, left_out = (np.array([cell["distance"][k] for cell in cells.values()]) for k in DECIDES)
+            flat = flat_range(at, values, left_out)
             curves[label] = {
                 "cells": list(cells.values()),
                 "flat": flat,
-                "knee": knee(at, values, np.array(reference["distance"]["values"])).to_dict(),
+                "knee": knee(at, values, of_standard[0], left_out, of_standard[1]).to_dict(),
                 "marks": {mark: _place(t, flat["overlap"]) for mark, t in (marks or {}).items()},
             }
         rows.append({"sampler": name, "calls": n, "standard": {**reference, "spacing": spacing}, "starts": curves})
