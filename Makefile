@@ -58,8 +58,9 @@ docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The pictures of the gallery; table and figure of the digits study, from `symbreak study` in build/study (make_docs.py).
+# The quick pictures of docs/; table and figure of the digits where build/study has a study. CONTRIBUTING lists the others.
 figures: $(STAMP)
+	$(BIN)/python scripts/draw_starts.py
 	$(BIN)/python scripts/make_docs.py
 
 # A wheel and an sdist in dist/, tried in an environment that has only them and what they ask for.

@@ -63,8 +63,9 @@ def main() -> None:
         if not (folder / "record.json").exists():
             continue
         record = Record.load(folder)
-        phases_figure(record.content).savefig(figures / f"phases-{name}.png", dpi=80, metadata={"Software": None})
-        text = between(text, name, table(record))
+        picture = f"phases-{name}.png"
+        phases_figure(record.content).savefig(figures / picture, dpi=80, metadata={"Software": None})
+        text = between(text, name, [*table(record), "", f"![Every criterion on one axis, {name}](figures/{picture})"])
     clones = ROOT / "build" / "phases" / "mnist-1-8"
     if (clones / "clones.json").exists():
         shutil.copy(clones / "clones.png", figures / "mnist-1-8-clones.png")

@@ -26,13 +26,13 @@ def main() -> None:
             color=f"C{i}",
             label=name,
         )
-    left.plot([c.level.sigma for c in curve], [c.sampler_cost for c in curve], "k--", label=f"sampler, {CALLS} calls")
+    left.plot([c.level.sigma for c in curve], [c.sampler_cost for c in curve], "k--", label=f"sampler, {CALLS} NFE")
     total = [c.cost for c in curve]
     left.plot([c.level.sigma for c in curve], total, color="C2", lw=3, alpha=0.35, label="clusters + sampler")
     left.plot(choice.chosen.level.sigma, choice.chosen.cost, "o", color="C3", label="chosen")
     left.axhline(choice.standard.cost, color="0.6", lw=1, label="standard start")
     left.set(xscale="log", yscale="log", xlabel="start level sigma", ylabel="squared error of an image, pixel²")
-    left.set(title="what a start costs (negative law costs left out)", ylim=(5e-3, None))
+    left.set(title="what a start costs", ylim=(5e-3, None))
     left.set_xticks([0.2, 0.5, 1, 2, 5], ["0.2", "0.5", "1", "2", "5"])
     left.minorticks_off()
     left.legend(fontsize=7)
@@ -45,7 +45,7 @@ def main() -> None:
             x, y = (k % 12) * (w + 1), (2 * r + k // 12) * (h + 1) + 5 * r
             right.imshow(image[0], cmap="gray_r", vmin=-1, vmax=1, extent=(x, x + w, y + h, y))
         right.text(-2, 2 * r * (h + 1) + 5 * r + h, name, ha="right", va="center", fontsize=8)
-    right.set(xlim=(-22, 12 * (w + 1)), ylim=(6 * (h + 1) + 10, -1), title=f"the same seeds, {CALLS} calls of DPM++ 2M")
+    right.set(xlim=(-22, 12 * (w + 1)), ylim=(6 * (h + 1) + 10, -1), title=f"the same seeds, {CALLS} NFE of DPM++ 2M")
     right.set_axis_off()
     path = Path(__file__).parents[1] / "docs" / "figures" / "choosing.png"
     path.parent.mkdir(parents=True, exist_ok=True)

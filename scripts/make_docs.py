@@ -1,4 +1,4 @@
-"""Draw the figure and the table of the documentation from a finished study, and the pictures of the gallery.
+"""Draw the pictures of the gallery, and the figure and the table of the digits from a study that is finished.
 
 symbreak study --data digits --model digits --out build/study && make figures
 """
@@ -24,6 +24,9 @@ def cell(d: dict) -> str:
 
 def main() -> None:
     gallery()
+    if not (ROOT / "build" / "study" / "record.json").exists():
+        print("build/study holds no study of the digits: their table and figure stay as they are.")
+        return
     record = Record.load(ROOT / "build" / "study")
     content = record.content
     if content["smoke"]:

@@ -156,3 +156,14 @@ def test_files_and_links_exist(page):
         assert target.startswith("http") or (PAGES[page].parent / target).exists(), target
     for named in FILE.findall("\n".join([*blocks(page), *inline(page)])):
         assert (ROOT / named).exists() or (ROOT / "src" / named).exists(), named
+
+
+def test_every_picture_has_its_command_and_its_page():
+    """The table of CONTRIBUTING names the command of each; the site shows the gallery's below their scripts."""
+    docs = ROOT / "docs"
+    there = {str(path.relative_to(docs)) for path in docs.rglob("*.png")}
+    listed = re.findall(r"`((?:figures|gallery)/[\w-]+\.png)`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted(there)
+    shown = {Path(name).name for page in PAGES for name in re.findall(r"\]\(([^)]+\.png)\)", text(page))}
+    assert {Path(name).name for name in there if name.startswith("figures/")} <= shown
+    assert all((docs / name).with_suffix(".py").exists() for name in there if name.startswith("gallery/"))

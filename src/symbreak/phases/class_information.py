@@ -42,6 +42,7 @@ from symbreak.networks.guidance import check_classes, conditional, without_condi
 from symbreak.phases.losses import between, energy, filled, integral_above, nowhere, pieces, posterior_mean
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.run import Arrays, Run
+from symbreak.runtime.shown import LONGEST, shortened
 
 __all__ = ["ConditionInformation", "GuidanceWindow", "condition_information", "guidance_window"]
 
@@ -72,6 +73,17 @@ class ConditionInformation(Curve):
     apart: np.ndarray
     gain: np.ndarray
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        of = "" if math.isinf(self.total) else f" of {self.total:.4g}"
+        limit, u = self.limit, (float(self.sigma.min()), float(self.sigma.max()))
+        parts = (
+            f"{self.name}, sigma {u[0]:.4g} .. {u[1]:.4g}",
+            f"limit {limit['value']:.4g} [{limit['low']:.4g}, {limit['high']:.4g}]{of} nats",
+            f"{self.images} images",
+            *self.notes,
+        )
+        return shortened(f"{type(self).__name__}({', '.join(parts)})", LONGEST)
 
     @property
     def images(self) -> int:
@@ -108,6 +120,9 @@ class GuidanceWindow(Result):
     high: CriticalTime
     shares: tuple[float, float]
     notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        return shortened(f"{type(self).__name__}(high={self.high!r}, low={self.low!r})", LONGEST)
 
     @property
     def levels(self) -> tuple[float, float]:
