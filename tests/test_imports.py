@@ -4,6 +4,7 @@ import ast
 import graphlib
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import symbreak
 
 ROOT = Path(symbreak.__file__).parent
 MOST_FLOORS, MOST_ROOMS = 8, 20
+MOST_LINES, MOST_PARAMETERS, MOST_ANY = 80, 10, 180  # of a function without its docstring; lines of the package
+ELEVEN = {"late_start", "fit_start"}  # public arguments whose order users rely on, and `learn`
 # Rooms that know a heavy library; all others go without it. The package itself only names things.
 DIFFUSERS = {"networks", "start"}
 NO_TORCH = {"report", "intervals"}
@@ -79,6 +82,24 @@ def test_files_import_each_other_in_no_circle():
 def test_the_top_of_the_package_is_seen_at_a_glance():
     entries = [p.name for p in ROOT.iterdir() if p.name != "__pycache__"]
     assert len(entries) <= MOST_ROOMS, entries
+
+
+def test_functions_fit_on_a_page():
+    for path in sources():
+        for f in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            docstring = f.body[0].end_lineno - f.body[0].lineno + 1 if ast.get_docstring(f) else 0
+            assert f.end_lineno - f.lineno + 1 - docstring <= MOST_LINES, f"{path}: {f.name}"
+            arguments = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs]
+            most = MOST_PARAMETERS + (f.name in ELEVEN) + (arguments[:1] != [] and arguments[0].arg in ("self", "cls"))
+            # options of the command line are parameters of its commands
+            assert room(module_of(path)) == "cli" or len(arguments) <= most, f"{path}: {f.name}"
+
+
+def test_types_are_known():
+    lines = [line for path in sources() for line in path.read_text().splitlines() if re.search(r"\bAny\b", line)]
+    assert len(lines) <= MOST_ANY, len(lines)
 
 
 def test_heavy_libraries_stay_where_they_belong():

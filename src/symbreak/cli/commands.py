@@ -21,6 +21,7 @@ from symbreak.cli.console import err, fail, note, note_of, running, say, say_rec
 from symbreak.cli.options import (
     CLASSIFIERS,
     DATA,
+    EXTRACTORS,
     MICRO,
     MODEL,
     Beginning,
@@ -423,14 +424,7 @@ def evaluate(
     samples: Annotated[str | None, option(None, "generated images: a folder or a file")] = None,
     model: Annotated[str | None, option(None, "sample this network instead")] = None,
     holdout: Annotated[str | None, option(None, "images to measure against (default: half of D)")] = None,
-    features: Annotated[
-        str | None,
-        option(
-            None,
-            "digits-classifier, classifier, pixels, efficientnet-lite0 (or -112), inception (FID), dinov2, "
-            "FILE.safetensors, module:callable",
-        ),
-    ] = None,
+    features: Annotated[str | None, option(None, EXTRACTORS)] = None,
     weights: Weights = None,
     weights_sha256: Sha256 = None,
     classify: Annotated[
@@ -517,14 +511,7 @@ def audit(
     samples: Annotated[str | None, option(None, "generated images: a folder or a file")] = None,
     model: Annotated[str | None, option(None, "sample this network instead")] = None,
     holdout: Annotated[str | None, option(None, "images it has not seen (default: other half of the digits)")] = None,
-    features: Annotated[
-        str,
-        option(
-            None,
-            "pixels, digits-classifier, classifier, efficientnet-lite0, inception, dinov2, FILE.safetensors, "
-            "module:callable",
-        ),
-    ] = "pixels",
+    features: Annotated[str, option(None, EXTRACTORS)] = "pixels",
     weights: Weights = None,
     weights_sha256: Sha256 = None,
     threshold: Annotated[float, option(None, "memorized where d1/d2 is below it")] = 1 / 3,

@@ -35,6 +35,10 @@ START = (
     "a file of `symbreak fit` (moments, law or start), auto: fitted to --data and chosen, none: white noise "
     "(default: the model's own start where it has one, else none)"
 )
+EXTRACTORS = (
+    "pixels, digits-classifier, classifier, efficientnet-lite0 (or -112), inception (FID), dinov2, FILE.safetensors, "
+    "module:callable"
+)
 CLASSIFIERS = "digits-classifier, classifier (trained on the labels), FILE.safetensors, module:callable"
 MICRO = 64  # states of one network evaluation
 CONDITIONED = 512  # images by which the window of guidance is found
