@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 
 from symbreak.report.figures import sweep_axes
 from symbreak.report.record import Record
-from symbreak.report.tables import verdict
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- study:begin, written by `make figures` -->", "<!-- study:end -->"
@@ -59,16 +58,29 @@ def main() -> None:
         f"{real['median_nearest']:.2f}; d1/d2 < 1/3 in {near['memorized']:.1%} and {real['memorized']:.1%}.",
     ]
     table = [
-        "| sampler | NFE | standard start | late, speciation | late, best level | noised data | best late start |",
-        "|---|---|---|---|---|---|---|",
+        "| sampler | NFE | standard start | late, speciation | late, best level | noised data | chosen by `auto` | "
+        "standard / `auto` |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in content["rows"]:
-        cells = " | ".join(cell(row[k]["distance"]) for k in ("standard", "spectral", "best", "noised"))
-        said = verdict(row["standard"]["distance"], row["best"]["distance"], row.get("gain"))[0]
+        cells = " | ".join(cell(row[k]["distance"]) for k in ("standard", "spectral", "best", "noised", "auto"))
+        gain = row["gains"]["auto"]
+        said = f"{gain['value']:.2g} [{gain['low']:.2g}, {gain['high']:.2g}]"
         table.append(f"| {row['sampler']} | {row['calls']} | {cells} | {said} |")
-    note = "*noised data*: training images noised to the level of the column before, the most any law could give there."
+    note = (
+        "*noised data*: training images noised to the level of the column before, the most any law could give there. "
+        "*late*: one Gaussian. *chosen by `auto`*: law, level and grid, without looking at a sample. Last column: the "
+        "ratio of the two distances on the same seeds against the same reference, with its interval."
+    )
     made = "Written by `make figures` from the record of `symbreak study --data digits --model digits`."
-    page = ["# The digits study", "", made]
+    rows = [row["gains"]["auto"] for row in content["rows"]]
+    nearer, farther = sum(g["low"] > 1 for g in rows), sum(g["high"] < 1 for g in rows)
+    sentences = [f"- {sentence}" for sentence in content["verdict"] if "`" not in sentence]
+    sentences.append(
+        f"- Of the {len(rows)} rows below `auto` is nearer than the standard start beyond the interval in {nearer}, "
+        f"farther in {farther}."
+    )
+    page = ["# The digits study", "", made, "", *sentences]
     page += [
         "",
         how,
@@ -81,7 +93,8 @@ def main() -> None:
         "",
         "![Distance against start level](figures/digits-levels.png)",
         "",
-        "Points: late starts from one Gaussian at five levels, on the seeds that levels were chosen with. Dotted: the "
+        f"Points: late starts from one Gaussian at {len(content['rows'][0]['sweep'])} levels, on the seeds that levels "
+        "were chosen with. Dotted: the "
         "standard start of the same sampler at as many evaluations. Grey: the spectral speciation level with its "
         "interval. Lowest line: the floor.",
         "",
