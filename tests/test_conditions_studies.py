@@ -175,7 +175,7 @@ def test_a_denoiser_with_its_condition_keeps_it_as_a_pipeline(digits):
 
 def test_the_command_names_the_null_class(capsys, folder, tmp_path):  # noqa: F811
     code, _, err = symbreak(capsys, "phases", "--data", "digits", "--null-label", 10)
-    assert (code, "--null-label belongs to a network" in err) == (2, True)
+    assert (code, "--null-label, --guidance, --window, --prompt and --vae belong to a network" in err) == (2, True)
     code, _, err = symbreak(capsys, "phases", "--data", "digits", "--model", folder, "--null-label", 11)
     assert (code, "the null class 11; expected a label" in err) == (2, True)
 

@@ -7,15 +7,20 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import symbreak as sb
+from symbreak.cli.options import Conditions
+from symbreak.metrics import distance, features
 from symbreak.networks.families import as_unet
 from symbreak.noise import generator
 from symbreak.phases.class_information import condition_information, guidance_window
 from symbreak.runtime.errors import InputError
 from symbreak.start import loading
 from symbreak.start.loading import LatentPipeline, load_autoencoder
+from symbreak.studies.compare_samplers import run as run_study
 from tests import families as nets
+from tests.test_conditions import generator_of
 from tests.test_families import command, text_folder, words  # noqa: F401  text_folder is a fixture
 
 SHAPE = (4, 8, 8)
@@ -133,7 +138,7 @@ def test_phases_of_a_prompt_without_data(exactly, tmp_path, capsys):
     assert {"cloning", "U-turn, class", "class entropy"} <= set(levels)
     low, high = (levels[f"condition information, {share} %"]["sigma"] for share in (90, 10))
     assert low < high
-    assert any("The prompt is decided" in note for note in content["notes"])
+    assert any("The condition is decided" in note for note in content["notes"])
     assert any("Guide between" in line for line in content["verdict"])
     assert "100 of the network's own samples" in " ".join(capsys.readouterr().err.split())
     assert [c["panel"] for c in content["curves"]].count("condition") == 1
@@ -206,6 +211,129 @@ def test_a_start_on_latents_and_samples_that_are_decoded(latent_folder, tmp_path
     torch.testing.assert_close(pixels, sb.decode(vae, z), rtol=0, atol=1.01 / 127.5)
 
 
+def test_moments_of_latents_are_a_start_without_a_network(latent_folder, tmp_path, capsys):
+    vae, data = load_autoencoder(latent_folder / "vae"), latent_folder / "data.npz"
+    moments = tmp_path / "moments.safetensors"
+    assert command("fit", "--data", data, "--vae", latent_folder / "vae", "--out", moments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["shape"] == list(SHAPE)
+    wanted = sb.Moments.fit(sb.encode(vae, sb.images(data)))
+    np.testing.assert_allclose(sb.Moments.load(moments).cov, wanted.cov, rtol=1e-6, atol=1e-9)
+    model = ["--model", latent_folder / "net", "--vae", latent_folder / "vae", "--sampler", "ddim", "--steps", 2]
+    made = ["sample", *model, "--start", moments, "--at", "sigma=2", "--seeds", "0-1"]
+    assert command(*made, "--out", tmp_path / "s") == 0
+    assert sb.images(tmp_path / "s").shape == (3, 16, 16)
+
+
+def colours(x):
+    """Three features of pictures."""
+    return x.mean((2, 3))
+
+
+def test_a_study_of_latents_measures_decoded_samples(latent_folder, tmp_path):
+    vae = nets.vae()
+    vae.register_to_config(scaling_factor=30.0)  # latents that vary by more than 1, as a level of the VP process asks
+    pipe = LatentPipeline.of(sb.load_pipeline(latent_folder / "net"), None, vae)
+    data, unseen = str(latent_folder / "data.npz"), tmp_path / "unseen.npz"
+    np.savez(unseen, images=np.random.default_rng(1).integers(0, 255, (40, 16, 16, 3), dtype=np.uint8))
+    small = sb.Study(data, "net", str(unseen), ("ddim",), (3,), samples=8, repeats=2, selection=20, sweep=(1.0,),
+                     features="tests.test_prompts:colours", micro_batch=20, reference_calls=0)  # fmt: skip
+    content = run_study(small, pipe, sb.Run(tmp_path / "r")).content
+    assert content["data"]["shape"] == [3, 16, 16]
+    assert content["sampling"]["autoencoder"] == pipe.about["autoencoder"]
+    row = content["rows"][0]
+    start = sb.standard_start(sb.scheduler("ddim", like=pipe.scheduler), 3, row["standard"]["spacing"])
+    made = sb.decode(vae, sb.generate(pipe.unet, start, range(8), micro_batch=20, clamp=False))
+    made, real = (features(colours, x) for x in (made, sb.images(unseen)))
+    far = distance(made, sb.Moments.fit(real), 2, "colours")
+    assert row["standard"]["distance"]["pooled"] == pytest.approx(far.pooled, rel=1e-6)
+    # laws, their level and the images that are noised to it are of latents
+    level = sb.speciation_time(sb.Gaussian.fit(pipe.encode(sb.images(data)))).sigma
+    assert row["spectral"]["sigma"] == pytest.approx(level, rel=0.03)  # a whole step of the schedule
+    assert row["noised"]["distance"]["pooled"] > 0
+
+
+@pytest.mark.slow
+def test_a_study_of_a_prompt(text_folder, tmp_path, capsys):  # noqa: F811
+    data = text_folder.parent / "data.npz"
+    model = ["--model", text_folder, "--prompt", "a cat", "--guidance", 2, "--window", "1,20"]
+    some = ["--data", data, "--samplers", "ddim", "--calls", 4, "--quick", "--out", tmp_path / "r", "--json"]
+    assert command("study", *model, *some) == 0
+    content = json.loads(capsys.readouterr().out)["content"]
+    assert content["sampling"]["prompt"] == "a cat"
+    assert content["sampling"]["guidance"]["window"] == [1, 20]
+    assert all(content["rows"][0][column]["calls"] <= 4 for column in ("standard", "best", "spectral"))
+
+
+# what phases asks
+
+
+def test_a_network_of_one_class_or_prompt_guided(exact, text_folder):  # noqa: F811
+    pipe, x = sb.load_pipeline("digits-conditional"), 3 * torch.randn(2, 1, 8, 8, generator=generator(3))
+    d = sb.denoiser(pipe.unet, pipe.scheduler)
+    y = torch.tensor([3])
+    for conditions, scale, window in (
+        (Conditions(of_class="3"), 1.0, None),
+        (Conditions(of_class="3", guidance=2.0, window="1,5"), 2.0, (1.0, 5.0)),
+    ):
+        asked = conditions.alone(pipe, sb.images("digits"), None, sb.Run())
+        wanted = sb.guided(d.bind(class_labels=y), 10, scale, window)
+        assert asked.guidance == wanted.guidance
+        for sigma in (2.0, 8.0):
+            torch.testing.assert_close(asked(x, sigma), wanted(x, sigma), rtol=0, atol=0)
+    assert Conditions().alone(pipe, None, None, sb.Run()) is pipe
+    told = LatentPipeline.of(exact[1], "a cat")
+    asked = Conditions(prompt="a cat", guidance=3.0).alone(told, None, None, sb.Run())
+    z = torch.randn(2, *SHAPE, generator=generator(3))
+    with_prompt, without = (v(z, 1.5) for v in told.prompted)
+    torch.testing.assert_close(asked(z, 1.5), without + 3 * (with_prompt - without), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_phases_of_a_class_that_is_guided(tmp_path, capsys):
+    sizes = ["--pairs", 24, "--steps", 6, "--branches", 3, "--quick", "--clusters", 3]
+    asked = ["phases", "--data", "digits", "--model", "digits-conditional", "--class", 3, *sizes, "--json"]
+    assert command(*asked) == 0
+    content = json.loads(capsys.readouterr().out)["content"]
+    assert content["data"]["count"] < 100  # a tenth of the training half
+    assert any("The condition is decided" in note for note in content["notes"])
+    assert command(*asked, "--guidance", 2, "--window", "1,5") == 0
+    guided = json.loads(capsys.readouterr().out)["content"]
+    assert not any("The condition is decided" in note for note in guided["notes"])
+    levels = ({row["name"] for row in c["criteria"] if row["of"] == "network"} for c in (content, guided))
+    with_information, alone = levels
+    assert with_information - alone == {f"condition information, {share} %" for share in (10, 90)}
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@torch.no_grad()
+def test_sdxls_own_guidance_leads_away_from_what_its_config_says(zeros):
+    both = words()
+    settings = both["text_encoder"].config
+    settings.projection_dim = 16
+    full, encoder = diffusers.DDIMScheduler(clip_sample=False), nets.seeded(
+        lambda: transformers.CLIPTextModelWithProjection(settings)
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusionXLPipeline(
+        vae=None, text_encoder=None, tokenizer=None, text_encoder_2=encoder, tokenizer_2=both["tokenizer"],
+        unet=nets.sdxl_unet(), scheduler=full, force_zeros_for_empty_prompt=zeros,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    told = LatentPipeline.of(pipe, "a cat")
+    assert bool((told.prompted[1].condition["encoder_hidden_states"] == 0).all()) == zeros
+    noise = torch.stack([torch.randn(SHAPE, generator=generator_of(seed)) for seed in range(2)])
+    theirs = pipe("a cat", num_images_per_prompt=2, guidance_scale=3.0, latents=noise, num_inference_steps=3,
+                  output_type="latent", height=64, width=64).images  # fmt: skip
+    ours = sb.generate(sb.guided(*told.prompted, 3.0), sb.standard_start(full, 3), range(2), clamp=False)
+    # both branches in one batch there, two here: single precision, errors of epsilon times 3 times sigma
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+    away = sb.generate(
+        sb.guided(told.prompted[0], sb.denoiser(pipe, prompt=""), 3.0), sb.standard_start(full, 3), range(2),
+        clamp=False,
+    )  # fmt: skip
+    assert torch.allclose(away, theirs, rtol=1e-3, atol=1e-3) != zeros
+
+
+PHASES = ("phases", "--data", "digits", "--model")
 BAD = {
     "no network": (("sample", "--vae", "net", "--model", "digits"), "net holds no autoencoder"),
     "no autoencoder": (("sample", "--model", "net", "--vae", "net"), "net holds no autoencoder"),
@@ -216,9 +344,17 @@ BAD = {
     "audit": (("audit", "--data", "digits", "--model", "digits", "--prompt", "x"), "takes no prompt"),
     "no data": (("phases", "--model", "net"), "--data is missing"),
     "no model": (("phases", "--prompt", "a cat"), "--prompt and --vae belong to a network"),
-    "null": (("phases", "--model", "net", "--prompt", "a", "--null-label", 1), "--prompt came with --null-label"),
-    "study": (("study", "--prompt", "a cat"), "--prompt and --vae are not for study"),
-    "fit": (("fit", "--data", "digits", "--vae", "vae"), "belong to a start. Add --start"),
+    "null": (("phases", "--model", "net", "--prompt", "a", "--null-label", 1), "--prompt came with --class or --null"),
+    "study": (("study", "--prompt", "a cat"), "takes no prompt: its network has no text"),
+    "study, pictures": (("study", "--model", "net", "--vae", "vae"), "(16, 1, 8, 8) for an autoencoder of 3 channels"),
+    "fit": (("fit", "--data", "digits", "--vae", "vae"), "for an autoencoder of 3 channels; expected [B, 3, H, W]"),
+    "fit, no autoencoder": (("fit", "--data", "digits", "--vae", "net"), "net holds no autoencoder"),
+    "two classes": (
+        ("phases", "--data", "digits", "--model", "digits-conditional", "--class", "1,2"),
+        "one class at a",
+    ),
+    "to no class": (("phases", "--data", "digits", "--model", "digits-conditional", "--guidance", 2), "one class at a"),
+    "no classes": (("phases", "--data", "digits", "--model", "digits", "--class", 2), "this one has no classes"),
     "empty": (("sample", "--model", "net", "--prompt", "", "--guidance", 2), "--prompt came with nothing behind it"),
     "upside down": (("sample", "--model", "text", "--prompt", "a", "--guidance", 2, "--window", "5,2"), "5 to 2; exp"),
     "outside": (("sample", "--model", "text", "--prompt", "a", "--guidance", 2, "--window", "800,900"), "knows 0.0"),

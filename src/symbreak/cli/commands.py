@@ -33,7 +33,6 @@ from symbreak.cli.options import (
     Limit,
     Machine,
     Memory,
-    NullLabel,
     Prompt,
     Reading,
     SamplesRange,
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
 
     from symbreak.data.images import Images
     from symbreak.laws.law import Law
+    from symbreak.networks.denoiser import Denoiser
     from symbreak.runtime.identity import Answer
     from symbreak.runtime.run import Run
     from symbreak.start.loading import LatentPipeline
@@ -112,14 +112,15 @@ def study(
         features=features,
         **reading.options(),
     )
-    conditions.check(model, prompts=False)
+    conditions.check(model)
     with running(out, memory_size(memory)) as work:
-        pipe: Any = machine.load(model, classes=True)
+        pipe: Any = machine.load(model, True, conditions.prompt, conditions.vae)
         named, about = None, dict[str, Any]()
         if conditions != Conditions():
             opened = reading.open(data)
             unet, classes, about = conditions.applied(pipe, opened, reading.open_if(holdout, opened), work.unstored())
-            pipe = pipe if unet is pipe.unet else unet
+            if unet is not pipe.unet:
+                pipe = pipe.of_network(unet) if hasattr(pipe, "decode") else unet
             named = None if classes is None or classes.shares else classes
         record = run(settings.smoke() if quick else settings, pipe, work, named, about)
     note(data, *record.content["data"]["notes"])
@@ -146,9 +147,7 @@ def phases(
     pairs: Annotated[int | None, option(None, "pairs of clones (default 300)")] = None,
     steps: Annotated[int | None, option(None, "sampler steps of a trajectory (default 40)")] = None,
     branches: Annotated[int | None, option(None, "branch levels of the clones (default 12)")] = None,
-    null_label: NullLabel = None,
-    prompt: Prompt = None,
-    vae: Vae = None,
+    conditions: Conditions = Conditions(),
     seed: Annotated[int, option(None, "of all noise")] = 0,
     quick: Annotated[bool, flag(None, "about a minute on the digits: wider intervals")] = False,
     reading: Reading = Reading(),
@@ -159,7 +158,6 @@ def phases(
 ) -> None:
     """When does it decide? Every criterion on one sigma axis, of a data set and, with --model, of a network."""
     from symbreak.metrics.feature_rows import extractor
-    from symbreak.networks.guidance import guided
     from symbreak.studies.attributes import attribute_levels
     from symbreak.studies.diagnose import Effort, diagnose
 
@@ -168,9 +166,10 @@ def phases(
             "--classify pixels gives no classes; expected a classifier, FILE.safetensors or module:callable."
         )
     sizes: dict[str, Any] = {"pairs": pairs, "steps": steps, "branches": branches}
+    prompt = conditions.prompt
     if attributes is not None:
-        others = {"clusters": clusters, "prompt": prompt, "vae": vae}
-        of_network = {"holdout": holdout, "classify": classify, **sizes, "null-label": null_label}
+        others = {"clusters": clusters, "prompt": prompt, "vae": conditions.vae, "class": conditions.of_class}
+        of_network = {"holdout": holdout, "classify": classify, **sizes, "null-label": conditions.null_label}
         of_network |= {"quick": quick or None}
         misplaced = next((name for name, value in others.items() if value is not None), None)
         if misplaced is not None:
@@ -182,20 +181,18 @@ def phases(
     effort = replace(effort, **{k: v for k, v in sizes.items() if v is not None})
     if attributes is not None or prompt is None or holdout is not None:
         required(data, "--data")
-    if prompt is not None and null_label is not None:
-        raise InputError("--prompt came with --null-label, which is of classes. Leave it out.")
+    conditions.check(model)
     with running(out, memory_size(memory)) as work:
-        pipe: Any = machine.load_if(model, classes=True, prompt=prompt, vae=vae)
-        judge, network, decode = _judge(classify), pipe, getattr(pipe, "decode", None)
-        if null_label is not None:
-            network = _without_condition(pipe, null_label)
-        if data is None:
-            opened, unseen = _samples(pipe, str(prompt), effort, seed, work), None
+        pipe: Any = machine.load_if(model, True, prompt, conditions.vae)
+        judge, decode = _judge(classify), getattr(pipe, "decode", None)
+        opened = None if data is None else reading.open(data, limit)
+        unseen = None if opened is None else reading.open_if(holdout, opened)
+        network: Any = None if pipe is None else conditions.alone(pipe, opened, unseen, work.unstored())
+        if opened is None:
+            opened = _samples(pipe, network, str(prompt), effort, seed, work)
         else:
-            opened = reading.open(data, limit)
-            unseen = reading.open_if(holdout, opened)
-            if decode is not None:
-                opened, unseen = pipe.encode(opened), pipe.encode(unseen)
+            opened = _seen(opened, conditions.of_class, pipe)
+            unseen = None if unseen is None else _seen(unseen, conditions.of_class, pipe)
         if attributes is not None:
             names, seen = None if attributes == "all" else attributes.split(","), judge and extractor(str(classify))
             record = attribute_levels(
@@ -203,9 +200,6 @@ def phases(
             )
             say_record(record, out, as_json)
             return
-        if prompt is not None:
-            prompted, without = pipe.prompted
-            network = guided(prompted, without, 1.0)  # with the prompt beside without: nothing is guided away
         if decode is not None and judge is not None:
             judge = _decoded(judge, decode)
         record = diagnose(
@@ -222,14 +216,27 @@ def _judge(classify: str | None) -> Any:
     return getattr(named, "function", named)  # a callable may give classes, which are no features
 
 
-def _samples(pipe: LatentPipeline, prompt: str, effort: Effort, seed: int, run: Run) -> Images:
+def _seen(data: Images, of_class: str | None, pipe: object) -> Images:
+    """Images as a network of one class sees them: those of the class, where they are labelled; latents, where it does.
+
+    Raises:
+        InputError: for a class that the data do not have.
+    """
+    if data.labels is not None and of_class is not None:
+        if int(of_class) >= len(data.classes):
+            raise InputError(f"{data.name} has the classes 0 to {len(data.classes) - 1}; --class {of_class} is none.")
+        data = data.only([data.classes[int(of_class)]])
+    return cast("Images", pipe.encode(data)) if hasattr(pipe, "encode") else data
+
+
+def _samples(pipe: LatentPipeline, network: Denoiser, prompt: str, effort: Effort, seed: int, run: Run) -> Images:
     """Samples of a network that was told a prompt, in place of data: as many latents as a diagnosis asks for."""
     from symbreak.data.samples import samples
     from symbreak.start.late_start import standard_start
     from symbreak.start.sample import generate
 
     start, count = standard_start(pipe.scheduler, effort.steps), max(OWN, effort.pairs)
-    x = generate(pipe.unet, start, range(seed, seed + count), micro_batch=MICRO, clamp=False, run=run.unstored())
+    x = generate(network, start, range(seed, seed + count), micro_batch=MICRO, clamp=False, run=run.unstored())
     note(prompt, f"no --data: {count} of the network's own samples, of {effort.steps} steps each, stand for them")
     return replace(samples(x), name=prompt)
 
@@ -242,16 +249,6 @@ def _decoded(judge: Answer, decode: Decode) -> Answer:
 
     classify.__name__ = f"{getattr(judge, '__name__', 'classifier')} of decoded images"
     return classify
-
-
-def _without_condition(pipe: Any, null: int) -> Any:
-    """The denoiser of a pipeline's network with its null class."""
-    from symbreak.networks.families import denoiser
-    from symbreak.networks.guidance import without_condition
-
-    if pipe is None:
-        raise InputError("--null-label belongs to a network. Add --model.")
-    return without_condition(denoiser(pipe.unet, pipe.scheduler), null)
 
 
 @app.command(
@@ -291,14 +288,15 @@ def fit(
     """Mean and covariance of a data set in one pass; with --start, a start for a network, ready to sample with."""
     from symbreak.moments.one_pass import Moments
     from symbreak.runtime.files import try_writing
+    from symbreak.start.loading import latents_of, load_autoencoder
 
     if out.is_dir():
         raise InputError(f"{out} is a folder; expected a file name such as {out / 'moments.safetensors'}.")
-    belong = (model, sampler, steps, holdout, clusters, prompt, vae, grid, learn)
+    belong = (model, sampler, steps, holdout, clusters, prompt, grid, learn)
     if not start and (belong, at) != ((None,) * len(belong), "auto"):
         raise InputError(
-            "--model, --sampler, --steps, --holdout, --clusters, --prompt, --vae, --grid, --at and --learn belong to a "
-            "start. Add --start."
+            "--model, --sampler, --steps, --holdout, --clusters, --prompt, --grid, --at and --learn belong to a start. "
+            "Add --start."
         )
     if start and (rank, memory) != (None, None):
         raise InputError("--rank and --memory are for moments; a start decides on the rank itself. Leave them out.")
@@ -312,7 +310,9 @@ def fit(
         say(as_json, {"out": str(out), **begin.to_dict()}, lambda: _print(begin.explain(), f"start: {out}"))
         return
     machine.load_if(None)
+    autoencoder = None if vae is None else load_autoencoder(vae, machine.place())
     images = reading.open(data)
+    images = images if autoencoder is None else latents_of(autoencoder, images)
     with running(None, memory_size(memory)) as work:
         moments = Moments.fit(images, rank=rank, run=work)
     moments.save(out)

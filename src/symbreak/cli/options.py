@@ -390,14 +390,12 @@ class Conditions:
         """Whether labelled data decide something."""
         return self.of_class == "data" or (self.window == "auto" and self.prompt is None)
 
-    def check(self, model: str | None, prompts: bool = True) -> None:
-        """Raise what can be known before anything is loaded; ``prompts``: whether the command takes latents."""
+    def check(self, model: str | None) -> None:
+        """Raise what can be known before anything is loaded."""
         if model is None and self != Conditions():
             raise InputError(
                 "--class, --null-label, --guidance, --window, --prompt and --vae belong to a network. Add --model."
             )
-        if not prompts and (self.prompt, self.vae) != (None, None):
-            raise InputError("--prompt and --vae are not for study. Compare starts with evaluate, which takes them.")
         if self.prompt is not None and (self.of_class, self.null_label) != (None, None):
             raise InputError("--prompt came with --class or --null-label, which are of classes. Leave them out.")
         if self.guidance is None and self.window is not None:
@@ -451,6 +449,28 @@ class Conditions:
         about |= getattr(pipe, "about", {})
         return unet, classes, about | ({} if classes is None else {"classes": classes.to_dict()})
 
+    def alone(self, pipe: Pipeline, data: Images | None, unseen: Images | None, run: Run) -> Pipeline | Denoiser:
+        """The network with one condition, a class or a prompt, guided where a scale came; else with its null class.
+
+        Args:
+            data, unseen: see `network`.
+            run: see `network`.
+        """
+        from symbreak.networks.families import denoiser
+        from symbreak.networks.guidance import without_condition
+
+        if self.prompt is not None:
+            return self._guided(pipe, None, unseen or data, run)[0]
+        classes = self._named()
+        if len(classes) == 1:
+            of = self.classes(pipe, data)
+            return self._guided(pipe, of, unseen or data, run)[0].bind(class_labels=cast("Classes", of).different())
+        if (self.of_class, self.guidance) != (None, None):
+            raise InputError("a network is asked about, and guided to, one class at a time. Say which: --class 3.")
+        if self.null_label is None:
+            return pipe
+        return without_condition(denoiser(pipe.unet, pipe.scheduler), self.null_label)
+
     def network(
         self, pipe: Pipeline, classes: Classes | None, data: Images | None, run: Run
     ) -> tuple[Network | Guided, Values]:
@@ -461,13 +481,16 @@ class Conditions:
             data: for a window that is found, labelled images, best ones that the network has not seen.
             run: of the information of the classes.
         """
+        if self.guidance is None or (self.guidance == 1 and self.window != "auto"):
+            return pipe.unet, {}
+        return self._guided(pipe, classes, data, run)
+
+    def _guided(self, pipe: Pipeline, classes: Classes | None, data: Images | None, run: Run) -> tuple[Guided, Values]:
         from symbreak.networks.denoiser import fixed_class
         from symbreak.networks.families import denoiser
         from symbreak.networks.guidance import check_classes, guided, without_condition
         from symbreak.phases.class_information import guidance_window
 
-        if self.guidance is None or (self.guidance == 1 and self.window != "auto"):
-            return pipe.unet, {}
         network, without = getattr(pipe, "prompted", None) or (denoiser(pipe.unet, pipe.scheduler), None)
         if without is None:
             without = without_condition(network, self.null_label)
@@ -481,7 +504,7 @@ class Conditions:
             what = "class" if self.prompt is None else "prompt"
             note("guidance", f"the {what} is decided between sigma {low:.4g} and {high:.4g}", *information.notes)
             by_data = {"information": information.to_dict(), "predicted": predicted.to_dict()}
-        model = guided(network, without, self.guidance, window)
+        model = guided(network, without, 1.0 if self.guidance is None else self.guidance, window)
         return model, {"guidance": {**model.guidance, "null_label": self.null_label, **by_data}}
 
     def _information(

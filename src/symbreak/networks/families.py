@@ -261,7 +261,8 @@ def denoiser(
         shape: sample shape S, where the network does not say it, as in (16, 128, 128).
         sigma_range: levels it knows, of a network that takes sigma; by default its ``sigma_min`` and ``sigma_max``.
         **condition: passed on to every call, such as ``class_labels``; of a pipeline ``prompt`` and whatever else its
-            call takes. One row of a condition stands for all samples.
+            call takes; ``prompt=None`` is what its own guidance leads away from. One row of a condition stands for all
+            samples.
 
     Returns:
         A `Denoiser`; outside its ``sigma_range`` it raises ValueError.

@@ -143,10 +143,13 @@ def of_pipeline(
     Args:
         pipe: the pipeline.
         shape: sample shape S; by default what the network says, or sees in the pipeline's call.
-        arguments: of the pipeline's call, such as ``prompt``; others go to the network.
+        arguments: of the pipeline's call, such as ``prompt``; others go to the network. The prompt ``None`` is what the
+            pipeline's own guidance leads away from: the prompt ``""``, or zeros where its config says so, as SDXL's.
     """
     network, takes = network_in(pipe), inspect.signature(pipe.__call__).parameters
     passed = {k: v for k, v in arguments.items() if k in takes}
+    nothing = "prompt" in passed and passed["prompt"] is None
+    passed |= {"prompt": ""} if nothing else {}
     rest = {k: v for k, v in arguments.items() if k not in takes}
     if "prompt" in rest:
         raise InputError(f"{type(pipe).__name__} takes no prompt: its network has no text. Leave it out.")
@@ -159,9 +162,22 @@ def of_pipeline(
     if shape is None:
         shape = _unpacked(family, call)
     condition = {**call.condition, **rest}
+    if nothing and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
+        condition = _without_text(condition)
     scheduler = pipe.scheduler if call.mu is None else fixed_shift(pipe.scheduler, call.mu)
     whole = None if family == "unet" and tuple(shape) == _said(network) else shape
     return adapted(network, None, whole), scheduler, condition
+
+
+def _without_text(condition: Condition) -> Condition:
+    """A condition whose embeddings of text, and their summary beside sizes, are zeros."""
+    out = dict(condition)
+    for name, value in condition.items():
+        if name == "encoder_hidden_states":
+            out[name] = torch.zeros_like(value)
+        elif name == "added_cond_kwargs":
+            out[name] = {k: torch.zeros_like(v) if k == "text_embeds" else v for k, v in value.items()}
+    return out
 
 
 def _said(network: Network) -> tuple[int, ...] | None:

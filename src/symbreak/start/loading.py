@@ -15,7 +15,7 @@ import torch
 from symbreak.data.images import Images
 from symbreak.networks.adapters import adapted, family_of
 from symbreak.networks.denoiser import Denoiser, class_count
-from symbreak.networks.families import as_unet, denoiser
+from symbreak.networks.families import as_unet, denoiser, posing
 from symbreak.networks.foreign import check_network, check_pipeline, from_hub, quiet, stored_numbers, variant_of
 from symbreak.networks.guidance import check_classes
 from symbreak.networks.latents import decode, encode
@@ -32,7 +32,7 @@ from symbreak.start.classes import Classes
 from symbreak.start.late_start import LateStart
 from symbreak.start.pipeline import RESIDUAL, read_residual
 
-__all__ = ["LatentPipeline", "classes_for", "load_autoencoder", "load_pipeline", "refuse_conditional"]
+__all__ = ["LatentPipeline", "classes_for", "latents_of", "load_autoencoder", "load_pipeline", "refuse_conditional"]
 
 NETWORKS = ("unet", "transformer")
 BUNDLED = ("digits", "digits-conditional")  # networks that ship with the package
@@ -207,6 +207,17 @@ def load_autoencoder(source: str | Path, device: str | torch.device | None = Non
     return vae if device is None else vae.to(usable(device))
 
 
+def latents_of(autoencoder: Network, data: Images) -> Images:
+    """The latents of pictures, under their name.
+
+    Raises:
+        InputError: for samples that are no pictures.
+    """
+    if data.units is not None:
+        raise InputError(f"{data.name} holds no pictures, which an autoencoder takes. Leave --vae out.")
+    return replace(encode(autoencoder, data).images(), name=data.name)
+
+
 @dataclass(frozen=True)
 class LatentPipeline:
     """A network on latents, with what leads from pictures to latents and back; a pipeline like any other.
@@ -236,7 +247,7 @@ class LatentPipeline:
         )
         unet, scheduler, both = pipe.unet, pipe.scheduler, None
         if prompt is not None:
-            both = denoiser(pipe, prompt=prompt), denoiser(pipe, prompt="")
+            both = denoiser(pipe, prompt=prompt), denoiser(pipe, prompt=None)
             scheduler = getattr(both[0], "scheduler", scheduler)  # whose shift is that of the prompt's size
             unet = as_unet(both[0], scheduler)
         channels, there = unet.config.in_channels, getattr(getattr(vae, "config", None), "latent_channels", None)
@@ -247,13 +258,13 @@ class LatentPipeline:
             )
         return cls(unet, scheduler, vae, both, prompt)
 
+    def of_network(self, network: Network | Denoiser) -> LatentPipeline:
+        """The same of another network on these latents, such as one that is guided."""
+        return replace(self, unet=posing(network, self.scheduler))
+
     def encode(self, data: Images | None) -> Images | None:
         """The latents of pictures, under their name; pictures where there is no autoencoder."""
-        if data is None or self.autoencoder is None:
-            return data
-        if data.units is not None:
-            raise InputError(f"{data.name} holds no pictures, which an autoencoder takes. Leave --vae out.")
-        return replace(encode(self.autoencoder, data).images(), name=data.name)
+        return data if data is None or self.autoencoder is None else latents_of(self.autoencoder, data)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Pictures [N, C, H, W] in [-1, 1] of latents."""

@@ -369,13 +369,13 @@ def _condition_information(d: Diagnosis, network: Denoiser, without: Denoiser, s
         window = guidance_window(information, seed=d.seed)
         d.add(f"{name}, 10 %", "network", window.high)
         d.add(f"{name}, 90 %", "network", window.low)
-        d.draw("condition", "network, D(p(x | prompt) || p(x))", "network", information, "o-")
+        d.draw("condition", "network, D(p(x | condition) || p(x))", "network", information, "o-")
         limit, (low, high) = information.limit, window.levels
         d.mark("condition", limit["value"], "its limit")
         d.notes.append(
-            f"The prompt is decided, and guidance acts, at sigma {low:.3g} to {high:.3g}: there {len(samples)} samples "
-            f"of the network pass 10 to 90 % of {limit['value']:.3g} [{limit['low']:.3g}, {limit['high']:.3g}] nats, "
-            "by which the law with the prompt differs from the one without it."
+            f"The condition is decided, and guidance acts, at sigma {low:.3g} to {high:.3g}: there {len(samples)} "
+            f"samples of the network pass 10 to 90 % of {limit['value']:.3g} [{limit['low']:.3g}, {limit['high']:.3g}] "
+            "nats, by which the law with it, a prompt or a class, differs from the one without it."
         )
         d.notes.extend(information.notes)
 

@@ -11,6 +11,8 @@ grids.
 
 A guided network is sampled guided in every cell. Evaluations of both branches count: a start takes as many steps as the
 row's NFE allow it. Laws, levels and grids are chosen for the network as it is, as `evaluate` does.
+
+Of a latent network laws, levels and samples are latents; features, copies and pictures are of decoded samples.
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ def run(
     Args:
         study: what to measure.
         pipeline: the network that ``study.model`` names where it is loaded already, for another device or precision;
-            or `guided`.
+            or `guided`; a latent one has ``encode`` and ``decode``, see `LatentPipeline`.
         run: its folder gets ``record.json`` and, while it runs, the finished cells: the same call goes on after an
             interruption and ends with the same record. Images beyond its memory go into files without a name.
         classes: of a class-conditional network, which class every seed has; by default the data's.
@@ -155,9 +157,9 @@ def run(
         raise InputError(f"run(study, {str(pipeline)!r}) is now run(study, run=sb.Run({str(pipeline)!r})).")
     run = (run or Run()).taken()
     with run.timed("all"):
-        everything, parts, pipe, plans, phases = _prepared(study, pipeline, classes, run)
+        everything, parts, seen, pipe, plans, phases = _prepared(study, pipeline, classes, run)
         classes = classes_for(pipe, study.model, parts.train, classes)
-        sampling = _sampling(pipe.unet, classes, identity)
+        sampling = _sampling(pipe.unet, classes, identity) | getattr(pipe, "about", {})
         train, test = parts.train, parts.test
         network = NetworkDenoiser(pipe.unet, pipe.scheduler)
         with run.timed("features"):
@@ -181,15 +183,16 @@ def run(
         run = run.identified(identity_of("study", **decides))
         x, real_images = (d.shards(run.share(1 / 4).named("images")) for d in (train, test))
         reported, choosing = range(study.samples), range(SELECTION_SEED, SELECTION_SEED + study.selection)
+        z = x if seen is train else seen.shards(run.share(1 / 4).named("latents"))
         comparison = Comparison(
-            pipe.unet, extract, reference, x, reported, choosing, study.repeats, study.micro_batch, run, stream=11
+            pipe.unet, extract, reference, z, reported, choosing, study.repeats, study.micro_batch, run, stream=11
         )
-        comparison.units = train.units
+        comparison.units, comparison.decode = train.units, getattr(pipe, "decode", None)
         comparison.classes, comparison.labels = classes, None if classes is None else train.labels
-        comparison.searched = None if parts.train is everything else everything
+        comparison.searched = None if train is everything is seen else everything
         with run.timed("laws") as part:
             part.tell(0, 1)
-            chooser = _chooser(study, pipe, train, classes is not None)
+            chooser = _chooser(study, pipe, seen, classes is not None)
             part.tell(1, 1)
         rows = _table(study, plans, comparison, chooser)
         best = _many_evaluations(study, pipe, comparison) if study.reference_calls else None
@@ -247,8 +250,8 @@ def _sampling(unet: Network, classes: Classes | None, identity: Values | None) -
 
 def _prepared(
     study: Study, pipeline: Pipeline | Guided | None, classes: Classes | None, run: Run
-) -> tuple[Images, HeldOut, Pipeline, list[_Plan], Values]:
-    """All data, their halves, the network, every start and the spectral times.
+) -> tuple[Images, HeldOut, Images, Pipeline, list[_Plan], Values]:
+    """All data, their halves, the first as the network sees it, the network, every start and the spectral times.
 
     What cannot be done raises an error before the first image.
     """
@@ -266,7 +269,7 @@ def _prepared(
     train = parts.train
     pipe = load_pipeline(study.model) if pipeline is None else pipeline_of(pipeline, train)
     classes_for(pipe, study.model, train, classes)
-    shape = NetworkDenoiser(pipe.unet, pipe.scheduler).shape
+    shape, train = NetworkDenoiser(pipe.unet, pipe.scheduler).shape, getattr(pipe, "encode", lambda d: d)(train)
     if tuple(shape) != train.shape:
         raise InputError(
             f"the network {study.model} makes {train.noun} of {shape}, but the data are {train.shape}. Resize the "
@@ -286,7 +289,7 @@ def _prepared(
         for sampler, full in base.items()
         for calls in study.calls
     ]
-    return everything, parts, pipe, plans, phases
+    return everything, parts, train, pipe, plans, phases
 
 
 Chooser = Callable[["_Plan"], LateStart]

@@ -40,7 +40,7 @@ from symbreak.runtime.run import Run
 from symbreak.start.classes import Classes
 from symbreak.start.late_start import LateStart
 from symbreak.start.loading import refuse_conditional
-from symbreak.start.sample import evaluations, generate
+from symbreak.start.sample import Decode, evaluations, generate
 from symbreak.studies.diagnosis import spread_of
 
 __all__ = ["Comparison", "Measure", "compared", "pipeline_of", "recorded"]
@@ -88,6 +88,7 @@ class Comparison:
         units: of samples that are no pictures, which are not cut to [-1, 1].
         classes: of a class-conditional network, which class every seed has.
         labels: of the training images then, for those that are noised.
+        decode: of a latent network: latents -> pictures; ``train`` are latents then, and ``searched`` pictures.
     """
 
     unet: Network
@@ -105,6 +106,7 @@ class Comparison:
     units: Units | None = None
     classes: Classes | None = None
     labels: torch.Tensor | None = None
+    decode: Decode | None = None
 
     @cached_property
     def known(self) -> Different:
@@ -125,8 +127,9 @@ class Comparison:
             chosen = pool[torch.cat(rounds)[: len(seeds)]]
             clean = self.train.at(chosen)
             labels = None if self.labels is None else self.labels[chosen]
-        clamp = None if self.units is None else False
-        return generate(unet or self.unet, start, seeds, labels, micro_batch=self.micro_batch, clean=clean, clamp=clamp)
+        clamp = None if (self.units, self.decode) == (None, None) else False
+        x = generate(unet or self.unet, start, seeds, labels, micro_batch=self.micro_batch, clean=clean, clamp=clamp)
+        return x if self.decode is None else self.decode(x)
 
     def _of_classes(self) -> torch.Tensor:
         """Which training images are noised: all, or those of the classes that are named."""
