@@ -362,6 +362,7 @@ def test_a_sigma_max_in_the_config_does_not_move_the_cut(grid, top):
     assert late_start(base, law, 2, at=1, check=False).level.sigma == pytest.approx(schedule(base).level(1).sigma)
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # of a division by zero: the line says it
 def test_grids_that_cannot_be_made_are_one_line():
     flow = diffusers.FlowMatchEulerDiscreteScheduler
     with pytest.raises(InputError, match="Ask for more"):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from symbreak.cli.commands import _own_law, main
+from symbreak.cli.commands import _own_law, _undrawn, main
 from symbreak.laws import Empirical, Mixture, Sphere
 from symbreak.phases.bifurcations import bifurcation
 from symbreak.report.html import write_report
@@ -40,6 +40,11 @@ def row(record, name, flow=None, frame=None):
     found = [r for r in record.content["critical"] if (r["name"], r["flow"], r["frame"]) == (name, flow, frame)]
     assert len(found) == 1
     return found[0]
+
+
+def printed(record):
+    """The size of what ``world --json`` prints."""
+    return len(json.dumps(_undrawn(record)))
 
 
 # --- content --------------------------------------------------------------------------------------
@@ -106,6 +111,7 @@ def test_trajectories_end_where_they_are_said_to(two_deltas, mixture):
 def test_mixture_is_of_first_order(mixture):
     """The wells appear at more noise than the centre destabilises at."""
     wells, centre = row(mixture, "new wells", "sde", "vp"), row(mixture, "bifurcation", "sde", "vp")
+    assert printed(mixture) < 20_000
     assert wells["level"]["sigma"] > 1.04 * centre["level"]["sigma"]
     # VE at the centre: the posterior there is uniform over classes, with covariance
     # v s^2 / (v + s^2) + (s^2 / (v + s^2))^2 M / 2 for means of norm^2 M = 4 in the plane: s^2 = M / 2 - v
@@ -117,6 +123,7 @@ def test_sphere():
     assert row(record, "bifurcation", "sde", "vp")["alpha_vp"] == pytest.approx(0.8489753943, abs=1e-9)
     assert row(record, "bifurcation", "sde", "ve")["level"]["sigma"] == pytest.approx(math.sqrt(1 / 3), abs=1e-9)
     assert record.content["cloning"] is None
+    assert printed(record) < 20_000
 
 
 @pytest.mark.parametrize("own", [Sphere(12), Mixture.from_parameters([[-2.0, 0.0], [2.0, 0.0]], [0.1, 0.1])])
@@ -125,6 +132,7 @@ def test_a_world_of_ones_own(own, tmp_path):
     found = row(record, "bifurcation", "sde", "ve")["level"]["sigma"]
     assert found == pytest.approx(bifurcation(own, "sde", "ve").sigma, rel=1e-9)
     assert record.content["title"] == repr(own)
+    assert printed(record) < 20_000
 
 
 def test_a_world_of_points_away_from_the_origin():
@@ -158,6 +166,7 @@ def test_points_of_many_dimensions_are_shown_in_their_leading_directions():
     plane, whole = Empirical(few), Empirical((few @ turn[:3] + 5).reshape(12, 1, 5, 8))
     a, b = explore_world(plane), explore_world(whole)
     assert a.content["notes"] == []
+    assert max(printed(a), printed(b)) < 20_000
     assert "of 40 dimensions are shown in their 16 leading principal directions, with 100.0%" in b.content["notes"][0]
     # 13 directions without any variance change nothing but the draws of the collapse
     for one, other in zip(a.content["critical"], b.content["critical"], strict=True):
@@ -227,6 +236,7 @@ def test_network_bifurcates_where_the_law_does():
     record = explore_world("two-deltas", train=True)
     network = record.content["network"]
     assert network["training"]["seconds"] < 60
+    assert printed(record) < 20_000
     assert network["alpha_exact"] == pytest.approx(THETA_C, abs=1e-10)
     assert abs(network["alpha"] / THETA_C - 1) < 0.05
     wells = [b for b in network["branches"] if b["stable"][-1]]
@@ -238,6 +248,7 @@ def test_network_bifurcates_where_the_law_does():
 def test_digits():
     record = explore_world("digits")
     c = record.content
+    assert printed(record) < 20_000
     # ten classes: the well that the centre becomes, and the others' born in folds
     wells = [b for b in c["branches"] if any(b["stable"])]
     assert wells[0]["central"]
@@ -303,7 +314,7 @@ def test_command_line(two_deltas, tmp_path, capsys):
     whole = json.loads(json.dumps(two_deltas.content))
     assert all(whole[k] == v for k, v in told["content"].items())
     assert told["content"]["critical"]
-    assert len(json.dumps(told)) < 20_000
+    assert printed(two_deltas) < 20_000
     assert told["out"] == str(out)
     assert out.is_file()
     for arguments in (["world", "torus"], ["world", "sphere", "--train"], ["world", "sphere", "--out", str(tmp_path)]):

@@ -7,6 +7,7 @@ With ``--json`` stdout holds one JSON object and nothing else; progress always g
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import sys
 from dataclasses import replace
@@ -54,7 +55,9 @@ if TYPE_CHECKING:
     from symbreak.data.images import Images
     from symbreak.laws.law import Law
     from symbreak.networks.denoiser import Denoiser
+    from symbreak.report.record import Record
     from symbreak.runtime.identity import Answer
+    from symbreak.runtime.plain import Values
     from symbreak.runtime.run import Run
     from symbreak.start.loading import LatentPipeline
     from symbreak.start.sample import Decode
@@ -630,7 +633,10 @@ def train(
     steps = result["recipe"]["steps"]
     line = f"{result['parameters']:,} parameters, {steps:,} steps in {result['seconds']:.0f} s, final loss "
     lines = [f"{line}{result['loss'][-1]:.4f}", *result.get("start", {}).get("notes", ()), f"pipeline: {out}"]
-    say(as_json, {**result, "out": str(out)}, lambda: _print(*lines, f"picture: {out / 'training.png'}"))
+    sample = f"symbreak sample --model {shlex.quote(str(out))} --seeds 0-15"
+    sample += " --class 0" * result["recipe"]["conditional"]
+    lines += [f"picture: {out / 'training.png'}", f"next: {sample}"]
+    say(as_json, {**result, "out": str(out)}, lambda: _print(*lines))
 
 
 @app.command(
@@ -663,9 +669,16 @@ def world(
     with err.status(name) as status:
         run = Run(progress=lambda stage, *_: status.update(f"{name}: {stage}"))
         record = draw_world(law, target, train, seed, run=run)
-    drawn = ("potential", "branches", "trajectories", "position", "sigma", "branch_sigma", "branch_index", "network")
-    few = {k: v for k, v in record.content.items() if k not in drawn}  # the page has the rest
-    say(as_json, {**record.to_dict(), "content": few, "out": str(target)}, lambda: show(record, target))
+    say(as_json, {**_undrawn(record), "out": str(target)}, lambda: show(record, target))
+
+
+def _undrawn(record: Record) -> Values:
+    """The record of a world without the curves of its page, which has them."""
+    drawn = ("potential", "branches", "trajectories", "position", "sigma", "branch_sigma", "branch_index")
+    content = {name: value for name, value in record.content.items() if name not in drawn}
+    if content["network"] is not None:
+        content["network"] = {name: value for name, value in content["network"].items() if name not in drawn}
+    return {**record.to_dict(), "content": content}
 
 
 def _own_law(

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from symbreak.runtime.plain import Values
+from symbreak.runtime.shown import sigma_axis
 
 if TYPE_CHECKING:
     import numpy as np
@@ -595,9 +596,8 @@ def training_figure(result: Values, samples: np.ndarray | None) -> Figure:
             shade = (i + 1) / len(looks["rows"])
             right.plot(looks["sigma"], ratio, color=COLORS[0], alpha=0.15 + 0.85 * shade, label=f"step {row['step']:,}")
         right.axhline(1.0, color=COLORS[4], lw=1, ls="--")
-        right.set_xscale("log")
-        right.set_xlabel("sigma")
-        right.set_title("Held-out squared error, of the law's", fontsize=10)
+        sigma_axis(right)
+        right.set_title("Held-out squared error over the law's (below 1 the network helps)", fontsize=10)
         _legend_beside(right)
         axes.append(right)
     for ax in axes:

@@ -152,7 +152,8 @@ def _given(scheduler: Scheduler, **asked: object) -> Scheduler:
         raise InputError(f"{name} with dynamic shifting needs an image's size; pass a scheduler with a fixed shift.")
     steps = asked.get("num_inference_steps", "the given")
     try:
-        scheduler.set_timesteps(**asked)
+        with np.errstate(divide="ignore", invalid="ignore"):  # what is no number is said below
+            scheduler.set_timesteps(**asked)
     except Exception as error:  # diffusers refuses in many ways
         what = " ".join(str(error).split())[:160]
         raise InputError(f"{name} cannot make {steps} steps here ({what}). Choose another number of steps.") from None
