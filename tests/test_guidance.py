@@ -11,6 +11,7 @@ from symbreak.networks.families import as_unet, denoiser
 from symbreak.noise import generator
 from symbreak.runtime.errors import InputError
 from symbreak.start.late_start import standard_start
+from tests.families import GuidedDiffusion
 from tests.worlds import gaussian_law
 
 MIXTURE = sb.Mixture.from_parameters([[-2.0, 0.0], [2.0, 0.5], [0.0, 3.0]], [0.3, 0.3, 0.3], weights=[0.5, 0.3, 0.2])
@@ -74,6 +75,14 @@ def classy():
             layers_per_block=1, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
             num_class_embeds=3,
         ).eval()  # fmt: skip
+
+
+def test_a_guided_network_has_a_derivative():
+    guide = sb.guided(sb.denoiser(GuidedDiffusion(), sb.scheduler("ddpm"), class_labels=torch.tensor([1])), 9, 2.0)
+    x, v = (torch.randn(2, *guide.shape, generator=generator(s)) for s in (1, 2))
+    slope = torch.func.jvp(lambda z: guide(z, 1.5), (x,), (v,))[1]
+    with torch.no_grad():  # an affine network
+        torch.testing.assert_close(slope, guide(x + v, 1.5) - guide(x, 1.5), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

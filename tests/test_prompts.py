@@ -224,17 +224,29 @@ def test_moments_of_latents_are_a_start_without_a_network(latent_folder, tmp_pat
     assert sb.images(tmp_path / "s").shape == (3, 16, 16)
 
 
+def varied():
+    """An autoencoder whose latents vary by more than 1, as a level of the VP process asks."""
+    out = nets.vae()
+    out.register_to_config(scaling_factor=30.0)
+    return out
+
+
+def others(folder):
+    """Pictures that are measured against."""
+    rows = np.random.default_rng(1).integers(0, 255, (40, 16, 16, 3), dtype=np.uint8)
+    np.savez(folder / "unseen.npz", images=rows)
+    return folder / "unseen.npz"
+
+
 def colours(x):
     """Three features of pictures."""
     return x.mean((2, 3))
 
 
 def test_a_study_of_latents_measures_decoded_samples(latent_folder, tmp_path):
-    vae = nets.vae()
-    vae.register_to_config(scaling_factor=30.0)  # latents that vary by more than 1, as a level of the VP process asks
+    vae = varied()
     pipe = LatentPipeline.of(sb.load_pipeline(latent_folder / "net"), None, vae)
-    data, unseen = str(latent_folder / "data.npz"), tmp_path / "unseen.npz"
-    np.savez(unseen, images=np.random.default_rng(1).integers(0, 255, (40, 16, 16, 3), dtype=np.uint8))
+    data, unseen = str(latent_folder / "data.npz"), others(tmp_path)
     small = sb.Study(data, "net", str(unseen), ("ddim",), (3,), samples=8, repeats=2, selection=20, sweep=(1.0,),
                      features="tests.test_prompts:colours", micro_batch=20, reference_calls=0)  # fmt: skip
     content = run_study(small, pipe, sb.Run(tmp_path / "r")).content
@@ -256,7 +268,9 @@ def test_a_study_of_latents_measures_decoded_samples(latent_folder, tmp_path):
 def test_a_study_of_a_prompt(text_folder, tmp_path, capsys):  # noqa: F811
     data = text_folder.parent / "data.npz"
     model = ["--model", text_folder, "--prompt", "a cat", "--guidance", 2, "--window", "1,20"]
-    some = ["--data", data, "--samplers", "ddim", "--calls", 4, "--quick", "--out", tmp_path / "r", "--json"]
+    varied().save_pretrained(tmp_path / "vae")
+    some = ["--vae", tmp_path / "vae", "--data", data, "--holdout", others(tmp_path), "--samplers", "ddim"]
+    some += ["--calls", 4, "--quick", "--features", "tests.test_prompts:colours", "--out", tmp_path / "r", "--json"]
     assert command("study", *model, *some) == 0
     content = json.loads(capsys.readouterr().out)["content"]
     assert content["sampling"]["prompt"] == "a cat"

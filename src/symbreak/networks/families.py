@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -162,7 +163,9 @@ class NetworkDenoiser:
 
     def bind(self, **condition: object) -> NetworkDenoiser:
         """The same denoiser with a condition fixed, e.g. ``bind(class_labels=y)``."""
-        return NetworkDenoiser(self.unet, self.scheduler, **{**self.condition, **condition})
+        out = copy(self)  # its schedule stands: it cannot be read inside a derivative
+        out.condition = {**self.condition, **condition}
+        return out
 
     def __call__(self, x: torch.Tensor, sigma: float | torch.Tensor) -> torch.Tensor:
         _check_shape(x, self.shape)
