@@ -392,25 +392,6 @@ def test_a_network_that_breaks_is_named():
         clones(Broken(), 1.0, component, pairs=4)
 
 
-# --- coverage -------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", WORLDS)
-def test_intervals_cover_the_exact_level(name):
-    """Nominal 95 % intervals of the clones' crossing hold the exact level in at least 90 of 100 repetitions."""
-    law = WORLDS[name]
-    exact = cloning_time(law, samples=400_000)
-    assert math.log(exact.high.sigma / exact.low.sigma) < 0.003  # a hundredth of the intervals' width
-    d, classify = network(law), component(law)
-    sigma, held = exact.sigma * np.geomspace(0.25, 4, 10), 0
-    for repetition in range(100):
-        found = clones(d, sigma, classify, pairs=300, steps=60, seeds=repetition).crossing
-        held += found.low.sigma <= exact.sigma <= found.high.sigma
-    print(f"{name}: {held} of 100 intervals hold sigma {exact.sigma:.4g}")  # noqa: T201
-    assert held >= 90
-
-
 def test_one_set_of_trajectories_serves_all_attributes():
     """A mixture of four Gaussians is two attributes: 8 apart and 3 apart. Each is what its own experiment gives."""
     law = mixture([[x, y] for x in (-4.0, 4.0) for y in (-1.5, 1.5)], 1.0)

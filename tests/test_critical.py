@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from symbreak.critical import CriticalTime, Curve, crossing, mean_curve, passing, passing_interval, passing_time
-from symbreak.intervals import jackknife, mean_interval, percentiles, resampled
+from symbreak.intervals import jackknife, mean_interval, percentiles, proportion, resampled
 from symbreak.noise import NoiseLevel
 
 
@@ -73,6 +73,11 @@ def test_curves_of_means():
     assert (drawn.low.tolist(), drawn.high.tolist()) == ([1.0, 0.0], [2.0, 0.0])
     one = mean_curve(sigma[:1], values[:1], "x", weights, ())
     assert (one.sigma.shape, float(one.value)) == ((), 2.0)
+    # What none of 50 showed may be a share of up to 1 - .025^(1/50): resamples of nothing say nothing.
+    share = mean_curve(sigma, np.array([np.zeros(50), np.arange(50) < 10]), "x", np.ones((41, 50)))
+    assert (share.value.tolist(), share.low[0]) == ([0.0, 0.2], 0.0)
+    assert share.high[0] == pytest.approx(1 - 0.025**0.02)
+    assert (share.low[1], share.high[1]) == pytest.approx((proportion(10, 50)["low"], proportion(10, 50)["high"]))
 
 
 def test_intervals_cover_at_the_stated_rate():

@@ -172,25 +172,6 @@ def test_eigenvalues_of_few_samples_are_numbers():
         assert np.isfinite(Moments.fit([x], **options).population(10).values).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("n", "variances"),
-    [
-        (30, spiked(10, 0.5)),
-        (60, spiked(10, 0.5)),
-        (200, spiked(2, 0.5)),
-        (60, 200 * np.arange(1, 65) ** -1.5),
-        (2000, 200 * np.arange(1, 65) ** -1.5),
-        (60, np.full(64, 2.0)),
-        (40, [4.0, 2.0, 1.0]),
-    ],
-)
-def test_spectral_levels_are_covered(n, variances):
-    right = math.sqrt(max(variances) - 1)
-    times = [speciation_time(gaussian(n, variances, seed)) for seed in range(100)]
-    assert sum(t.level is not None and t.low.sigma < right < t.high.sigma for t in times) >= 90
-
-
 def test_a_record_names_how_an_interval_was_made():
     law, moments = two_of_two(), gaussian(400, spiked(10, 0.5), 1)
     pair = Mixture.from_parameters([[8.0], [-8.0]], 0.05)
@@ -264,17 +245,6 @@ def test_the_first_of_equal_classes_is_no_lucky_one():
         assert "classes" in t.reason
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("radii", "right"), [(np.full(10, 6.0), 3.25), (np.linspace(5, 6, 10), 3.15)])
-def test_the_first_class_is_covered(radii, right):
-    """Ten classes, 500 draws each; the right values are of 40,000 draws a class."""
-    means = torch.zeros(10, 20, dtype=torch.float64)
-    means[range(10), range(10)] = torch.from_numpy(radii)
-    law = Mixture.from_parameters(means, 1.0)
-    times = [speciation_time(law, "free-entropy", samples=5000, seed=seed) for seed in range(100)]
-    assert sum(t.low.sigma < right < t.high.sigma for t in times) >= 90
-
-
 @pytest.mark.parametrize("steps", [10, 40])
 def test_few_steps_of_clones_are_in_the_interval(steps):
     """+-4, variance 1: few steps read the crossing high; the bootstrap alone left it out, and said nothing."""
@@ -285,16 +255,6 @@ def test_few_steps_of_clones_are_in_the_interval(steps):
         assert "steps there are a factor" in time.reason
         found += time.low.sigma < right < time.high.sigma
     assert found >= 2
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("steps", [10, 20, 40])
-def test_the_crossing_of_clones_is_covered(steps):
-    law = Mixture.from_parameters([[-4.0], [4.0]], 1.0)
-    right = cloning_time(law).sigma
-    sigma = np.geomspace(1, 16, 9)
-    times = [clones(law, sigma, pairs=1000, steps=steps, seeds=seed).crossing for seed in range(100)]
-    assert sum(t.low.sigma < right < t.high.sigma for t in times) >= 90
 
 
 def test_fitting_a_gaussian_costs_nats():
@@ -347,14 +307,3 @@ def test_a_departure_stays_without_the_fitting_error():
     with_it, without = passes_a_tenth("classes", 400, 16, 0, one)
     assert with_it.sigma == pytest.approx(without.sigma, rel=0.1)
     assert without.low.sigma < without.sigma < without.high.sigma
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "n", "dim"), [("gaussian", 898, 64), ("gaussian", 200, 64), ("classes", 400, 16), ("clusters", 400, 16)]
-)
-def test_no_level_in_data_of_the_law_itself(kind, n, dim):
-    levels = [passes_a_tenth(kind, n, dim, seed) for seed in range(40)]
-    print(f"{kind}, {n}: {sum(b.level is not None for _, b in levels)} of 40")  # noqa: T201
-    assert all(a.level is not None for a, _ in levels)
-    assert sum(b.level is not None for _, b in levels) <= 4

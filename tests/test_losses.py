@@ -432,37 +432,6 @@ def test_wrong_input_is_one_line(call, match):
     assert "\n" not in str(caught.value)
 
 
-# --- coverage -------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_coverage_of_the_level_of_a_tenth_of_a_nat():
-    """Nominal 95 %: of 100 intervals at least 90 hold the exact level (fewer by chance once in 90)."""
-    law = uneven()
-    exact = brentq(lambda s: divergence(law, s) - 0.1, 0.3, 2.0)
-    network, gaussian = as_network(law), Gaussian(law.moments)
-    held = 0
-    for seed in range(100):
-        data = law.sample(400, 0.0, generator(100, seed))
-        found = non_gaussianity(network, gaussian, data, 0.3 * exact, seed=seed).time(seed=seed)
-        held += found.low is not None and found.low.sigma <= exact <= found.high.sigma
-    print(f"non-Gaussianity: {held} of 100")  # noqa: T201
-    assert held >= 90
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)  # 100 times 6 levels of a fitted classifier
-def test_coverage_of_the_half_level_of_the_class_entropy():
-    exact = class_entropy(triangle(), [0.3, 1.5], samples=2_000_000).time().sigma
-    network = as_network(triangle())
-    held = 0
-    for seed in range(100):
-        found = bound(network, np.geomspace(0.4, 1.0, 6), 200 + seed, fit=1000).time()
-        held += found.low is not None and found.low.sigma <= exact <= found.high.sigma
-    print(f"class entropy: {held} of 100")  # noqa: T201
-    assert held >= 90
-
-
 # --- what a network adds to the law that it is the residual of ------------------------------------
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 import numpy as np
 from scipy.optimize import brentq
 
-from symbreak.intervals import mean_interval, percentiles, resampled
+from symbreak.intervals import mean_interval, percentiles, proportion, resampled
 from symbreak.noise import NoiseLevel
 from symbreak.runtime.errors import InputError
 from symbreak.runtime.shown import LONGEST, Shown, axes, shortened, sigma_axis
@@ -305,15 +305,21 @@ def mean_curve(
 ) -> Curve:
     """Means of values [G, N] of the same N items at G levels, as a `Curve` with 95 % intervals.
 
+    Values that are all 0 or 1 are shares, whose intervals are Clopper-Pearson's: neither resamples nor a spread say how
+    often what was seen seldom or never may occur.
+
     Args:
         sigma: levels [G].
         values: of every item at every level [G, N].
         name: of the curve.
         weights: how often each item counts, all once and then in every resample, [1 + R, N]: intervals are then the
-            resamples' percentiles. Without them they are Student's t.
+            resamples' percentiles. Without them they are Student's t. Neither of shares.
         shape: the one the levels came in, see `curve`; by default [G].
     """
-    if weights is None:
+    if np.isin(values, (0, 1)).all():
+        shares = [proportion(float(v.sum()), len(v)) for v in values]
+        mean, low, high = np.array([[share[k] for k in ("share", "low", "high")] for share in shares]).T
+    elif weights is None:
         mean, low, high = np.array([mean_interval(v) for v in values]).T
     else:
         means = weights @ values.T / values.shape[1]

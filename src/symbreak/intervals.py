@@ -11,7 +11,7 @@ from scipy.special import betaincinv
 
 from symbreak.runtime.errors import InputError
 
-__all__ = ["entropy_interval", "jackknife", "mean_interval", "percentiles", "proportion", "resampled"]
+__all__ = ["balanced_share", "entropy_interval", "jackknife", "mean_interval", "percentiles", "proportion", "resampled"]
 
 SKEWED = 30  # values from which a skewness can be estimated
 DRAWS_A_CLASS = 20  # that an interval of an entropy needs
@@ -91,6 +91,27 @@ def proportion(count: float, of: float, confidence: float = 0.95) -> dict[str, f
     low = 0.0 if count <= 0 else float(betaincinv(count, of - count + 1, tail))
     high = 1.0 if count >= of else float(betaincinv(count + 1, of - count, 1 - tail))
     return {"count": count, "of": of, "share": count / of, "low": low, "high": high}
+
+
+def balanced_share(counts: ArrayLike, of: ArrayLike, confidence: float = 0.95) -> dict[str, float]:
+    """Mean of the shares of K classes, rare ones counted as much as frequent ones, with an interval.
+
+        low = mean_c p_c - sqrt(sum_c (p_c - low_c)^2) / K,     high likewise,     from the ends of `proportion`
+
+    Args:
+        counts, of: [K] of every class, with at least one in each.
+        confidence: nominal coverage.
+
+    Source: Zou & Donner, Stat. Med. 27, 1693 (2008), of Clopper-Pearson's ends.
+
+    >>> share = balanced_share([90, 5], [100, 5])
+    >>> share["value"], round(share["low"], 3), share["high"] < 1
+    (0.95, 0.686, True)
+    """
+    ends = [proportion(float(a), float(b), confidence) for a, b in zip(np.asarray(counts), np.asarray(of), strict=True)]
+    p, low, high = np.array([[e[k] for k in ("share", "low", "high")] for e in ends]).T
+    below, above = (math.sqrt(((p - end) ** 2).sum()) / len(p) for end in (low, high))
+    return {"value": float(p.mean()), "low": float(p.mean()) - below, "high": float(p.mean()) + above}
 
 
 def entropy_interval(counts: ArrayLike, confidence: float = 0.95) -> dict[str, float]:

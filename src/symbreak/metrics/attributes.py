@@ -12,7 +12,7 @@ import torch
 
 from symbreak.data.images import Images
 from symbreak.data.labels import Classes, attributes
-from symbreak.intervals import jackknife
+from symbreak.intervals import balanced_share
 from symbreak.metrics.extractors import Extractor
 from symbreak.metrics.feature_rows import features
 from symbreak.noise import generator
@@ -29,7 +29,6 @@ __all__ = ["FEWEST", "RESOLVED", "AttributeClassifier", "attribute_classifier", 
 RESOLVED = 0.7  # balanced accuracy below which an attribute is not resolved
 COMPONENTS = 128  # leading components of the features that a classifier sees
 HELD_OUT = 0.2
-GROUPS = 10  # of the held-out images, for the intervals
 FEWEST = 20  # images of each class
 MOST = 10_000  # images that are learned from, and measured with
 JOINT = 6  # attributes that are named, up to which their combinations are counted, too
@@ -133,7 +132,7 @@ def attribute_classifier(
                 f"the attribute {name!r}: none of the {int(at.sum())} images that are held out has its rarest class. "
                 "Pass more images, or other attributes."
             )
-        accuracies[name] = _accuracy(judge.predict(reduced[at]), codes[at], place[at] % GROUPS)
+        accuracies[name] = _accuracy(judge.predict(reduced[at]), codes[at])
         judges[name], names_[name] = judge, [classes.names[c] for c in present[present >= 0]]
     joint = " and ".join(judges) if names is not None and 2 <= len(judges) <= JOINT else ""
     if joint:
@@ -158,14 +157,8 @@ def _flat(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(1)
 
 
-def _accuracy(said: np.ndarray, codes: np.ndarray, group: np.ndarray) -> Values:
-    """Balanced accuracy, its interval by groups, and whether that resolves the attribute."""
-
-    def balanced(rows: np.ndarray) -> float:
-        each = [float((said[rows & (codes == c)] == c).mean()) for c in np.unique(codes[rows])]
-        return float(np.mean(each))
-
-    value = balanced(np.ones(len(codes), bool))
-    low, high = jackknife(value, np.array([balanced(group != g) for g in np.unique(group)]))
-    low, high = max(0.0, low), min(1.0, high)
-    return {"value": value, "low": low, "high": high, "resolved": value >= RESOLVED, "count": len(codes)}
+def _accuracy(said: np.ndarray, codes: np.ndarray) -> Values:
+    """Balanced accuracy, its interval, and whether that resolves the attribute."""
+    of = np.bincount(codes)
+    share = balanced_share(np.bincount(codes[said == codes], minlength=len(of)), of)
+    return {**share, "resolved": share["value"] >= RESOLVED, "count": len(codes)}

@@ -103,8 +103,9 @@ def classifier_test(samples: torch.Tensor, real: torch.Tensor, *, seed: int = 0)
         seed: of the halves.
 
     Returns:
-        ``logistic`` and ``knn``, each with ``share`` right, its interval ``low``, ``high``, ``count``, ``of`` and
-        ``p_value``; ``samples``, ``reference``: rows of each set, half of them held out.
+        ``logistic`` and ``knn``, each with ``share`` right, its interval ``low``, ``high`` (of these classifiers: those
+        of other halves scatter a little more), ``count``, ``of`` and ``p_value``; ``samples``, ``reference``: rows of
+        each set, half of them held out.
 
     Raises:
         InputError: for too few rows, or unequal features.

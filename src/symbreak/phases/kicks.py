@@ -35,9 +35,9 @@ class Opportunity(Result):
     """The window of opportunity.
 
     Attributes:
-        change: mean distance of the final images per unit of kick, in VP units, with bootstrap intervals.
-        classes: share of kicks that change the class, likewise; ``None`` without classes.
-        peak, class_peak: levels at which they are largest.
+        change: mean distance of the final images per unit of kick, in VP units, with Student's intervals.
+        classes: share of kicks that change the class, with Clopper-Pearson's; ``None`` without classes.
+        peak, class_peak: levels at which they are largest, with bootstrap intervals.
         size: kick over the norm of the state.
         calls: states given to the denoiser.
     """
@@ -88,7 +88,8 @@ def opportunity(
 
     Returns:
         `Opportunity`. A peak is the top of the parabola through the largest mean and its neighbours in log sigma,
-        its interval that of the resamples' peaks; with a reason and no level where the largest mean is at an end.
+        its interval that of the resamples' peaks; with a reason and no level where the largest mean is at an end. Of
+        class changes it needs about 10 trajectories that change at the peak.
 
     Raises:
         InputError: for a size that is not positive, an unknown flow, or as `clones`.
@@ -123,8 +124,8 @@ def opportunity(
     change, labels = arrays["change"], arrays["labels"]
     classes = labels[1:] != labels[0] if known else None
     return Opportunity(
-        change=mean_curve(s, change, "change of the final image per unit of kick", w, branches.shape),
-        classes=None if classes is None else mean_curve(s, classes, "class change by kicks", w, branches.shape),
+        change=mean_curve(s, change, "change of the final image per unit of kick", shape=branches.shape),
+        classes=None if classes is None else mean_curve(s, classes, "class change by kicks", shape=branches.shape),
         peak=_peak(s, w @ change.T, "opportunity", flow),
         class_peak=None if classes is None else _peak(s, w @ classes.T, "opportunity, class", flow),
         size=float(size),
@@ -143,6 +144,9 @@ def _peak(s: np.ndarray, sums: np.ndarray, criterion: str, flow: str) -> Critica
     if top[0] in (0, len(u) - 1):
         end, way = (s.min(), "lower") if top[0] == 0 else (s.max(), "higher")
         reason = f"the kicks carry furthest at the end of the levels, {end:.4g}; try {way} levels, if there are any"
+        inside = int((~np.isin(top[1:], (0, len(u) - 1))).sum())
+        if inside > 0.025 * (len(top) - 1):  # no more is known than of a peak inside
+            reason += f", or more samples: in {inside} of {len(top) - 1} resamples they do at a level inside"
         return time(None, reason=reason)
     i = np.clip(top, 1, len(u) - 2)
     rows = np.arange(len(v))
