@@ -116,6 +116,8 @@ def test_phases_say_where_to_start_and_to_guide():
     assert "symbreak fit --start" in said
     against["Gaussian"]["worse"] = None
     assert "intervals of their squared errors overlap" in sentences("phases", phases(against=against))[1]
+    residual = sentences("phases", {**phases(against=against), "added": {"top": 0.8}})[1]
+    assert residual.startswith("Above sigma 0.8 the law that the network was trained with answers alone.")
     content = phases()
     for share, sigma in ((10, 2.0), (90, 0.5)):
         row = {**content["criteria"][0], "name": f"class information, {share} %", "level": level(sigma, 100 * sigma)}

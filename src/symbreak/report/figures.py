@@ -255,7 +255,8 @@ def _height(ax: Axes, panel: str, curves: list[Values], lines: list[Values]) -> 
     elif panel == "against" and seen:
         bottom, top = min(0.9, max(0.2, min(seen))) / 1.1, max(1.1, min(5.0, max(seen))) * 1.1
         ax.set_ylim(bottom, top)
-        _plain_ticks(ax.yaxis, [v for v in RATIOS if bottom < v < top])
+        near = () if top / bottom < 2.6 else (0.9, 1.1)  # which would lie on 1
+        _plain_ticks(ax.yaxis, [v for v in RATIOS if bottom < v < top and v not in near])
     elif seen:
         seen += [line["value"] for line in lines]
         room = 0.08 * (max(seen) - min(seen) or 1.0)

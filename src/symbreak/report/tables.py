@@ -233,7 +233,7 @@ def _phases(record: Record, content: Values) -> tuple[dict[str, Table], list[str
     """Every criterion with the reasons of those that have no level, and the checks."""
     data = content["data"]
     criteria = Table(
-        f"When {data['name']} decides ({data['count']:,} {noun_of(content)}, {scale_of(content)})",
+        f"The criteria for {data['name']} ({data['count']:,} {noun_of(content)}, {scale_of(content)})",
         ("criterion", "of", "flow, frame"),
         ("sigma", "OU time", f"step ({content['schedule']})", "seconds"),
         ("interval",),

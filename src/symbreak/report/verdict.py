@@ -81,6 +81,11 @@ LAWS = {"Gaussian": "one Gaussian of the data", "class mixture": "one Gaussian a
 
 def _start(content: Values) -> str:
     """Where a network is no better than a law, and so where sampling may start."""
+    if (top := (content.get("added") or {}).get("top")) is not None:
+        return (
+            f"Above sigma {number(top, '.3g')} the law that the network was trained with answers alone. So start there "
+            "or below, from that law; `symbreak sample` takes the start that `symbreak train` put beside the network."
+        )
     against = content.get("against") or {}
     if not against:
         return ""

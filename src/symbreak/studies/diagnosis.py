@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -129,8 +130,8 @@ class Diagnosis:
 
     def check(self, check: Check) -> None:
         """Add a check of the mechanism."""
-        texts = {"value_text": f"{check.value:.3g}", "expected_text": f"{check.expected:.3g}"}
-        self.checks.append({**check.to_dict(), **texts})
+        texts = (("value_text", check.value), ("expected_text", check.expected))
+        self.checks.append({**check.to_dict(), **{k: f"{v:.3g}" if math.isfinite(v) else "-" for k, v in texts}})
 
     def show(self, title: str, caption: str, x: torch.Tensor, scaled: bool = True) -> None:
         """Add a picture of samples [N, *S], of directions unless ``scaled``, see `png_row`."""
