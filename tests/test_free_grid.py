@@ -18,7 +18,7 @@ from symbreak.runtime.files import InputError
 from symbreak.start.cut_schedule import no_levels, visited
 from symbreak.start.fit import late_start
 from symbreak.start.free_grid import entropic
-from symbreak.start.late_start import Grid, LateStart, on_grid
+from symbreak.start.late_start import Grid, LateStart, LateStartWarning, on_grid
 from symbreak.start.sample import generate
 from symbreak.start.sampler_cost import SamplerCost
 from tests.worlds import full_mixture, gaussian_law
@@ -78,6 +78,27 @@ def test_a_free_grid_is_never_dearer_than_the_three(name):
     assert len(standard.grid.sigmas) == 3
     assert all(a > b for a, b in pairwise(standard.grid.sigmas))
     assert standard.choice.chosen.cost < 0.9 * min(c.cost for c in standard.choice.candidates if c.grid != "free")
+
+
+def test_a_free_standard_grid_says_where_the_network_is_worse_than_the_law():
+    law = gaussian_law()
+    data = law.sample(128, 0.0, generator(2)).float()
+
+    class Far(type(law)):
+        """The law, far off in every direction at high noise: a network that is not yet trained."""
+
+        def denoise(self, x, sigma):
+            return super().denoise(x, sigma) + 4.0 * (float(sigma) > 3)
+
+    for posing, warned in ((law, False), (Far(law.moments), True)):
+        network = as_denoiser(posing)
+        network.sigma_range = (0.02, 80.0)
+        start = late_start(scheduler("dpm++2m"), law, 3, "standard", network, data, check=False, grid="free")
+        notes = [n for n in start.choice.signatures if "nats worse than the law" in n]
+        assert bool(notes) == warned
+    assert notes[0].startswith("The free grid was found with a law in the network's place, but above sigma")
+    with pytest.warns(LateStartWarning, match="nats worse than the law"):
+        late_start(scheduler("dpm++2m"), law, 3, "standard", network, data, grid="free")
 
 
 def test_without_a_network_the_law_stands_in_its_place():

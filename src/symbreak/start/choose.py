@@ -342,7 +342,8 @@ def choose(
     *gaps, single = loss_gaps(network, [*laws, gaussian], images, sigma, gaussian, seed, classes, run)
     _check_network(single)
     # The world in which samplers are tried: the law that lies nearest to the data.
-    world = laws[int(np.argmin([g.nats[0] for g in gaps]))]
+    nearest = int(np.argmin([g.nats[0] for g in gaps]))
+    world = laws[nearest]
     levels = np.geomspace(low, high, LEVELS)
     count = STATES if grid is None else many(world)
     made_in = partial(SamplerCost, world, gaussian, lowest=float(low), seed=seed, states=count)
@@ -367,7 +368,7 @@ def choose(
     at = best.level.sigma
     of = single if best.law is None else gaps[best.law]
     nats, nonlinear = (of.at("nats", at), of.at("error", at)), single.at("nonlinear", at)
-    signatures = _signatures(best, nats, nonlinear, low, high)
+    signatures = _signatures(best, gaps[nearest], nats, nonlinear, low, high)
     names = tuple(repr(law) for law in laws)
     gaussian_nats = single.at("nats", at)
     choice = Choice(names, tuple(candidates), best, nats, gaussian_nats, nonlinear, len(images), states, signatures)
@@ -628,12 +629,21 @@ def check_range(images: torch.Tensor, gaussian: Gaussian) -> None:
 
 
 def _signatures(
-    best: Candidate, nats: tuple[float, float], nonlinear: float, low: float, high: float
+    best: Candidate, world: LossGap, nats: tuple[float, float], nonlinear: float, low: float, high: float
 ) -> tuple[str, ...]:
     """What speaks against trusting a start."""
     notes = []
     if best.law is None:
-        return ()
+        # Integrals from a level up: the most negative one says by how much, the highest level near it from where on up.
+        surely = world.nats + 2 * world.error
+        i = int(np.flatnonzero(surely <= 0.95 * surely.min())[-1]) if surely.min() < 0 else 0
+        if best.grid != "free" or surely[i] > -WARN_NATS:
+            return ()
+        return (
+            f"The free grid was found with a law in the network's place, but above sigma {world.sigma[i]:.2g} the "
+            f"network is {-world.nats[i]:.2g} +- {2 * world.error[i]:.1g} nats worse than the law: other grids may be "
+            "better for it. Start late, or compare grids by samples.",
+        )
     if nats[0] - 2 * nats[1] > WARN_NATS:
         notes.append(
             f"The law is at least {nats[0]:.2g} +- {2 * nats[1]:.1g} nats from the data at this level: outside its "
