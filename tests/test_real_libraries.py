@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import symbreak as sb
+from tests.test_families import QUICK, drawn
 
 pytestmark = pytest.mark.slow  # they bring many packages, which nothing else here needs
 
@@ -49,6 +50,8 @@ def test_azula(law, name):
     d = sb.denoiser(network, shape=(1, 8, 8))
     assert d.family == "azula"
     check(d, law, tolerance=1e-4)  # their time is float32
+    if name == "VPSchedule":
+        assert sb.diagnose(drawn(d.shape, 100), d, clusters=2, effort=QUICK).content["criteria"]
 
 
 class Epsilon(torch.nn.Module):
@@ -94,3 +97,4 @@ def test_torchcfm():
         torch.testing.assert_close(d(x, sigma), wanted, rtol=1e-4, atol=1e-4)  # a float32 network
     start = sb.standard_start(sb.scheduler("flow-euler"), 3)
     assert bool(torch.isfinite(sb.generate(d, start, [0, 1], clamp=False)).all())
+    assert sb.diagnose(drawn(d.shape, 100), d, clusters=2, effort=QUICK).content["criteria"]
