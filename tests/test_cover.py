@@ -28,7 +28,7 @@ from symbreak.metrics.memorization import nearer_to_train, nearest_summary
 from symbreak.metrics.two_sample import classifier_test, sliced_wasserstein
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator, schedule
-from symbreak.phases.beyond_gaussian import divergence_bound, non_gaussianity
+from symbreak.phases.beyond_gaussian import added_to_law, divergence_bound, non_gaussianity
 from symbreak.phases.class_entropy import class_entropy, class_entropy_bound
 from symbreak.phases.class_information import condition_information, guidance_window
 from symbreak.phases.cloning import clone_agreement, clones
@@ -59,6 +59,12 @@ SHORT = {
     ("samples needed", "two classes"): 85,
     # One path in a thousand changes its class there, and moves far: 200 paths do not see it.
     ("change by kicks at 1", "equal, 200 paths"): 70,
+    # One path in hundreds has two points in play there, which 128 seldom see: the mean is 1e-4, the upper end, too.
+    ("participation at 0.019", "their Gaussian, 128 paths"): 30,
+    # Skewed errors: 40 images are too few to correct for it, and the tails at 10 are those of a ratio near 1.
+    ("all", "unequal, 40 images"): 80,
+    ("share of the Gaussian's map at 10", "equal, 200 images"): 85,
+    ("correlation with the start at 3", "unequal, 256 paths"): 85,
     # Clopper-Pearson's is of the classifiers that were trained, not of those of other halves.
     ("told apart, logistic", "a shift of .5, 200 and 200"): 85,
 }
@@ -105,7 +111,7 @@ def walk(make: Callable[[], tuple[Trial, Right]], trials: int) -> dict[str, int]
 @pytest.mark.parametrize(("world", "make", "trials"), STUDIES)
 def test_cover(world, make, trials):
     counts = walk(make, trials)
-    needed = {name: SHORT.get((name, world), 90) * trials / 100 for name in counts}
+    needed = {name: SHORT.get((name, world), SHORT.get(("all", world), 90)) * trials / 100 for name in counts}
     for name, count in counts.items():
         print(f"| {name} | {world} | {count} of {trials} | {needed[name]:g} |")  # noqa: T201
     assert not {name: count for name, count in counts.items() if count < needed[name]}
@@ -206,7 +212,7 @@ def losses(world):
     many = numbers(100_000, 0)
     right = {name: said[0] for name, said in many.items() if said}
 
-    def trial(seed):  # unequal classes are never nearer to a Gaussian than .05 nats
+    def trial(seed):  # without the level where 100,000 images have none
         return {name: said for name, said in numbers(n, 1 + seed).items() if name in right}
 
     return trial, right
@@ -253,6 +259,20 @@ def data_of_the_law(*world):
         return {"level where fitting counts": raw.level is not None, "no level beyond fitting": corrected.level is None}
 
     return trial, {}
+
+
+@study(["two points, 256 images"])
+def added(_):
+    """By a perfect network to one Gaussian; the right values are of 40,000 images."""
+    truth, law = test_losses.points(-1.0, 1.0), test_losses.unit_gaussian()
+    network = test_losses.residual(truth, law)
+
+    def numbers(n, seed):
+        a = added_to_law(network, truth.sample(n, 0.0, generator(12, n, seed)), 21, seed=seed)
+        shares = {"share that the law explains": a.whole, "at 1": of_curve(a.share, 10)}
+        return {"nats that a network adds": a.net, **shares, "of the score at 1": of_curve(a.score, 10)}
+
+    return lambda seed: numbers(256, seed), {name: said[0] for name, said in numbers(40_000, 999).items()}
 
 
 # --- clones, U-turns -------------------------------------------------------------------------------

@@ -416,10 +416,10 @@ def added_to_law(
         risen = np.maximum.accumulate(integral_above(excess.mean(1), sigma, at=fine)) / net[0]
         low, high = np.exp(np.interp([0.9, 0.1], risen, np.log(fine)))
         between_levels = (float(low), float(high))
-    share = share_curve(sigma, left, losses.spread, "share of the denoiser that the law explains", seed)
-    score = share_curve(sigma, left, losses.moved, "share of the score that the law explains", seed)
+    share = share_curve(sigma, left, losses.spread, "share of the denoiser that the law explains")
+    score = share_curve(sigma, left, losses.moved, "share of the score that the law explains")
     rest, all_of_it = (integral_above(values, sigma)[:1] for values in (left, losses.spread))
-    pooled = share_curve(sigma[:1], rest, all_of_it, share.name, seed)
+    pooled = share_curve(sigma[:1], rest, all_of_it, share.name)
     whole = (float(pooled.value[0]), float(pooled.low[0]), float(pooled.high[0]))
     at, curves = float(sigma[most]), (losses.difference("law"), share, score, nats)
     return Added(losses, *curves, whole, net, at, lost, between_levels)

@@ -216,7 +216,7 @@ def reversion_check(paths: Reversion, at: float | NoiseLevel | CriticalTime) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class LinearShare(Curve):
-    """Share of the variance of D(x, sigma) explained by an affine map of x, a `Curve` with 95 % bootstrap intervals.
+    """Share of the variance of D(x, sigma) explained by an affine map of x, a `Curve` with 95 % intervals.
 
     Out of sample: an estimate from below of what the best affine map explains. Far above the data D hardly varies, and
     what varies is a network's error as much as its answer: a small share there is a small matter, see ``remainder``.
@@ -304,8 +304,8 @@ def linear_share(
     parts = run.parts("linear", s.tolist(), level, *settings)
     best, rest, total = np.stack([part["energy"] for part in parts], axis=1)
 
-    law_curve = share_curve(s, rest, total, "share explained by the Gaussian's map", seed, shape)
-    linear = share_curve(s, best, total, "share explained by a linear map", seed, shape)
+    law_curve = share_curve(s, rest, total, "share explained by the Gaussian's map", shape)
+    linear = share_curve(s, best, total, "share explained by a linear map", shape)
     return linear.extended(LinearShare, gaussian=law_curve, remainder=best.mean(1), spread=total.mean(1))
 
 

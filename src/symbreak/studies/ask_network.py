@@ -210,7 +210,7 @@ def _beside(d: Diagnosis, law: str, losses: Losses) -> None:
     It is no better from the lowest level on at and above which no paired difference speaks for it at 95 %; it is worse
     at those of these levels where the difference speaks against it at 95 % of all levels together (Bonferroni).
     """
-    share = share_curve(losses.sigma, losses.network, losses.of(law), f"squared error over that of {law}", d.seed)
+    share = share_curve(losses.sigma, losses.network, losses.of(law), f"squared error over that of {law}")
     ratio = Curve(share.sigma, 1 - share.value, 1 - share.high, 1 - share.low, share.name)
     d.draw("against", f"network / {law}", law, ratio, "o-")
     gaps = losses.of(law) - losses.network

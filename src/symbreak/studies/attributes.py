@@ -36,7 +36,7 @@ from symbreak.critical import CriticalTime, passing
 from symbreak.data.held_out import HeldOut, held_out
 from symbreak.data.images import Images, describe
 from symbreak.data.labels import Classes, attributes
-from symbreak.intervals import jackknife
+from symbreak.intervals import balanced_share, jackknife
 from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.laws.clusters import coordinates
 from symbreak.metrics.attributes import FEWEST, RESOLVED, attribute_classifier, enough
@@ -318,7 +318,9 @@ def _row(name: str, classes: Classes, measured: Arrays, steps: Schedule) -> Valu
     rights, ofs = (np.concatenate([v.sum(0)[None], v.sum(0) - v]) for v in (right, of))
     accuracy = (rights / np.maximum(ofs, 1)[..., None]).mean(1)
     clean = accuracy[:, :CLEAN].mean(1)
+    exact = balanced_share(right[:, :, :CLEAN].mean(2).sum(0), np.maximum(counts, 1))  # without errors no group differs
     low, high = jackknife(float(clean[0]), clean[1:])
+    low, high = min(max(0.0, low), exact["low"]), max(min(1.0, high), exact["high"])
     made = partial(CriticalTime, criterion="free-entropy", source="arXiv:2602.04404, E[L] = Std[L]")
     return {
         "attribute": name,
@@ -328,6 +330,6 @@ def _row(name: str, classes: Classes, measured: Arrays, steps: Schedule) -> Valu
         **view(_halfway(sigma, accuracy, 1 / len(present)), steps),
         "free_entropy": view(_jackknifed(np.exp(free), made), steps),
         "accuracies": {"sigma": sigma.tolist(), "value": accuracy[0].tolist()},
-        "balanced_accuracy": {"value": float(clean[0]), "low": max(0.0, low), "high": min(1.0, high)},
+        "balanced_accuracy": {"value": float(clean[0]), "low": low, "high": high},
         "resolved": bool(clean[0] >= RESOLVED),
     }
