@@ -125,6 +125,35 @@ def test_phases_say_where_to_start_and_to_guide():
     assert sentences("phases", content)[-1] == "Guide between step 200 (sigma 2) and step 50 (sigma 0.5)."
 
 
+def study(gain, floor):
+    """The content of a study with one row: standard start 10, the start that chooses itself 10 over its gain."""
+    starts = {
+        "standard": {"distance": {"mean": 10.0}},
+        "auto": {"distance": {"mean": 10 / gain["value"]}, "law_in_words": "a mixture"},
+    }
+    row = {
+        "sampler": "ddim",
+        "calls": 3,
+        "steps": 3,
+        "spacings": {"leading": 1.0},
+        "gains": {"auto": gain},
+        "best": starts["auto"],
+        **starts,
+    }
+    data, network = {"name": "d", "shape": [1, 8, 8], "count": 9}, {"source": "m"}
+    floor = {"mean": floor, "low": floor - 1}
+    return {"rows": [row], "floor": floor, "data": data, "network": network, "reference": None, "smoke": False}
+
+
+def test_a_study_advises_no_start_that_loses():
+    won = " ".join(sentences("study", study({"value": 2.0, "low": 1.5, "high": 2.5}, 3.0)))
+    assert "To sample so: `symbreak sample --start auto" in won
+    assert "Nearer than real" not in won
+    lost = " ".join(sentences("study", study({"value": 0.8, "low": 0.7, "high": 0.9}, 15.0)))
+    assert lost.endswith("So sample from the standard start.")
+    assert "Nearer than real images are only samples that lack" in lost
+
+
 def test_an_audit_names_its_bound_and_the_law_of_the_start(tmp_path):
     from PIL import Image
 

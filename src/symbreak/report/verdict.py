@@ -192,7 +192,13 @@ def _study(content: Values) -> list[str]:
     if slow:
         far = number(slow["distance"]["mean"], ".3g")
         said.append(f"For comparison: standard DDIM with {slow['calls']} NFE has {far}.")
-    if key == "auto" and row[key].get("law_in_words") != "white noise":
+    nearest = min(row[k]["distance"]["mean"] for k in ("standard", key))
+    if floor["low"] is not None and nearest < floor["low"]:
+        said.append(f"Nearer than real {noun} are only samples that lack their variety or detail: look at them, too.")
+    gain = (row.get("gains") or {}).get(key)
+    if gain is not None and gain["low"] is not None and gain["high"] < 1:
+        said.append("So sample from the standard start.")
+    elif key == "auto" and row[key].get("law_in_words") != "white noise":
         said.append(f"To sample so: `{_command(content, row)}`.")
     return ["Smoke run: too few samples to be evidence."] * bool(content.get("smoke")) + said
 
