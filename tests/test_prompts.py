@@ -313,6 +313,8 @@ def test_phases_of_a_class_that_is_guided(tmp_path, capsys):
     assert command(*asked, "--guidance", 2, "--window", "1,5") == 0
     guided = json.loads(capsys.readouterr().out)["content"]
     assert not any("The condition is decided" in note for note in guided["notes"])
+    assert guided["network"]["guidance"] == {"scale": 2, "window": [1, 5]}
+    assert "The network is guided: scale 2 at sigma 1 to 5." in guided["notes"]
     levels = ({row["name"] for row in c["criteria"] if row["of"] == "network"} for c in (content, guided))
     with_information, alone = levels
     assert with_information - alone == {f"condition information, {share} %" for share in (10, 90)}

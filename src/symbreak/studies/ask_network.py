@@ -18,6 +18,7 @@ from symbreak.laws.law import Law, is_law
 from symbreak.metrics.feature_rows import Classifier, accuracy, extractor, train_classifier
 from symbreak.moments.one_pass import Moments
 from symbreak.networks.denoiser import Denoiser, as_denoiser, fixed_class
+from symbreak.networks.guidance import Guided
 from symbreak.networks.residual import LawResidual, law_answer, residual_of
 from symbreak.noise import generator
 from symbreak.phases.beyond_gaussian import THRESHOLD, added_to_law, divergence_bound, refitting_error
@@ -122,6 +123,9 @@ def ask_network(
     d: Diagnosis, network: Denoiser, laws: Laws, moments: Moments, reader: ClassReader, without: Denoiser | None = None
 ) -> None:
     """Everything that needs the network; ``without`` is the same one without its condition, such as a prompt."""
+    if isinstance(network, Guided):
+        low, high = network.window
+        d.notes.append(f"The network is guided: scale {network.scale:g} at sigma {low:.4g} to {high:.4g}.")
     pairs = _clones(d, network, reader)
     classify = reader.classify or _nearest_cluster(pairs)
     images, labels = some_images(d.test, d.effort.images, d.seed)

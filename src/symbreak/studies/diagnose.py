@@ -200,8 +200,9 @@ def network_for(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser
 
 def about_network(network: Denoiser) -> Values:
     """What a record says of a network."""
-    inner = network_of(network)
+    inner, guidance = network_of(network), getattr(network, "guidance", None)
     return {
+        **({} if guidance is None else {"guidance": guidance}),
         "parameters": 0 if inner is None else sum(p.numel() for p in inner.parameters()),
         "prediction": getattr(network, "prediction", "sample"),
         "sigma_range": list(network.sigma_range),
