@@ -147,7 +147,7 @@ def test_commands_and_flags_exist(page):
 
 
 COMMANDS = ("study", "phases", "fit", "sample", "evaluate", "audit", "train", "world", "report")
-OTHER_FLAGS = {"--nproc-per-node", "--cpu", "--extra-index-url"}  # of torchrun, accelerate and pip
+OTHER_FLAGS = {"--nproc-per-node", "--cpu", "--extra-index-url", "--help"}  # of torchrun, accelerate and pip; of all
 
 
 @each_page
