@@ -324,7 +324,8 @@ def turns(world):
 
     def trial(seed):
         t = u_turns(law, law.sample(400, 0.0, generator(6, seed)), sigma, steps=100, seeds=seed)
-        return {"crossing of U-turns": of_time(t.crossing), "class change of U-turns": of_curve(t.classes, 4)}
+        curves = {"class change of U-turns": of_curve(t.classes, 4), "feature change": of_curve(t.features, 4)}
+        return {"crossing of U-turns": of_time(t.crossing), **curves}
 
     return trial, right
 
