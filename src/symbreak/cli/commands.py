@@ -634,7 +634,7 @@ def train(
     line = f"{result['parameters']:,} parameters, {steps:,} steps in {result['seconds']:.0f} s, final loss "
     lines = [f"{line}{result['loss'][-1]:.4f}", *result.get("start", {}).get("notes", ()), f"pipeline: {out}"]
     sample = f"symbreak sample --model {shlex.quote(str(out))} --seeds 0-15"
-    sample += " --class 0" * result["recipe"]["conditional"]
+    sample += " --class 0" * bool(result["recipe"].get("conditional"))
     lines += [f"picture: {out / 'training.png'}", f"next: {sample}"]
     say(as_json, {**result, "out": str(out)}, lambda: _print(*lines))
 
