@@ -149,6 +149,9 @@ def test_a_study_advises_no_start_that_loses():
     won = " ".join(sentences("study", study({"value": 2.0, "low": 1.5, "high": 2.5}, 3.0)))
     assert "To sample so: `symbreak sample --start auto" in won
     assert "Nearer than real" not in won
+    of = study({"value": 2.0, "low": 1.5, "high": 2.5}, 3.0)
+    of["data"] = {"name": "pictures", **of["data"], "source": "my pictures/"}
+    assert "--data 'my pictures/' --model" in " ".join(sentences("study", of))  # where they lie, as a shell takes it
     lost = " ".join(sentences("study", study({"value": 0.8, "low": 0.7, "high": 0.9}, 15.0)))
     assert lost.endswith("So sample from the standard start.")
     assert "Nearer than real images are only samples that lack" in lost

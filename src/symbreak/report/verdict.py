@@ -5,6 +5,7 @@ No sentence claims more than the intervals: where they overlap, or where there a
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 
 from symbreak.report.tables import measured, noun_of, number, span
@@ -205,7 +206,8 @@ def _study(content: Values) -> list[str]:
 
 def _command(content: Values, row: Values) -> str:
     """What makes the samples of a row with the start that chooses itself."""
-    data, model = content["data"]["name"], content["network"]["source"]
+    of = content["data"]
+    data, model = (shlex.quote(str(x)) for x in (of.get("source", of["name"]), content["network"]["source"]))
     return (
         f"symbreak sample --start auto --data {data} --model {model} --sampler {row['sampler']} "
         f"--steps {row['steps']} --out samples"

@@ -655,5 +655,10 @@ def _signatures(
             f"Gaussian's is {nonlinear:.0%} of its own variance here."
         )
     if best.level.sigma <= low * 1.05 or best.level.sigma >= high * 0.95:
-        notes.append(f"The level lies at an end of what was tried ({low:.3g} to {high:.3g}).")
+        way = (
+            "the network adds little to the law even there; train it for longer, or take the law's own samples"
+            if best.level.sigma <= low * 1.05
+            else "little of the schedule is left out; a law that is nearer to the data would start later"
+        )
+        notes.append(f"The level lies at an end of what was tried ({low:.3g} to {high:.3g}): {way}.")
     return tuple(notes)

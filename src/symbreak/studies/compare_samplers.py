@@ -197,7 +197,7 @@ def run(
         rows = _table(study, plans, comparison, chooser)
         best = _many_evaluations(study, pipe, comparison) if study.reference_calls else None
         content = {
-            "data": describe(train),
+            "data": {**describe(train), "source": study.data},
             "held_out": parts.to_dict(),
             "network": {
                 "source": study.model,
