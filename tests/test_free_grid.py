@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import trapezoid
 
 from symbreak.laws import Gaussian, Mixture
 from symbreak.networks.denoiser import as_denoiser
@@ -135,7 +136,7 @@ def test_the_entropic_grid_has_equal_steps_of_the_rescaled_entropy():
     u = np.geomspace(1e-3, 3.0, 4000)
     z = np.linspace(-8, 8, 801)
     weight = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
-    mmse = np.array([np.trapezoid((1 - np.tanh((1 + s * z) / s**2) ** 2) * weight, z) for s in u])
+    mmse = np.array([trapezoid((1 - np.tanh((1 + s * z) / s**2) ** 2) * weight, z) for s in u])
     total = np.concatenate([[0.0], np.cumsum(np.diff(u) * (mmse / u**2)[:-1])])
     entropy = np.interp([*levels[::-1]], u, total)
     # 4,000 images: a level's loss is known to 3 %.

@@ -3,6 +3,7 @@
 import builtins
 import contextlib
 import io
+import pathlib
 import threading
 import time
 import warnings
@@ -77,6 +78,8 @@ def test_a_pass_brings_along_notes_and_fingerprint(folder, threads, monkeypatch)
 
         return read
 
+    if hasattr(pathlib, "_NormalAccessor"):  # Python 3.10 has an open of its own
+        monkeypatch.setattr(pathlib._NormalAccessor, "open", staticmethod(counted(io.open)))
     for place in (builtins, io):
         monkeypatch.setattr(place, "open", counted(place.open))
     assert not data.noted

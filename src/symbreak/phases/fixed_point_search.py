@@ -90,12 +90,20 @@ def level_at(lam: float, frame: str) -> NoiseLevel:
     return NoiseLevel(math.exp(lam), None if frame == "vp" else 1.0)  # type: ignore[arg-type]
 
 
-class _Contiguous(TorchFunctionMode):
-    """Group norm's forward-mode derivative refuses a strided input, such as attention gives."""
+def _numbers(x: torch.Tensor) -> Any:
+    """``x.tolist()`` by single numbers."""
+    return x.item() if x.ndim == 0 else [_numbers(row) for row in x.unbind()]
+
+
+class _Differentiable(TorchFunctionMode):
+    """What a forward-mode derivative refuses: group norm of a strided input, such as attention gives; and in torch 2.6
+    ``tolist`` of a tensor that was made inside it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.group_norm:
             args = (args[0].contiguous(), *args[1:])
+        if func is torch.Tensor.tolist:
+            return _numbers(args[0])
         return func(*args, **(kwargs or {}))
 
 
@@ -217,7 +225,7 @@ class System:
                 jv = self.law.posterior_covariance(at, rows, sigma) / sigma**2
             else:
                 # Flash attention has no forward-mode derivative; weights need none.
-                with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Contiguous():
+                with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Differentiable():
                     jv = torch.func.jvp(lambda z: self.denoiser(z, sigma), (at,), (rows,))[1]
             out.append(jv.detach().double().cpu().numpy().reshape(len(rows), self.dim))
         return np.concatenate(out) / kappa
