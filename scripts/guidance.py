@@ -33,6 +33,7 @@ from symbreak.data.held_out import held_out
 from symbreak.metrics.coverage import precision_recall
 from symbreak.metrics.feature_rows import features
 from symbreak.metrics.frechet import distance, frechet_distance
+from symbreak.networks.denoiser import fingerprint
 from symbreak.networks.guidance import Guided
 from symbreak.start.fit import candidate_laws
 from symbreak.start.sample import evaluations
@@ -78,6 +79,7 @@ class Bench:
         self.out.mkdir(parents=True, exist_ok=True)
         self.pipe = sb.load_pipeline(model or "digits-conditional")
         self.denoiser = sb.denoiser(self.pipe.unet, self.pipe.scheduler)
+        self._check_cells()
         if name == "digits":
             parts = held_out(sb.images("digits"), None)
             train, test, choosing = parts.train, parts.test, None
@@ -97,6 +99,13 @@ class Bench:
         law = sb.PrincipalMixture.fit(self.train.subset(min(len(self.train), 8000)), labels=True)
         by_law = sb.condition_information(law, some.tensor(), some.labels)
         self.by_law = sb.guidance_window(by_law).levels
+
+    def _check_cells(self) -> None:
+        """Cells and starts of one network: those of another are not taken for its own."""
+        path, network = self.out / "network", fingerprint(self.denoiser)
+        if path.exists() and path.read_text(encoding="utf-8") != network:
+            raise SystemExit(f"{self.out} holds what was measured of another network. Pass another --out.")
+        path.write_text(network, encoding="utf-8")
 
     def guided(self, scale: float, window: Window | None) -> Guided:
         """The network, guided away from its null class."""

@@ -428,8 +428,8 @@ def test_an_evaluation_chooses_its_start(capsys, tmp_path):
         (("fit", "--data", "digits", "--grid", "free"), "Add --start"),
         (("fit", "--data", "digits", "--at", "standard"), "Add --start"),
         (("fit", "--data", "digits", "--learn", "8"), "Add --start"),
-        ((*FIT, "--grid", "karras"), "--grid"),  # cyclopts lists the choices, every version in its own words
-        ((*FIT, "--at", "400"), "--at"),
+        ((*FIT, "--grid", "karras"), "free, entropic"),
+        ((*FIT, "--at", "400"), "auto, standard"),
         ((*FIT, "--grid", "free", "--steps", "1200"), "more than the 1,000 levels"),
         ((*FIT, "--learn", "many"), "--learn"),
         ((*FIT, "--learn", "1"), "at least 2"),
@@ -471,7 +471,8 @@ def test_bad_starts(capsys, tmp_path, argv, words):
     code, out, err = symbreak(capsys, *argv, "--out", tmp_path / "out" / "x")
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
-    assert words in err
+    # cyclopts quotes options and lists choices, every version in its own way
+    assert words in err or words in err.translate(str.maketrans("", "", "\"'"))
     assert not (tmp_path / "out").exists()
 
 

@@ -185,7 +185,7 @@ def test_points_of_many_dimensions_are_shown_in_their_leading_directions():
         ("mixture --means FILE", "--variance is missing"),
         ("mixture --weights .5,.5", "--means FILE is missing"),
         ("mixture --means no.csv --variance 1", "no.csv does not exist"),
-        ("sphere --dim", "--dim"),  # in the words of cyclopts, which change
+        ("sphere --dim", "Invalid value for --dim"),
         ("sphere --dim -3", "--dim -3; expected at least 2"),
         ("sphere --dim 1000", "1,000 dimensions"),
         ("two-deltas --dim 3", "belongs to symbreak world sphere"),
@@ -202,7 +202,7 @@ def test_bad_worlds_of_ones_own(arguments, said, tmp_path, capsys):
         main(["world", *line.split(), "--out", str(tmp_path / "world.html")])
     assert end.value.code == 2
     (error,) = (v for v in capsys.readouterr().err.strip().splitlines() if v.startswith("symbreak: "))
-    assert said in error
+    assert said in error.replace('"', "")  # some versions of cyclopts quote an option
     assert not (tmp_path / "world.html").exists()
 
 

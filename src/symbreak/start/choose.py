@@ -636,9 +636,9 @@ def _signatures(
     if best.law is None:
         # Integrals from a level up: the most negative one says by how much, the highest level near it from where on up.
         surely = world.nats + 2 * world.error
-        i = int(np.flatnonzero(surely <= 0.95 * surely.min())[-1]) if surely.min() < 0 else 0
-        if best.grid != "free" or surely[i] > -WARN_NATS:
+        if best.grid != "free" or surely.min() > -WARN_NATS:
             return ()
+        i = int(np.flatnonzero(surely <= 0.95 * surely.min())[-1])
         return (
             f"The free grid was found with a law in the network's place, but above sigma {world.sigma[i]:.2g} the "
             f"network is {-world.nats[i]:.2g} +- {2 * world.error[i]:.1g} nats worse than the law: other grids may be "
