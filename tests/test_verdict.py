@@ -10,6 +10,7 @@ from symbreak.data.readers import images
 from symbreak.metrics.frechet import difference, ratio
 from symbreak.noise import schedule
 from symbreak.phases.losses import Losses
+from symbreak.report.figures import figure_of, phases_figure, svg
 from symbreak.report.html import write_report
 from symbreak.report.verdict import sentences
 from symbreak.runtime.run import Run
@@ -176,3 +177,32 @@ def test_an_audit_names_its_bound_and_the_law_of_the_start(tmp_path):
     page = write_report(record, tmp_path / "r.html")
     assert page.read_text().index("came from one Gaussian") < page.read_text().index("<img")
     assert overflow(page, 480) <= 0
+
+
+def test_the_names_of_criteria_stay_in_the_figure_and_off_their_bars():
+    def criterion(name, low, level, high):
+        ends = {k: v and {"sigma": v} for k, v in (("low", low), ("level", level), ("high", high))}
+        return {"name": name, "frame": "vp", "of": "network", **ends}
+
+    bars = [("a window over all levels", 0.1, 1.0, 10.0), ("late", 0.12, 0.15, 0.4), ("early", 4.0, 6.0, 9.0)]
+    bars += [("with a long name in the middle", 0.3, 1.0, 3.0), ("without an interval", None, 2.0, None)]
+    figure = phases_figure({"criteria": [criterion(*bar) for bar in bars], "curves": [], "lines": [], "step_ticks": []})
+    figure.draw_without_rendering()
+    ax = figure.axes[0]
+    texts = [t for t in ax.texts if "network" in t.get_text()]
+    lines = [line.get_window_extent() for line in ax.lines]
+    assert len(texts) == len(bars)
+    for text in texts:
+        box = text.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= figure.bbox.x1, text.get_text()
+        # bars are lines of no height, cut at the end of the axis: their middle may not cross the name
+        assert not any(
+            box.y0 < (b.y0 + b.y1) / 2 < box.y1 and b.x0 < box.x1 and box.x0 < min(b.x1, ax.bbox.x1) for b in lines
+        )
+
+
+def test_panels_beside_each_other_are_pictures_that_a_narrow_page_puts_below_each_other():
+    assert svg(figure_of(9, 3, 3)[0]).count("<svg") == 3
+    figure, (ax,) = figure_of(5, 3)
+    ax.twiny()
+    assert svg(figure).count("<svg") == 1

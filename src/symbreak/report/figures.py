@@ -65,9 +65,11 @@ PANELS = {
 FIRST = ("clones", "against", "collapse")  # panels below the criteria; the others are a figure of their own
 NOTHING = {"against": 1.0, "information": 0.0, "collapse": 0.0}  # points whose interval has this value are hollow
 LINE = 0.105  # height of a line of a label, of a panel's
+LETTERS = 21  # of a line of a label beside a panel
 RATIOS = (0.2, 0.3, 0.5, 0.7, 0.9, 1, 1.1, 1.5, 2, 3, 5)
 LOGARITHMIC = ("loss", "information", "against")
-WIDTH, MARGIN = 6.9, 0.725  # inches of a figure of panels, and the part of them that is left of the labels of lines
+# Inches of a figure, on 480 pixels still read; the part of them that is left of the panels, and of the labels of lines.
+WIDTH, LEFT, MARGIN = 5.2, 0.1, 0.74
 SOURCES = {"network": COLORS[0], "class mixture": COLORS[1], "data": COLORS[2], "Gaussian": COLORS[4]}
 SIDES = (("samples", "samples", COLORS[0]), ("held_out", "held-out images", COLORS[1]))
 
@@ -78,13 +80,15 @@ def phases_figure(content: Values) -> Figure:
     rows.sort(key=lambda c: -c["level"]["sigma"])
     strip = (content.get("along") or {}).get("rows", [])
     panels = _drawn(content, FIRST)
-    heights = [*[0.34 * len(strip)] * bool(strip), 0.4 + 0.155 * max(1, len(rows)), *[1.35] * len(panels)]
-    figure, axes = _stacked(heights, content)
+    places = [_side(c, *_window(content)) for c in rows]
+    slots = len(rows) + places.count(None) + 1.5
+    figure, axes = _stacked([*[0.34 * len(strip)] * bool(strip), 0.155 * slots, *[1.35] * len(panels)], content)
     if strip:
         _strip(axes[0], content["along"])
-    beside = axes[1:] if strip else axes
-    _criteria(beside[0], rows)
-    for ax, panel in zip(beside[1:], panels):
+    below = axes[1:] if strip else axes
+    _criteria(below[0], rows, places, slots)
+    _shade(axes, content.get("regimes") or {}, named=below[0])
+    for ax, panel in zip(below[1:], panels):
         _panel(ax, panel, content)
     return figure
 
@@ -95,6 +99,7 @@ def curves_figure(content: Values) -> Figure | None:
     if not panels:
         return None
     figure, axes = _stacked([1.35] * len(panels), content)
+    _shade(axes, content.get("regimes") or {}, named=axes[-1])
     for ax, panel in zip(axes, panels):
         _panel(ax, panel, content)
     return figure
@@ -111,14 +116,13 @@ def _stacked(heights: list[float], content: Values) -> tuple[Figure, np.ndarray]
     total = sum(heights) + 0.42 * len(heights) + 0.75
     figure = Figure(figsize=(WIDTH, total))
     axes = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    figure.subplots_adjust(0.075, 0.5 / total, MARGIN, 1 - 0.5 / total, hspace=0.42 * len(heights) / sum(heights))
+    figure.subplots_adjust(LEFT, 0.5 / total, MARGIN, 1 - 0.5 / total, hspace=0.42 * len(heights) / sum(heights))
     low, high = _window(content)
     for ax in axes:
         ax.set_xscale("log")
         _plain_frame(ax)
         ax.tick_params(labelsize=8)
     axes[0].set_xlim(high, low)
-    _shade(axes, content.get("regimes") or {})
     _step_axis(axes[0], content, low, high)
     _plain_ticks(axes[-1].xaxis, [m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5)])
     axes[-1].set_xlabel("sigma, noise over signal (falls to the right, as in generation)", fontsize=8)
@@ -154,26 +158,43 @@ def _strip(ax: Axes, along: Values) -> None:
             inset = ax.inset_axes((middle - 0.47 / count, 1 - (i + 0.96) * height, 0.94 / count, 0.92 * height))
             inset.imshow(tile, interpolation="nearest")
             inset.set_axis_off()
-        ax.text(1.02, 1 - (i + 0.5) * height, row["title"], transform=ax.transAxes, fontsize=7.5, va="center")
+        ax.text(1.02, 1 - (i + 0.5) * height, row["title"], transform=ax.transAxes, fontsize=8, va="center")
     ax.set_title("When does it decide? Held-out samples along the axis", fontsize=9, loc="left", pad=16)
 
 
-def _criteria(ax: Axes, rows: list[Values]) -> None:
-    """Critical times, one below the other, each with its name beside it."""
-    left, right = ax.get_xlim()
-    for i, c in enumerate(rows):
+def _name(c: Values) -> str:
+    return f"{c['name']}{', ' + c['frame'].upper() if c['frame'] else ''} ({c['of']})"
+
+
+def _ends(c: Values, low: float, high: float) -> tuple[float, float]:
+    """The lowest and the highest level that a critical time is drawn at."""
+    ends = [e["sigma"] for e in (c["low"], c["level"], c["high"]) if e and isinstance(e["sigma"], float)]
+    return max(min(ends), low), min(max(ends), high)
+
+
+def _side(c: Values, low: float, high: float) -> str | None:
+    """The side of its bar where the name of a critical time has room; ``None`` where its bar is too long."""
+    first, last = _ends(c, low, high)
+    points = 72 * WIDTH * (MARGIN - LEFT) / math.log(high / low)
+    room = {"right": points * math.log(first / low) + 72 * WIDTH * (1 - MARGIN), "left": points * math.log(high / last)}
+    return next((side for side in room if 4.4 * len(_name(c)) + 6 < room[side]), None)
+
+
+def _criteria(ax: Axes, rows: list[Values], places: list[str | None], slots: float) -> None:
+    """Critical times, one below the other, each with its name beside it, or above it where there is no room."""
+    right, left = sorted(ax.get_xlim())
+    y = -1.0
+    for c, side in zip(rows, places):
+        y += 1 if side else 2
         color = SOURCES.get(c["of"], COLORS[5])
-        _span(ax, c, i, color, 0.35)
-        name = f"{c['name']}{', ' + c['frame'].upper() if c['frame'] else ''} ({c['of']})"
-        ends = [e["sigma"] for e in (c["low"], c["level"], c["high"]) if e and isinstance(e["sigma"], float)]
-        after = max(min(ends), right)
-        before = min(max(ends), left)
-        room = after / right > left / before  # there is more of it at its right
-        at, offset, side = (after, 5, "left") if room else (before, -5, "right")
-        text: Values = {"xytext": (offset, 0), "textcoords": "offset points", "ha": side, "va": "center"}
-        ax.annotate(name, (at, i), fontsize=7, color=color, annotation_clip=False, **text)
+        _span(ax, c, y, color, 0.35)
+        first, last = _ends(c, right, left)
+        at, offset = (last, -5) if side == "left" else (first, 5) if side else (last, 0)
+        text: Values = {"xytext": (offset, 0), "textcoords": "offset points", "va": "center"}
+        text["ha"] = "right" if side == "left" else "left"
+        ax.annotate(_name(c), (at, y - (side is None)), fontsize=8, color=color, annotation_clip=False, **text)
     ax.set_yticks([])
-    ax.set_ylim(max(1, len(rows)) - 0.4, -0.6)
+    ax.set_ylim(slots - 0.6, -0.6)
     ax.set_title("Every criterion with its interval (hollow: without one)", fontsize=9, loc="left")
 
 
@@ -278,21 +299,24 @@ def _labels_at_lines(ax: Axes, labels: list[Label]) -> None:
             end = max(min(known)[1], ax.get_ylim()[0]) if ax.get_yscale() == "log" else min(known)[1]
             height = ax.transAxes.inverted().transform(ax.transData.transform((low, end)))[1]
             at.append(min(1.0, max(0.0, float(height))))
-            names.append((textwrap.wrap(text, 32) or [""], color))
+            names.append((textwrap.wrap(text, LETTERS) or [""], color))
     order = sorted(range(len(at)), key=at.__getitem__)
-    for below, above in itertools.pairwise(order):
-        room = LINE * (len(names[below][0]) + len(names[above][0])) / 2 + 0.02
-        at[above] = max(at[above], at[below] + room)
-    over = max(0.0, max(at, default=0.0) - 1.0)  # all of them down again where the topmost would leave the panel
-    style: Values = {"transform": ax.transAxes, "fontsize": 7, "va": "center", "linespacing": 1.0}
+    room = {pair: LINE * sum(len(names[i][0]) for i in pair) / 2 + 0.02 for pair in itertools.pairwise(order)}
+    for below, above in room:
+        at[above] = max(at[above], at[below] + room[below, above])
+    if order:
+        at[order[-1]] = min(at[order[-1]], 0.97 - LINE * (len(names[order[-1]][0]) - 1) / 2)
+    for below, above in reversed(room):  # down again where the topmost would leave the panel
+        at[below] = min(at[below], at[above] - room[below, above])
+    style: Values = {"transform": ax.transAxes, "fontsize": 8, "va": "center", "linespacing": 1.0}
     for height, (lines, color) in zip(at, names):
-        ax.text(1.015, height - over, "\n".join(lines), color=color, **style)
+        ax.text(1.015, height, "\n".join(lines), color=color, **style)
 
 
 def _step_axis(top: Axes, content: Values, low: float, high: float) -> None:
     """The model's own steps above the axis of sigma."""
     ticks: list[dict[str, float]] = []
-    apart = 0.07 * math.log(high / low)  # or their numbers run into each other
+    apart = 0.1 * math.log(high / low)  # or their numbers run into each other
     for t in content["step_ticks"]:
         near = ticks and abs(math.log(t["sigma"] / ticks[-1]["sigma"])) < apart
         if low <= t["sigma"] <= high and not near:
@@ -302,15 +326,17 @@ def _step_axis(top: Axes, content: Values, low: float, high: float) -> None:
         above.set_xscale("log")
         above.set_xlim(top.get_xlim())
         _plain_ticks(above.xaxis, [t["sigma"] for t in ticks])
-        above.set_xticklabels([f"{t['step']:.0f}" for t in ticks], fontsize=7)
+        above.set_xticklabels([f"{t['step']:.0f}" for t in ticks], fontsize=8)
         above.tick_params(pad=1, length=2)
         above.spines[["right"]].set_visible(False)
         name = f"step ({content['schedule']})"
-        above.text(1.015, 1.0, name, transform=above.transAxes, fontsize=7, va="bottom", color="#555")
+        above.text(
+            1.015, 1.0, textwrap.fill(name, LETTERS), transform=above.transAxes, fontsize=8, va="bottom", color="#555"
+        )
 
 
-def _shade(axes: np.ndarray, regimes: Values) -> None:
-    """The three regimes behind every panel: noise, generalization, memorization."""
+def _shade(axes: np.ndarray, regimes: Values, named: Axes) -> None:
+    """The three regimes behind every panel: noise, generalization, memorization; their names in one of them."""
     highest, lowest = axes[0].get_xlim()
     ends = [regimes.get(k) and regimes[k]["sigma"] for k in ("speciation", "collapse")]
     born, bound = (highest if v is None else min(max(v, lowest), highest) for v in ends)
@@ -325,13 +351,14 @@ def _shade(axes: np.ndarray, regimes: Values) -> None:
             continue
         for ax in axes:
             ax.axvspan(left, right, color=color, alpha=0.55, linewidth=0, zorder=-5)
-        place = axes[-1].get_xaxis_transform()
-        axes[-1].text((left * right) ** 0.5, 0.16, name, transform=place, fontsize=7, ha="center", color="#555")
+        place = named.get_xaxis_transform()
+        style: Values = {"fontsize": 8, "ha": "center", "va": "bottom", "color": "#555"}
+        named.annotate(name, ((left * right) ** 0.5, 0), (0, 2), xycoords=place, textcoords="offset points", **style)
 
 
 def arc_figure(arc: Values) -> Figure:
     """The potential along the arcs, one line a level, from high noise to low."""
-    figure, axes = figure_of(7.5, 3.6)
+    figure, axes = figure_of(WIDTH, 4.0)
     ax = axes[0]
     order = sorted(range(len(arc["sigma"])), key=lambda i: -arc["sigma"][i])
     for place, i in enumerate(order):
@@ -346,7 +373,7 @@ def arc_figure(arc: Values) -> Figure:
     for at in (0.0, 0.5):
         ax.axvline(at, color="#bbb", linewidth=0.8)
     ax.set(xlabel="angle / pi; the trajectories are at 0 and 0.5", ylabel="potential, scaled to 1")
-    _legend_beside(ax)
+    ax.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncol=2)
     return figure
 
 
@@ -387,7 +414,7 @@ def attributes_figure(content: Values) -> Figure:
     rows = [row for row in content["rows"] if row["level"] is not None]
     strip = (content.get("along") or {}).get("rows", [])
     heights = [*[0.45 * len(strip)] * bool(strip), 1.0 + 0.2 * len(rows)]
-    figure = Figure(figsize=(WIDTH if strip else 9, sum(heights) + 0.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH, sum(heights) + 0.2), layout="constrained")
     *above, ax = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for i, row in enumerate(rows):
         for name, marker in (("clones", "s"), ("u_turns", "^")):
@@ -440,7 +467,7 @@ def audit_figure(content: Values) -> Figure:
 
 def comparison_figure(compared: Values) -> Figure:
     """Distances of the samples to the nearest training and to the nearest held-out image."""
-    figure, axes = figure_of(6.5, 3.0)
+    figure, axes = figure_of(WIDTH, 3.0)
     for side, label, color in (("train", "training images", COLORS[3]), ("held_out", "held-out images", COLORS[2])):
         _steps(
             axes[0],
@@ -462,7 +489,7 @@ def _steps(ax: Axes, edges: list[float], counts: list[int], color: str, label: s
 
 def line_figure(d: Values, beyond: Values) -> str:
     """The distance at the counts measured, the line to infinitely many samples, and the value of infinitely many."""
-    figure, (ax,) = figure_of(6.5, 3.2)
+    figure, (ax,) = figure_of(WIDTH, 3.2)
     n, left_out = beyond["counts"]
     end = beyond.get("samples_only", beyond["value"])  # the value where the reference's bias stays in
     ax.plot([0, 1 / left_out], [end, beyond["distances"][1]], color=COLORS[0], linewidth=1, linestyle="--")
@@ -481,7 +508,7 @@ MOST_BARS = 40
 
 def composition_figure(table: Values) -> str:
     rows = table["rows"]
-    figure, (ax,) = figure_of(max(5.0, 0.55 * len(rows) + 2), 3.0)
+    figure, (ax,) = figure_of(WIDTH, 0.9 + 0.3 * len(rows))
     for i, (side, label) in enumerate((("train", "training images"), ("samples", "samples"))):
         shares = [r[side]["share"] for r in rows]
         ends = [
@@ -489,19 +516,36 @@ def composition_figure(table: Values) -> str:
             [r[side]["share_high"] - r[side]["share"] for r in rows],
         ]
         at = [k + 0.4 * i for k in range(len(rows))]
-        ax.bar(at, shares, 0.38, yerr=ends, color=COLORS[i], label=label, error_kw={"linewidth": 0.8}, capsize=2)
-    ax.set_xticks([k + 0.2 for k in range(len(rows))], [r["class"] for r in rows], fontsize=8)
-    ax.set_ylabel("share")
-    ax.legend(fontsize=8, frameon=False)
+        ax.barh(at, shares, 0.38, xerr=ends, color=COLORS[i], label=label, error_kw={"linewidth": 0.8}, capsize=2)
+    names = [n if len(n) <= 30 else f"{n[:29]}…" for n in (r["class"] for r in rows)]
+    ax.set_yticks([k + 0.2 for k in range(len(rows))], names, fontsize=8)
+    ax.invert_yaxis()
+    ax.set_xlabel("share")
+    ax.legend(fontsize=8, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncol=2)
     return svg(figure)
 
 
 def svg(figure: Figure) -> str:
+    """A figure for a page; panels beside each other one by one, so that a narrow page puts them below each other."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
         if "$" in text.get_text().replace("$\\mathdefault", ""):
             text.set_parse_math(False)  # a name with dollars is no formula
+    axes, pictures = figure.axes, []
+    if len({ax.get_position().x0 for ax in axes}) < len(axes) or len(axes) < 2:
+        return _inline(figure)
+    figure.draw_without_rendering()  # lays the panels out while all of them are there
+    figure.set_layout_engine("none")
+    for shown in axes:
+        for ax in axes:
+            ax.set_visible(ax is shown)
+        shown.tick_params(labelleft=True)
+        pictures.append(_inline(figure))
+    return f'<div class="panels">{"".join(pictures)}</div>'
+
+
+def _inline(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     return buffer.getvalue().split("?>", 1)[-1].split('dtd">', 1)[-1]
@@ -532,7 +576,7 @@ def _plain_frame(ax: Axes) -> None:
 
 
 def _legend_beside(ax: Axes) -> None:
-    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def scale_of(phases: Values) -> str:
@@ -556,7 +600,7 @@ def spectrum_figure(phases: Values) -> str:
     left.annotate(
         "Lambda = 1: modes above have a speciation time",
         (1, 1.0),
-        xytext=(2, 3),
+        xytext=(2, -11),
         textcoords="offset points",
         fontsize=8,
         color="#666",
@@ -566,6 +610,7 @@ def spectrum_figure(phases: Values) -> str:
     for i, c in enumerate(rungs):
         _span(right, c, i + 1, COLORS[1], 0.4)
     right.set_xscale("log")
+    _plain_ticks(right.xaxis, [m * 10.0**e for e in range(-4, 5) for m in (1, 1.5, 2, 3, 4, 5, 7)])
     right.set_yticks(range(1, len(rungs) + 1))
     right.invert_xaxis()
     right.invert_yaxis()
@@ -653,11 +698,13 @@ def sweep_axes(content: Values, axes: np.ndarray) -> None:
         ax.axvline(critical["level"]["sigma"], color="#555", linewidth=1)
         ax.axhline(content["selection_floor"]["mean"], color="#999", linewidth=1)
         _plain_ticks(ax.xaxis, sorted({s["sigma"] for row in rows[:1] for s in _on_own_grid(row)}))
-        _plain_ticks(ax.yaxis, [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)])
+        bottom, top = ax.get_ylim()
+        steps = (1, 2, 5) if top > 10 * bottom else (1, 1.5, 2, 3, 4, 5, 7)
+        _plain_ticks(ax.yaxis, [m * 10.0**e for e in range(-6, 7) for m in steps])
         ax.invert_xaxis()
         ax.set(xlabel="start level sigma (later to the right)", title=f"{n} network evaluations")
     axes[0].set_ylabel(f"Fréchet distance, {content['floor']['extractor']}", fontsize=8)
-    axes[-1].legend(fontsize=7, frameon=False)
+    axes[-1].legend(fontsize=8, frameon=False)
 
 
 def _on_own_grid(row: Values) -> list[Values]:
