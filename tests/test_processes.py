@@ -47,7 +47,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-def on_ranks(function, *arguments, ranks=2, wait=240, meanwhile=None):
+def on_ranks(function, *arguments, ranks=2, wait=600, meanwhile=None):
     """Exit codes of ``ranks`` forked processes that call function(*arguments) as a launcher's.
 
     ``meanwhile`` is called with them once they run.
@@ -196,7 +196,7 @@ def _rank_alone(out):
 
 
 def test_one_rank_of_somebody_elses_program_waits_for_nobody(tmp_path):
-    assert on_ranks(_rank_alone, tmp_path / "m.safetensors", wait=60) == [0, 0]
+    assert on_ranks(_rank_alone, tmp_path / "m.safetensors", wait=240) == [0, 0]
     assert sb.Moments.load(tmp_path / "m.safetensors").count == 898
 
 
@@ -691,7 +691,7 @@ def _survives(out):
 
 
 def test_a_dead_rank_ends_the_others_and_costs_its_own_block_only(tmp_path):
-    codes = on_ranks(_survives, tmp_path / "out", wait=60)
+    codes = on_ranks(_survives, tmp_path / "out", wait=240)
     assert codes == [1, 9]
     kept = sorted(p.name for p in (tmp_path / "out").glob("blocks-*/*.safetensors"))
     assert kept == [f"b-{i}.safetensors" for i in (0, 1, 2, 4)]

@@ -522,12 +522,8 @@ def audit(
         float | None, option(None, "near duplicates: part of the median eighth-neighbour distance (default 0.1)")
     ] = None,
     count: Annotated[int | None, option(None, "with --model (default: 1000)")] = None,
-    steps: Annotated[
-        int | None, option(None, "with --model, from white noise (default: its own start, else 50)")
-    ] = None,
-    sampler: Annotated[
-        str | None, option(None, "with --model, from white noise (default: its own start, else dpm++2m)")
-    ] = None,
+    steps: Annotated[int | None, option(None, "with --model (default: of its own start, else 50)")] = None,
+    sampler: Annotated[str | None, option(None, "with --model (default: of its own start, else dpm++2m)")] = None,
     seeds: Annotated[str | None, option(None, "with --model, instead of --count, such as 0-99")] = None,
     conditions: Conditions = Conditions(),
     seed: Annotated[int, option(None, "of the thinned references and the permutations")] = 0,

@@ -94,8 +94,19 @@ def _between(first: Rooted, second: Rooted) -> float:
 
 
 def _root(moments: Moments) -> torch.Tensor:
-    """R [d, r] with R R^T the covariance: Cholesky's where it is well conditioned, a tenth of an eigendecomposition."""
+    """R [d, r] with R R^T the covariance: Cholesky's where it is well conditioned, a tenth of an eigendecomposition.
+
+    Of fewer rows than dimensions, such as pixels of colour pictures, it is Cholesky's with pivots, which ends at their
+    rank: a hundredth of an eigendecomposition.
+    """
     cov = moments.cov.numpy()
+    if moments.count <= moments.dim:
+        root, pivots, rank, _ = lapack.dpstrf(cov, lower=1)
+        below = np.zeros((moments.dim, rank))
+        below[pivots - 1] = np.tril(root)[:, :rank]
+        rounding = moments.dim * np.finfo(np.float64).eps * max(0.0, float(cov.diagonal().max()))
+        if np.abs(below @ below.T - cov).max() <= rounding:  # else the covariance is not that of so few rows
+            return torch.from_numpy(below)
     root, failed = lapack.dpotrf(cov, lower=1)
     if not failed and lapack.dpocon(root, np.abs(cov).sum(0).max(), uplo="L")[0] > CONDITION:
         return torch.from_numpy(root)

@@ -390,7 +390,10 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         each = sorted(times[WARM:])[TIMED // 2]
         if (left := self._left()) < FEWEST * each:
-            note(f"{self.spent:.0f} s of {minutes:g} minutes are spent before the first step: {FEWEST} steps are made.")
+            note(
+                f"{self.spent:.0f} s of {minutes:g} minutes are spent before the first step: {FEWEST} steps are made. "
+                "Give more minutes, or go on from this network (--init)."
+            )
         self.steps = agreed(lambda: max(FEWEST, int(left / each)))
 
     def _left(self) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +41,7 @@ from symbreak.runtime.rows import Shards
 from symbreak.runtime.run import Run, renamed
 from symbreak.start.classes import Classes
 from symbreak.start.cut_schedule import check_unclipped
-from symbreak.start.late_start import LateStart, standard_start
+from symbreak.start.late_start import LateStart, cut, standard_start
 from symbreak.start.loading import classes_for
 from symbreak.start.sample import Decode, decisive, decoded_shape, generate_shards
 from symbreak.studies.evaluate import checked
@@ -69,8 +69,8 @@ class Sampling:
 
     Attributes:
         count: how many.
-        sampler: name of `scheduler`, from white noise; by default ``"dpm++2m"``.
-        steps: num_inference_steps, from white noise; by default 50.
+        sampler: name of `scheduler`; by default that of the start, from white noise ``"dpm++2m"``.
+        steps: num_inference_steps; by default those of the start, from white noise 50.
         seeds: instead of 0 .. count - 1.
         classes: of a class-conditional network, which class every seed has; by default those of the data.
         start: where to begin; by default what `symbreak train --residual` chose for the network.
@@ -96,8 +96,13 @@ class Sampling:
         start = getattr(pipe, "start", None) if self.start is None else self.start
         if start is not None and (self.sampler, self.steps) == (None, None):
             return start
-        base = scheduler("dpm++2m" if self.sampler is None else self.sampler, like=pipe.scheduler)
-        return standard_start(base, 50 if self.steps is None else self.steps)
+        law = None if start is None else start.law
+        default = "dpm++2m" if law is None else "dpm++2m-karras"  # as `symbreak sample` has it
+        base = scheduler(default if self.sampler is None else self.sampler, like=pipe.scheduler)
+        if start is None or law is None:
+            return standard_start(base, 50 if self.steps is None else self.steps)
+        late = cut(base, law, start.steps if self.steps is None else self.steps, start.level)
+        return replace(late, pictures=start.pictures, units=start.units)
 
 
 @dataclass(frozen=True)
