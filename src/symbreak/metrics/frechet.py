@@ -101,11 +101,14 @@ def _root(moments: Moments) -> torch.Tensor:
     """
     cov = moments.cov.numpy()
     if moments.count <= moments.dim:
-        root, pivots, rank, _ = lapack.dpstrf(cov, lower=1)
+        root, pivots, rank, _ = lapack.dpstrf(cov.T, lower=1)
         below = np.zeros((moments.dim, rank))
-        below[pivots - 1] = np.tril(root)[:, :rank]
+        below[pivots - 1] = np.tril(root[:, :rank])
         rounding = moments.dim * np.finfo(np.float64).eps * max(0.0, float(cov.diagonal().max()))
-        if np.abs(below @ below.T - cov).max() <= rounding:  # else the covariance is not that of so few rows
+        rest = cov.diagonal() - (below**2).sum(1)
+        probe = np.random.default_rng(0).standard_normal(moments.dim)
+        off = cov @ probe - below @ (below.T @ probe)  # where an eigenvalue is below zero the diagonal may say nothing
+        if np.abs(rest).max() <= rounding and np.abs(off).max() <= moments.dim * rounding:
             return torch.from_numpy(below)
     root, failed = lapack.dpotrf(cov, lower=1)
     if not failed and lapack.dpocon(root, np.abs(cov).sum(0).max(), uplo="L")[0] > CONDITION:
