@@ -347,6 +347,12 @@ def test_inception_needs_its_file(tmp_path):
 # Statistics of real images
 
 
+def test_statistics_larger_than_the_pixels_that_they_are_of_are_not_cached(tmp_path):
+    few = images("digits").subset(40)
+    assert statistics(extractor("pixels"), few, groups=4, rows=5, cache=tmp_path).whole.count == 40
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_statistics_are_the_same_from_the_cache_and_whatever_the_batches(tmp_path):
     extract = extractor("digits-classifier")
     fresh = statistics(extract, images("digits", batch_size=7), groups=4, rows=50, cache=tmp_path)

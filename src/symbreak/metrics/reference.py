@@ -8,6 +8,7 @@ recall, ...). Statistics are cached by content: the images' fingerprint, the ext
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -181,6 +182,10 @@ def _place(
     """The file of cached statistics; ``None`` where nothing identifies them, or nothing can be written there."""
     if not isinstance(images, Images):
         return None
+    if extract.name in ("pixels", "values") and groups * math.prod(images.shape) > len(images):
+        return (
+            None  # d^2 numbers a group are more than the images, which are their own features: 600 MB of 210 pictures
+        )
     decides = extract.decides(images.shape)
     if decides is None:
         note(f"the features of {extract.name} are not cached: they differ from call to call.")
