@@ -150,14 +150,20 @@ def _strip(ax: Axes, along: Values) -> None:
     ax.spines["left"].set_visible(False)
     right, left = (math.log(end) for end in sorted(ax.get_xlim()))
     count, rows = len(along["sigma"]), [row for row in along["rows"] if row["png"]]
+    # One frame for all pictures, each in its place: axes of their own for each take as long as the whole diagnosis.
+    frame = ax.inset_axes((0, 0, 1, 1), xlim=(0, 1), ylim=(0, 1))
+    frame.set_axis_off()
+    ax.figure.suppressComposite = True  # pictures stay single ones, with their own pixels
+    box = ax.get_window_extent()
     for i, row in enumerate(rows):
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["png"]))).convert("RGB"))
         height = 1 / len(rows)
         for sigma, tile in zip(along["sigma"], np.array_split(pixels, count, axis=1)):
-            middle = (left - math.log(sigma)) / (left - right)
-            inset = ax.inset_axes((middle - 0.47 / count, 1 - (i + 0.96) * height, 0.94 / count, 0.92 * height))
-            inset.imshow(tile, interpolation="nearest")
-            inset.set_axis_off()
+            x, y = (left - math.log(sigma)) / (left - right), 1 - (i + 0.5) * height
+            scale = min(0.94 / count * box.width / tile.shape[1], 0.92 * height * box.height / tile.shape[0])
+            w, h = scale * tile.shape[1] / box.width / 2, scale * tile.shape[0] / box.height / 2
+            place = (x - w, x + w, y - h, y + h)
+            frame.imshow(tile, interpolation="nearest", aspect="auto", extent=place, clip_on=False)
         ax.text(1.02, 1 - (i + 0.5) * height, row["title"], transform=ax.transAxes, fontsize=8, va="center")
     ax.set_title("When does it decide? Held-out samples along the axis", fontsize=9, loc="left", pad=16)
 
