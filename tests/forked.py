@@ -93,6 +93,7 @@ def serve():
     import symbreak
     from symbreak.cli.commands import main  # noqa: F401
     from symbreak.metrics import extractor
+    from symbreak.start import choose
     from symbreak.start.loading import load_pipeline
 
     torch.set_num_threads(1)
@@ -100,6 +101,7 @@ def serve():
         getattr(symbreak, name)
     load_pipeline("digits")
     extractor("digits-classifier")
+    choose.LEVELS, choose.LOSSES, choose.STATES = 4, 8, 32  # what is killed and goes on need not choose well
     answer(ready=os.getpid())
     for line in sys.stdin:
         task = json.loads(line)

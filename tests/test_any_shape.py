@@ -28,7 +28,10 @@ from symbreak.start.sample import write_images
 
 SHAPES = {"vector": (6,), "signal": (2, 8), "five channels": (5, 4, 4), "latent": (4, 4, 4), "volume": (1, 3, 4, 4)}
 NORM, SPREAD, CENTRE, WEIGHTS = 8.0, 0.5, 3.0, (0.6, 0.4)
-each = pytest.mark.parametrize("kind", SHAPES)
+# five channels and latents are of one kind, [C, H, W] that are no pictures
+each = pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k == "latent" else k for k in SHAPES]
+)
 LONG = [k if k == "vector" else pytest.param(k, marks=pytest.mark.slow) for k in SHAPES]
 QUICK = sb.Effort(
     pairs=80, steps=48, branches=7, turns=5, stability=2, losses=6, images=48, points=400, queries=200, frames=("ve",)

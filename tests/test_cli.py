@@ -92,10 +92,8 @@ def test_phases_on_every_kind_of_file(capsys, tmp_path):
     np.savez(tmp_path / "a.npz", images=x.numpy())
     np.save(tmp_path / "a.npy", x.numpy())
     for name in ("a.npz", "a.npy"):
-        code, out, _ = symbreak(capsys, "phases", "--data", tmp_path / name, "--json")
-        assert json.loads(out)["content"]["speciation"]["[-1, 1]"]["level"]["sigma"] == pytest.approx(
-            level["sigma"], rel=1e-5
-        )
+        code, out, _ = symbreak(capsys, "fit", "--data", tmp_path / name, "--json", "--out", tmp_path / "m.safetensors")
+        assert json.loads(out)["speciation"]["level"]["sigma"] == pytest.approx(level["sigma"], rel=1e-5)
 
 
 FEW = ("--quick", "--pairs", 20, "--steps", 8, "--branches", 4)
@@ -443,7 +441,20 @@ def test_an_evaluation_chooses_its_start(capsys, tmp_path):
         (("sample", "--start", "FEWER"), "coefficients of 2 learned steps came for 3"),
     ],
 )
-def test_bad_starts(capsys, tmp_path, argv, words):
+def test_bad_starts(capsys, tmp_path, bad_files, argv, words):
+    argv = [bad_files.get(a, a) for a in argv]
+    code, out, err = symbreak(capsys, *argv, "--out", tmp_path / "out" / "x")
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    # cyclopts quotes options and lists choices, every version in its own way
+    assert words in err or words in err.translate(str.maketrans("", "", "\"'"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory):
+    """Saved starts that are no good, by name."""
+    tmp_path = tmp_path_factory.mktemp("starts")
     law = Gaussian(Moments.fit(images("digits")))
     path = late_start(scheduler("dpm++2m"), law, 3, check=False).save(tmp_path / "saved.safetensors")
     tensors, metadata = read_tensors(path)
@@ -467,13 +478,7 @@ def test_bad_starts(capsys, tmp_path, argv, words):
     ):
         text = json.dumps(about | changed)
         names[name] = write_tensors(tmp_path / f"{name}.safetensors", tensors, {**metadata, "start": text})
-    argv = [names.get(a, a) for a in argv]
-    code, out, err = symbreak(capsys, *argv, "--out", tmp_path / "out" / "x")
-    assert (code, out) == (2, "")
-    assert err.count("\n") == 1
-    # cyclopts quotes options and lists choices, every version in its own way
-    assert words in err or words in err.translate(str.maketrans("", "", "\"'"))
-    assert not (tmp_path / "out").exists()
+    return names
 
 
 def test_images_of_two_samplers_do_not_mix(capsys, tmp_path):

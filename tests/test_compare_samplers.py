@@ -16,11 +16,11 @@ from symbreak.report.tables import tables
 from symbreak.report.verdict import headline, sentences
 from symbreak.runtime.files import InputError
 from symbreak.runtime.run import Run
-from symbreak.start import choose
 from symbreak.start.fit import fit_start
 from symbreak.start.loading import load_pipeline
 from symbreak.studies.compare_samplers import Study, _chooser, _plan, run
-from symbreak.studies.diagnose import diagnose
+from symbreak.studies.diagnose import Effort, diagnose
+from tests.worlds import small_choice
 
 TINY = Study(
     samplers=("ddim", "pndm", "dpm++2m-karras"),
@@ -36,16 +36,17 @@ TINY = Study(
 
 @pytest.fixture(scope="module", autouse=True)
 def a_small_choice():
-    """These tests are of the study: a start is chosen among few levels, by few states."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("LEVELS", 4), ("LOSSES", 8), ("STATES", 32)):
-            patch.setattr(choose, name, value)
+    """These tests are of the study."""
+    with small_choice():
         yield
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     return run(TINY, run=Run(tmp_path_factory.mktemp("study")))
+
+
+FEW = Effort(losses=6, points=400, queries=100)  # of diagnoses whose spectrum and page alone are looked at
 
 
 def without_timings(record):
@@ -118,6 +119,10 @@ def test_the_verdict_claims_no_more_than_the_intervals(record):
 
 
 def test_an_interrupted_study_ends_with_the_same_record(record, tmp_path):
+    """And takes no cells of another study, though they lie in its folder under the same names."""
+    other = Run(tmp_path).identified({"kind": "study", "samples": 7})
+    other.value("choose/ddim/3/leading", lambda: 1e9)
+    (theirs,) = tmp_path.glob("blocks-*")
     calls = 0
 
     def stop(stage, done, total):
@@ -129,19 +134,13 @@ def test_an_interrupted_study_ends_with_the_same_record(record, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(TINY, run=Run(tmp_path, progress=stop))
     assert not (tmp_path / "record.json").exists()
-    (cells,) = tmp_path.glob("blocks-*/cells.json")
+    (cells,) = (p for p in tmp_path.glob("blocks-*/cells.json") if p.parent != theirs)
     kept = json.loads(cells.read_text())["cells"]
     assert len(kept) > 5
     resumed = run(TINY, run=Run(tmp_path))
     assert without_timings(resumed) == without_timings(record)
-    assert not list(tmp_path.glob("blocks-*"))
+    assert list(tmp_path.glob("blocks-*")) == [theirs]
     assert without_timings(Record.load(tmp_path)) == without_timings(record)
-
-
-def test_cells_of_another_study_are_not_taken(record, tmp_path):
-    other = Run(tmp_path).identified({"kind": "study", "samples": 7})
-    other.value("choose/ddim/3/leading", lambda: 1e9)
-    assert without_timings(run(TINY, run=Run(tmp_path))) == without_timings(record)
 
 
 def test_the_report_is_whole_and_alone(record, tmp_path):
@@ -173,7 +172,7 @@ def test_names_are_escaped_in_the_report(record, tmp_path):
 
 
 def test_a_diagnosis_without_a_network(tmp_path):
-    found = diagnose(replace(images("digits"), labels=None, classes=()))
+    found = diagnose(replace(images("digits"), labels=None, classes=()), effort=FEW)
     critical = found.content["speciation"]["[-1, 1]"]
     assert critical["low"]["sigma"] < critical["level"]["sigma"] < critical["high"]["sigma"]
     assert critical["level"]["step"] == pytest.approx(315, abs=1)
@@ -240,7 +239,7 @@ def test_a_record_draws_the_same_after_it_was_saved(tmp_path):
     import numpy as np
 
     x = np.random.default_rng(5).normal(size=(60, 1, 2, 2)) * np.sqrt([1.6, 0.5, 0.4, 0.3]).reshape(1, 1, 2, 2) / 4
-    found = diagnose(images(x, value_range=(-1, 1)))
+    found = diagnose(images(x, value_range=(-1, 1)), effort=FEW)
     scaled = found.content["speciation"]["[-1, 1]"]
     scaled.update(
         level=scaled["level"] or {"sigma": 1.0, "ou_time": 0.3, "log_snr": 0.0, "alpha_bar": 0.5, "step": 3.0}

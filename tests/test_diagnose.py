@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from html import unescape
 from types import SimpleNamespace
 
@@ -26,7 +27,8 @@ from symbreak.studies import ask_network
 from symbreak.studies.diagnose import Effort, diagnose
 from tests.browser import overflow
 
-TINY = Effort(pairs=64, steps=16, branches=8, turns=3, stability=3, losses=14, images=48, points=500)
+TINY = Effort(pairs=64, steps=16, branches=8, turns=3, stability=3, losses=14, images=48, points=500, queries=300)
+ONE_FRAME = replace(TINY, frames=("ve",))
 
 
 def rows(record, of=None):
@@ -53,9 +55,17 @@ def nearest_sign(x):
     return (x.flatten(1).float() @ m > 0).long()
 
 
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory):
+    """Data of two classes of 70 and 30 %, their law posing as a network, the diagnosis of both, and its folder."""
+    folder = tmp_path_factory.mktemp("uneven")
+    data, law, pipe = two_classes(folder, weights=(0.7, 0.3))
+    return data, law, pipe, diagnose(data, pipe, classify=nearest_sign, effort=TINY, run=Run(folder / "out")), folder
+
+
 def test_data_alone_with_and_without_labels(tmp_path):
     data, law, _ = two_classes(tmp_path)
-    found = diagnose(data, effort=TINY)
+    found = diagnose(data, effort=ONE_FRAME)
     own = rows(found, "class mixture")
     # One draw of 320 images: moments are known to 3 / sqrt(320), levels to half of that; 15 % is 2 to 3 errors.
     assert own["free entropy"]["level"]["sigma"] == pytest.approx(speciation_time(law, "free-entropy").sigma, rel=0.15)
@@ -82,17 +92,16 @@ def test_data_alone_with_and_without_labels(tmp_path):
     broken = write_report(Record("phases", found.settings, raw), tmp_path / "b.html").read_text()
     assert (broken.count("could not be drawn"), broken.count("<svg")) == (1, 2)
     bare = np.load(tmp_path / "two.npz")["images"]
-    plain = diagnose(images(bare, value_range=(-1, 1)), effort=TINY)
+    plain = diagnose(images(bare, value_range=(-1, 1)), effort=ONE_FRAME)
     assert {c["name"] for c in plain.content["criteria"]} == {"spectral", "signal-to-noise", "collapse"}
-    sorted_ = diagnose(images(bare, value_range=(-1, 1)), clusters=2, effort=TINY)
+    sorted_ = diagnose(images(bare, value_range=(-1, 1)), clusters=2, effort=ONE_FRAME)
     assert rows(sorted_, "class mixture")["cloning"]["level"]["sigma"] == pytest.approx(
         cloning_time(law).sigma, rel=0.15
     )
 
 
-def test_a_mixture_posing_as_a_network(tmp_path):
-    data, law, pipe = two_classes(tmp_path, weights=(0.7, 0.3))
-    found = diagnose(data, pipe, classify=nearest_sign, effort=TINY, run=Run(tmp_path / "out"))
+def test_a_mixture_posing_as_a_network(uneven, tmp_path):
+    _, law, _, found, folder = uneven
     network = rows(found, "network")
     exact = cloning_time(law).sigma
     low, high = (network["cloning"][k]["sigma"] for k in ("low", "high"))
@@ -110,8 +119,8 @@ def test_a_mixture_posing_as_a_network(tmp_path):
     checks = {c["name"]: c for c in found.content["checks"]}
     assert checks["early fluctuations revert"]["holds"] is True
     assert "a window of opportunity at the decision" in checks
-    assert (tmp_path / "out" / "record.json").exists()
-    assert not list((tmp_path / "out").glob("blocks-*"))
+    assert (folder / "out" / "record.json").exists()
+    assert not list((folder / "out").glob("blocks-*"))
     write_report(found, tmp_path / "r.html")
 
 
@@ -136,7 +145,7 @@ def test_what_a_network_adds_to_its_law(tmp_path, monkeypatch):
     pipe.unet = as_unet(d, pipe.scheduler)
     alone = lambda d, network, *_: ask_network._added(d, network, d.test.tensor()[: d.effort.images])  # noqa: E731
     monkeypatch.setattr("symbreak.studies.diagnose.ask_network", alone)
-    found = diagnose(data, pipe, classify=nearest_sign, effort=TINY)
+    found = diagnose(data, pipe, classify=nearest_sign, effort=ONE_FRAME)
     added = found.content["added"]
     assert added["images"] == 48
     assert added["top"] == 0.8
@@ -160,15 +169,14 @@ def test_what_a_network_adds_to_its_law(tmp_path, monkeypatch):
     assert overflow(path, 480) <= 0
     d.num_class_embeds, d.null_label, d.network = 3, 2, WithNull()  # a network with classes is asked with its null one
     pipe.unet = as_unet(d, pipe.scheduler)
-    again = diagnose(data, pipe, classify=nearest_sign, effort=TINY).content["added"]
+    again = diagnose(data, pipe, classify=nearest_sign, effort=ONE_FRAME).content["added"]
     assert again["net"] == pytest.approx(added["net"])
     del found.content["added"]  # a record of before
     assert "What did the network add" not in write_report(found, tmp_path / "before.html").read_text()
 
 
-def test_an_interrupted_diagnosis_goes_on_and_finds_the_same(tmp_path):
-    data, _, pipe = two_classes(tmp_path)
-    whole = diagnose(data, pipe, classify=nearest_sign, effort=TINY)
+def test_an_interrupted_diagnosis_goes_on_and_finds_the_same(uneven, tmp_path):
+    data, _, pipe, whole, _ = uneven
 
     class Stop(Exception):
         pass
@@ -195,7 +203,7 @@ def test_an_interrupted_diagnosis_goes_on_and_finds_the_same(tmp_path):
 def test_clusters_of_a_network_without_labels(tmp_path):
     _, law, pipe = two_classes(tmp_path)
     bare = images(np.load(tmp_path / "two.npz")["images"], value_range=(-1, 1))
-    found = diagnose(bare, pipe, clusters=2, effort=TINY)
+    found = diagnose(bare, pipe, clusters=2, effort=ONE_FRAME)
     low, high = (rows(found, "network")["cloning"][k]["sigma"] for k in ("low", "high"))
     assert low / 1.3 < cloning_time(law).sigma < high * 1.3
 

@@ -406,10 +406,11 @@ def test_an_adapter_that_answers_another_shape_or_nan_everywhere(what):
     line = "expected the same shape" if what == "shape" else "NaN"
     data, full = sb.images("digits").subset(100), sb.scheduler("ddim", clip_sample=False)
     d = sb.denoiser(Wrong(what), full, shape=(1, 8, 8))
+    least = sb.Effort(10, 4, branches=3, turns=2, stability=2, losses=4, images=20, points=50, queries=20)
     tries = {
         "generate": lambda: sb.generate(d, sb.standard_start(full, 2), [0]),
         "fit_start": lambda: sb.fit_start(data, d, full, 2),
-        "diagnose": lambda: sb.diagnose(data, d),
+        "diagnose": lambda: sb.diagnose(data, d, effort=least),
         "information": lambda: condition_information(d, data, without=sb.Gaussian.fit(data)),
         "evaluate": lambda: sb.audit(data, model=d, sampling=sb.Sampling(count=4, steps=2)),
     }

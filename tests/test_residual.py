@@ -28,6 +28,7 @@ from symbreak.start.recipe import Recipe
 from symbreak.start.train import _Training, train_network
 from symbreak.start.training_law import _copies, training_law
 from tests.test_cli import symbreak
+from tests.worlds import small_choice
 
 SMALL = Recipe(channels=(8, 16), steps=24, batch=64, warmup=5, dropout=0.0, lr=3e-3, clusters=10, folds=2)
 
@@ -35,6 +36,19 @@ SMALL = Recipe(channels=(8, 16), steps=24, batch=64, warmup=5, dropout=0.0, lr=3
 @pytest.fixture(scope="module")
 def digits():
     return sb.images("digits")
+
+
+@pytest.fixture(scope="module")
+def few(digits):
+    """Enough where a training is to be whole, but its network need not be good."""
+    return digits.subset(320)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_small_choice():
+    """These tests are of the network and its law, not of the choice of a start."""
+    with small_choice():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -117,24 +131,24 @@ def test_the_target_has_unit_variance_at_every_level(digits):
         assert abs(float(target.square().mean()) - 1) < 0.03
 
 
-def test_an_interrupted_training_ends_with_the_same_bits(digits, tmp_path):
-    whole = train_network(digits, tmp_path / "a", SMALL, law="auto")
+def test_an_interrupted_training_ends_with_the_same_bits(few, tmp_path):
+    whole = train_network(few, tmp_path / "a", SMALL, law="auto")
 
     def stop(stage, done, total):
         if (stage, done) == ("steps", 10):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_network(digits, tmp_path / "b", SMALL, law="auto", run=sb.Run(progress=stop))
-    again = train_network(digits, tmp_path / "b", SMALL, law="auto")
+        train_network(few, tmp_path / "b", SMALL, law="auto", run=sb.Run(progress=stop))
+    again = train_network(few, tmp_path / "b", SMALL, law="auto")
     assert again["loss"] == whole["loss"]
     assert again["looks"] == whole["looks"]
     assert again["start"] == whole["start"]
     for name in ("unet/diffusion_pytorch_model.safetensors", "start.safetensors", "residual.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert train_network(digits, tmp_path / "a", SMALL, law="auto") == whole  # finished: nothing is trained again
+    assert train_network(few, tmp_path / "a", SMALL, law="auto") == whole  # finished: nothing is trained again
     with pytest.raises(InputError, match="other settings: law"):
-        train_network(digits, tmp_path / "a", SMALL)
+        train_network(few, tmp_path / "a", SMALL)
 
 
 def test_the_network_adds_to_the_law(digits, folder):
@@ -171,9 +185,9 @@ def test_one_folder_serves_all_ways_of_sampling(folder):
         diffusers.DiffusionPipeline.from_pretrained(str(folder), local_files_only=True)
 
 
-def test_classes_and_the_null_class(digits, tmp_path, capsys):
+def test_classes_and_the_null_class(few, tmp_path, capsys):
     recipe = dataclasses.replace(SMALL, conditional=True, steps=16)
-    train_network(digits, tmp_path / "a", recipe, law="auto")
+    train_network(few, tmp_path / "a", recipe, law="auto")
     pipe = load_pipeline(tmp_path / "a")
     assert pipe.unet.config.num_class_embeds == 11
     law = pipe.start.law
@@ -335,7 +349,7 @@ def test_pipelines_give_samples_that_are_no_pictures_as_they_are(shape, tmp_path
     np.testing.assert_allclose(a, b)
 
 
-def test_minutes_become_steps_once(digits, tmp_path):
+def test_minutes_become_steps_once(few, tmp_path):
     recipe = dataclasses.replace(SMALL, minutes=0.02)
 
     def stop(stage, done, total):
@@ -343,13 +357,13 @@ def test_minutes_become_steps_once(digits, tmp_path):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_network(digits, tmp_path / "a", recipe, law="auto", run=sb.Run(progress=stop))
+        train_network(few, tmp_path / "a", recipe, law="auto", run=sb.Run(progress=stop))
     tensors, _ = sb.runtime.files.read_tensors(tmp_path / "a" / "checkpoint.safetensors")
-    result = train_network(digits, tmp_path / "a", recipe, law="auto")
+    result = train_network(few, tmp_path / "a", recipe, law="auto")
     assert result["recipe"]["steps"] == int(tensors["seconds"][1]) == result["looks"]["rows"][-1]["step"]
 
 
-def test_minutes_count_looks_and_the_choice_of_a_start(digits, tmp_path, capsys):
+def test_minutes_count_looks_and_the_choice_of_a_start(few, tmp_path, capsys):
     looks = SimpleNamespace(seconds=[5.0], known=object())
     training = SimpleNamespace(recipe=Recipe(minutes=10.0), looks=looks, losses=[0.0] * 100, steps=1000, spent=300.0)
     training._left = partial(_Training._left, training)
@@ -362,26 +376,26 @@ def test_minutes_count_looks_and_the_choice_of_a_start(digits, tmp_path, capsys)
     assert _Training.affordable(training)
     looks.seconds = [5.0] * 12
     assert not _Training.affordable(training)
-    made = train_network(digits, tmp_path / "a", dataclasses.replace(SMALL, minutes=1e-3), law="auto")
+    made = train_network(few, tmp_path / "a", dataclasses.replace(SMALL, minutes=1e-3), law="auto")
     assert made["recipe"]["steps"] == 16
     assert "s of 0.001 minutes are spent before the first step: 16 steps are made." in capsys.readouterr().err
 
 
-def test_a_law_that_was_fitted_elsewhere(digits, tmp_path):
-    law = sb.Gaussian.fit(digits)
-    result = train_network(digits, tmp_path / "a", SMALL, law=law)
+def test_a_law_that_was_fitted_elsewhere(few, tmp_path):
+    law = sb.Gaussian.fit(few)
+    result = train_network(few, tmp_path / "a", SMALL, law=law)
     assert result["law"] == repr(law)
     assert result["folds"] == 1
     with pytest.raises(InputError, match=r"a law of shape \(1, 4, 4\) for data of \(1, 8, 8\)"):
-        train_network(digits, tmp_path / "b", SMALL, law=isotropic(0.25))
+        train_network(few, tmp_path / "b", SMALL, law=isotropic(0.25))
     with pytest.raises(InputError, match="another range"):
-        train_network(digits, tmp_path / "b", SMALL, law=sb.Gaussian.fit(100 * digits.tensor()))
+        train_network(few, tmp_path / "b", SMALL, law=sb.Gaussian.fit(100 * few.tensor()))
     with pytest.raises(InputError, match="law='best'"):
-        train_network(digits, tmp_path / "b", SMALL, law="best")
+        train_network(few, tmp_path / "b", SMALL, law="best")
     with pytest.raises(InputError, match="below sigma 500"):
-        train_network(digits, tmp_path / "b", dataclasses.replace(SMALL, top=500.0), law=law)
+        train_network(few, tmp_path / "b", dataclasses.replace(SMALL, top=500.0), law=law)
     with pytest.raises(InputError, match=r"expected at least 160"):
-        train_network(digits.subset(60), tmp_path / "b", SMALL, law="auto")
+        train_network(few.subset(60), tmp_path / "b", SMALL, law="auto")
     assert not list((tmp_path / "b").glob("*"))
 
 
@@ -428,11 +442,10 @@ def test_a_residual_is_saved_only_with_a_start_from_its_own_law(digits, tmp_path
 
 
 def test_the_command_line(capsys, tmp_path):
-    from tests.test_cli import symbreak
-
-    (tmp_path / "r.json").write_text(json.dumps({"channels": [8, 16], "steps": 20, "warmup": 2, "folds": 2}))
+    recipe = {"channels": [8, 16], "steps": 20, "warmup": 2, "folds": 2, "clusters": 10}
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
     net = tmp_path / "net"
-    argv = ("train", "--data", "digits", "--recipe", tmp_path / "r.json", "--residual", "--out", net)
+    argv = ("train", "--data", "digits", "--limit", 320, "--recipe", tmp_path / "r.json", "--residual", "--out", net)
     code, out, _ = symbreak(capsys, *argv)
     assert code == 0
     assert "Squared error of an image that the start adds" in out

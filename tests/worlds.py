@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import pytest
 import torch
 
 from symbreak.laws import Empirical, Gaussian, Mixture, Sphere
 from symbreak.moments.one_pass import Moments
 from symbreak.noise import generator
+from symbreak.start import choose
 
 
 def two_deltas(distance: float = 1.0, dim: int = 1) -> Mixture:
@@ -89,3 +93,12 @@ def gaussian_moments(eigenvalues=(4.0, 1.0, 0.5, 0.25), shape=(1, 2, 2), seed=1,
 def gaussian_law(**kwargs) -> Gaussian:
     """The Gaussian law of `gaussian_moments`."""
     return Gaussian(gaussian_moments(**kwargs))
+
+
+@contextmanager
+def small_choice() -> Iterator[None]:
+    """Within it a start is chosen among few levels, by few states: for tests that are not about the choice."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("LEVELS", 4), ("LOSSES", 8), ("STATES", 32)):
+            patch.setattr(choose, name, value)
+        yield

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
@@ -278,6 +279,7 @@ def root_time(
         criterion, source: of the `CriticalTime`.
     """
 
+    @cache  # the solver asks for the ends once more
     def gap(u: float) -> float:
         return float(average(np.array([math.exp(u)]))[0][0]) - target
 

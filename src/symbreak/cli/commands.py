@@ -291,7 +291,6 @@ def fit(
     """Mean and covariance of a data set in one pass; with --start, a start for a network, ready to sample with."""
     from symbreak.moments.one_pass import Moments
     from symbreak.runtime.files import try_writing
-    from symbreak.start.loading import latents_of, load_autoencoder
 
     if out.is_dir():
         raise InputError(f"{out} is a folder; expected a file name such as {out / 'moments.safetensors'}.")
@@ -313,9 +312,11 @@ def fit(
         say(as_json, {"out": str(out), **begin.to_dict()}, lambda: _print(begin.explain(), f"start: {out}"))
         return
     machine.load_if(None)
-    autoencoder = None if vae is None else load_autoencoder(vae, machine.place())
     images = reading.open(data)
-    images = images if autoencoder is None else latents_of(autoencoder, images)
+    if vae is not None:  # moments of pictures need no diffusers, which takes seconds to import
+        from symbreak.start.loading import latents_of, load_autoencoder
+
+        images = latents_of(load_autoencoder(vae, machine.place()), images)
     with running(None, memory_size(memory)) as work:
         moments = Moments.fit(images, rank=rank, run=work)
     moments.save(out)

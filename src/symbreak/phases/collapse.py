@@ -10,10 +10,10 @@ Source: Biroli, Bonnaire, de Bortoli, Mézard 2024, arXiv:2402.18491.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -115,9 +115,11 @@ def collapse_time(
     average = partial(information, law, draws=draws, seed=seed)
     # Information rises as the noise falls: the first level where it passes log n is the only one.
     grid = np.linspace(math.log(1e3 * _size(law)), math.log(1e-5 * _size(law)), 48)
-    for before, u in pairwise(grid):
-        if (value := average(np.exp([u]))[0][0]) >= nats:
-            return root_time(average, nats, (float(u), float(before)), criterion="collapse", source=SOURCE)
+    at = bisect_left(range(1, len(grid)), True, key=lambda i: average(np.exp([grid[i]]))[0][0] >= nats) + 1
+    if at < len(grid):
+        bracket = (float(grid[at]), float(grid[at - 1]))
+        return root_time(average, nats, bracket, criterion="collapse", source=SOURCE)
+    value = average(np.exp([grid[-1]]))[0][0]
     reason = f"the state tells {value:.4g} nats of x_0 at most, less than log n = {nats:.4g}: samples repeat"
     return CriticalTime(None, criterion="collapse", source=SOURCE, reason=reason)
 

@@ -195,10 +195,14 @@ def collapse(d: Diagnosis, laws: Laws) -> None:
                 measured["run"] = run
             count, line = (None, "o-") if law is whole else (n, "-")
             d.add("collapse", name, collapse_time(law, samples=count, **measured))
-            f = excess_entropy(law, sigma, samples=count, **measured)
-            a = math.log(n) / law.dim  # the class mixture lives in the leading components
-            scaled = Curve(sigma, f.value / a, f.low / a, f.high / a)
-            d.draw("collapse", f"{n:,} {d.data.noun}, f^e / a" if law is whole else name, name, scaled, line)
             needed = samples_needed(law, sigma, **measured)
+            if law is whole:
+                f = excess_entropy(law, sigma, **measured)
+                a = math.log(n) / law.dim
+                scaled = Curve(sigma, f.value / a, f.low / a, f.high / a)
+            else:  # f / a is what the samples needed lack to n, in logarithms
+                ends = (np.maximum(0.0, 1.0 - v / math.log10(n)) for v in (needed.value, needed.high, needed.low))
+                scaled = Curve(sigma, *ends)
+            d.draw("collapse", f"{n:,} {d.data.noun}, f^e / a" if law is whole else name, name, scaled, line)
             d.draw("samples", f"from the {d.data.noun}" if law is whole else name, name, needed)
     d.mark("samples", math.log10(n), f"the {n:,} {d.data.noun} there are")
