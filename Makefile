@@ -23,14 +23,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/symbreak study --data digits --model digits --samplers ddim,dpm++2m --calls 3,5 --samples 600 --out $(DEMO)
 
-# A process a core, one thread each: most tests are too small for a pool of threads.
+# A process a core, one thread each: most tests are too small for a pool of threads. Files in their own order: by the
+# number of their tests, as xdist has it, the files of few long tests come last, and one core waits for the other.
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test-slow: export OMP_NUM_THREADS = 1
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600 --numprocesses auto --dist loadfile
+	$(BIN)/python -m pytest -m "slow or not slow" --timeout 3600 --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 # torchvision breaks other packages beside the CPU build of torch: it gets an environment of its own, and comes
 # without its dependencies, which would bring CUDA libraries.

@@ -25,6 +25,7 @@ from symbreak.phases.speciation import cloning_time, speciation_time
 from symbreak.report.tables import tables
 from symbreak.runtime.errors import InputError
 from symbreak.start.sample import write_images
+from tests.worlds import small_choice
 
 SHAPES = {"vector": (6,), "signal": (2, 8), "five channels": (5, 4, 4), "latent": (4, 4, 4), "volume": (1, 3, 4, 4)}
 NORM, SPREAD, CENTRE, WEIGHTS = 8.0, 0.5, 3.0, (0.6, 0.4)
@@ -338,7 +339,8 @@ def test_studies_of_a_denoiser(kind, tmp_path):
         str(tmp_path / "x.npz"), holdout=str(tmp_path / "t.npz"), samplers=("dpm++2m",), calls=(4,),
         samples=80, repeats=2, selection=30, sweep=(0.6,), reference_calls=0, scale="none",
     )  # fmt: skip
-    record = sb.run(settings, w.network(), run=sb.Run(tmp_path / "study"))
+    with small_choice():
+        record = sb.run(settings, w.network(), run=sb.Run(tmp_path / "study"))
     assert record.content["extractor"]["name"] == "values"
     for row in record.content["rows"]:
         # Data noised to the level and the best late start beat four steps from white noise, as they do for pictures.

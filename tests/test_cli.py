@@ -19,6 +19,15 @@ from symbreak.runtime.files import read_tensors, write_tensors
 from symbreak.start.fit import late_start
 from symbreak.start.late_start import Grid, LateStart, on_grid, with_steps
 from symbreak.start.learned_steps import Learned
+from tests.worlds import small_choice
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_small_choice():
+    """These tests are of the commands: a start is chosen by the same code with fewer levels and states."""
+    with small_choice():
+        yield
+
 
 FIT = ("fit", "--start", "--data", "digits", "--model", "digits")
 

@@ -33,6 +33,7 @@ def test_examples(name, told, tmp_path, capsys, monkeypatch):
     else:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", [str(script)])
+        monkeypatch.setattr("symbreak.studies.ask_data.DRAWS", 500)  # for curves of which only the picture is seen
         runpy.run_path(str(script), run_name="__main__")
         said = capsys.readouterr().out
     assert told in said

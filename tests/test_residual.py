@@ -132,23 +132,24 @@ def test_the_target_has_unit_variance_at_every_level(digits):
 
 
 def test_an_interrupted_training_ends_with_the_same_bits(few, tmp_path):
-    whole = train_network(few, tmp_path / "a", SMALL, law="auto")
+    short = dataclasses.replace(SMALL, steps=4)  # of two looks before the interruption, and two after it
+    whole = train_network(few, tmp_path / "a", short, law="auto")
 
     def stop(stage, done, total):
-        if (stage, done) == ("steps", 10):
+        if (stage, done) == ("steps", 2):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_network(few, tmp_path / "b", SMALL, law="auto", run=sb.Run(progress=stop))
-    again = train_network(few, tmp_path / "b", SMALL, law="auto")
+        train_network(few, tmp_path / "b", short, law="auto", run=sb.Run(progress=stop))
+    again = train_network(few, tmp_path / "b", short, law="auto")
     assert again["loss"] == whole["loss"]
     assert again["looks"] == whole["looks"]
     assert again["start"] == whole["start"]
     for name in ("unet/diffusion_pytorch_model.safetensors", "start.safetensors", "residual.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    assert train_network(few, tmp_path / "a", SMALL, law="auto") == whole  # finished: nothing is trained again
+    assert train_network(few, tmp_path / "a", short, law="auto") == whole  # finished: nothing is trained again
     with pytest.raises(InputError, match="other settings: law"):
-        train_network(few, tmp_path / "a", SMALL)
+        train_network(few, tmp_path / "a", short)
 
 
 def test_the_network_adds_to_the_law(digits, folder):
@@ -186,7 +187,7 @@ def test_one_folder_serves_all_ways_of_sampling(folder):
 
 
 def test_classes_and_the_null_class(few, tmp_path, capsys):
-    recipe = dataclasses.replace(SMALL, conditional=True, steps=16)
+    recipe = dataclasses.replace(SMALL, conditional=True, steps=4)
     train_network(few, tmp_path / "a", recipe, law="auto")
     pipe = load_pipeline(tmp_path / "a")
     assert pipe.unet.config.num_class_embeds == 11
@@ -251,10 +252,10 @@ def test_an_audit_looks_at_the_samples_that_the_network_makes(digits, folder, ca
     """From its own start, as `sample` does; it was from white noise, 50 evaluations, samples that nobody makes."""
     pipe = sb.load_pipeline(folder)
     own = pipe.start
-    said = sb.audit(digits, model=pipe, sampling=sb.Sampling(count=20)).content["samples"]["start"]
+    said = sb.audit(digits.subset(200), model=pipe, sampling=sb.Sampling(count=20)).content["samples"]["start"]
     assert said.endswith(f"at sigma {own.level.sigma:.3g}, {own.calls} network evaluations a sample")
     assert not said.startswith("white noise")
-    settings = ("--data", "digits", "--model", folder, "--count", "20", "--json")
+    settings = ("--data", "digits", "--limit", 200, "--model", folder, "--count", "20", "--json")
     # with other steps from the nearest level that the scheduler has for them
     for more, calls in (((), own.calls), (("--steps", "4"), 4)):
         code, out, err = symbreak(capsys, "audit", *settings, *more)
@@ -383,7 +384,7 @@ def test_minutes_count_looks_and_the_choice_of_a_start(few, tmp_path, capsys):
 
 def test_a_law_that_was_fitted_elsewhere(few, tmp_path):
     law = sb.Gaussian.fit(few)
-    result = train_network(few, tmp_path / "a", SMALL, law=law)
+    result = train_network(few, tmp_path / "a", dataclasses.replace(SMALL, steps=2), law=law)
     assert result["law"] == repr(law)
     assert result["folds"] == 1
     with pytest.raises(InputError, match=r"a law of shape \(1, 4, 4\) for data of \(1, 8, 8\)"):
@@ -403,15 +404,16 @@ def test_a_law_that_copies_is_told(digits, tmp_path):
     some = digits.tensor()[:300]
     spikes = sb.Mixture.from_parameters(some.flatten(1).double(), torch.full((300,), 1e-4, dtype=torch.float64))
     spikes.shape = (1, 8, 8)
+    data, recipe = digits.take(np.arange(300), "300"), dataclasses.replace(SMALL, steps=2)
     with pytest.warns(LateStartWarning, match="draws of the law are copies of training images"):
-        train_network(digits.take(np.arange(300), "300"), tmp_path / "a", SMALL, law=spikes)
+        train_network(data, tmp_path / "a", recipe, law=spikes)
 
 
 def test_a_top_below_the_collapse_level_is_told(digits, tmp_path):
     law, few = sb.Gaussian.fit(digits), digits.subset(300)
     level = sb.collapse_time(sb.Empirical(held_out(few, None, 0.1, fewest=16, bundled=False).train.tensor())).sigma
     with pytest.warns(LateStartWarning, match=rf"alone above sigma 0\.2, and below {level:.3g} the training images"):
-        train_network(few, tmp_path / "a", dataclasses.replace(SMALL, top=0.2), law=law)
+        train_network(few, tmp_path / "a", dataclasses.replace(SMALL, top=0.2, steps=2), law=law)
 
 
 def test_a_backbone_of_another_output_shape(digits):

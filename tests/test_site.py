@@ -15,6 +15,7 @@ import torch
 import symbreak as sb
 from tests.browser import browser  # noqa: F401
 from tests.test_attributes import written
+from tests.worlds import small_choice
 
 mpl.use("Agg")
 ROOT = Path(__file__).parents[1]
@@ -47,7 +48,7 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
         return
     monkeypatch.chdir(tmp_path)
     names = GIVEN.get(page.name, dict)()
-    with warnings.catch_warnings():
+    with small_choice(), warnings.catch_warnings():
         warnings.simplefilter("ignore", sb.LateStartWarning)  # what it warns of is not the page's subject
         for code in blocks(page):
             exec(compile(code, page.name, "exec"), names)

@@ -83,7 +83,7 @@ def test_training_touches_no_global_generator(tmp_path):
 
 
 def test_a_trained_network_denoises_better_than_nothing(tmp_path):
-    train_network(images("digits"), tmp_path / "a", Recipe(channels=(8, 16), steps=150, batch=64, lr=3e-3, warmup=10))
+    train_network(images("digits"), tmp_path / "a", Recipe(channels=(8, 16), steps=150, batch=32, lr=3e-3, warmup=10))
     pipe = load_pipeline(tmp_path / "a")
     x = images("digits:held-out").tensor()[:200]
     noisy = x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
