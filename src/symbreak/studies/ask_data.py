@@ -201,8 +201,9 @@ def collapse(d: Diagnosis, laws: Laws) -> None:
                 a = math.log(n) / law.dim
                 scaled = Curve(sigma, f.value / a, f.low / a, f.high / a)
             else:  # f / a is what the samples needed lack to n, in logarithms
-                ends = (np.maximum(0.0, 1.0 - v / math.log10(n)) for v in (needed.value, needed.high, needed.low))
-                scaled = Curve(sigma, *ends)
+                three = needed.value, needed.high, needed.low
+                value, low, high = (np.maximum(0.0, 1.0 - v / math.log10(n)) for v in three)
+                scaled = Curve(sigma, value, low, high)
             d.draw("collapse", f"{n:,} {d.data.noun}, f^e / a" if law is whole else name, name, scaled, line)
             d.draw("samples", f"from the {d.data.noun}" if law is whole else name, name, needed)
     d.mark("samples", math.log10(n), f"the {n:,} {d.data.noun} there are")
