@@ -160,10 +160,10 @@ def test_laws_of_the_command(tmp_path):
 
 def test_points_of_many_dimensions_are_shown_in_their_leading_directions():
     generator = torch.Generator().manual_seed(0)
-    few = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    few = torch.randn(4, 3, generator=generator, dtype=torch.float64)
     few = (few - few.mean(0)) * torch.tensor([3.0, 2.0, 1.0])
     turn = torch.linalg.qr(torch.randn(40, 40, generator=generator, dtype=torch.float64))[0]
-    plane, whole = Empirical(few), Empirical((few @ turn[:3] + 5).reshape(6, 1, 5, 8))
+    plane, whole = Empirical(few), Empirical((few @ turn[:3] + 5).reshape(4, 1, 5, 8))
     a, b = explore_world(plane), explore_world(whole)
     assert a.content["notes"] == []
     assert max(printed(a), printed(b)) < 20_000
