@@ -187,7 +187,7 @@ def test_one_folder_serves_all_ways_of_sampling(folder):
 
 
 def test_classes_and_the_null_class(few, tmp_path, capsys):
-    recipe = dataclasses.replace(SMALL, conditional=True, steps=4)
+    recipe = dataclasses.replace(SMALL, conditional=True, steps=16)
     train_network(few, tmp_path / "a", recipe, law="auto")
     pipe = load_pipeline(tmp_path / "a")
     assert pipe.unet.config.num_class_embeds == 11
