@@ -440,7 +440,7 @@ def attributes_figure(content: Values) -> Figure:
     if content["spectral"]["level"] is not None:
         ax.axvline(content["spectral"]["level"]["sigma"], color=COLORS[1], linestyle=":", label="spectral, all images")
     if ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False, fontsize=8, loc="lower left")
+        ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncol=3)
     ax.set_yticks(range(len(rows)), [row["attribute"].replace("_", " ") for row in rows], fontsize=8)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xscale("log")
