@@ -528,7 +528,7 @@ def test_the_command_and_its_report(capsys, tmp_path):
     assert "<b>0.png" not in html
     assert "<i>" not in html
     assert not re.search(r"(src|href)=.(https?:|//)", html)
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 3  # two histograms and a comparison
     saved = json.loads((tmp_path / "out" / "record.json").read_text())
     assert saved["content"] == record["content"]
     code, out, _ = symbreak(capsys, "report", tmp_path / "out", "--out", tmp_path / "again.html")

@@ -124,7 +124,7 @@ def test_phases_of_a_network(capsys, tmp_path):
     assert 0.5 < ratio < 2
     assert {c["name"] for c in content["checks"]} >= {"early fluctuations revert"}
     html = (tmp_path / "report.html").read_text()
-    assert html.count("<svg") == 4
+    assert html.count("<svg") == 5  # criteria, curves, an arc, and two of the spectrum
     assert symbreak(capsys, "report", "--help")[0] == 0
 
 

@@ -145,7 +145,7 @@ def test_an_interrupted_study_ends_with_the_same_record(record, tmp_path):
 
 def test_the_report_is_whole_and_alone(record, tmp_path):
     html = write_report(record, tmp_path / "r.html").read_text()
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 3  # two of the spectrum, and the sweep
     assert html.count("<img") == 1 + 5 * 3 + 3  # held-out images and five columns; the headline shows three again
     assert html.index(escape(record.verdict[0])) < html.index("<img") < html.index("<svg")
     for text in ("dpm++2m-karras", "speciation", "digits-classifier", "Seconds per stage", "torch"):
@@ -179,7 +179,7 @@ def test_a_diagnosis_without_a_network(tmp_path):
     assert found.content["speciation"]["[0, 1]"]["level"] is None
     html = write_report(found, tmp_path / "p.html").read_text()
     assert "at most 1" in html
-    assert html.count("<svg") == 3  # every criterion on one axis, all other curves, and the spectrum
+    assert html.count("<svg") == 4  # every criterion on one axis, all other curves, and two of the spectrum
 
 
 def test_records_refuse_what_is_no_record(tmp_path):

@@ -82,14 +82,14 @@ def test_data_alone_with_and_without_labels(tmp_path):
     assert all(found.timings[c["stage"]] >= 0 for c in found.content["criteria"])
     html = write_report(found, tmp_path / "r.html").read_text()
     assert "Every criterion on one axis" in html
-    assert html.count("<svg") == 3
+    assert html.count("<svg") == 4
     assert unescape(html).index(found.verdict[0]) < html.index("<svg")
     assert len(found.content["along"]["rows"]) == 6
     assert overflow(tmp_path / "r.html", 480) <= 0
     raw = json.loads(json.dumps(found.to_dict()))["content"]
     raw["along"]["rows"][0]["png"] = "AAAA"  # no picture: the figure says so, the page stands
     broken = write_report(Record("phases", found.settings, raw), tmp_path / "b.html").read_text()
-    assert (broken.count("could not be drawn"), broken.count("<svg")) == (1, 2)
+    assert (broken.count("could not be drawn"), broken.count("<svg")) == (1, 3)
     bare = np.load(tmp_path / "two.npz")["images"]
     plain = diagnose(images(bare, value_range=(-1, 1)), effort=ONE_FRAME)
     assert {c["name"] for c in plain.content["criteria"]} == {"spectral", "signal-to-noise", "collapse"}
