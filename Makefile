@@ -100,15 +100,15 @@ test-newest:
 
 # Trains the network first unless MODEL=FOLDER names one; called again it goes on where it was.
 reproduce-mnist: $(STAMP)
-	$(BIN)/python scripts/reproduce_mnist.py $(if $(MODEL),--model $(MODEL))
+	$(BIN)/python scripts/reproduce.py mnist $(if $(MODEL),--model $(MODEL)) $(FLAGS)
 
 # Faces at 32 and 64, and CIFAR-10: days of a core without a network of your own (docs/natural-images.md); resumable.
 reproduce-celeba: $(STAMP)
-	$(BIN)/python scripts/reproduce_natural.py celeba-32 $(if $(MODEL),--model $(MODEL)) $(FLAGS)
-	$(BIN)/python scripts/reproduce_natural.py celeba-64 $(FLAGS)
+	$(BIN)/python scripts/reproduce.py celeba-32 $(if $(MODEL),--model $(MODEL)) $(FLAGS)
+	$(BIN)/python scripts/reproduce.py celeba-64 $(FLAGS)
 
 reproduce-cifar10: $(STAMP)
-	$(BIN)/python scripts/reproduce_natural.py cifar10 $(if $(MODEL),--model $(MODEL)) $(FLAGS)
+	$(BIN)/python scripts/reproduce.py cifar10 $(if $(MODEL),--model $(MODEL)) $(FLAGS)
 
 clean:
 	rm -rf build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Both networks of scripts/reproduce_natural.py on a GPU: bash scripts/train_on_gpu.sh celeba-32 | celeba-64 | cifar10
+# Both networks of scripts/reproduce.py on a GPU: bash scripts/train_on_gpu.sh celeba-32 | celeba-64 | cifar10
 # Then: make reproduce-celeba or reproduce-cifar10, which finds them in build/ and goes on. Needs SYMBREAK_DATA.
 set -eu
 case $1 in

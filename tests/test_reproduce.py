@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce_natural.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "reproduce.py"
 
 
 def pooled(x):
@@ -41,9 +41,9 @@ def script(tmp_path, monkeypatch):
     monkeypatch.setenv("SYMBREAK_DATA", str(write(tmp_path)))
     paths = [str(SCRIPT.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    spec = importlib.util.spec_from_file_location("reproduce_natural", SCRIPT)
+    spec = importlib.util.spec_from_file_location("reproduce", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "reproduce_natural", module)
+    monkeypatch.setitem(sys.modules, "reproduce", module)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "LIMIT", 200)
     return module

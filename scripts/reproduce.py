@@ -1,25 +1,27 @@
-"""The first paper's comparison on faces and CIFAR-10, from nothing: train two networks, sample, measure, write.
+"""The first paper's comparison on MNIST, faces and CIFAR-10, from nothing: train two networks, sample, measure, write.
 
+    make reproduce-mnist
     make reproduce-celeba                          # faces at 32 x 32 and at 64 x 64
     make reproduce-cifar10
     make reproduce-cifar10 MODEL=FOLDER            # with a network of your own in place of the plain one
-    python scripts/reproduce_natural.py cifar10 --tiny   # everything once, in minutes: no evidence
+    python scripts/reproduce.py cifar10 --tiny   # everything once, in minutes: no evidence
 
 Two networks of one recipe (recipes/): one that predicts noise, one that learns only what a law does not know. Rows:
 DDPM (DDIM with eta = 1), DDIM, PNDM, DPM++2M on its own and on Karras levels, UniPC, with 1, 3, 5 and 10 network
 evaluations; columns: the standard start with the scheduler's settings, with its best spacing, and with an analytic
 first step (AFS); late from one Gaussian whose level is scanned, late from all laws (`auto`), and the second network
-from its law. Then the paper's own grid, linspace(0, t_start, n), t_start scanned, beside its published FIDs: ratios
-compare, numbers do not. Tables appear in the folder as table.md and table.html, and in docs/natural-images.md.
+from its law. Then the paper's own grid, linspace(0, t_start, n), t_start scanned, of DDIM, and of PNDM on MNIST, whose
+Runge-Kutta warm-up spends 12, 14 and 19 evaluations in 3, 5 and 10 steps; beside it the published FIDs: ratios compare,
+numbers do not. Tables appear in the folder as table.md and table.html, and in docs/.
 
-Distances are Fréchet distances in --features (EfficientNet-Lite0 at 112 x 112 by default; never FID) to the test
-images. Beside each: precision, recall, the entropy of the classes as logistic regressions on the features read them,
-and copies.
+Distances are Fréchet distances in --features to the test images: by default EfficientNet-Lite0 at 112 x 112, on MNIST
+the 64 features of a classifier that is trained first; never FID. Beside each: precision, recall, the entropy of the
+classes as logistic regressions on the features read them, and copies.
 Every --part images are kept in --out: called again it goes on, and ends with the same numbers.
 
-Hours on one idle core, from a few timed steps and images: see docs/natural-images.md.
+Hours on one core: see docs/natural-images.md and docs/mnist.md.
 
-Needs SYMBREAK_DATA with celeba10k-train.parquet, celeba10k-test.parquet, cifar10-train.parquet, cifar10-test.parquet.
+Needs SYMBREAK_DATA with the parquet files of the world: mnist, celeba10k or cifar10, -train and -test.
 Source: Raya & Ambrogioni 2023, arXiv:2305.19693.
 """
 
@@ -31,19 +33,20 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import torch
+from diffusers import PNDMScheduler
 
 import symbreak as sb
 from symbreak.intervals import entropy_interval
 from symbreak.metrics.attributes import attribute_classifier
 from symbreak.metrics.composition import class_counts, class_entropy
 from symbreak.metrics.coverage import precision_recall
-from symbreak.metrics.feature_rows import features
-from symbreak.metrics.frechet import distance
+from symbreak.metrics.feature_rows import features, load_classifier, save_classifier, train_classifier
+from symbreak.metrics.frechet import distance, ratio
 from symbreak.metrics.memorization import different, nearest_summary
 from symbreak.report.tables import measured, number
 from symbreak.runtime.files import write_json, write_whole
@@ -63,42 +66,66 @@ LIMIT, SIDE = 300, 16  # images of a tiny run, and their side: laws in 3,072 num
 
 @dataclass(frozen=True)
 class World:
-    """A data set, how it is read, and what the paper published of it: FID, late and standard, of DDIM by steps."""
+    """A data set, how it is read, and what the paper published of it: FID, late and standard, of a sampler by steps."""
 
     data: str
     options: dict
     recipe: str
     classes: tuple[str, ...]
     published: dict[int, tuple[float, float]]
+    features: str = "efficientnet-lite0-112"
+    sampler: str = "ddim"  # of the paper's own grid
+    page: str = "natural-images.md"
+    aims: dict = field(default_factory=lambda: {3: 1.5, 5: 1.2, 10: 1.0})  # times nearer, by NFE
 
 
 FACES = {10: (15.82, 19.37), 5: (22.06, 28.51), 3: (29.96, 50.30)}  # CelebA64, of another network
+DIGITS = {10: (5.02, 14.36), 5: (5.11, 21.22), 3: (38.23, 154.89)}
 WORLDS = {
+    "mnist": World("mnist", {}, "mnist", ("label",), DIGITS, "classifier", "pndm", "mnist.md", {}),
     "celeba-32": World("celeba10k", {"size": 32, "crop": 70}, "faces-32", ("Male", "Smiling", "Young"), FACES),
     "celeba-64": World("celeba10k", {"size": 64, "crop": 70}, "faces-64", ("Male", "Smiling", "Young"), FACES),
     "cifar10": World("cifar10", {}, "cifar10", ("label",), {10: (15.98, 19.79), 5: (26.36, 44.61), 3: (42.31, 109.37)}),
 }
 
 
-def paper_images(unet, full, law, steps, first, seeds, eta, batch=100):
-    """Images of the paper's DDIM (eta 0) or DDPM (eta 1), steps even from 0 to ``first``; law None: white noise."""
-    out, bar = [], full.alphas_cumprod.double()
+def ddim_steps(full, steps, first):
+    """(timestep, function of (prediction, timestep, state) to the next state): DDIM, steps even from 0 to ``first``."""
+    bar = full.alphas_cumprod.double()
     times = torch.linspace(0, first, steps).long().flip(0).tolist()
-    level = sb.schedule(full).level(first)
+
+    def step(i, eps, x):
+        a, b = float(bar[times[i]]), float(bar[times[i + 1]]) if i + 1 < steps else 1.0
+        clean = ((x - (1 - a) ** 0.5 * eps) / a**0.5).clamp(-1, 1)
+        return b**0.5 * clean + (1 - b) ** 0.5 * eps
+
+    return [(t, partial(step, i)) for i, t in enumerate(times)]
+
+
+def pndm_steps(full, steps, first):
+    """The same of PNDM with its Runge-Kutta warm-up: three steps of it need four points, so 3 steps cost 12."""
+    betas = full.betas[: first + 1].numpy()
+    scheduler = PNDMScheduler(num_train_timesteps=first + 1, trained_betas=betas, timestep_spacing="linspace")
+    scheduler.set_timesteps(max(steps, 4))
+    return [
+        (int(t), lambda eps, x, t=t: scheduler.step(eps, t, x, return_dict=False)[0])
+        for t in scheduler.timesteps[: 9 + steps]
+    ]
+
+
+PAPER = {"ddim": ddim_steps, "pndm": pndm_steps}
+
+
+def paper_images(unet, full, law, sampler, steps, first, seeds, batch=100):
+    """Images of the paper's sampler on its own grid, steps even from 0 to ``first``; law None: white noise."""
+    out, level = [], sb.schedule(full).level(first)
     shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
     for part in torch.as_tensor(list(seeds)).split(batch):
-        generators = [torch.Generator().manual_seed(int(s)) for s in part]
-        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(int(s))) for s in part])
         x = noise if law is None else level.alpha * law.transport(noise, level.sigma).float()
         with torch.inference_mode():
-            for i, t in enumerate(times):
-                a, b = float(bar[t]), float(bar[times[i + 1]]) if i + 1 < steps else 1.0
-                eps = unet(x, torch.full((len(x),), t), return_dict=False)[0]
-                clean = ((x - (1 - a) ** 0.5 * eps) / a**0.5).clamp(-1, 1)
-                spread = eta * ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
-                x = b**0.5 * clean + max(0.0, 1 - b - spread**2) ** 0.5 * eps
-                if spread:
-                    x = x + spread * torch.stack([torch.randn(shape, generator=g) for g in generators])
+            for t, step in PAPER[sampler](full, steps, first):
+                x = step(unet(x, torch.full((len(x),), t), return_dict=False)[0], x)
         out.append(x.clamp(-1, 1))
     return torch.cat(out)
 
@@ -126,11 +153,11 @@ class Bench:
             for half in ("train", "test")
         )
         self.pipe, self.residual = (sb.load_pipeline(str(m)) for m in models)
-        self.extract = sb.extractor(args.features)
+        self.extract = sb.extractor(args.features) if args.features != "classifier" else self.trained(out, test)
         self.judge = attribute_classifier(self.train, world.classes, self.extract)
         self.classes = self.judge.joint or world.classes[0]
         self.held_out = test.tensor()
-        self.part, self.samples, self.select = args.part, args.samples, min(300, args.samples)
+        self.part, self.samples, self.select = args.part, args.samples, args.selection
         identity = [weights_hash(p.unet) for p in (self.pipe, self.residual)]
         prints = [images.fingerprint() for images in (self.train, test)]
         of = {"networks": identity, "features": self.extract.name, "part": self.part, "data": prints}
@@ -143,6 +170,15 @@ class Bench:
         self.chooser = self.train.subset(min(256, len(self.train) // 2)).tensor()
         self.points = self.train.tensor()
         self.known = different(self.points)
+
+    def trained(self, out, test):
+        """A classifier of the data's own labels, trained once."""
+        path = out / "classifier.safetensors"
+        if not path.exists():
+            out.mkdir(parents=True, exist_ok=True)
+            name = f"{Path(self.train.name).stem.removesuffix('-train')}-classifier"
+            save_classifier(train_classifier(self.train, held_out=test, epochs=2), path, name)
+        return load_classifier(path)
 
     def measured(self, x_of):
         """Distance, diversity and copying of images that come a part at a time: (rows, classes, some images)."""
@@ -274,18 +310,19 @@ COLUMNS = {
 
 
 def own_grid(bench, world, tell):
-    """DDIM on the paper's grid, the first step scanned on images of other seeds, as the paper scans FID."""
+    """The paper's sampler on its grid, the first step scanned on images of other seeds, as the paper scans FID."""
     rows, full, law = [], bench.pipe.scheduler, bench.laws["Gaussian"]
     for steps in sorted(world.published)[: len(LEVELS)]:
 
         def make(seeds, first, law, steps=steps):
-            return paper_images(bench.pipe.unet, full, law, steps, first, seeds, eta=0.0)
+            return paper_images(bench.pipe.unet, full, law, world.sampler, steps, first, seeds)
 
         scores = {t: bench.score(f"{steps}/{t}", lambda s, t=t: make(s, t, law)) for t in LEVELS}
         best = min(scores, key=scores.__getitem__)
-        row = {"steps": steps, "calls": steps, "first": best, "published": world.published[steps]}
-        row["standard"] = bench.cell(f"paper/{steps}/standard", lambda s: make(s, 999, None), steps)
-        row["late"] = bench.cell(f"paper/{steps}/late", lambda s, t=best: make(s, t, law), steps)
+        spent = len(PAPER[world.sampler](full, steps, best))
+        row = {"steps": steps, "calls": spent, "first": best, "published": world.published[steps]}
+        row["standard"] = bench.cell(f"paper/{steps}/standard", lambda s: make(s, 999, None), spent)
+        row["late"] = bench.cell(f"paper/{steps}/late", lambda s, t=best: make(s, t, law), spent)
         rows.append(row)
         tell(row)
     return rows
@@ -322,7 +359,7 @@ NAMES = {
     "auto": "`auto`",
     "residual": "below its law",
 }
-PLAIN, AIMS = ("standard", "grid", "afs"), {3: 1.5, 5: 1.2, 10: 1.0}
+PLAIN = ("standard", "grid", "afs")
 
 
 def cell(d):
@@ -332,28 +369,33 @@ def cell(d):
 
 
 def nearest_of(rows, columns):
-    """(distance, sampler and column) of the nearest cell of some columns, None where there is none."""
-    some = [(r[c]["mean"], f"{r['sampler']}, {NAMES[c]}") for r in rows for c in columns if "mean" in r[c]]
-    return min(some, default=None)
+    """(cell, sampler and column) of the nearest cell of some columns, None where there is none."""
+    some = [(r[c], f"{r['sampler']}, {NAMES[c]}") for r in rows for c in columns if "mean" in r[c]]
+    return min(some, key=lambda d: d[0]["mean"], default=None)
 
 
-def aims(rows):
-    """What was asked of `auto`, and whether it was reached."""
+def times(a, b):
+    """How many times as far ``a`` is as ``b``, the seeds the same."""
+    said = ratio(a, b)
+    return "without an interval" if said is None else measured(*said)
+
+
+def aims(rows, wanted):
+    """What was asked of `auto` at some NFE, and whether it was reached; and the network below its law."""
     lines = []
     for calls in sorted({r["calls"] for r in rows}):
         same = [r for r in rows if r["calls"] == calls]
         usual, auto, own = (nearest_of(same, c) for c in (PLAIN, ("auto",), ("residual",)))
         if usual is None or auto is None:
             continue
-        times, aim = usual[0] / auto[0], AIMS.get(calls)
-        said = "" if aim is None else f" (aim {aim:g}: {'reached' if times >= aim else 'missed'})"
-        line = (
-            f"{calls} NFE: nearest without a late start {usual[0]:.3g} ({usual[1]}), `auto` {auto[0]:.3g} ({auto[1]})"
-        )
-        line += f", {times:.3g} times nearer{said}"
+        line = f"- {calls} NFE: nearest without a late start {cell(usual[0])} ({usual[1]}), `auto` {cell(auto[0])} "
+        line += f"({auto[1]}): {times(usual[0], auto[0])} times as far"
+        if calls in wanted:
+            reached = usual[0]["mean"] >= wanted[calls] * auto[0]["mean"]
+            line += f" (aim {wanted[calls]:g}: {'reached' if reached else 'missed'})"
         if own is not None:
-            line += f"; below its law {own[0]:.3g} ({own[1]})"
-        lines.append(f"- {line}.")
+            line += f"; below its law {cell(own[0])} ({own[1]}): {times(usual[0], own[0])} times"
+        lines.append(f"{line}.")
     return lines
 
 
@@ -363,15 +405,16 @@ def blocks(whole):
     n, k = about["samples"], about["samples"] // about["part"]
     sizes = " and ".join(f"{size:,}" for size in about["networks"])
     yield (
-        f"Written by `scripts/reproduce_natural.py {about['world']}`. Fréchet distance in {about['features']} (no FID) "
-        f"to the test images: mean of {k} repeats of {about['part']:,} images with its 95 % Student-t interval, in "
-        f"brackets all {n:,} at once; training images {cell(whole['train'])}. Networks of {sizes} parameters, trained: "
+        f"Written by `scripts/reproduce.py {about['world']}`. Fréchet distance in {about['features']} (no FID) "
+        f"to the test images: mean of {k} repeats of {about['part']:,} images with its 95 % interval (jackknife over "
+        f"repeats and parts of the test images), in brackets all {n:,} at once; training images "
+        f"{cell(whole['train'])}. Networks of {sizes} parameters, trained: "
         f"{about['trained']}. "
-        "Spacings, grids under AFS and levels of the scan were selected on images of other seeds."
+        f"Spacings, grids under AFS and levels of the scan were selected on {about['selection']} images of other seeds."
         + (" **Tiny: no evidence.**" if about["tiny"] else "")
     )
     yield ["sampler", "NFE", *NAMES.values()], [[r["sampler"], r["calls"], *(cell(r[c]) for c in NAMES)] for r in rows]
-    yield aims(rows)
+    yield aims(rows, WORLDS[about["world"]].aims)
     shown = [(r, c) for r in rows if r["calls"] <= 5 for c in NAMES if "mean" in r[c]]
     yield (
         f"What a distance hides. Classes are {about['classes']}, as logistic regressions on the features read them: "
@@ -388,17 +431,19 @@ def blocks(whole):
         ],
     )
     yield (
-        "The paper's own grid: DDIM on steps even from 0 to t_start, one Gaussian, t_start scanned. Published: FID of "
-        "another network in Inception features (arXiv:2305.19693): ratios compare, numbers do not."
+        f"The paper's own grid: {about['sampler']} on steps even from 0 to t_start, one Gaussian, t_start "
+        "scanned. Published: FID of another network in Inception features (arXiv:2305.19693): ratios compare, numbers "
+        "do not."
     )
     yield (
-        ["steps", "standard", "late, from step", "ratio", "published FID, standard and late", "ratio", "ours over it"],
+        ["steps", "NFE", "standard", "late, from step", "ratio", "published FID, standard and late", "ratio"]
+        + ["ours over it"],
         [
-            [r["steps"], cell(r["standard"]), f"{cell(r['late'])}, {r['first']}", f"{ours:.3g}"]
-            + [f"{standard} and {late}", f"{standard / late:.3g}", f"{ours * late / standard:.2g}"]
+            [r["steps"], r["calls"], cell(r["standard"]), f"{cell(r['late'])}, {r['first']}"]
+            + [times(r["standard"], r["late"]), f"{standard} and {late}", f"{standard / late:.3g}"]
+            + [f"{r['standard']['mean'] / r['late']['mean'] * late / standard:.2g}"]
             for r in whole["paper"]
             for late, standard in [r["published"]]
-            for ours in [r["standard"]["mean"] / r["late"]["mean"]]
         ],
     )
     worst = [name for name, a in about["accuracies"].items() if not a["resolved"]]
@@ -406,7 +451,7 @@ def blocks(whole):
 
 
 def write_pages(whole, out):
-    """table.md and table.html in the folder; the table of a whole run also in docs/natural-images.md."""
+    """table.md and table.html in the folder; the table of a whole run also in docs/."""
     text, page = [], []
     for block in blocks(whole):
         if isinstance(block, str):
@@ -431,11 +476,9 @@ def write_pages(whole, out):
     write_whole(out / "table.html", lambda p: p.write_text(whole_page, encoding="utf-8"))
     if whole["about"]["tiny"]:
         return
-    path, name = ROOT / "docs" / "natural-images.md", whole["about"]["world"]
-    begin, end = (
-        f"<!-- measured:{name}:begin, written by scripts/reproduce_natural.py -->",
-        f"<!-- measured:{name}:end -->",
-    )
+    name = whole["about"]["world"]
+    path = ROOT / "docs" / WORLDS[name].page
+    begin, end = (f"<!-- measured:{name}:begin, written by scripts/reproduce.py -->", f"<!-- measured:{name}:end -->")
     before, rest = path.read_text(encoding="utf-8").split(begin)
     docs = f"{before}{begin}\n{text}{end}{rest.split(end)[1]}"
     write_whole(path, lambda p: p.write_text(docs, encoding="utf-8"))
@@ -446,9 +489,10 @@ def main(argv=None):
     parser.add_argument("world", choices=sorted(WORLDS))
     parser.add_argument("--model", default=None, help="a diffusers folder; without it one is trained")
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--features", default=None, help="default: efficientnet-lite0-112")
+    parser.add_argument("--features", default=None, help="default: efficientnet-lite0-112, on MNIST a classifier")
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--part", type=int, default=1000, help="images a repeat, and what an interruption loses")
+    parser.add_argument("--selection", type=int, default=300, help="images of other seeds that select")
     parser.add_argument("--steps", type=int, default=None, help="optimizer steps instead of the recipe's")
     parser.add_argument("--tiny", action="store_true", help="a few images, steps and rows: no evidence")
     parser.add_argument("--page", action="store_true", help="write the tables from what is finished, and stop")
@@ -458,14 +502,15 @@ def main(argv=None):
         write_pages(json.loads((out / "table.json").read_text(encoding="utf-8")), out)
         return
     if args.tiny:
-        args.samples, args.part, args.features = 32, 16, args.features or "efficientnet-lite0-64"
+        args.samples, args.part, args.selection = 32, 16, 32
+        args.features = args.features or "efficientnet-lite0-64"
         WORLDS[args.world].options["size"] = SIDE
         globals().update(SAMPLERS=("dpm++2m",), CALLS=(1, 3), LEVELS=(300,), FACTORS=(0.5, 1.0))
-    args.features = args.features or "efficientnet-lite0-112"
     world, root = WORLDS[args.world], Path(os.environ.get("SYMBREAK_DATA", ""))
+    args.features = args.features or world.features
     if not (root / f"{world.data}-train.parquet").is_file():
         sys.exit(f"{args.world} needs SYMBREAK_DATA, a folder with {world.data}-train.parquet and -test.parquet.")
-    if args.samples < 2 * args.part or args.samples % args.part:
+    if args.part < 1 or args.samples < 2 * args.part or args.samples % args.part:
         sys.exit(f"--samples {args.samples}; expected a multiple of {args.part}, at least {2 * args.part}.")
     out.mkdir(parents=True, exist_ok=True)
     models, began = trained(world, out, root, args), time.perf_counter()
@@ -491,6 +536,8 @@ def main(argv=None):
                 "features": bench.extract.name,
                 "samples": args.samples,
                 "part": args.part,
+                "selection": args.selection,
+                "sampler": world.sampler.upper(),
                 "trained": "passed as MODEL" if args.model else f"{steps} steps" if steps else "the recipe",
                 "networks": [sum(p.numel() for p in m.unet.parameters()) for m in (bench.pipe, bench.residual)],
                 "classes": bench.classes,
