@@ -20,6 +20,19 @@ from symbreak.metrics.frechet import distance
 N, REPEATS = 300, 3
 
 
+def other_rulers(train, attributes):
+    """Features that no training on other pictures decides: {name: function of images [B, C, H, W] to rows [B, F]}."""
+    with torch.random.fork_rng():
+        torch.default_generator.manual_seed(0)
+        layers = (nn.Conv2d(train.shape[0], 64, 5, stride=2), nn.Conv2d(64, 128, 3, stride=2), nn.Conv2d(128, 256, 3))
+    stack = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), nn.AdaptiveAvgPool2d(1))
+    rulers = {"random convolutions": lambda x: stack(x).flatten(1)}
+    if attributes:
+        judge = attribute_classifier(train, None, sb.extractor("pixels"))
+        rulers["attribute logits"] = lambda x: torch.cat([scores[:, 1:] for scores in judge(x).values()], 1)
+    return {**rulers, "pixels, 8 x 8": lambda x: nn.functional.adaptive_avg_pool2d(x, 8).flatten(1)}
+
+
 def main():
     root = Path(os.environ["SYMBREAK_DATA"])
     train, test = (
@@ -28,16 +41,7 @@ def main():
     )
     gaussian = sb.Gaussian.fit(train)
     clusters = sb.PrincipalMixture.fit(train, components=60, gaussian=gaussian)
-    judge = attribute_classifier(train, None, sb.extractor("pixels"))
-    torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 64, 5, stride=2), nn.Conv2d(64, 128, 3, stride=2), nn.Conv2d(128, 256, 3))
-    stack = nn.Sequential(*(part for layer in layers for part in (layer, nn.ReLU())), nn.AdaptiveAvgPool2d(1))
-    rulers = {
-        "EfficientNet-Lite0, 64": sb.extractor("efficientnet-lite0-64"),
-        "random convolutions": lambda x: stack(x).flatten(1),
-        "attribute logits": lambda x: torch.cat([scores[:, 1:] for scores in judge(x).values()], 1),
-        "pixels, 8 x 8": lambda x: nn.functional.adaptive_avg_pool2d(x, 8).flatten(1),
-    }
+    rulers = {"EfficientNet-Lite0, 64": sb.extractor("efficientnet-lite0-64"), **other_rulers(train, True)}
     some = train.tensor()[torch.randperm(len(train), generator=torch.Generator().manual_seed(1))[: 2 * N]]
     real, x = some[:N], some[N:]
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))

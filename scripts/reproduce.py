@@ -35,10 +35,14 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import torch
+from compare_rulers import other_rulers
 from diffusers import PNDMScheduler
+from scipy.stats import spearmanr
 
 import symbreak as sb
 from symbreak.intervals import entropy_interval
@@ -61,7 +65,7 @@ CALLS = (1, 3, 5, 10)
 LEVELS = (200, 300, 400, 500, 600, 700)  # first steps of the paper's grid that are scanned
 FACTORS = (0.15, 0.25, 0.5, 1.0, 1.5, 2.5)  # levels of the scanned Gaussian, in its largest standard deviations
 SELECTION = 10**6  # first seed of those that select
-LIMIT, SIDE = 300, 16  # images of a tiny run, and their side: laws in 3,072 numbers take minutes
+LIMIT, SIDE = 300, 20  # images of a tiny run, and their side: laws in 3,072 numbers take minutes
 
 
 @dataclass(frozen=True)
@@ -160,11 +164,13 @@ class Bench:
         self.part, self.samples, self.select = args.part, args.samples, args.selection
         identity = [weights_hash(p.unet) for p in (self.pipe, self.residual)]
         prints = [images.fingerprint() for images in (self.train, test)]
-        of = {"networks": identity, "features": self.extract.name, "part": self.part, "data": prints}
+        self.rulers = other_rulers(self.train, attributes=len(world.classes) > 1)
+        of = {"networks": identity, "features": [self.extract.name, *self.rulers], "part": self.part, "data": prints}
         self.run = sb.Run(out).identified(of)
         stored = self.run.part("real", lambda: {"features": features(self.extract, self.held_out).numpy()})
         self.real = torch.from_numpy(stored["features"])
         self.reference = sb.Moments.fit([self.real])
+        self.ruled = {k: sb.Moments.fit([self.rows(k, self.held_out)]) for k in self.rulers}
         self.laws = dict(zip(("Gaussian", "classes", "clusters"), sb.candidate_laws(self.train)))
         self.network = sb.denoiser(self.pipe.unet, self.pipe.scheduler)
         self.chooser = self.train.subset(min(256, len(self.train) // 2)).tensor()
@@ -180,16 +186,23 @@ class Bench:
             save_classifier(train_classifier(self.train, held_out=test, epochs=2), path, name)
         return load_classifier(path)
 
+    def rows(self, ruler, x):
+        """Features of another ruler."""
+        with torch.inference_mode():
+            return torch.cat([self.rulers[ruler](block).float() for block in x.split(100)])
+
     def measured(self, x_of):
         """Distance, diversity and copying of images that come a part at a time: (rows, classes, some images)."""
         parts = [x_of(i) for i in range(self.samples // self.part)]
         rows = torch.cat([torch.from_numpy(p["features"]).double() for p in parts])
         some = torch.cat([torch.from_numpy(p["images"]) for p in parts])
         read = torch.cat([torch.from_numpy(p["classes"]) for p in parts])
+        of = {k: torch.cat([torch.from_numpy(p[k]).double() for p in parts]) for k in self.rulers}
         near = nearest_summary(some, self.known, None)["samples"]
         shared = precision_recall(rows[:1000], self.real[:1000])
         return {
             **distance(rows, self.reference, len(parts), self.extract.name).to_dict(),
+            "rulers": {k: sb.frechet_distance(sb.Moments.fit([v]), self.ruled[k]) for k, v in of.items()},
             "entropy": class_entropy(read, len(self.judge.classes[self.classes])),
             **{k: shared[k] for k in ("precision", "recall")},
             "memorized": near["memorized"],
@@ -200,7 +213,13 @@ class Bench:
         """Features, classes and some images of a part."""
         said = self.judge(x)[self.classes]
         said = said.argmax(1) if said.ndim == 2 else said
-        return {"features": features(self.extract, x).numpy(), "classes": said.numpy(), "images": x[:100].numpy()}
+        others = {k: self.rows(k, x).numpy() for k in self.rulers}
+        return {
+            "features": features(self.extract, x).numpy(),
+            "classes": said.numpy(),
+            "images": x[:100].numpy(),
+            **others,
+        }
 
     def cell(self, key, make, calls, **more):
         """What is measured of the images that ``make`` gives for seeds."""
@@ -399,6 +418,23 @@ def aims(rows, wanted):
     return lines
 
 
+def rulers(features, rows):
+    """Whether other features rank the cells alike, and name the same start of a row as the nearest."""
+    cells = [[r[c] for c in NAMES if "mean" in r[c]] for r in rows]
+    ranked = {features: [[d["pooled"] for d in row] for row in cells]}
+    for name in cells[0][0]["rulers"]:
+        ranked[name] = [[d["rulers"][name] for d in row] for row in cells]
+    lines = []
+    for a, b in combinations(ranked, 2):
+        rank = spearmanr(*(np.concatenate(ranked[k]) for k in (a, b))).statistic
+        same = sum(int(np.argmin(x) == np.argmin(y)) for x, y in zip(ranked[a], ranked[b]))
+        lines.append(
+            f"- {a} and {b}: rank correlation {rank:+.2f} of {sum(map(len, cells))} cells, all images at once; "
+        )
+        lines[-1] += f"the same start is the nearest in {same} of {len(rows)} rows."
+    return lines
+
+
 def blocks(whole):
     """The tables: paragraphs, and (heads, rows)."""
     about, rows, entropy = whole["about"], whole["rows"], whole["about"]["entropy"]
@@ -446,6 +482,7 @@ def blocks(whole):
             for late, standard in [r["published"]]
         ],
     )
+    yield rulers(about["features"], rows)
     worst = [name for name, a in about["accuracies"].items() if not a["resolved"]]
     yield f"Classifiers below 70 % balanced accuracy: {', '.join(worst) or 'none'}."
 

@@ -41,6 +41,7 @@ def script(tmp_path, monkeypatch):
     monkeypatch.setenv("SYMBREAK_DATA", str(write(tmp_path)))
     paths = [str(SCRIPT.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))  # where a script finds those beside it
     spec = importlib.util.spec_from_file_location("reproduce", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "reproduce", module)
