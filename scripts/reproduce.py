@@ -422,7 +422,7 @@ def rulers(features, rows):
     """Whether other features rank the cells alike, and name the same start of a row as the nearest."""
     cells = [[r[c] for c in NAMES if "mean" in r[c]] for r in rows]
     ranked = {features: [[d["pooled"] for d in row] for row in cells]}
-    for name in cells[0][0]["rulers"]:
+    for name in sorted(cells[0][0]["rulers"]):
         ranked[name] = [[d["rulers"][name] for d in row] for row in cells]
     lines = []
     for a, b in combinations(ranked, 2):
