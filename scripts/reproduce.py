@@ -445,7 +445,7 @@ def blocks(whole):
         f"to the test images: mean of {k} repeats of {about['part']:,} images with its 95 % interval (jackknife over "
         f"repeats and parts of the test images), in brackets all {n:,} at once; training images "
         f"{cell(whole['train'])}. Networks of {sizes} parameters, trained: "
-        f"{about['trained']}. "
+        f"{' and '.join(about['trained'])}. "
         f"Spacings, grids under AFS and levels of the scan were selected on {about['selection']} images of other seeds."
         + (" **Tiny: no evidence.**" if about["tiny"] else "")
     )
@@ -454,8 +454,8 @@ def blocks(whole):
     shown = [(r, c) for r in rows if r["calls"] <= 5 for c in NAMES if "mean" in r[c]]
     yield (
         f"What a distance hides. Classes are {about['classes']}, as logistic regressions on the features read them: "
-        f"training images {entropy['plug_in']:.3f} bits. Precision and recall: k = 3, 1,000 samples. Copies: d1 / d2 < "
-        "1/3."
+        f"training images {entropy['plug_in']:.3f} bits. Precision and recall: k = 3, {min(1000, n):,} samples. "
+        "Copies: d1 / d2 < 1/3."
     )
     yield (
         ["sampler", "NFE", "start", "drawn from", "sigma", "bits", "precision", "recall", "copies"],
@@ -565,6 +565,7 @@ def main(argv=None):
     rows = torch.from_numpy(real["features"])
     counts = class_counts(bench.judge, bench.points[some])[bench.classes]
     steps = 2 if args.tiny and not args.steps else args.steps
+    passed = ["passed as MODEL"] if args.model else []
     whole = plain(
         {
             "about": {
@@ -575,7 +576,7 @@ def main(argv=None):
                 "part": args.part,
                 "selection": args.selection,
                 "sampler": world.sampler.upper(),
-                "trained": "passed as MODEL" if args.model else f"{steps} steps" if steps else "the recipe",
+                "trained": [*passed, f"{steps:,} steps" if steps else "as the recipe says"],
                 "networks": [sum(p.numel() for p in m.unet.parameters()) for m in (bench.pipe, bench.residual)],
                 "classes": bench.classes,
                 "accuracies": bench.judge.accuracies,
