@@ -220,7 +220,7 @@ def sensitivity_figure(content: dict) -> Figure:
             if mark["level"]:
                 ax.axvline(mark["level"]["sigma"], color=f"C{i + 2}", lw=0.8, ls="--", label=name)
         ax.set(xscale="log", yscale="log")
-        ax.set_yticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"], minor=False)
+        ax.set_yticks([2, 5, 10, 20, 50, 100, 200], ["2", "5", "10", "20", "50", "100", "200"], minor=False)
         ax.tick_params(axis="y", which="minor", labelleft=False)
         if row["calls"] == calls[0]:
             ax.set_title(row["sampler"], fontsize=9)
@@ -248,7 +248,7 @@ def starts_figure(content: dict) -> Figure:
                 ax.plot(d["mean"], y, "o", ms=3.5, color=f"C{i}", label=label)
         ax.axvline(next(s for s in content["standard"] if s["calls"] == n)["distance"]["mean"], color="0.5", lw=0.8)
         ax.set(xscale="log", title=f"{n} calls", xlabel="distance")
-        ax.set_xticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
+        ax.set_xticks([2, 5, 10, 20, 50, 100, 200], ["2", "5", "10", "20", "50", "100", "200"])
         ax.tick_params(axis="x", which="minor", labelbottom=False)
     axes[0].set_yticks(range(len(names)), names)
     axes[0].invert_yaxis()

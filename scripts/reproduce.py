@@ -166,6 +166,9 @@ class Bench:
         prints = [images.fingerprint() for images in (self.train, test)]
         self.rulers = other_rulers(self.train, attributes=len(world.classes) > 1)
         of = {"networks": identity, "features": [self.extract.name, *self.rulers], "part": self.part, "data": prints}
+        of["selection"] = self.select
+        if args.features == "classifier":
+            of["classifier"] = weights_hash(self.extract)
         self.run = sb.Run(out).identified(of)
         stored = self.run.part("real", lambda: {"features": features(self.extract, self.held_out).numpy()})
         self.real = torch.from_numpy(stored["features"])
@@ -258,7 +261,7 @@ class Bench:
             best = names[0] if len(names) == 1 else min(names, key=lambda k: self.score(f"{key}/{k}", makes[k]))
             start = some[best][1]
             more = {"choice": best, "law": law_in_words(start.law), "sigma": start.level.sigma}
-            return self.cell(key, makes[best], calls, **more)
+            return self.cell(f"{key}/{best}", makes[best], calls, **more)
 
         return self.run.value(f"column/{key}/{self.samples}", chosen)
 
@@ -341,7 +344,7 @@ def own_grid(bench, world, tell):
         spent = len(PAPER[world.sampler](full, steps, best))
         row = {"steps": steps, "calls": spent, "first": best, "published": world.published[steps]}
         row["standard"] = bench.cell(f"paper/{steps}/standard", lambda s: make(s, 999, None), spent)
-        row["late"] = bench.cell(f"paper/{steps}/late", lambda s, t=best: make(s, t, law), spent)
+        row["late"] = bench.cell(f"paper/{steps}/late/{best}", lambda s, t=best: make(s, t, law), spent)
         rows.append(row)
         tell(row)
     return rows
@@ -451,7 +454,7 @@ def blocks(whole):
     )
     yield ["sampler", "NFE", *NAMES.values()], [[r["sampler"], r["calls"], *(cell(r[c]) for c in NAMES)] for r in rows]
     yield aims(rows, WORLDS[about["world"]].aims)
-    shown = [(r, c) for r in rows if r["calls"] <= 5 for c in NAMES if "mean" in r[c]]
+    shown = [(r, c) for r in rows for c in NAMES if "mean" in r[c]]
     yield (
         f"What a distance hides. Classes are {about['classes']}, as logistic regressions on the features read them: "
         f"training images {entropy['plug_in']:.3f} bits. Precision and recall: k = 3, {min(1000, n):,} samples. "

@@ -29,9 +29,9 @@ from tests.worlds import small_choice
 
 SHAPES = {"vector": (6,), "signal": (2, 8), "five channels": (5, 4, 4), "latent": (4, 4, 4), "volume": (1, 3, 4, 4)}
 NORM, SPREAD, CENTRE, WEIGHTS = 8.0, 0.5, 3.0, (0.6, 0.4)
-# five channels and latents are of one kind, [C, H, W] that are no pictures
+# five channels and latents go the same way here, [C, H, W] that are no pictures
 each = pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.slow) if k == "latent" else k for k in SHAPES]
+    "kind", [pytest.param(k, marks=pytest.mark.slow) if k == "five channels" else k for k in SHAPES]
 )
 LONG = [k if k == "vector" else pytest.param(k, marks=pytest.mark.slow) for k in SHAPES]
 QUICK = sb.Effort(

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from PIL import Image
 
 import symbreak as sb
@@ -19,6 +20,7 @@ from symbreak.data.labels import attributes
 from symbreak.metrics.attributes import attribute_classifier
 from symbreak.networks.families import as_unet
 from symbreak.phases.speciation import cloning_time
+from symbreak.report.figures import attributes_figure
 from symbreak.report.tables import tables
 from symbreak.runtime.errors import InputError
 from tests.test_class_information import Conditional
@@ -230,3 +232,8 @@ def test_a_network_decides_attributes_where_its_law_does(answered, tmp_path):
         "sampled again from here",
     ]
     assert len(record.plot(Figure().subplots()).lines) > 6
+    figure = attributes_figure(record.content)
+    figure.draw_without_rendering()
+    boxes = [image.get_window_extent() for image in figure.findobj(AxesImage)]
+    assert len(boxes) > 6
+    assert [box.width / box.height for box in boxes] == pytest.approx([1.0] * len(boxes), rel=0.02)  # square pictures

@@ -199,6 +199,10 @@ def test_the_vendi_score_counts_what_is_different():
     assert found["value"] == pytest.approx(6, rel=1e-9)
     assert found["low"] <= 6 <= found["high"]
     assert vendi_score(x[:1].repeat(9, 1))["value"] == pytest.approx(1, rel=1e-9)
+    few = torch.randn(20, 64, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    unit = few / few.norm(dim=1, keepdim=True)
+    shares = torch.linalg.eigvalsh(unit.T @ unit / 20).clamp(min=1e-300)  # the larger of the two matrices
+    assert vendi_score(few)["value"] == pytest.approx(float((-(shares * shares.log()).sum()).exp()), rel=1e-12)
 
 
 def test_missing_packages_are_said_in_one_line(monkeypatch):

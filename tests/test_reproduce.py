@@ -62,6 +62,16 @@ def interrupted(function, after, counts):
     return call
 
 
+@pytest.mark.parametrize(("steps", "calls"), [(3, 12), (5, 14), (10, 19)])
+def test_the_papers_grids_spend_what_the_paper_says(script, steps, calls):
+    full = script.sb.scheduler("ddim")
+    runge_kutta, plain = (script.PAPER[k](full, steps, 600) for k in ("pndm", "ddim"))
+    assert (len(runge_kutta), len(plain)) == (calls, steps)
+    assert plain[0][0] == 600
+    assert plain[-1][0] == 0
+    assert max(t for t, _ in runge_kutta) <= 600
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # networks of two steps are nothing to trust
 def test_a_tiny_table_is_the_same_after_interruptions(script, tmp_path, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import warnings
 from functools import partial
 from types import SimpleNamespace
@@ -262,6 +263,13 @@ def test_an_audit_looks_at_the_samples_that_the_network_makes(digits, folder, ca
         begins = json.loads(out)["content"]["samples"]["start"]
         assert begins.startswith(said.split(" at sigma")[0])
         assert begins.endswith(f"{calls} network evaluations a sample")
+    other = sb.Sampling(count=20, sampler="ddim", steps=3).begin(pipe)
+    assert type(other.full).__name__ == "DDIMScheduler"
+    assert other.law is own.law
+    assert other.calls == 3
+    assert abs(math.log(other.level.sigma / own.level.sigma)) < 0.5  # the nearest that the grid has
+    # a start that is passed keeps its sampler
+    assert type(sb.Sampling(count=20, start=other, steps=2).begin(pipe).full).__name__ == "DDIMScheduler"
 
 
 def test_a_network_goes_on_as_what_it_is(digits, folder, tmp_path, capsys, monkeypatch):

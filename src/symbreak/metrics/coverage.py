@@ -162,7 +162,9 @@ def vendi_score(samples: torch.Tensor, parts: int = 5, seed: int = 0) -> Values:
         if len(rows) >= rows.shape[1]:
             return float(vendi.score_dual(rows))
         unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-        return float(vendi.score_K(unit @ unit.T))
+        values = np.linalg.eigvalsh(unit @ unit.T / len(unit))
+        values = values[values > 0]
+        return float(np.exp(-(values * np.log(values)).sum()))
 
     value = score(x)
     left_out = np.array([score(np.delete(x, group, axis=0)) for group in groups])

@@ -448,7 +448,9 @@ def attributes_figure(content: Values) -> Figure:
     _plain_ticks(ax.xaxis, [m * 10.0**e for e in range(-4, 4) for m in (1, 2, 5)])
     ax.set_xlabel("sigma (noise falls to the right, as in generation)")
     _plain_frame(ax)
-    if strip:
+    if strip:  # in the places that the layout gives, which pictures keep their shape in
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
         _strip(above[0], content["along"])
     return figure
 

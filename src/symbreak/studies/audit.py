@@ -96,13 +96,14 @@ class Sampling:
         start = getattr(pipe, "start", None) if self.start is None else self.start
         if start is not None and (self.sampler, self.steps) == (None, None):
             return start
-        law = None if start is None else start.law
-        default = "dpm++2m" if law is None else "dpm++2m-karras"  # as `symbreak sample` has it
-        base = scheduler(default if self.sampler is None else self.sampler, like=pipe.scheduler)
-        if start is None or law is None:
-            return standard_start(base, 50 if self.steps is None else self.steps)
-        late = cut(base, law, start.steps if self.steps is None else self.steps, start.level)
-        return replace(late, pictures=start.pictures, units=start.units)
+        steps = (50 if start is None else start.steps) if self.steps is None else self.steps
+        if start is not None and self.sampler is None:
+            base = start.full
+        else:
+            base = scheduler("dpm++2m" if self.sampler is None else self.sampler, like=pipe.scheduler)
+        if start is None or start.law is None:
+            return standard_start(base, steps)
+        return replace(cut(base, start.law, steps, start.level), pictures=start.pictures, units=start.units)
 
 
 @dataclass(frozen=True)
