@@ -387,7 +387,8 @@ PLAIN = ("standard", "grid", "afs")
 def cell(d):
     if "mean" not in d:
         return "-"
-    return f"{measured(d['mean'], d['low'], d['high'])} ({number(d['pooled'], '.3g')})"
+    form = ",.0f" if d["mean"] >= 1000 else ".3g"
+    return f"{measured(d['mean'], d['low'], d['high'], form)} ({number(d['pooled'], form)})"
 
 
 def nearest_of(rows, columns):
