@@ -165,10 +165,8 @@ class Bench:
         identity = [weights_hash(p.unet) for p in (self.pipe, self.residual)]
         prints = [images.fingerprint() for images in (self.train, test)]
         self.rulers = other_rulers(self.train, attributes=len(world.classes) > 1)
-        of = {"networks": identity, "features": [self.extract.name, *self.rulers], "part": self.part, "data": prints}
-        of["selection"] = self.select
-        if args.features == "classifier":
-            of["classifier"] = weights_hash(self.extract)
+        by = [self.extract.name, self.extract.decides(self.train.shape), *self.rulers]
+        of = {"networks": identity, "features": by, "part": self.part, "data": prints}
         self.run = sb.Run(out).identified(of)
         stored = self.run.part("real", lambda: {"features": features(self.extract, self.held_out).numpy()})
         self.real = torch.from_numpy(stored["features"])
@@ -263,7 +261,7 @@ class Bench:
             more = {"choice": best, "law": law_in_words(start.law), "sigma": start.level.sigma}
             return self.cell(f"{key}/{best}", makes[best], calls, **more)
 
-        return self.run.value(f"column/{key}/{self.samples}", chosen)
+        return self.run.value(f"column/{key}/{self.samples}/{self.select}", chosen)
 
     @staticmethod
     def spent(unet, start):

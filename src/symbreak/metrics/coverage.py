@@ -157,16 +157,9 @@ def vendi_score(samples: torch.Tensor, parts: int = 5, seed: int = 0) -> Values:
 
     order = torch.randperm(len(x), generator=generator(seed, 20, 0)).numpy()
     groups = np.array_split(order, parts)
-
-    def score(rows: np.ndarray) -> float:  # of the smaller of two matrices with the same eigenvalues above 0
-        if len(rows) >= rows.shape[1]:
-            return float(vendi.score_dual(rows))
-        unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
-        values = np.linalg.eigvalsh(unit @ unit.T / len(unit))
-        values = values[values > 0]
-        return float(np.exp(-(values * np.log(values)).sum()))
-
-    value = score(x)
-    left_out = np.array([score(np.delete(x, group, axis=0)) for group in groups])
+    if len(x) < x.shape[1]:  # in the space that the rows span they have the same similarities, and fewer eigenvalues
+        x = np.asarray(np.linalg.qr(x.T, mode="r")).T
+    value = float(vendi.score_dual(x))
+    left_out = np.array([float(vendi.score_dual(np.delete(x, group, axis=0))) for group in groups])
     low, high = jackknife(value, left_out)
     return {"value": value, "low": low, "high": high, "parts": parts, "samples": len(x)}
