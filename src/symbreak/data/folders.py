@@ -64,7 +64,7 @@ def look_into(path: Path, split: str | None = None) -> Folder:
             f"({counted}); the first is {left[0]}."
         )
     if not kept:
-        seen = f" It has {notes[-1]}" if left else ""
+        seen = f" {notes[-1]}" if left else ""
         raise InputError(f"{path} holds no images. Expected PNG, JPEG, WebP, BMP, GIF or TIFF files in it.{seen}")
     splits = _splits(kept, bool(shards))
     if not splits:
