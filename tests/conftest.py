@@ -21,6 +21,6 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish(session):
-    """What torch, diffusers and the tests themselves hold is looked through once, not by every collection of garbage."""
+    """What torch and diffusers hold is looked through once, not in every collection of garbage."""
     gc.collect()
     gc.freeze()
