@@ -1,5 +1,7 @@
 """Attributes of pictures: when each is decided, and how many samples have it."""
 
+import copy
+import dataclasses
 import io
 import json
 import math
@@ -19,10 +21,13 @@ from symbreak.cli.commands import main
 from symbreak.data.labels import attributes
 from symbreak.metrics.attributes import attribute_classifier
 from symbreak.networks.families import as_unet
+from symbreak.phases.cloning import clones
 from symbreak.phases.speciation import cloning_time
 from symbreak.report.figures import attributes_figure
 from symbreak.report.tables import tables
+from symbreak.report.verdict import sentences
 from symbreak.runtime.errors import InputError
+from symbreak.studies.attributes import _seen
 from tests.test_class_information import Conditional
 
 SIDE, SPREAD = 8, 0.06
@@ -237,3 +242,33 @@ def test_a_network_decides_attributes_where_its_law_does(answered, tmp_path):
     boxes = [image.get_window_extent() for image in figure.findobj(AxesImage)]
     assert len(boxes) > 6
     assert [box.width / box.height for box in boxes] == pytest.approx([1.0] * len(boxes), rel=0.02)  # square pictures
+
+
+def test_a_level_beyond_those_asked_about_is_told(answered, tmp_path):
+    """Of a network that decides too early; one sentence and a cell, not a line an attribute."""
+    pair = sb.Mixture.from_parameters([[-2.0], [2.0]], 0.25, [0.5, 0.5])
+    sigma, steps = np.array([0.3, 0.5]), sb.schedule("ddpm-linear")
+    crossing = clones(pair, sigma, lambda x: x[:, 0] > 0, pairs=100).crossing
+    seen = _seen(crossing, sigma, steps)
+    assert seen["beyond"] == {"side": "above", "sigma": 0.5}
+    content = copy.deepcopy(answered.content)
+    for row in content["rows"]:
+        row["network"]["clones"] = seen
+    resolved = sum(row["resolved"] and row["network"]["classifier"]["resolved"] for row in content["rows"])
+    record = dataclasses.replace(answered, content=content)
+    parts, notes = tables(record)
+    assert [row[2].text for row in parts["network"].rows] == ["above 0.5"] * len(content["rows"])
+    assert not any("levels asked about (" in note for note in [*parts["network"].notes, *notes])
+    said = " ".join(sentences("attributes", content))
+    assert f"Of {resolved} of {resolved} attributes the network's clones agree halfway at more than sigma 0.5" in said
+    assert "last, at" not in said.split("network's clones")[1]
+
+
+def test_pictures_along_the_axis_do_not_cover_each_other(answered):
+    content = copy.deepcopy(answered.content)
+    content["rows"][-1]["low"] = content["rows"][-1]["level"] | {"sigma": 1e-4}  # an axis of many decades
+    figure = attributes_figure(content)
+    figure.draw_without_rendering()
+    boxes = [image.get_window_extent() for image in figure.findobj(AxesImage)]
+    assert len(boxes) >= 6
+    assert not any(a.x0 < b.x1 and b.x0 < a.x1 for i, a in enumerate(boxes) for b in boxes[:i] if abs(a.y0 - b.y0) < 1)

@@ -188,6 +188,8 @@ def phases(
     with running(out, memory_size(memory)) as work:
         pipe: Any = machine.load_if(model, True, prompt, conditions.vae)
         judge, decode = _judge(classify), getattr(pipe, "decode", None)
+        if attributes is not None and reading.labels is None:
+            reading = replace(reading, labels="none")  # the attributes are the classes
         opened = None if data is None else reading.open(data, limit)
         unseen = None if opened is None else reading.open_if(holdout, opened)
         network: Any = None if pipe is None else conditions.alone(pipe, opened, unseen, work.unstored())

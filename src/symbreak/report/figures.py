@@ -15,6 +15,7 @@ from symbreak.runtime.shown import sigma_axis
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -141,7 +142,7 @@ def _window(content: Values) -> tuple[float, float]:
 
 
 def _strip(ax: Axes, along: Values) -> None:
-    """Rows of samples, each at its level on the axis."""
+    """Rows of samples, each at its level on the axis; of levels whose pictures would cover each other, every other."""
     import numpy as np
     from PIL import Image
 
@@ -157,10 +158,13 @@ def _strip(ax: Axes, along: Values) -> None:
     box = ax.get_window_extent()
     for i, row in enumerate(rows):
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["png"]))).convert("RGB"))
-        height = 1 / len(rows)
-        for sigma, tile in zip(along["sigma"], np.array_split(pixels, count, axis=1)):
-            x, y = (left - math.log(sigma)) / (left - right), 1 - (i + 0.5) * height
-            scale = min(0.94 / count * box.width / tile.shape[1], 0.92 * height * box.height / tile.shape[0])
+        height, tiles = 1 / len(rows), np.array_split(pixels, count, axis=1)
+        places = [(left - math.log(sigma)) / (left - right) for sigma in along["sigma"]]
+        scale = min(0.94 / count * box.width / tiles[0].shape[1], 0.92 * height * box.height / tiles[0].shape[0])
+        apart = abs(places[-1] - places[0]) / max(1, count - 1) * box.width
+        every = math.ceil(scale * tiles[0].shape[1] / max(apart, 1e-9)) if count > 1 else 1
+        for x, tile in list(zip(places, tiles))[::-1][::every]:
+            y = 1 - (i + 0.5) * height
             w, h = scale * tile.shape[1] / box.width / 2, scale * tile.shape[0] / box.height / 2
             place = (x - w, x + w, y - h, y + h)
             frame.imshow(tile, interpolation="nearest", aspect="auto", extent=place, clip_on=False)
@@ -416,31 +420,34 @@ def added_figure(added: Values) -> Figure:
 def attributes_figure(content: Values) -> Figure:
     """The levels of all attributes on one axis; hollow ones are not resolved."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     rows = [row for row in content["rows"] if row["level"] is not None]
     strip = (content.get("along") or {}).get("rows", [])
     heights = [*[0.45 * len(strip)] * bool(strip), 1.0 + 0.2 * len(rows)]
     figure = Figure(figsize=(WIDTH, sum(heights) + 0.2), layout="constrained")
     *above, ax = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    shown: dict[str, Artist] = {"told apart halfway": Line2D([], [], color=COLORS[0], marker="o", markersize=4.5)}
     for i, row in enumerate(rows):
         for name, marker in (("clones", "s"), ("u_turns", "^")):
             critical = (row.get("network") or {}).get(name)
             if critical and critical["level"] is not None:
                 color = COLORS[2] if row["network"]["classifier"]["resolved"] else COLORS[7]
                 ends = [(critical[k] or critical["level"])["sigma"] for k in ("low", "high")]
-                label = None if ax.get_legend_handles_labels()[1].count(name) else name
                 ax.plot(ends, [i + 0.25] * 2, color=color, linewidth=0.8, alpha=0.6)
-                ax.plot(critical["level"]["sigma"], i + 0.25, marker, color=color, markersize=4, label=label, ls="")
+                ax.plot(critical["level"]["sigma"], i + 0.25, marker, color=color, markersize=4, ls="")
+                shown.setdefault(name.replace("u_t", "U-t"), Line2D([], [], color=COLORS[2], marker=marker, ls=""))
         at, color = row["level"]["sigma"], COLORS[0] if row["resolved"] else COLORS[7]
         ends = [at if row[k] is None else row[k]["sigma"] for k in ("low", "high")]
         ax.plot(ends, [i, i], color=color, linewidth=1.5)
         ax.plot(at, i, "o", color=color, markersize=4.5, markerfacecolor=color if row["resolved"] else "white")
         if row["free_entropy"]["level"] is not None:
-            ax.plot(row["free_entropy"]["level"]["sigma"], i, "|", color=COLORS[3], markersize=8)
+            (stroke,) = ax.plot(row["free_entropy"]["level"]["sigma"], i, "|", color=COLORS[3], markersize=8)
+            shown.setdefault("free entropy", stroke)
     if content["spectral"]["level"] is not None:
-        ax.axvline(content["spectral"]["level"]["sigma"], color=COLORS[1], linestyle=":", label="spectral, all images")
-    if ax.get_legend_handles_labels()[1]:
-        ax.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncol=3)
+        shown["spectral, all images"] = ax.axvline(content["spectral"]["level"]["sigma"], color=COLORS[1], ls=":")
+    style: Values = {"frameon": False, "fontsize": 8, "ncol": 3, "columnspacing": 1, "handlelength": 1.4}
+    ax.legend(shown.values(), shown, loc="lower left", bbox_to_anchor=(-0.02, 1), **style)
     ax.set_yticks(range(len(rows)), [row["attribute"].replace("_", " ") for row in rows], fontsize=8)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.set_xscale("log")

@@ -303,7 +303,7 @@ def _attributes_of_network(content: Values) -> Table:
     )
     for row in known:
         of = row["network"]
-        views = [span(of["clones"], "sigma"), span(of["clones"], "step"), span(of["u_turns"], "sigma")]
+        views = [_or_beyond(of["clones"]), span(of["clones"], "step"), _or_beyond(of["u_turns"])]
         if informed:
             ends = of["information"] or {}
             views += [span(ends[k], "sigma") if ends else Cell("") for k in ("high", "low")]
@@ -312,15 +312,22 @@ def _attributes_of_network(content: Values) -> Table:
         accuracy = measured(right["value"], right["low"], right["high"], ".1%")
         table.add(row["attribute"], number(of["share"], ".1%"), *views, accuracy, said)
         for name, critical in (("clones", of["clones"]), ("U-turns", of["u_turns"])):
-            if critical["level"] is None and critical["reason"]:
+            if critical["level"] is None and critical["reason"] and not critical.get("beyond"):
                 table.notes.append(f"{row['attribute']}, {name}: {critical['reason']}")
     table.notes += [
+        "Above and below: outside the levels asked about.",
         "Clones: ways down that part there have the same value at their ends, halfway from chance to always. U-turns: "
         "images noised to there and denoised have another value, half as often as images that have nothing in common. "
         "Classifiers are measured on held-out images; what they get wrong in half of the cases is no attribute of "
-        f"the samples: below {content['resolved']:.0%} levels say little."
+        f"the samples: below {content['resolved']:.0%} levels say little.",
     ]
     return table
+
+
+def _or_beyond(critical: Values) -> Cell | str:
+    """A level with its interval, or the end of the levels asked about beyond which it is."""
+    beyond = critical.get("beyond")
+    return span(critical, "sigma") if not beyond else f"{beyond['side']} {number(beyond['sigma'])}"
 
 
 def _added(content: Values) -> Table:

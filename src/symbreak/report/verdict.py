@@ -315,17 +315,25 @@ def _attributes_of_network(content: Values) -> list[str]:
         for row in content["rows"]
         if row["resolved"] and row["level"] and row.get("network") and row["network"]["classifier"]["resolved"]
     ]
+    above, said = [clones["beyond"] for _, clones in pairs if (clones.get("beyond") or {}).get("side") == "above"], []
+    if above:
+        said = [
+            f"Of {len(above)} of {len(pairs)} attributes the network's clones agree halfway at more than sigma "
+            f"{number(above[0]['sigma'])}, the highest level asked about: it decides them while the data leave them "
+            "open, as networks do that are poor at high noise."
+        ]
     pairs = [(row, clones) for row, clones in pairs if clones["level"] is not None]
     if not pairs:
-        return []
+        return said
     ratios = sorted(clones["level"]["sigma"] / row["level"]["sigma"] for row, clones in pairs)
     middle = ratios[len(ratios) // 2]
     first = max(pairs, key=lambda pair: float(pair[1]["level"]["sigma"]))
     last = min(pairs, key=lambda pair: float(pair[1]["level"]["sigma"]))
     return [
+        *said,
         f"By its clones the network decides {first[0]['attribute']} first, at {_at(first[1], False)}, and "
         f"{last[0]['attribute']} last, at {_at(last[1], False)}: at {middle:.2g} times the level of the data, in the "
-        f"median of {len(pairs)} attributes."
+        f"median of {len(pairs)} attributes.",
     ]
 
 

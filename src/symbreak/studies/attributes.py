@@ -190,8 +190,8 @@ class _Asked:
 
         options: Values = {"steps": effort.steps, "seeds": d.seed}
         with d.stage("clones") as run:
-            sigma = d.levels(network, 0.07, 2.5, effort.branches)
-            pairs = clones_by_attribute(network, sigma, classify, effort.pairs, **options, run=run)
+            branches = d.levels(network, 0.07, 2.5, effort.branches)
+            pairs = clones_by_attribute(network, branches, classify, effort.pairs, **options, run=run)
         images, labels = some_images(d.test, effort.images, d.seed)
         with d.stage("U-turns") as run:
             sigma = d.levels(network, 0.07, 2.5, effort.turns)
@@ -203,8 +203,8 @@ class _Asked:
                 continue
             shares = dict(zip(pairs[name].classes.tolist(), pairs[name].priors.tolist(), strict=True))
             row["network"] = {
-                "clones": view(pairs[name].crossing, d.steps),
-                "u_turns": view(turns[name].crossing, d.steps),
+                "clones": _seen(pairs[name].crossing, branches, d.steps),
+                "u_turns": _seen(turns[name].crossing, sigma, d.steps),
                 "classifier": judge.accuracies[name],
                 "share": shares.get(len(judge.classes[name]) - 1, 0.0),
                 "information": None,
@@ -237,6 +237,14 @@ class _Asked:
         ends = {"high": view(window.high, d.steps), "low": view(window.low, d.steps)}
         row["network"]["information"] = {**ends, "limit": information.limit, "total": information.total}
         d.notes.extend(information.notes)
+
+
+def _seen(time: CriticalTime, sigma: np.ndarray, steps: Schedule) -> Values:
+    """A level as plain values; of one that is outside the levels asked about also on which side, and of which."""
+    for side, edge in (("above", sigma.max()), ("below", sigma.min())):
+        if time.level is None and f"{side} the levels asked about" in (time.reason or ""):
+            return {**view(time, steps), "beyond": {"side": side, "sigma": float(edge)}}
+    return view(time, steps)
 
 
 def _condition(images: Images) -> str | None:
