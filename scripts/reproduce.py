@@ -65,7 +65,7 @@ CALLS = (1, 3, 5, 10)
 LEVELS = (200, 300, 400, 500, 600, 700)  # first steps of the paper's grid that are scanned
 FACTORS = (0.15, 0.25, 0.5, 1.0, 1.5, 2.5)  # levels of the scanned Gaussian, in its largest standard deviations
 SELECTION = 10**6  # first seed of those that select
-JUDGED = 10_000  # images that classifiers learn from: features of more take longer than a column
+JUDGED = 10_000  # images that classifiers learn from in EfficientNet features: of more they take longer than a column
 LIMIT, SIDE = 300, 20  # images of a tiny run, and their side: laws in 3,072 numbers take minutes
 
 
@@ -159,7 +159,9 @@ class Bench:
         )
         self.pipe, self.residual = (sb.load_pipeline(str(m)) for m in models)
         self.extract = sb.extractor(args.features) if args.features != "classifier" else self.trained(out, test)
-        self.judge = attribute_classifier(self.train.subset(min(JUDGED, len(self.train))), world.classes, self.extract)
+        many = len(self.train) > JUDGED and args.features != "classifier"
+        judged = self.train.subset(JUDGED) if many else self.train
+        self.judge = attribute_classifier(judged, world.classes, self.extract)
         self.classes = self.judge.joint or world.classes[0]
         self.held_out = test.tensor()
         self.part, self.samples, self.select = args.part, args.samples, args.selection
