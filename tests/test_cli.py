@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -242,10 +243,14 @@ def test_train(capsys, tmp_path):
     code, out, _ = symbreak(capsys, *argv, "--steps", 3, "--json")
     assert code == 0
     assert json.loads(out)["recipe"]["steps"] == 3
-    code, _, _ = symbreak(
-        capsys, "sample", "--model", tmp_path / "net", "--out", tmp_path / "x", "--seeds", "0", "--steps", 1
-    )
+    _, out, _ = symbreak(capsys, *argv, "--steps", 3)  # finished: it says the same again
+    following = out.splitlines()[-1]
+    assert following.startswith("next: symbreak sample ")
+    code, _, _ = symbreak(capsys, *shlex.split(following)[2:], "--steps", 1)
     assert code == 0
+    assert len(list((tmp_path / "net-samples").glob("*.png"))) == 16
+    plain = (tmp_path / "r.json").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "net").rglob("*") if path.is_file()} == {plain}
 
 
 def make(path, what):

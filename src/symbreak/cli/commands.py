@@ -631,9 +631,11 @@ def train(
         )
     steps = result["recipe"]["steps"]
     line = f"{result['parameters']:,} parameters, {steps:,} steps in {result['seconds']:.0f} s, final loss "
-    lines = [f"{line}{result['loss'][-1]:.4f}", *result.get("start", {}).get("notes", ()), f"pipeline: {out}"]
+    line = f"{line}{result['loss'][-1]:.4f}" + " (1: the network adds nothing)" * residual
+    lines = [line, *result.get("start", {}).get("notes", ()), f"pipeline: {out}"]
     sample = f"symbreak sample --model {shlex.quote(str(out))} --seeds 0-15"
     sample += " --class 0" * bool(result["recipe"].get("conditional"))
+    sample += f" --out {shlex.quote(f'{out}-samples')}"
     lines += [f"picture: {out / 'training.png'}", f"next: {sample}"]
     say(as_json, {**result, "out": str(out)}, lambda: _print(*lines))
 

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import stat
 import tempfile
 import time
 import zlib
@@ -33,6 +34,7 @@ __all__ = [
     "output_folder",
     "read_json",
     "read_tensors",
+    "readable",
     "try_writing",
     "write_json",
     "write_tensors",
@@ -95,6 +97,17 @@ def write_whole(path: str | Path, write: Callable[[Path], object]) -> Path:
     finally:
         beside.unlink(missing_ok=True)
     return path
+
+
+def readable(path: Path) -> None:
+    """Give a file the permissions of any new file beside it: safetensors writes for the owner alone."""
+    plain = path.with_name(f".mode.{os.getpid()}-{_machine()}.part")
+    try:
+        plain.touch()
+        with suppress(OSError):  # a file system without permissions
+            path.chmod(stat.S_IMODE(plain.stat().st_mode))
+    finally:
+        plain.unlink(missing_ok=True)
 
 
 def nameless_file(folder: Path | None) -> IO[bytes]:
@@ -162,6 +175,7 @@ def write_tensors(
     def write(beside: Path) -> None:
         save_file(whole, beside, metadata=about)
         _sort_metadata(beside)
+        readable(beside)
 
     try:
         return write_whole(path, write)

@@ -29,7 +29,16 @@ from symbreak.networks.residual import Mlp, backbone, residual_of
 from symbreak.networks.types import Pipeline
 from symbreak.noise import generator, schedule
 from symbreak.runtime.errors import note
-from symbreak.runtime.files import InputError, damaged, file_hash, read_json, read_tensors, write_json, write_tensors
+from symbreak.runtime.files import (
+    InputError,
+    damaged,
+    file_hash,
+    read_json,
+    read_tensors,
+    readable,
+    write_json,
+    write_tensors,
+)
 from symbreak.runtime.identity import Identity, differences, identity_of, of_data, weights_hash
 from symbreak.runtime.lock import locked
 from symbreak.runtime.plain import Values
@@ -289,6 +298,8 @@ def _trained(job: _Job, about: Values, checkpoint_seconds: float, run: Run) -> V
         if rank == 0:
             with _staging(out) as stage:
                 _save(stage, training, start, about)
+                for path in stage.rglob("*.safetensors"):
+                    readable(path)
                 parts = sorted(str(p.relative_to(stage)) for p in stage.rglob("*") if p.is_file())
     parts = agreed(lambda: parts)
     losses = training.losses
