@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from symbreak.cli import console
 from symbreak.cli.commands import main
 from symbreak.data.readers import images
 from symbreak.laws import Gaussian
@@ -251,6 +252,16 @@ def test_train(capsys, tmp_path):
     assert len(list((tmp_path / "net-samples").glob("*.png"))) == 16
     plain = (tmp_path / "r.json").stat().st_mode
     assert {path.stat().st_mode for path in (tmp_path / "net").rglob("*") if path.is_file()} == {plain}
+
+
+def test_a_log_file_tells_how_far_a_long_stage_is(capsys, monkeypatch):
+    for every, lines in ((0.0, 3), (3600.0, 0)):
+        monkeypatch.setattr(console, "EVERY", every)
+        with console.running(None) as run:
+            for done in range(3):
+                run.named("clones").tell(done, 1500)
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clones: ")]
+        assert len(told) == lines, told
 
 
 def make(path, what):

@@ -153,7 +153,7 @@ def test_bad_recipes(tmp_path, text, match):
 def test_minutes_of_zero_are_no_default_and_steps_win_over_a_recipes_minutes(tmp_path, capsys):
     (tmp_path / "r.json").write_text('{"channels": [8, 8], "batch": 8, "warmup": 0, "minutes": 500}')
     train = ("train", "--data", "digits", "--out", tmp_path / "a", "--recipe", tmp_path / "r.json")
-    assert symbreak(capsys, *train, "--minutes", 0)[2].count("needs minutes and top above 0") == 1
+    assert symbreak(capsys, *train, "--minutes", 0)[2].count("minutes 0; expected a number above 0") == 1
     code, out, _ = symbreak(capsys, *train, "--steps", 2, "--json")
     assert code == 0
     assert json.loads(out)["recipe"]["steps"] == 2

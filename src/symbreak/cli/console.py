@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from symbreak.report.record import Record
     from symbreak.runtime.run import Run
 
+EVERY = 60.0  # seconds from line to line where stderr is a file: bars are drawn there at the end only
 err = Console(stderr=True)
 _notes: list[str] = []  # to be told once there is something to show: an error prints one line only
 _unread: list[Images] = []  # whose notes the first pass over them brings along
@@ -73,14 +75,19 @@ def running(out: Path | None, memory: int | None = None) -> Iterator[Run]:
     columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn())
     progress = Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=err, disable=rank_of()[0] > 0)
     tasks: dict[str, Any] = {}
+    spoke = time.monotonic()
 
     def tell(stage: str, done: int, total: int) -> None:
+        nonlocal spoke
         _tell_notes()
         if not tasks:
             progress.start()  # not before there is something to show
         if stage not in tasks:
             tasks[stage] = progress.add_task(stage, total=total)
         progress.update(tasks[stage], completed=done, total=total)
+        if not err.is_terminal and not progress.disable and time.monotonic() >= spoke + EVERY:
+            spoke = time.monotonic()
+            err.print(f"{stage}: {done:,} of {total:,}", markup=False, highlight=False)
 
     try:
         yield Run(out, memory, tell).taken()

@@ -104,8 +104,9 @@ class Recipe:
             raise InputError("a recipe needs finite numbers for lr and weight_decay.")
         if not 0 <= self.dropout < 1:
             raise InputError(f"recipe dropout {self.dropout}; expected 0 <= dropout < 1.")
-        if not (self.minutes is None or 0 < self.minutes < 1e6) or not (self.top is None or 0 < self.top < 1e6):
-            raise InputError("a recipe needs minutes and top above 0, or none of them.")
+        for name, number in (("minutes", self.minutes), ("top", self.top)):
+            if not (number is None or 0 < number < 1e6):
+                raise InputError(f"{name} {number:g}; expected a number above 0, or none.")
         if self.clusters is not None and self.clusters < 1:
             raise InputError(f"recipe clusters {self.clusters}; expected at least 1, which is a Gaussian.")
         if not 1 <= self.folds <= 64:

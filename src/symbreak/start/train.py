@@ -260,7 +260,8 @@ def _finished(out: Path, about: Values, decides: Identity) -> Values:
         by = differences(before, decides, sorted(here))
         other = differences({k: before.get(k) for k in here}, {k: decides.get(k) for k in here})
     if by:
-        raise InputError(f"{out} holds a network trained with other settings: {by}. Choose another --out.")
+        why = f"{out} holds a network trained with other settings: {by}."
+        raise InputError(f"{why} Choose another --out; --init {out} goes on from this network.")
     for name, sha in (result.get("files") or dict.fromkeys(PARTS)).items():
         path = out / name
         if not path.is_file() or (sha is not None and agreed(partial(file_hash, path)) != sha):
