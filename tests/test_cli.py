@@ -264,6 +264,24 @@ def test_a_log_file_tells_how_far_a_long_stage_is(capsys, monkeypatch):
         assert len(told) == lines, told
 
 
+@pytest.mark.parametrize("steps", [("--steps", "2.5"), ("--steps=2.5",)], ids=["apart", "together"])
+def test_a_fraction_of_a_step_is_no_number_of_steps(capsys, tmp_path, steps):
+    code, out, err = symbreak(capsys, "sample", *steps, "--out", tmp_path / "x")
+    assert (code, out, err) == (2, "", "symbreak: --steps 2.5; expected a whole number.\n")
+    assert not (tmp_path / "x").exists()
+
+
+def test_shapes_that_differ_name_the_flag(capsys, tmp_path):
+    digits_folder(tmp_path / "grey")
+    for name, size in (("colour", 8), ("large", 9)):
+        (tmp_path / name).mkdir()
+        for i in range(12):
+            Image.new("RGB" if size == 8 else "L", (size, size), i).save(tmp_path / name / f"{i}.png")
+    for name, way in (("colour", "Read them in grey (--mode L)."), ("large", "Resize them (--size 8).")):
+        _, _, err = symbreak(capsys, "phases", "--data", tmp_path / "grey", "--holdout", tmp_path / name)
+        assert err.splitlines()[-1].endswith(way), err
+
+
 def make(path, what):
     if what == "empty":
         path.mkdir()

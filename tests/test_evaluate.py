@@ -520,7 +520,7 @@ def test_reference_statistics_are_kept_and_guarded(tmp_path):
         (lambda x: (x + 1) / 2, r"look like \[0, 1\].*value_range=\(0, 1\)"),
         (lambda x: (x + 1) * 127.5, r"look like \[0, 255\]"),
         (lambda x: ((x + 1) * 127.5).to(torch.uint8), "expected floats"),
-        (lambda x: x.repeat(1, 3, 1, 1), "Resize them"),
+        (lambda x: x.repeat(1, 3, 1, 1), r"Read them in grey \(--mode L\)"),
         (lambda x: x[:9], "at least 2 samples a repeat"),
     ],
 )

@@ -145,6 +145,8 @@ def test_an_interrupted_training_ends_with_the_same_bits(few, tmp_path):
     assert again["loss"] == whole["loss"]
     assert again["looks"] == whole["looks"]
     assert again["start"] == whole["start"]
+    with pytest.raises(InputError, match="Pass the folder above, with its law"):
+        load_pipeline(tmp_path / "a" / "unet")
     for name in ("unet/diffusion_pytorch_model.safetensors", "start.safetensors", "residual.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert train_network(few, tmp_path / "a", SMALL, law="auto") == whole  # finished: nothing is trained again

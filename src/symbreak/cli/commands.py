@@ -14,7 +14,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast, get_args
 
 from cyclopts import App, CycloptsError, Parameter
 
@@ -785,6 +785,17 @@ def _check_out(command: str, arguments: dict[str, Any]) -> None:
         )
 
 
+def _check_whole(arguments: list[str]) -> None:
+    """Whole numbers are whole: cyclopts would round --steps 2.5."""
+    options = app[arguments[0]].assemble_argument_collection()
+    whole = {name for option in options if int in (option.hint, *get_args(option.hint)) for name in option.names}
+    for before, text in pairwise(arguments):
+        name, equals, value = text.partition("=")
+        name, value = (name, value) if equals else (before, text)
+        if name in whole and "." in value and not float(value).is_integer():
+            raise InputError(f"{name} {value}; expected a whole number.")
+
+
 def _called(arguments: list[str]) -> None:
     """Read the arguments, then run the command, on all processes that a launcher started."""
     for before, value in pairwise(["", *arguments]):
@@ -797,6 +808,7 @@ def _called(arguments: list[str]) -> None:
         return
     from symbreak.runtime.ranks import joined
 
+    _check_whole(arguments)
     _check_out(command.__name__, bound.arguments)
     with joined() as (rank, _):
         err.quiet = rank > 0  # one process speaks for all

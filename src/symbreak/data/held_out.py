@@ -9,6 +9,7 @@ import numpy as np
 
 from symbreak.data.images import SPLIT_SEED, Images, describe
 from symbreak.data.readers import images
+from symbreak.data.shape import to_fit
 from symbreak.runtime.errors import InputError
 
 __all__ = ["HeldOut", "check_units", "held_out"]
@@ -104,7 +105,8 @@ def held_out(
     if holdout is not None:
         if holdout.shape != data.shape:
             raise InputError(
-                f"the data are {data.shape}, the held-out {holdout.noun} {holdout.shape}. Resize one of them."
+                f"the data are {data.shape}, the held-out {holdout.noun} {holdout.shape}. "
+                f"{to_fit(holdout.shape, data.shape)}."
             )
         check_units(data, holdout, "held-out samples")
         return HeldOut(data, holdout if data.labels is None else holdout.numbered(data.classes), "passed")

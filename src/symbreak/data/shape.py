@@ -13,9 +13,26 @@ from symbreak.data.images import BYTES, Images, Item, Raw, Unfit, is_count
 from symbreak.data.pictures import DECISIONS
 from symbreak.runtime.errors import InputError
 
-__all__ = ["shaped"]
+__all__ = ["shaped", "to_fit"]
 
 GREY = np.array([0.299, 0.587, 0.114], np.float32)[:, None, None]  # ITU-R 601, as Pillow
+
+
+def to_fit(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """How data of one shape are read in another, to end a message with, without its full stop.
+
+    >>> to_fit((1, 20, 20), (3, 28, 28))
+    'Resize them (--size 28) and read them in colour (--mode RGB)'
+    """
+    ways = []
+    if len(shape) != 3 or len(expected) != 3 or shape[1:] != expected[1:]:
+        square = len(expected) == 3 and expected[1] == expected[2]
+        ways.append(f"resize them (--size {expected[1]})" if square else "resize them")
+    if len(shape) == len(expected) == 3 and shape[0] != expected[0]:
+        modes = {1: "in grey (--mode L)", 3: "in colour (--mode RGB)"}
+        ways.append(f"read them {modes.get(expected[0], f'with {expected[0]} channels')}")
+    said = " and ".join(ways)
+    return said[:1].upper() + said[1:]
 
 
 def shaped(images: Images, size: int | None, crop: int | str | None, mode: str | None, told: bool = True) -> Images:

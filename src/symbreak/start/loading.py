@@ -147,6 +147,8 @@ def _weights(folder: Path, variant: str | None) -> tuple[str | None, int]:
 def _alone(folder: Path, variant: str | None, scheduler: Scheduler | None) -> diffusers.DiffusionPipeline:
     """A network's own folder, with the scheduler beside it or a given one."""
     check_network(folder)
+    if (folder.resolve().parent / RESIDUAL).exists():
+        raise InputError(f"{folder} is the part of a network that its law needs. Pass the folder above, with its law.")
     beside = folder.resolve().parent / "scheduler" / "scheduler_config.json"
     if scheduler is None and not beside.is_file():
         raise InputError(

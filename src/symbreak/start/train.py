@@ -170,7 +170,8 @@ def train_network(
         raise InputError(f"precision {precision!r} for training; expected fp32 or bf16, which needs no scaled loss.")
     if recipe.conditional and data.labels is None:
         raise InputError(
-            f"a conditional network needs classes, but {data.name} has no labels. Pass some, or leave out."
+            f"a conditional network needs classes, but {data.name} has no labels. "
+            "Put each class into a sub-folder of its own, name the label column (--labels), or leave out --conditional."
         )
     if law is None and len(data.shape) != 3:
         raise InputError(f"data of shape {data.shape} are trained with a law. Pass law='auto' (--residual).")

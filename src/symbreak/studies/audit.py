@@ -21,6 +21,7 @@ import torch
 
 from symbreak.data.held_out import held_out
 from symbreak.data.images import Images, describe
+from symbreak.data.shape import to_fit
 from symbreak.intervals import proportion
 from symbreak.laws.nearest_neighbours import neighbours
 from symbreak.metrics.extractors import BATCH, Extractor
@@ -286,7 +287,7 @@ def _sampled(
     if shape != train.shape:
         raise InputError(
             f"the network makes {train.noun} of {shape}, but the training {train.noun} are "
-            f"{train.shape}. Resize them (--size) or choose another network."
+            f"{train.shape}. {to_fit(train.shape, shape)}, or choose another network."
         )
     if not seeds:
         raise InputError("0 samples of the network; expected at least one.")

@@ -28,6 +28,7 @@ import torch
 from symbreak.data.held_out import HeldOut, held_out
 from symbreak.data.images import Images, describe
 from symbreak.data.samples import opened
+from symbreak.data.shape import to_fit
 from symbreak.laws import Gaussian
 from symbreak.metrics import extractor, floor
 from symbreak.metrics.frechet import difference, ratio
@@ -272,8 +273,8 @@ def _prepared(
     shape, train = NetworkDenoiser(pipe.unet, pipe.scheduler).shape, getattr(pipe, "encode", lambda d: d)(train)
     if tuple(shape) != train.shape:
         raise InputError(
-            f"the network {study.model} makes {train.noun} of {shape}, but the data are {train.shape}. Resize the "
-            "data or choose another network."
+            f"the network {study.model} makes {train.noun} of {shape}, but the data are {train.shape}. "
+            f"{to_fit(train.shape, tuple(shape))}, or choose another network."
         )
     base = {name: scheduler(name, like=pipe.scheduler) for name in study.samplers}
     for full in base.values() if train.units is not None else ():

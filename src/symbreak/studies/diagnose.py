@@ -16,6 +16,7 @@ import torch
 
 from symbreak.data.held_out import held_out
 from symbreak.data.images import Images
+from symbreak.data.shape import to_fit
 from symbreak.laws.class_posterior import class_of
 from symbreak.metrics.extractors import device_of
 from symbreak.moments.one_pass import Moments
@@ -192,8 +193,8 @@ def network_for(model: Pipeline | Denoises | Denoiser, data: Images) -> Denoiser
             network = without_condition(network)
     if tuple(network.shape) != data.shape:
         raise InputError(
-            f"the network makes {data.noun} of {tuple(network.shape)}, but the data are {data.shape}. Resize the data "
-            "(--size) or choose another network."
+            f"the network makes {data.noun} of {tuple(network.shape)}, but the data are {data.shape}. "
+            f"{to_fit(data.shape, tuple(network.shape))}, or choose another network."
         )
     return network
 

@@ -14,6 +14,7 @@ import torch
 from symbreak.data.held_out import HeldOut, check_units, held_out
 from symbreak.data.images import Images, describe
 from symbreak.data.labels import attributes
+from symbreak.data.shape import to_fit
 from symbreak.laws.class_posterior import Labels
 from symbreak.metrics.attributes import attribute_classifier, attribute_names
 from symbreak.metrics.composition import CLASSES, class_counts, composition
@@ -246,8 +247,8 @@ def _check_first(
     """What can be known to fail raises its error before a network is sampled, which may take hours."""
     if tuple(shape) != data.shape:
         raise InputError(
-            f"the network makes {data.noun} of {tuple(shape)}, but the training {data.noun} are {data.shape}. Resize "
-            "them (--size) or choose another network."
+            f"the network makes {data.noun} of {tuple(shape)}, but the training {data.noun} are {data.shape}. "
+            f"{to_fit(data.shape, tuple(shape))}, or choose another network."
         )
     if not latents:
         start.check_units(data)
@@ -464,7 +465,9 @@ def checked(samples: torch.Tensor | np.ndarray | Images | Shards, data: Images) 
         samples = Shards.of(samples if samples.dtype == torch.float64 else samples.float(), BATCH)
     shape = samples.shape if isinstance(samples, Images) else samples.shape[1:]
     if shape != data.shape:
-        raise InputError(f"the samples have the shape {shape}, the training {data.noun} {data.shape}. Resize them.")
+        raise InputError(
+            f"the samples have the shape {shape}, the training {data.noun} {data.shape}. {to_fit(shape, data.shape)}."
+        )
     if data.units is not None or isinstance(samples, Images):
         _check_scale(samples, data)
     if isinstance(samples, Images):

@@ -19,6 +19,7 @@ import torch
 
 from symbreak.data.held_out import check_units
 from symbreak.data.images import Images, Units, describe
+from symbreak.data.shape import to_fit
 from symbreak.intervals import entropy_interval
 from symbreak.metrics import Extractor, distance, features, floor
 from symbreak.metrics.composition import CLASSES, class_counts
@@ -265,7 +266,8 @@ def compared(
     network = denoiser(pipeline.unet, pipeline.scheduler)
     for name, images in (("the data", data), ("the held-out images", holdout)):
         if images.shape != tuple(network.shape):
-            raise InputError(f"{name} are {images.shape}, the network makes {tuple(network.shape)}. Resize them.")
+            advice = to_fit(images.shape, tuple(network.shape))
+            raise InputError(f"{name} are {images.shape}, the network makes {tuple(network.shape)}. {advice}.")
     check_units(data, holdout, "held-out samples")
     run = run.taken()
     real, samples = features(measure.extract, holdout), measure.samples
