@@ -255,12 +255,13 @@ def test_train(capsys, tmp_path):
 
 
 def test_a_log_file_tells_how_far_a_long_stage_is(capsys, monkeypatch):
-    for every, lines in ((0.0, 3), (3600.0, 0)):
+    for stage, every, lines in (("clones", 0.0, 3), ("", 0.0, 3), ("clones", 3600.0, 0)):
         monkeypatch.setattr(console, "EVERY", every)
         with console.running(None) as run:
             for done in range(3):
-                run.named("clones").tell(done, 1500)
-        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clones: ")]
+                (run.named(stage) if stage else run).tell(done, 1500)
+        said = f"{stage or 'progress'}: "
+        told = [line for line in capsys.readouterr().err.splitlines() if line.startswith(said)]
         assert len(told) == lines, told
 
 

@@ -87,7 +87,7 @@ def running(out: Path | None, memory: int | None = None) -> Iterator[Run]:
         progress.update(tasks[stage], completed=done, total=total)
         if not err.is_terminal and not progress.disable and time.monotonic() >= spoke + EVERY:
             spoke = time.monotonic()
-            err.print(f"{stage}: {done:,} of {total:,}", markup=False, highlight=False)
+            err.print(f"{stage or 'progress'}: {done:,} of {total:,}", markup=False, highlight=False)
 
     try:
         yield Run(out, memory, tell).taken()
