@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import time
 from dataclasses import replace
 from html import unescape
 from types import SimpleNamespace
@@ -255,3 +257,13 @@ def test_classes_that_differ_in_covariance_only(tmp_path):
     # 640 images a class fix a variance to 0.7 %; the mixture's shrinkage and its noisy directions cost more.
     assert own["free entropy"]["level"]["sigma"] == pytest.approx(speciation_time(exact, "free-entropy").sigma, rel=0.1)
     assert own["cloning"]["level"]["sigma"] == pytest.approx(cloning_time(exact).sigma, rel=0.1)
+
+
+def test_a_network_that_takes_long_is_told_before_it_is_asked(capsys):
+    d = SimpleNamespace(test=images("digits"), effort=Effort(), scale=1.0, seed=0)
+    ask_network._say_how_long(d, lambda x, sigma: x)
+    assert capsys.readouterr().err == ""
+    ask_network._say_how_long(d, lambda x, sigma: time.sleep(0.02 * len(x)) or x)
+    assert re.search(
+        r"ms an evaluation here: some 288,000 of them are about (9\d|\d{3,}) minutes", capsys.readouterr().err
+    )

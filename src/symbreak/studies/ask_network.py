@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,9 +36,10 @@ from symbreak.phases.reverse_paths import descend
 from symbreak.phases.speciation import speciation_time
 from symbreak.phases.stability import network_stability
 from symbreak.phases.turns import u_turns
-from symbreak.runtime.errors import InputError
+from symbreak.runtime.errors import InputError, note
 from symbreak.runtime.identity import weights_hash
 from symbreak.runtime.plain import Values
+from symbreak.runtime.ranks import rank_of
 from symbreak.runtime.run import Run
 from symbreak.studies.ask_data import Laws, image_memory, law_memory, told_apart
 from symbreak.studies.diagnosis import Diagnosis, some_images
@@ -50,6 +52,7 @@ SHOWN = 10  # images of what a network adds, at SHOWN_LEVELS levels
 SHOWN_LEVELS = 4
 ALONG, ALONG_LEVELS = 2, 10  # images that are noised to levels along the axis
 RAREST = 3  # images of a class at least, by which its entropy is measured
+EVALUATIONS, LONG = 2, 3.0  # network evaluations a pair, step and branch level, of all stages; minutes worth a note
 SECOND = "#b3424a"  # colour of a network's second curve in a panel
 
 
@@ -126,6 +129,7 @@ def ask_network(
     if isinstance(network, Guided):
         low, high = network.window
         d.notes.append(f"The network is guided: scale {network.scale:g} at sigma {low:.4g} to {high:.4g}.")
+    _say_how_long(d, network)
     pairs = _clones(d, network, reader)
     classify = reader.classify or _nearest_cluster(pairs)
     images, labels = some_images(d.test, d.effort.images, d.seed)
@@ -141,6 +145,26 @@ def ask_network(
     _mechanism(d, network, laws, moments, images, levels)
     _opportunity(d, network, classify, pairs)
     _condensation(d, network)
+
+
+def _say_how_long(d: Diagnosis, network: Denoiser) -> None:
+    """A note before what takes longer than some minutes."""
+    if rank_of()[0] > 0:
+        return
+    x, e = d.test.subset(min(8, len(d.test))).tensor(), d.effort
+    x = x + d.scale * torch.randn(x.shape, generator=generator(d.seed, 31))
+    with torch.inference_mode():
+        network(x[:1], d.scale)
+        began = time.perf_counter()
+        network(x, d.scale)
+    each = (time.perf_counter() - began) / len(x)
+    evaluations = EVALUATIONS * e.pairs * e.steps * e.branches
+    minutes = evaluations * each / 60
+    if minutes > LONG:
+        note(
+            f"the network takes {1000 * each:.2g} ms an evaluation here: some {evaluations:,} of them are about "
+            f"{minutes:.0f} minutes, less what is finished. --quick, Effort().quick(), asks for a seventh."
+        )
 
 
 def _clones(d: Diagnosis, network: Denoiser, reader: ClassReader) -> Clones:
