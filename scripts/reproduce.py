@@ -12,7 +12,7 @@ evaluations; columns: the standard start with the scheduler's settings, with its
 first step (AFS); late from one Gaussian whose level is scanned, late from all laws (`auto`), and the second network
 from its law. Then the paper's own grid, linspace(0, t_start, n), t_start scanned, of DDIM, and of PNDM on MNIST, whose
 Runge-Kutta warm-up spends 12, 14 and 19 evaluations in 3, 5 and 10 steps; beside it the published FIDs: ratios compare,
-numbers do not. Tables appear in the folder as table.md and table.html, and in docs/.
+numbers do not. Tables appear in the folder as table.md and table.html, and in docs/; samples.png shows the same seeds.
 
 Distances are Fréchet distances in --features to the test images: by default EfficientNet-Lite0 at 112 x 112, on MNIST
 the 64 features of a classifier that is trained first; never FID. Beside each: precision, recall, the entropy of the
@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from compare_rulers import other_rulers
 from diffusers import PNDMScheduler
+from PIL import Image
 from scipy.stats import spearmanr
 
 import symbreak as sb
@@ -351,6 +352,16 @@ def own_grid(bench, world, tell):
     return rows
 
 
+def sheet(bench, rows, path):
+    """The same seeds, a row a column of the table, of DDIM with 5 evaluations where it is there."""
+    row = next((r for r in rows if (r["sampler"], r["calls"]) == ("ddim", 5)), rows[-1])
+    keys = [f"{row['sampler']}/{row['calls']}/{k}/{row[k]['choice']}/0" for k in COLUMNS if "choice" in row[k]]
+    x = torch.cat([torch.cat(list(torch.from_numpy(bench.run.part(k, dict)["images"][:16])), 2) for k in keys], 1)
+    pixels = ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    write_whole(path, lambda p: picture.resize((2 * picture.width, 2 * picture.height), 0).save(p, "png"))
+
+
 def trained(world, out, root, args):
     """Folders of the plain network and of the one below a law, trained where they are not."""
     folders = []
@@ -594,6 +605,7 @@ def main(argv=None):
     )
     write_json(out / "table.json", whole)
     write_pages(whole, out)
+    sheet(bench, whole["rows"], out / "samples.png")
     print(out / "table.html", json.dumps({"seconds": round(time.perf_counter() - began)}))
 
 
