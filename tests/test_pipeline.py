@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import symbreak as sb
 from symbreak.data.readers import images
 from symbreak.laws import Gaussian, PrincipalMixture
 from symbreak.moments.one_pass import Moments
@@ -717,3 +718,17 @@ def test_the_snippet_for_latent_pipelines_runs(vae, pictures):
     for code in snippets(latent=True):
         exec(code, names)
     assert [image.size for image in names["images"]] == [(16, 16)] * 2
+
+
+def test_a_grid_that_ends_a_little_below_what_a_network_knows():
+    """Schedules of DDPM end at sigma 0.01, networks of k-diffusion know 0.02 or 0.03; far below one says so."""
+    data = torch.randn(400, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    law, sampler = sb.Gaussian.fit(data), sb.scheduler("dpm++2m-karras")
+    start = sb.late_start(sampler, law, 5, at=sb.NoiseLevel(2.0), check=False)
+    assert float(start.scheduler.sigmas[-2]) < 0.011
+    expected = sb.generate(law, start, range(4), clamp=False)
+    near = denoiser(lambda x, sigma: law.denoise(x, sigma), shape=(1, 4, 4), sigma_range=(0.02, 80.0))
+    torch.testing.assert_close(sb.generate(near, start, range(4), clamp=False), expected, atol=2e-3, rtol=0)
+    far = denoiser(lambda x, sigma: law.denoise(x, sigma), shape=(1, 4, 4), sigma_range=(0.2, 80.0))
+    with pytest.raises(InputError, match=r"outside the network's 0.2 to 80"):
+        sb.generate(far, start, range(4))
