@@ -64,7 +64,9 @@ def main() -> None:
             continue
         record = Record.load(folder)
         picture = f"phases-{name}.png"
-        phases_figure(record.content).savefig(figures / picture, dpi=110, metadata={"Software": None})
+        phases_figure(record.content).savefig(
+            figures / picture, dpi=110, bbox_inches="tight", metadata={"Software": None}
+        )
         text = between(text, name, [*table(record), "", f"![Every criterion on one axis, {name}](figures/{picture})"])
     clones = ROOT / "build" / "phases" / "mnist-1-8"
     if (clones / "clones.json").exists():

@@ -42,7 +42,6 @@ import numpy as np
 import torch
 from compare_rulers import other_rulers
 from diffusers import PNDMScheduler
-from PIL import Image
 from scipy.stats import spearmanr
 
 import symbreak as sb
@@ -59,6 +58,7 @@ from symbreak.runtime.identity import weights_hash
 from symbreak.runtime.plain import plain
 from symbreak.start.grids import standard_starts, steps_for
 from symbreak.start.late_start import law_in_words
+from symbreak.start.training_looks import grid
 
 ROOT = Path(__file__).parents[1]
 SAMPLERS = ("ddpm", "ddim", "pndm", "dpm++2m", "dpm++2m-karras", "unipc-karras")
@@ -356,10 +356,8 @@ def sheet(bench, rows, path):
     """The same seeds, a row a column of the table, of DDIM with 5 evaluations where it is there."""
     row = next((r for r in rows if (r["sampler"], r["calls"]) == ("ddim", 5)), rows[-1])
     keys = [f"{row['sampler']}/{row['calls']}/{k}/{row[k]['choice']}/0" for k in COLUMNS if "choice" in row[k]]
-    x = torch.cat([torch.cat(list(torch.from_numpy(bench.run.part(k, dict)["images"][:16])), 2) for k in keys], 1)
-    pixels = ((x + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
-    picture = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-    write_whole(path, lambda p: picture.resize((2 * picture.width, 2 * picture.height), 0).save(p, "png"))
+    picture = grid(torch.cat([torch.from_numpy(bench.run.part(k, dict)["images"][:16]) for k in keys]), columns=16)
+    write_whole(path, lambda p: picture.save(p, "png"))
 
 
 def trained(world, out, root, args):

@@ -14,7 +14,7 @@ import torch
 
 from symbreak.data.readers import images
 from symbreak.laws import Gaussian, Mixture
-from symbreak.networks.families import as_unet
+from symbreak.networks.families import SigmaDenoiser, as_unet
 from symbreak.networks.residual import LawResidual
 from symbreak.networks.samplers import scheduler
 from symbreak.phases.collapse import collapse_time
@@ -260,10 +260,22 @@ def test_classes_that_differ_in_covariance_only(tmp_path):
 
 
 def test_a_network_that_takes_long_is_told_before_it_is_asked(capsys):
-    d = SimpleNamespace(test=images("digits"), effort=Effort(), scale=1.0, seed=0)
-    ask_network._say_how_long(d, lambda x, sigma: x)
-    assert capsys.readouterr().err == ""
-    ask_network._say_how_long(d, lambda x, sigma: time.sleep(0.02 * len(x)) or x)
-    assert re.search(
-        r"ms an evaluation here: some 288,000 of them are about (9\d|\d{3,}) minutes", capsys.readouterr().err
+    d = SimpleNamespace(test=images("digits"), effort=Effort(), scale=1.0, seed=0)  # a level above what they know
+    quick, slow = (
+        SigmaDenoiser(model, (1, 8, 8), (0.02, 0.9), {}, "k-diffusion")
+        for model in (lambda x, sigma: x, lambda x, sigma: time.sleep(0.02 * len(x)) or x)
     )
+    ask_network._say_how_long(d, quick)
+    assert capsys.readouterr().err == ""
+    ask_network._say_how_long(d, slow)
+    said = capsys.readouterr().err
+    assert re.search(r"ms an evaluation here: some 288,000 of them are about (9\d|\d{3,}) minutes", said)
+    assert "asks for some 38,400" in said
+    d.test, d.effort = (
+        d.test.take(np.array([0]), "one"),
+        d.effort.quick(),
+    )  # of one image, and nothing quicker to advise
+    ask_network._say_how_long(d, slow)
+    said = capsys.readouterr().err
+    assert "some 38,400 of them" in said
+    assert "--quick" not in said

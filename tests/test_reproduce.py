@@ -104,7 +104,7 @@ def test_a_tiny_table_is_the_same_after_interruptions(script, tmp_path, monkeypa
     assert page.count("<table>") == 3
     rows = sum("choice" in cell for cell in whole["rows"][-1].values() if isinstance(cell, dict))
     with Image.open(tmp_path / "whole" / "samples.png") as picture:
-        assert picture.size == (2 * 16 * 20, 2 * 20 * rows)
+        assert picture.size == (3 * (16 * 21 - 1), 3 * (21 * rows - 1))  # lines between them, three times as large
     script.main([*command, str(tmp_path / "whole"), "--page"])
     assert (tmp_path / "whole" / "table.md").read_text() == text
     # a whole run writes its tables into the documentation, over those of before

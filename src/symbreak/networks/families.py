@@ -51,8 +51,8 @@ __all__ = [
     "sample_shape",
 ]
 
-# How libraries say that they cannot take what came.
 NEAR = 3.0  # times below its lowest level a network is still asked at that level
+# How libraries say that they cannot take what came.
 REFUSALS = (
     RuntimeError,
     TypeError,

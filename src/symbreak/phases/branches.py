@@ -32,13 +32,14 @@ from symbreak.runtime.files import digest
 from symbreak.runtime.ranks import agreed
 from symbreak.runtime.run import Arrays, Run
 
-__all__ = ["Attributes", "Branches", "Classify", "Paths", "by_attribute", "class_shares", "stacked"]
+__all__ = ["Attributes", "Branches", "Classify", "Paths", "by_attribute", "class_shares", "side_of", "stacked"]
 
 # Levels of a network that knows all of them, as EDM's sampler chooses (arXiv:2206.00364).
 HIGHEST, LOWEST = 80.0, 0.002
 PAIRS = 64  # trajectories of a block: a network's piece, and what an interrupted run loses at most
 NUMBERS = 2**16  # numbers in the states of one evaluation
 NAMED = "labels of "  # an attribute
+ASKED = "the levels asked about"
 STREAMS = {"clones": 1, "u_turns": 2, "opportunity": 3}
 
 Classify = Callable[[torch.Tensor], torch.Tensor]
@@ -270,7 +271,7 @@ class Branches:
         point, others = float(passed[0]), passed[1:]
         if not 0 < point < math.inf:
             side, at = ("above", self.s.max()) if point > 0 else ("below", self.s.min())
-            reason = f"{what} passes {threshold[0]:.3g}, halfway, {side} the levels asked about ({at:.4g})"
+            reason = f"{what} passes {threshold[0]:.3g}, halfway, {side} {ASKED} ({at:.4g})"
             beyond = min(4 * at, self.denoiser.sigma_range[1]) if point > 0 else max(at / 4, float(self.end))
             low, high = sorted((at, beyond))
             way = f"try levels from {low:.4g} to {high:.4g}" if low < high else "the range ends there"
@@ -278,9 +279,15 @@ class Branches:
         reason = f"{what} at {threshold[0]:.3g}, halfway"
         for count, side in ((int((others == math.inf).sum()), "above"), (int((others == 0).sum()), "below")):
             if count:
-                reason += f"; {count} of {len(others)} resamples pass {side} the levels asked about"
+                reason += f"; {count} of {len(others)} resamples pass {side} {ASKED}"
         first, last, _ = passing_interval(others)
         return time(NoiseLevel(point), first, last, reason=reason, interval="bootstrap")
+
+
+def side_of(time: CriticalTime) -> str | None:
+    """Of a time that has no level because it is outside those asked about: ``"above"`` or ``"below"`` them."""
+    reason = "" if time.level is not None else time.reason or ""
+    return next((side for side in ("above", "below") if f"{side} {ASKED}" in reason), None)
 
 
 def _monotone(s: np.ndarray, falling: np.ndarray) -> np.ndarray:

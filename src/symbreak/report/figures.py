@@ -156,12 +156,12 @@ def _strip(ax: Axes, along: Values) -> None:
     frame.set_axis_off()
     ax.figure.suppressComposite = True  # pictures stay single ones, with their own pixels
     box = ax.get_window_extent()
+    height, places = 1 / max(1, len(rows)), [(left - math.log(sigma)) / (left - right) for sigma in along["sigma"]]
+    apart = abs(places[-1] - places[0]) / max(1, count - 1) * box.width
     for i, row in enumerate(rows):
         pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(row["png"]))).convert("RGB"))
-        height, tiles = 1 / len(rows), np.array_split(pixels, count, axis=1)
-        places = [(left - math.log(sigma)) / (left - right) for sigma in along["sigma"]]
+        tiles = np.array_split(pixels, count, axis=1)
         scale = min(0.94 / count * box.width / tiles[0].shape[1], 0.92 * height * box.height / tiles[0].shape[0])
-        apart = abs(places[-1] - places[0]) / max(1, count - 1) * box.width
         every = math.ceil(scale * tiles[0].shape[1] / max(apart, 1e-9)) if count > 1 else 1
         for x, tile in list(zip(places, tiles))[::-1][::every]:
             y = 1 - (i + 0.5) * height

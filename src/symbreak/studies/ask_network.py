@@ -151,19 +151,22 @@ def _say_how_long(d: Diagnosis, network: Denoiser) -> None:
     """A note before what takes longer than some minutes."""
     if rank_of()[0] > 0:
         return
-    x, e = d.test.subset(min(8, len(d.test))).tensor(), d.effort
-    x = x + d.scale * torch.randn(x.shape, generator=generator(d.seed, 31))
+    x, _ = some_images(d.test, 8, d.seed)
+    sigma = float(np.clip(d.scale, *network.sigma_range))
+    x = x + sigma * torch.randn(x.shape, generator=generator(d.seed, 37))
     with torch.inference_mode():
-        network(x[:1], d.scale)
+        network(x[:1], sigma)
         began = time.perf_counter()
-        network(x, d.scale)
+        network(x, sigma)
     each = (time.perf_counter() - began) / len(x)
-    evaluations = EVALUATIONS * e.pairs * e.steps * e.branches
+    evaluations, fewer = (EVALUATIONS * e.pairs * e.steps * e.branches for e in (d.effort, d.effort.quick()))
     minutes = evaluations * each / 60
     if minutes > LONG:
         note(
             f"the network takes {1000 * each:.2g} ms an evaluation here: some {evaluations:,} of them are about "
-            f"{minutes:.0f} minutes, less what is finished. --quick, Effort().quick(), asks for a seventh."
+            f"{minutes:.0f} minutes, less what is finished."
+            + f" --quick, Effort().quick(), asks for some {fewer:,}."
+            * (fewer < evaluations)
         )
 
 

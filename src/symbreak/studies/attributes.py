@@ -45,6 +45,7 @@ from symbreak.metrics.feature_rows import extractor
 from symbreak.networks.denoiser import Denoiser, Denoises, fixed_class, of_network
 from symbreak.networks.types import Pipeline
 from symbreak.noise import NoiseLevel, Schedule, generator, schedule
+from symbreak.phases.branches import side_of
 from symbreak.phases.class_information import condition_information, guidance_window
 from symbreak.phases.cloning import clones_by_attribute
 from symbreak.phases.speciation import speciation_time
@@ -241,10 +242,9 @@ class _Asked:
 
 def _seen(time: CriticalTime, sigma: np.ndarray, steps: Schedule) -> Values:
     """A level as plain values; of one that is outside the levels asked about also on which side, and of which."""
-    for side, edge in (("above", sigma.max()), ("below", sigma.min())):
-        if time.level is None and f"{side} the levels asked about" in (time.reason or ""):
-            return {**view(time, steps), "beyond": {"side": side, "sigma": float(edge)}}
-    return view(time, steps)
+    side = side_of(time)
+    edge = float(sigma.max() if side == "above" else sigma.min())
+    return {**view(time, steps), **({} if side is None else {"beyond": {"side": side, "sigma": edge}})}
 
 
 def _condition(images: Images) -> str | None:
